@@ -1,0 +1,20 @@
+# The CUDA environment: NGC's PyTorch (torch, Transformer Engine 2.x and NCCL built for Hopper) with this package beside them.
+#     bash examples/ngc/build_image.sh
+ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
+FROM ${BASE}
+
+# The base image's own Python is the environment: nothing of its torch or Transformer Engine is replaced.
+ENV SPARSECOD_PYTHON=python3 \
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
+    PIP_NO_CACHE_DIR=1 \
+    CUDA_DEVICE_MAX_CONNECTIONS=1
+
+WORKDIR /workspace/sparsecod_megatron
+COPY . .
+RUN bash tools/run_in_venv.sh sparsecod --help >/dev/null \
+    && chmod -R a+rX .
+
+# Runs as any user (docker run --user): caches go where everybody may write.
+ENV HOME=/home/sparsecod
+RUN mkdir -p "$HOME" && chmod 1777 "$HOME"
+CMD ["sparsecod", "--help"]

@@ -1,0 +1,39 @@
+"""What lets the unmodified Megatron-Core run without CUDA: a list of small, named redirections, applied once.
+
+Each one replaces a single attribute of torch or Megatron-Core, and says why and for which upstream place. Nothing here
+changes a result: tests/dist compares every layout against one process, tests/unit/backend each redirection against what
+it stands for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsecod_megatron.backend.cpu.redirection import Redirection
+
+_applied: list[Redirection] = []
+
+
+def apply_redirections() -> list[Redirection]:
+    """Apply all redirections; a second call does nothing. Local.
+
+    Returns:
+        What was applied, in order.
+
+    Raises:
+        AssertionError: CUDA is present; `select_backend` never comes here then.
+    """
+    assert not torch.cuda.is_available(), "the CPU redirections must not touch a process that has CUDA"
+    if not _applied:
+        # torch first: Megatron-Core reads devices and streams while it is imported.
+        from sparsecod_megatron.backend.cpu import torch_cuda
+
+        for redirection in torch_cuda.redirections():
+            _applied.append(redirection.apply())
+        with torch_cuda.no_compilation():
+            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, speed
+
+        for module in (megatron, collectives, optimizer, speed):
+            for redirection in module.redirections():
+                _applied.append(redirection.apply())
+    return list(_applied)

@@ -1,0 +1,83 @@
+"""Gather and reduce-scatter with uneven splits, which gloo lacks, by all-to-all.
+
+Experts under tensor parallelism receive different numbers of tokens on each rank, so Megatron gathers and scatters
+unequal pieces.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
+
+from sparsecod_megatron.backend.cpu.redirection import Redirection
+
+_gather_even = mappings._gather_along_first_dim
+_reduce_scatter_even = mappings._reduce_scatter_along_first_dim
+
+
+def gather_along_first_dim(
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    output_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """Concatenate every rank's rows. Collective over `group`.
+
+    Args:
+        input_: [rows_of_this_rank, ...].
+        group: ranks to gather from.
+        output_split_sizes: rows of each rank; None for equal ones.
+        use_global_buffer: as upstream, for equal splits only.
+
+    Returns:
+        [sum of rows, ...].
+    """
+    if output_split_sizes is None or group.size() == 1:
+        return _gather_even(input_, group, output_split_sizes, use_global_buffer)
+    output = input_.new_empty((sum(output_split_sizes), *input_.shape[1:]))
+    repeated = input_.contiguous().repeat((group.size(), *[1] * (input_.dim() - 1)))
+    dist.all_to_all_single(output, repeated, output_split_sizes, [input_.shape[0]] * group.size(), group=group)
+    return output
+
+
+def reduce_scatter_along_first_dim(
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    input_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """Sum over ranks, each keeping its own rows. Collective over `group`.
+
+    Args:
+        input_: [sum of rows, ...].
+        group: ranks to reduce over.
+        input_split_sizes: rows each rank keeps; None for equal ones.
+        use_global_buffer: as upstream, for equal splits only.
+
+    Returns:
+        [rows_of_this_rank, ...].
+    """
+    if input_split_sizes is None or group.size() == 1:
+        return _reduce_scatter_even(input_, group, input_split_sizes, use_global_buffer)
+    rows = input_split_sizes[group.rank()]
+    received = input_.new_empty((group.size() * rows, *input_.shape[1:]))
+    dist.all_to_all_single(received, input_.contiguous(), [rows] * group.size(), input_split_sizes, group=group)
+    return received.view(group.size(), rows, *input_.shape[1:]).sum(dim=0)
+
+
+def redirections() -> list[Redirection]:
+    """Redirections of Megatron's uneven collectives."""
+    reason = "gloo's all_gather and reduce_scatter need equal pieces"
+    return [
+        Redirection(
+            mappings, "_gather_along_first_dim", gather_along_first_dim, "tensor_parallel/mappings.py:150", reason
+        ),
+        Redirection(
+            mappings,
+            "_reduce_scatter_along_first_dim",
+            reduce_scatter_along_first_dim,
+            "tensor_parallel/mappings.py:193",
+            reason,
+        ),
+    ]

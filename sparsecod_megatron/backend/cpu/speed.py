@@ -1,0 +1,132 @@
+"""Fused operations that Megatron-Core takes from CUDA extensions, as eager CPU functions with hand-written gradients.
+
+They keep a CPU run on a par with a plain PyTorch loop. Each equals the unfused formula.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer import mlp
+
+from sparsecod_megatron.backend.cpu.redirection import Redirection
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up, with both gradients written into one tensor (no concatenation)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        """[..., 2F] → [..., F]."""
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        """[..., F] → [..., 2F]."""
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.mul(torch.ops.aten.silu_backward(grad, gate), up, out=grad_gate)
+        return grad_gate_up
+
+
+class RotaryEmbedding(torch.autograd.Function):
+    """x · cos + rotate_half(x) · sin; its gradient is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x [S, B, heads, D]; cos, sin [S, 1, 1, D/2]."""
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Gradient of x [S, B, heads, D]."""
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first, second = x.chunk(2, dim=-1)
+    output_first, output_second = output.chunk(2, dim=-1)
+    torch.mul(first, cos, out=output_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=output_second).addcmul_(first, sin)
+    return output
+
+
+def apply_rotary(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotary embedding of the whole head dimension.
+
+    Args:
+        t: queries or keys [S, B, heads, D].
+        freqs: angles [S, 1, 1, D], both halves equal.
+        interleaved: must be False, the layout of Llama.
+
+    Returns:
+        Like `t`.
+
+    Source: Megatron-Core models/common/embeddings/rope_utils.py, `_apply_rotary_pos_emb_bshd`.
+    """
+    assert not interleaved and freqs.shape[-1] == t.shape[-1]
+    half = freqs[..., : freqs.shape[-1] // 2]
+    return RotaryEmbedding.apply(t, half.cos().to(t.dtype), half.sin().to(t.dtype))
+
+
+def swiglu(
+    gate_up: torch.Tensor, bias: torch.Tensor | None, fp8_input_store: bool = False, offload: bool = False
+) -> torch.Tensor:
+    """silu(gate) · up of [..., 2F], plus a bias first if there is one."""
+    return SwiGLU.apply(gate_up if bias is None else gate_up + bias)
+
+
+def weighted_swiglu(
+    gate_up: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor, fp8_input_store: bool = False
+) -> torch.Tensor:
+    """swiglu times the router's probability of each token, [tokens, 2F] and [tokens, 1] → [tokens, F]."""
+    return (swiglu(gate_up, bias) * weights).to(gate_up.dtype)
+
+
+def accumulate_weight_gradient(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += grad_outputᵀ · input, for [tokens, in] and [tokens, out]."""
+    if grad_output.dtype == main_grad.dtype:
+        main_grad.addmm_(grad_output.t(), total_input)
+    else:
+        main_grad.add_(grad_output.t() @ total_input)
+
+
+def redirections() -> list[Redirection]:
+    """Redirections of fused operations."""
+    wgrad = SimpleNamespace(
+        wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
+    )
+    table: list[tuple[Any, str, Any, str, str]] = [
+        (
+            rope_utils,
+            "fused_apply_rotary_pos_emb",
+            apply_rotary,
+            "models/common/embeddings/rope_utils.py:280",
+            "a CUDA kernel",
+        ),
+        (mlp, "bias_swiglu_impl", swiglu, "transformer/mlp.py:205", "needs a compiler"),
+        (mlp, "weighted_bias_swiglu_impl", weighted_swiglu, "transformer/mlp.py:175", "needs a compiler"),
+        (layers, "_grad_accum_fusion_available", True, "tensor_parallel/layers.py:924", "a CUDA extension"),
+    ]
+    extension = Redirection(
+        layers,
+        "fused_weight_gradient_mlp_cuda",
+        wgrad,
+        "tensor_parallel/layers.py:569",
+        "a CUDA extension",
+        absent=True,
+    )
+    return [*(Redirection(*row) for row in table), extension]

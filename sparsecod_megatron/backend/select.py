@@ -1,0 +1,65 @@
+"""Chooses the backend once, before Megatron-Core is imported, and says what depends on it.
+
+The CPU folder is imported only when CPU is chosen, so nothing of it can reach a GPU run.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from sparsecod_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What differs between the two ways to compute.
+
+    Attributes:
+        name: `cpu` or `cuda`, the values of the configuration key.
+        communication: torch.distributed backend.
+        device: device of this rank's parameters.
+        transformer_engine: whether layers are Transformer Engine's or the reference ones.
+    """
+
+    name: str
+    communication: str
+    device: torch.device
+    transformer_engine: bool
+
+
+def select_backend(requested: str = "auto") -> Backend:
+    """Choose and prepare the backend of this process. Local; call before importing Megatron-Core's model code.
+
+    Args:
+        requested: `auto` (CUDA if there is any), `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: `cuda` without CUDA or Transformer Engine, `cpu` where CUDA is visible.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise ConfigError(
+            "backend: 'cuda' but this process sees no CUDA device; use backend=cpu or a machine with a GPU"
+        )
+    if requested == "cpu" and available:
+        raise ConfigError(
+            "backend: 'cpu' but CUDA is visible; hide it with CUDA_VISIBLE_DEVICES='' or use backend=cuda"
+        )
+    return _cuda() if available else _cpu()
+
+
+def _cuda() -> Backend:
+    from sparsecod_megatron.backend.cuda import prepare
+
+    device = prepare(local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    return Backend(name="cuda", communication="nccl", device=device, transformer_engine=True)
+
+
+def _cpu() -> Backend:
+    from sparsecod_megatron.backend.cpu import apply_redirections
+
+    apply_redirections()
+    return Backend(name="cpu", communication="gloo", device=torch.device("cpu"), transformer_engine=False)

@@ -1,0 +1,143 @@
+"""The small part of a checkpoint: progress, random states, and what the model was, as JSON that anyone can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from sparsecod_megatron.checkpoint.paths import CONFIG_FILE, STATE_FILE
+from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, load_config
+from sparsecod_megatron.errors import CheckpointError
+
+FORMAT = 1
+"""Version of state.json; a reader refuses any other."""
+
+
+@dataclass
+class TrainState:
+    """Progress of a run.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: sequences of the training set used so far.
+        consumed_tokens: tokens that counted in the loss so far.
+        optimizer_steps: steps that changed the weights (Adam's bias correction counts these).
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    optimizer_steps: int = 0
+
+
+@dataclass
+class StateFile:
+    """Content of state.json."""
+
+    train: TrainState
+    scheduler: dict[str, Any]
+    layout: dict[str, Any]
+    random_states: list[dict[str, Any]] = field(default_factory=list)
+    format: int = FORMAT
+
+
+def gather_random_states() -> list[dict[str, Any]]:
+    """Every rank's generator states, by rank. Collective over all processes; the list is complete on all of them."""
+    local = {"cpu": _encode(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        local["cuda"] = _encode(torch.cuda.get_rng_state())
+    local["tracker"] = {name: _encode(state) for name, state in get_cuda_rng_tracker().get_states().items()}  # type: ignore[assignment]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, local)
+    return states
+
+
+def restore_random_states(states: list[dict[str, Any]]) -> None:
+    """Put this rank's generators where they were. Local."""
+    mine = states[dist.get_rank()]
+    torch.set_rng_state(_decode(mine["cpu"]))
+    if torch.cuda.is_available() and "cuda" in mine:
+        torch.cuda.set_rng_state(_decode(mine["cuda"]))
+    get_cuda_rng_tracker().set_states({name: _decode(text) for name, text in mine["tracker"].items()})
+
+
+def write_state(state: StateFile, directory: Path) -> None:
+    """Write state.json; the last file of a checkpoint, so that its presence says the rest is there."""
+    (directory / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state)))
+
+
+def read_state(directory: Path) -> StateFile:
+    """Read state.json.
+
+    Raises:
+        CheckpointError: absent, damaged, or of another version.
+    """
+    path = directory / STATE_FILE
+    try:
+        content = json.loads(path.read_text())
+        found = content["format"]
+        if found == FORMAT:
+            return StateFile(**{**content, "train": TrainState(**content["train"])})
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory}: not a complete checkpoint (no {STATE_FILE}); choose another step"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); choose another step") from None
+    raise CheckpointError(
+        f"{path}: format {found}, this version reads {FORMAT}; convert it with the version that wrote it"
+    )
+
+
+def layout_of(parallel: ParallelConfig) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same bit for bit: the layout and the number of processes."""
+    return {**dataclasses.asdict(parallel), "world_size": dist.get_world_size()}
+
+
+def check_same_model(config: RunConfig, directory: Path) -> None:
+    """Refuse a checkpoint of another model, naming the first field that differs.
+
+    Raises:
+        CheckpointError: a field that shapes the weights differs.
+    """
+    saved = load_config(directory / CONFIG_FILE).model
+    for name in _SHAPING_FIELDS:
+        theirs, ours = getattr(saved, name), getattr(config.model, name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{directory}: checkpoint of another model: model.{name} is {theirs!r} there and {ours!r} here; "
+                "use that value or another checkpoint"
+            )
+
+
+_SHAPING_FIELDS = tuple(
+    item.name
+    for item in dataclasses.fields(ModelConfig)
+    if item.name
+    not in {
+        # These steer training or initialisation; weights fit whatever they are.
+        "make_vocab_size_divisible_by",
+        "hidden_dropout",
+        "attention_dropout",
+        "init",
+        "init_method_std",
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_z_loss_coeff",
+    }
+)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

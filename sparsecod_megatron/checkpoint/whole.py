@@ -1,0 +1,98 @@
+"""A checkpoint of any layout as one unsharded model in one process: for export, evaluation and analysis."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from sparsecod_megatron.backend import Backend
+from sparsecod_megatron.checkpoint.native import load_weights
+from sparsecod_megatron.checkpoint.paths import CONFIG_FILE, resolve_step_dir
+from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig, load_config
+from sparsecod_megatron.errors import CheckpointError
+from sparsecod_megatron.model import build_model, transformer_config, unwrap
+from sparsecod_megatron.parallel import running_processes
+
+TOKENIZER_DIR = "tokenizer"
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """One process holding all weights.
+
+    Attributes:
+        config: of the run that made the checkpoint, with the layout of one process and fp32 weights.
+        model: in evaluation mode, on the backend's device.
+        step_dir: the checkpoint.
+        tokenizer_dir: HuggingFace tokenizer of the run, or None if the run directory is gone.
+    """
+
+    config: RunConfig
+    model: GPTModel
+    step_dir: Path
+    tokenizer_dir: Path | None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights by Megatron-Core's module names."""
+        return {name: tensor.detach() for name, tensor in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, S] token ids → [B, S, V] logits in fp32."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.model(tokens, positions, None).float()
+
+
+@contextlib.contextmanager
+def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
+    """Load a checkpoint into one process while the block runs. Local: not under torchrun.
+
+    Args:
+        path: a run directory or one of its step directories.
+        backend: where the model lives; its layers are the reference ones on either.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that cannot be read.
+    """
+    step_dir = resolve_step_dir(path)
+    if not (step_dir / CONFIG_FILE).exists():
+        raise CheckpointError(f"{step_dir}: no {CONFIG_FILE} in it, so its model is unknown; choose another step")
+    config = load_config(step_dir / CONFIG_FILE)
+    batch = replace(config.train, global_batch_size=1, micro_batch_size=1)
+    config = replace(
+        config,
+        parallel=ParallelConfig(),
+        precision=PrecisionConfig(dtype="fp32"),
+        train=batch,
+        megatron=_shape_only(config),
+    )
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        megatron = transformer_config(config, transformer_engine=False)
+        models = build_model(config, megatron, groups, device=backend.device, transformer_engine=False)
+        load_weights(step_dir, config=config, models=models, groups=groups)
+        tokenizer_dir = step_dir.parent.parent / TOKENIZER_DIR
+        yield WholeModel(
+            config=config,
+            model=unwrap(models[0]).eval(),
+            step_dir=step_dir,
+            tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+        )
+
+
+def _shape_only(config: RunConfig) -> dict[str, object]:
+    """`megatron:` fields without those that steer memory, speed or communication of training."""
+    steering = (
+        "recompute_",
+        "overlap_",
+        "tp_comm_",
+        "fp8",
+        "gradient_accumulation_fusion",
+        "cpu_offloading",
+        "batch_p2p",
+    )
+    return {key: value for key, value in config.megatron.items() if not key.startswith(steering)}

@@ -1,0 +1,57 @@
+"""`sparsecod data`: text to token files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+HELP = "Tokenise text into Megatron's IndexedDataset, with a held-out split and the tokenizer beside it."
+EXAMPLE = "sparsecod data --input stdlib --tokenizer train:4096 --output data/stdlib --val-fraction 0.02"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="a text file, a .jsonl[.gz] file, a directory of .txt .md .rst .py .jsonl files, "
+        "`stdlib` (Python's own library: real text on every machine), "
+        "or hf:NAME[:CONFIG] (a HuggingFace dataset or a directory saved with save_to_disk)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        help="a HuggingFace name or directory, a tokenizer.json, a sentencepiece .model, "
+        "or train:VOCAB (byte-level BPE learnt from the training split)",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="PREFIX", help="start of the names of all files written"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=_usable_cores(), help="tokenizing processes (default: %(default)s, every core)"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.0, help="share of the documents held out (default: none)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="chooses the documents held out (default: %(default)s)")
+    parser.add_argument(
+        "--text-key", default="text", help="JSONL field or dataset column with the text (default: %(default)s)"
+    )
+    parser.add_argument("--max-documents", type=int, help="use only the first so many documents")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result with the same PREFIX")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the data set and say what it holds."""
+    from sparsecod_megatron.data.preprocess import PreprocessOptions, preprocess
+
+    info = preprocess(PreprocessOptions(**vars(args)))
+    for name, split in info.splits.items():
+        size = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes of text"
+        print(f"{args.output}_{name}.bin  {size}")
+    print(f"{args.output}_tokenizer  {info.vocab_size:,} entries, end-of-document id {info.eod_token_id}")
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,75 @@
+"""The `sparsecod` command: finds the sub-command, runs it, and turns a user's mistake into one line and exit status 2.
+
+Every sub-command is a module of this folder with `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`. Only the
+chosen one is imported, so `sparsecod --help` and `sparsecod data` never wait for Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+from sparsecod_megatron.cli.launch import RanksFailed, report_to_launcher
+from sparsecod_megatron.errors import SparsecodError
+
+COMMANDS = {
+    "data": "tokenise text into Megatron's IndexedDataset",
+    "train": "pretrain a model from a YAML file, on one process or many",
+    "export": "write a training checkpoint as a HuggingFace model directory",
+    "eval": "perplexity and lm-eval tasks of a HuggingFace model directory",
+    "report": "plot layer statistics of one or more runs",
+}
+
+
+def _load(command: str) -> ModuleType:
+    return importlib.import_module(f"sparsecod_megatron.cli.{command}")
+
+
+def _overview() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparsecod",
+        description="Pretrain deep language models on Megatron-Core and measure how well they use their depth.",
+        epilog="`sparsecod COMMAND --help` shows each command's arguments and an example.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command.
+
+    Args:
+        argv: arguments without the program's name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0 done, 2 a user's mistake. Anything else raises (status 1 with its traceback).
+    """
+    # Megatron-Core says at every import what a CPU machine lacks, and deprecates its own defaults.
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = _overview().parse_args(arguments[:1]).command
+    module = _load(command)
+    parser = argparse.ArgumentParser(
+        prog=f"sparsecod {command}",
+        description=module.HELP,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    try:
+        module.run(parser.parse_args(arguments[1:]))
+    except SparsecodError as error:
+        if not report_to_launcher(error):
+            print(f"sparsecod {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RanksFailed as error:
+        print(f"sparsecod {command}: {error}; see its output above", file=sys.stderr)
+        return 1
+    return 0

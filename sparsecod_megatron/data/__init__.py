@@ -1,0 +1,1 @@
+"""Text to Megatron's IndexedDataset, and IndexedDataset to training batches."""

@@ -1,0 +1,102 @@
+"""Samples to micro-batches, so that a global batch is the same set of samples under any data-parallel size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from sparsecod_megatron.errors import ConfigError
+
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class BatchIterator:
+    """Yields one data-parallel rank's micro-batches.
+
+    Global batch `k` is samples `[c + k·G, c + (k+1)·G)` of the dataset, `c` being `consumed_samples` and `G` the global
+    batch size. Its micro-step `m` is the `m`-th `micro_batch_size · data_parallel_size` of them, and each rank
+    takes a contiguous part of it. Iteration ends when a whole global batch no longer fits.
+
+    Args:
+        dataset: samples that are dictionaries with at least `tokens`, `labels`, `loss_mask`, `position_ids`.
+        micro_batch_size: samples of one rank's micro-batch.
+        global_batch_size: samples of one optimizer step over all ranks.
+        data_parallel_rank: this rank's place among the data-parallel ranks.
+        data_parallel_size: their number.
+        consumed_samples: where to go on, counted over all ranks.
+        num_workers: loading processes; 0 loads in this one.
+
+    Raises:
+        ConfigError: the global batch is no whole number of micro-steps, or the dataset ends within the first one.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, torch.Tensor]],
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        consumed_samples: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        assert 0 <= data_parallel_rank < data_parallel_size
+        step = micro_batch_size * data_parallel_size
+        if global_batch_size % step:
+            message = (
+                f"not a multiple of micro_batch_size {micro_batch_size} times {data_parallel_size} data-parallel ranks"
+            )
+            raise ConfigError(f"train.global_batch_size {global_batch_size}: {message}; make it a multiple of {step}")
+        left = len(dataset) - consumed_samples  # type: ignore[arg-type]
+        if left < global_batch_size:
+            message = f"{left} samples left after {consumed_samples} consumed, less than one global batch"
+            raise ConfigError(f"train.global_batch_size {global_batch_size}: {message}; build a longer dataset")
+        self._batches = iter(
+            DataLoader(
+                dataset,
+                batch_sampler=_MicroBatchIndices(
+                    start=consumed_samples + data_parallel_rank * micro_batch_size,
+                    stop=consumed_samples + left // global_batch_size * global_batch_size,
+                    step=step,
+                    size=micro_batch_size,
+                ),
+                num_workers=num_workers,
+                collate_fn=_collate,
+                pin_memory=torch.cuda.is_available(),
+                # The loader draws a seed; not from the global generator, whose state dropout needs for an exact resume.
+                generator=torch.Generator(),
+            )
+        )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        """The next micro-batch.
+
+        Returns:
+            `tokens`, `labels`, `position_ids` int64 and `loss_mask` float32, each `[micro_batch_size, seq_length]`.
+        """
+        return next(self._batches)
+
+
+class _MicroBatchIndices:
+    """The sample numbers of each micro-batch: `size` of them from every `step`-th place on."""
+
+    def __init__(self, start: int, stop: int, step: int, size: int) -> None:
+        self._starts = range(start, stop, step)
+        self._size = size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(start, start + self._size)) for start in self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {key: default_collate([sample[key] for sample in samples]) for key in _KEYS}

@@ -1,0 +1,25 @@
+"""The only errors a user's mistake raises.
+
+The command line turns each into one line on stderr and exit status 2, so a message must stand alone: what is wrong,
+where, the value seen, and what to do. Broken invariants of our own are `assert`s and keep their traceback.
+"""
+
+
+class SparsecodError(ValueError):
+    """Base of all errors that are the user's to fix; its text is the one line they read."""
+
+
+class ConfigError(SparsecodError):
+    """A configuration key, value or combination that cannot run."""
+
+
+class DataError(SparsecodError):
+    """Text, token files or tokenizers that are missing, damaged or do not fit the model."""
+
+
+class CheckpointError(SparsecodError):
+    """A checkpoint that is missing, damaged or belongs to another model."""
+
+
+class ConversionError(SparsecodError):
+    """A model that the other format cannot express, or whose conversion does not reproduce its outputs."""

@@ -1,0 +1,76 @@
+"""Loading a HuggingFace model directory, refusing whatever transformers would otherwise repair in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsecod_megatron.errors import CheckpointError, ConfigError
+
+
+def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
+    """Load a causal LM of stock transformers in evaluation mode.
+
+    Args:
+        directory: folder with `config.json` and the weights.
+        dtype: `float32` or `bfloat16`, the type of weights and computation.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        CheckpointError: no such folder, no `config.json`, unreadable weights, or weights that the architecture needs
+            and the folder lacks (transformers would fill them with random numbers).
+        ConfigError: `cuda` where there is none.
+    """
+    check_model_directory(directory)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: transformers cannot load this model: {error}") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise CheckpointError(
+            f"{directory}: the weight files lack {len(missing)} tensors, the first {missing[0]}; export it again"
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory.
+
+    Raises:
+        CheckpointError: no such folder, or no tokenizer in it.
+    """
+    check_model_directory(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: no tokenizer that transformers can load; copy tokenizer.json and tokenizer_config.json there"
+        ) from error
+
+
+def check_model_directory(directory: Path) -> None:
+    """Refuse a path that is no HuggingFace model directory.
+
+    Raises:
+        CheckpointError: no such folder, or it has no `config.json`.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"--model {directory}: no such folder; give a HuggingFace model directory, as `sparsecod export` writes"
+        )
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"--model {directory}: has no config.json; give a HuggingFace model directory, as `sparsecod export` writes"
+        )

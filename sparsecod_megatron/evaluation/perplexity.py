@@ -1,0 +1,188 @@
+"""Token-level cross entropy of a causal LM on a token stream, each token scored exactly once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from sparsecod_megatron.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Cross entropy of a token stream.
+
+    Attributes:
+        loss: nats per token, Σ loss ÷ Σ tokens.
+        perplexity: `exp(loss)`.
+        bits_per_byte: Σ loss in bits ÷ bytes of text; None where the bytes are not known.
+        num_tokens: scored tokens: all but the stream's first.
+        num_bytes: bytes of their text, or None.
+        num_windows: forward passes' rows, the unit of the bootstrap.
+        seq_length: tokens of context and target that the model sees at most.
+        stride: tokens from one window to the next.
+        loss_stderr: bootstrap standard error of `loss`; None for a single window, as are the two below.
+        loss_low: lower end of the 95 % bootstrap interval of `loss`.
+        loss_high: its upper end.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    num_tokens: int
+    num_bytes: int | None
+    num_windows: int
+    seq_length: int
+    stride: int
+    loss_stderr: float | None
+    loss_low: float | None
+    loss_high: float | None
+
+
+class Window(NamedTuple):
+    """One row of a forward pass: inputs are `tokens[start:end]`, scored are `tokens[first:end + 1]`."""
+
+    start: int
+    end: int
+    first: int
+
+
+def plan_windows(num_tokens: int, seq_length: int, stride: int) -> list[Window]:
+    """Cut a stream into windows that score every token after the first exactly once.
+
+    Consecutive windows share their border token: it is the last target of one and the first context of the next.
+
+    Args:
+        num_tokens: length of the stream.
+        seq_length: inputs of a window.
+        stride: distance between windows' starts, 1 … `seq_length`; shorter means more context and more work.
+    """
+    assert 1 <= stride <= seq_length
+    windows = []
+    start, first = 0, 1
+    while first < num_tokens:
+        end = min(start + seq_length, num_tokens - 1)
+        windows.append(Window(start, end, first))
+        start, first = start + stride, end + 1
+    return windows
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    seq_length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    num_bytes: int | None = None,
+) -> PerplexityResult:
+    """Score a token stream; the model is used as it is (set it to evaluation mode before).
+
+    Args:
+        model: a causal LM whose logits `[batch, sequence, vocabulary]` predict the next token.
+        tokens: integer `[tokens]`; the first is context only.
+        seq_length: inputs of a window.
+        stride: distance between windows' starts; None means `seq_length`, windows that do not overlap.
+        batch_size: windows of a forward pass.
+        seed: of the bootstrap over windows.
+        num_bytes: UTF-8 bytes of the text of `tokens[1:]`, for bits per byte.
+
+    Raises:
+        DataError: fewer than two tokens, or a token id outside the model's vocabulary.
+        ConfigError: a stride outside 1 … `seq_length`.
+        CheckpointError: the model's loss is not a finite number.
+    """
+    stride = seq_length if stride is None else stride
+    if not 1 <= stride <= seq_length:
+        raise ConfigError(f"--stride {stride}: must be 1 to --seq-length {seq_length}, or tokens would go unscored")
+    _check_tokens(tokens, model.config.get_text_config().vocab_size)
+    windows = plan_windows(len(tokens), seq_length, stride)
+    sums = _score(model, tokens, windows, batch_size)
+    if not np.isfinite(sums).all():
+        window = windows[int(np.flatnonzero(~np.isfinite(sums))[0])]
+        where = f"tokens {window.first} to {window.end}"
+        raise CheckpointError(f"the model's loss on {where} is not finite; its weights or activations overflow")
+    counts = np.array([window.end + 1 - window.first for window in windows], dtype=np.float64)
+    loss = float(sums.sum() / counts.sum())
+    stderr, low, high = _bootstrap(sums, counts, seed)
+    return PerplexityResult(
+        loss=loss,
+        perplexity=exp(loss),
+        bits_per_byte=float(sums.sum()) / math.log(2) / num_bytes if num_bytes else None,
+        num_tokens=int(counts.sum()),
+        num_bytes=num_bytes,
+        num_windows=len(windows),
+        seq_length=seq_length,
+        stride=stride,
+        loss_stderr=stderr,
+        loss_low=low,
+        loss_high=high,
+    )
+
+
+def exp(loss: float) -> float:
+    """`exp`, infinite where a float cannot hold it: a diverged model still gets its loss reported."""
+    return float(np.exp(np.float64(loss))) if loss < math.log(np.finfo(np.float64).max) else math.inf
+
+
+def _check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
+    if len(tokens) < 2:
+        raise DataError(f"{len(tokens)} tokens to score; at least two are needed")
+    outside = torch.nonzero((tokens < 0) | (tokens >= vocab_size)).flatten()
+    if len(outside):
+        position = int(outside[0])
+        raise DataError(
+            f"token id {int(tokens[position])} at position {position}, but the model's vocabulary has {vocab_size} "
+            "entries; tokenise with this model's tokenizer"
+        )
+
+
+@torch.inference_mode()
+def _score(model: PreTrainedModel, tokens: torch.Tensor, windows: list[Window], batch_size: int) -> np.ndarray:
+    """Σ loss of each window in nats, float64 `[windows]`.
+
+    Only the last window can be shorter than the others; it runs alone, so nothing is ever padded.
+    """
+    num_full = sum(window.end - window.start == windows[0].end - windows[0].start for window in windows)
+    batches = [windows[i : min(i + batch_size, num_full)] for i in range(0, num_full, batch_size)]
+    if num_full < len(windows):
+        batches.append(windows[num_full:])
+    sums: list[float] = []
+    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None):
+        inputs = torch.stack([tokens[window.start : window.end] for window in batch]).to(model.device)
+        logits = model(input_ids=inputs, use_cache=False).logits
+        losses = []
+        for row, window in zip(
+            logits, batch, strict=True
+        ):  # row by row: a float32 copy of the batch's logits can be huge
+            targets = tokens[window.first : window.end + 1].to(model.device)
+            scored = row[window.first - window.start - 1 :].float()
+            losses.append(F.cross_entropy(scored, targets, reduction="none").double().sum())
+        sums.extend(torch.stack(losses).tolist())
+    return np.array(sums, dtype=np.float64)
+
+
+def _bootstrap(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float | None, float | None, float | None]:
+    """Standard error and 95 % percentile interval of Σ sums ÷ Σ counts when windows are drawn with replacement."""
+    num_windows = len(sums)
+    if num_windows < 2:
+        return None, None, None
+    generator = np.random.default_rng(seed)
+    losses = np.empty(NUM_RESAMPLES)
+    for i in range(NUM_RESAMPLES):
+        drawn = generator.integers(num_windows, size=num_windows)
+        losses[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.percentile(losses, [2.5, 97.5])
+    return float(losses.std(ddof=1)), float(low), float(high)

@@ -1,0 +1,108 @@
+"""A model directory that `AutoModelForCausalLM` and `AutoTokenizer` load, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.families import choose_family
+from sparsecod_megatron.hf.shards import plan_shards, write_shards
+from sparsecod_megatron.hf.tokenizer import check_tokenizer, load_tokenizer, special_token_ids
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def export_model(
+    model: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    output: Path,
+    *,
+    seq_length: int,
+    dtype: torch.dtype,
+    tokenizer_dir: Path | None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a model as a HuggingFace directory. Local: one process calls it, with unsharded tensors.
+
+    The same arguments give byte-identical files. Tensors are looked up once each, in file order, and let go of when
+    their file is written, so a mapping that reads on access keeps one shard and one layer in memory.
+
+    Args:
+        model: shape of the model, `vocab_size` set.
+        tensors: every parameter under its name in a single-process Megatron-Core `GPTModel` of the local spec; any
+            device and floating-point type.
+        output: directory to make.
+        seq_length: longest sequence trained on, in tokens; becomes `max_position_embeddings`.
+        dtype: of the weights in the files.
+        tokenizer_dir: a directory `AutoTokenizer` loads; None exports without a tokenizer.
+        max_shard_bytes: largest weight file.
+        overwrite: replace a model directory that is already there.
+        check: called with the complete directory before it takes its name; what it raises leaves `output` as it was.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ConversionError: no stock class expresses the model; tensors are missing, unknown or of the wrong shape; the
+            tokenizer cannot be read or does not fit; or `output` is in use.
+    """
+    family = choose_family(model)
+    table = family.table(model)
+    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir, vocab_size=model.vocab_size or 0)
+    token_ids = special_token_ids(tokenizer)
+    with _directory_in_the_making(output, overwrite=overwrite) as folder:
+        family.config(model, seq_length=seq_length, dtype=dtype, token_ids=token_ids).save_pretrained(folder)
+        GenerationConfig(**token_ids).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            check_tokenizer(tokenizer, folder)
+        shards = plan_shards(table.hf_shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        write_shards(table.to_hf(tensors), shards, dtype=dtype, folder=folder)
+        if check is not None:
+            check(folder)
+    return output
+
+
+@contextmanager
+def _directory_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A sibling directory that is renamed to `output` when the block ends well and removed when it does not."""
+    output = output.resolve()
+    _check_output(output, overwrite=overwrite)
+    making, replaced = (output.with_name(f".{output.name}.{suffix}") for suffix in ("making", "replaced"))
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        yield making
+        if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            output.rename(replaced)
+        making.rename(output)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConversionError(f"{output}: is a file; give a directory to make")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ConversionError(f"{output}: is not empty; give a new directory, or ask to overwrite it")
+    if not (output / "config.json").is_file():
+        raise ConversionError(
+            f"{output}: holds no config.json, so it is no model directory to overwrite; give another one"
+        )

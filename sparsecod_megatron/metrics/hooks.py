@@ -1,0 +1,76 @@
+"""Where statistics are observed: the places of a transformer layer, by forward hooks that remove themselves.
+
+A layer of Megatron-Core computes, with h the residual stream of shape [S_local, B, H]:
+
+    h  = h + attention(norm(h))      attn_in: h before,  attn: what is added
+    h  = h + mlp(norm(h))            mlp_in:  h before,  mlp:  what is added       out: h after
+
+The residual stream keeps H whole under tensor and sequence parallelism, and both branches are already summed over
+tensor-parallel ranks, so a token's statistics never need another rank. Source: Megatron-Core
+transformer/transformer_layer.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+PLACES = ("attn_in", "attn", "mlp_in", "mlp", "out")
+"""What `observing` reports, in the order of the forward pass."""
+
+Observer = Callable[[int, str, Tensor], None]
+"""Called with the 0-based layer, the place, and its tensor [S_local, B, H], detached."""
+
+
+@contextlib.contextmanager
+def observing(models: Sequence[GPTModel], observer: Observer) -> Iterator[None]:
+    """Call `observer` at every place of every layer that runs forward inside the block. Local.
+
+    A forward pass that activation recompute runs again is seen once: the second run happens inside the backward pass.
+    """
+    handles = []
+    for model in models:
+        for layer in model.decoder.layers:
+            handles.extend(_attach(layer, observer))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attach(layer: TransformerLayer, observer: Observer) -> list[Any]:
+    index = layer.layer_number - 1
+
+    def see(place: str, tensor: Tensor) -> None:
+        if not _in_backward():
+            observer(index, place, tensor.detach())
+
+    def before(place: str) -> Callable[..., None]:
+        return lambda module, args: see(place, args[0])
+
+    def branch(place: str) -> Callable[..., None]:
+        return lambda module, args, result: see(place, _with_bias(*result))
+
+    return [
+        layer.input_layernorm.register_forward_pre_hook(before("attn_in")),
+        layer.self_attention.register_forward_hook(branch("attn")),
+        layer.pre_mlp_layernorm.register_forward_pre_hook(before("mlp_in")),
+        layer.mlp.register_forward_hook(branch("mlp")),
+        layer.register_forward_hook(lambda module, args, result: see("out", result[0])),
+    ]
+
+
+def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread; torch.utils.checkpoint asks the same way."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,78 @@
+"""Builds the model chunks that this rank holds."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.model.specs import block_spec
+
+
+def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
+    """`tokenizer_size` rounded up to a multiple of `make_vocab_size_divisible_by`, the same under every layout."""
+    multiple = model.make_vocab_size_divisible_by
+    return (tokenizer_size + multiple - 1) // multiple * multiple
+
+
+def build_model(
+    config: RunConfig,
+    megatron: TransformerConfig,
+    groups: ProcessGroupCollection,
+    *,
+    device: torch.device,
+    transformer_engine: bool,
+) -> list[torch.nn.Module]:
+    """This rank's model chunks, one unless the schedule is interleaved. Local; draws from this rank's seeded generator.
+
+    Args:
+        config: a checked run whose vocab_size is known.
+        megatron: `transformer_config(config)`.
+        groups: the run's process groups.
+        device: where parameters live.
+        transformer_engine: as for `transformer_config`.
+
+    Returns:
+        GPTModels, each in a Float16Module if the run is bf16.
+    """
+    assert config.model.vocab_size is not None, "the vocabulary size comes from the tokenizer before the model is built"
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = [None] if chunks is None else list(range(chunks))
+    models: list[torch.nn.Module] = []
+    for vp_stage in stages:
+        first = is_pp_first_stage(groups.pp) and is_vp_first_stage(vp_stage, chunks)
+        last = is_pp_last_stage(groups.pp) and is_vp_last_stage(vp_stage, chunks)
+        spec = block_spec(megatron, transformer_engine=transformer_engine, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+        model = GPTModel(
+            config=megatron,
+            transformer_layer_spec=spec,
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.data.seq_length,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        ).to(device)
+        model.vp_stage = vp_stage
+        models.append(Float16Module(megatron, model) if megatron.bf16 else model)
+    return models
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside data-parallel and 16-bit wrappers."""
+    while not isinstance(model, GPTModel):
+        assert isinstance(model.module, torch.nn.Module), "a wrapper keeps the model it wraps in `module`"
+        model = model.module
+    return model

@@ -1,0 +1,32 @@
+"""RMSNorm as a module of a layer spec; Megatron's own wrapper of torch's norms refuses sequence parallelism."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, over the last axis.
+
+    Args:
+        config: tells whether the sequence is sharded, in which case each tensor-parallel rank sees other tokens and
+            Megatron must sum this
+            weight's gradient over the group (`weight.sequence_parallel`).
+        hidden_size: size of the last axis.
+        eps: added to the mean square.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S_local, B, H] → [S_local, B, H]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

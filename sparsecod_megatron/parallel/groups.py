@@ -1,0 +1,90 @@
+"""Starts and stops the process groups of a run.
+
+Megatron-Core keeps its groups in `parallel_state`; they are created here once and handed on as a
+ProcessGroupCollection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from sparsecod_megatron.config import RunConfig, data_parallel_size
+
+ProcessGroups: TypeAlias = ProcessGroupCollection
+
+
+@contextlib.contextmanager
+def running_processes(
+    config: RunConfig, *, communication: str, device: torch.device, timeout_s: float = 1800.0
+) -> Iterator[ProcessGroups]:
+    """The run's processes and their groups while the block runs. Collective over all processes.
+
+    Args:
+        config: layout and seed; checked against the number of processes.
+        communication: torch.distributed backend, `gloo` or `nccl`.
+        device: device of this rank.
+        timeout_s: after this long a collective that some rank never joins raises.
+
+    Yields:
+        Every group of the layout.
+
+    Raises:
+        ConfigError: the layout does not fit the number of processes.
+    """
+    data_parallel_size(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    _initialize(communication, device, datetime.timedelta(seconds=timeout_s))
+    try:
+        with process_groups(config) as groups:
+            yield groups
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_groups(config: RunConfig) -> Iterator[ProcessGroups]:
+    """Groups of one layout over running processes, seeded. Collective over all processes.
+
+    Raises:
+        ConfigError: the layout does not fit the number of processes.
+    """
+    data_parallel_size(config, world_size=dist.get_world_size())
+    parallel = config.parallel
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        )
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        _seed(config.train.seed, groups)
+        yield groups
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _initialize(communication: str, device: torch.device, timeout: datetime.timedelta) -> None:
+    device_id = device if device.type == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(communication, timeout=timeout, device_id=device_id)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(communication, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+
+
+def _seed(seed: int, groups: ProcessGroups) -> None:
+    """Megatron's convention: stages differ by 100, tensor-parallel ranks through the tracker, replicas are equal."""
+    stage_seed = seed + 100 * groups.pp.rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)

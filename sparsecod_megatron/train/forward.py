@@ -1,0 +1,54 @@
+"""One micro-batch through the model: this rank's part of the sequence in, (Σ loss, Σ tokens) out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecod_megatron.model.attention import zigzag_positions
+
+Batch = dict[str, Tensor]
+
+
+def shard_sequence(batch: Batch, cp_group: torch.distributed.ProcessGroup) -> Batch:
+    """This context-parallel rank's tokens, [B, S] → [B, S / CP], in Megatron's zig-zag order. Local."""
+    if cp_group.size() == 1:
+        return batch
+    tokens = batch["tokens"]
+    positions = zigzag_positions(tokens.shape[1], cp_group.size(), device=tokens.device)[cp_group.rank()]
+    return {name: tensor.index_select(1, positions) for name, tensor in batch.items()}
+
+
+def make_forward_step(
+    cp_group: torch.distributed.ProcessGroup, device: torch.device
+) -> Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]:
+    """The function that Megatron-Core's schedules call for each micro-batch."""
+
+    def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data).items()}
+        batch = shard_sequence(batch, cp_group)
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return losses, partial(sum_of_losses, batch["loss_mask"])
+
+    return forward_step
+
+
+def sum_of_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sums, not means: Megatron divides the gradient by this micro-batch's tokens, we the report by the global batch's.
+
+    Args:
+        loss_mask: 1 where a token counts, [B, S / CP].
+        losses: cross entropy of each token in nats, [B, S / CP].
+
+    Returns:
+        Σ loss for the backward pass, Σ tokens (int), and both again as one pair for the report.
+    """
+    mask = loss_mask.view(-1)
+    total = torch.sum(losses.float().view(-1) * mask)
+    tokens = mask.sum()
+    report = torch.stack((total.detach().double(), tokens.double()))
+    return total, tokens.to(torch.int), {"loss": report}

@@ -1,0 +1,45 @@
+"""What every test shares: paths, the skip of GPU tests without a GPU, and caches apart from the user's own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point the libraries' caches at a folder of this session and keep them offline, before any of them is imported."""
+    cache = tempfile.TemporaryDirectory(prefix="sparsecod-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ.update(HF_HOME=cache.name, HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests by name on machines without CUDA; torch is only imported where such a test was collected."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout these tests belong to."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Offline texts, tokenizers, models and evaluation sets that lie beside the checkout on some machines."""
+    folder = REPO_ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared/data beside the checkout")
+    return folder

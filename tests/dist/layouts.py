@@ -1,0 +1,44 @@
+"""The layouts that must all compute what one process computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TP2 = "parallel.tensor_model_parallel_size=2"
+SP = "parallel.sequence_parallel=true"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+CP2 = "parallel.context_parallel_size=2"
+EP2 = "parallel.expert_model_parallel_size=2"
+ETP1 = "parallel.expert_tensor_parallel_size=1"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model spread over processes.
+
+    Attributes:
+        name: shown by pytest.
+        model: `dense` or `moe`.
+        nproc: number of processes.
+        overrides: of the configuration.
+    """
+
+    name: str
+    model: str
+    nproc: int
+    overrides: tuple[str, ...]
+
+
+LAYOUTS = [
+    Layout("dp2", "dense", 2, ()),
+    Layout("tp2", "dense", 2, (TP2,)),
+    Layout("tp2-sp", "dense", 2, (TP2, SP)),
+    Layout("pp2", "dense", 2, (PP2,)),
+    Layout("pp2-vpp2", "dense", 2, (PP2, VPP2)),
+    Layout("cp2", "dense", 2, (CP2,)),
+    Layout("tp2-pp2", "dense", 4, (TP2, PP2)),
+    Layout("ep2", "moe", 2, (EP2,)),
+    Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2)),
+    Layout("tp2-ep2-etp1", "moe", 2, (TP2, SP, EP2, ETP1)),
+]

@@ -1,0 +1,52 @@
+"""Loads one checkpoint into each layout in turn and saves it from there. Started by torchrun with four ranks.
+
+Arguments: the source checkpoint of each model as dense=DIR moe=DIR, then the folder to write to.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.checkpoint import TrainState, load_weights, resolve_step_dir, save_checkpoint
+from sparsecod_megatron.config import load_config
+from sparsecod_megatron.parallel import process_groups, running_processes
+from tests.dist.layouts import LAYOUTS
+
+
+def main() -> None:
+    """Write FOLDER/<layout>/step_00000000 for every layout."""
+    *sources, folder = sys.argv[1:]
+    source = {name: resolve_step_dir(Path(path)) for name, path in (item.split("=") for item in sources)}
+    backend = select_backend()
+    from sparsecod_megatron.train.setup import build_trainer
+
+    base = load_config(source["dense"] / "config.yaml")
+    with running_processes(base, communication=backend.communication, device=backend.device):
+        for layout in LAYOUTS:
+            config = load_config(
+                source[layout.model] / "config.yaml", [*layout.overrides, "train.global_batch_size=16"]
+            )
+            # Other fresh weights than the source's, so that what is saved can only come from the load.
+            config = replace(config, train=replace(config.train, seed=7))
+            with process_groups(config) as groups:
+                trainer = build_trainer(config, backend, groups)
+                load_weights(source[layout.model], config=config, models=trainer.models, groups=groups)
+                save_checkpoint(
+                    Path(folder) / layout.name,
+                    config=config,
+                    models=trainer.models,
+                    optimizer=trainer.optimizer,
+                    scheduler=trainer.scheduler,
+                    state=TrainState(),
+                    groups=groups,
+                )
+            dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

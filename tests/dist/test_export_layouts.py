@@ -1,0 +1,61 @@
+"""A trained model exports to the same bytes whatever layout saved it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.dist.conftest import Bench
+from tests.dist.layouts import LAYOUTS
+from tests.helpers.cli import sparsecod, torchrun
+
+pytestmark = pytest.mark.dist
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    """Every safetensors file of an export."""
+    files = {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+    assert files
+    return files
+
+
+@pytest.fixture(scope="module")
+def exported(bench: Bench, reference: dict[str, Path]) -> dict[str, Path]:
+    """The single-process runs, exported and verified."""
+    result = {}
+    for model, run in reference.items():
+        result[model] = bench.directory / f"exported-{model}"
+        output = sparsecod("export", "--checkpoint", run, "--output", result[model], "--verify").stdout
+        assert "argmax agreement 100.00%" in output
+    return result
+
+
+@pytest.fixture(scope="module")
+def relaid(bench: Bench, reference: dict[str, Path], repo_root: Path) -> Path:
+    """The trained weights, saved again under every layout."""
+    folder = bench.directory / "relaid"
+    script = repo_root / "tests" / "dist" / "relayout_worker.py"
+    torchrun(script, *(f"{model}={run}" for model, run in reference.items()), folder, nproc=4)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_same_bytes(layout, exported: dict[str, Path], relaid: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Exports of one process's checkpoint and of the layout's are equal file by file."""
+    sparsecod("export", "--checkpoint", relaid / layout.name, "--output", tmp_path / "hf")
+    assert weights(tmp_path / "hf") == weights(exported[layout.model])
+
+
+def test_plain_transformers_loads_it(exported: dict[str, Path]) -> None:
+    """Stock classes, no remote code, and the tokenizer beside the weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    names = {}
+    for model, directory in exported.items():
+        loaded = AutoModelForCausalLM.from_pretrained(directory)
+        names[model] = type(loaded).__name__
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        ids = tokenizer("The router skips", return_tensors="pt").input_ids
+        assert loaded.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+    assert names == {"dense": "LlamaForCausalLM", "moe": "Qwen2MoeForCausalLM"}

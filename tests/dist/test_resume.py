@@ -1,0 +1,68 @@
+"""A run stopped and resumed is the run that was never stopped: bit for bit in the same layout, closely in another."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.dist.conftest import MODELS, Bench
+from tests.dist.layouts import EP2, PP2, SP, TP2
+from tests.dist.test_layouts import series, statistics
+
+pytestmark = pytest.mark.dist
+
+
+def stopped_copy(reference: Path, target: Path) -> Path:
+    """The reference run as it was when it saved step 10, with later lines that a resume must drop."""
+    shutil.copytree(reference, target)
+    shutil.rmtree(target / "checkpoints" / "step_00000020")
+    (target / "checkpoints" / "latest").write_text("step_00000010\n")
+    return target
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_same_layout_is_bitwise(model: str, bench: Bench, reference: dict[str, Path]) -> None:
+    """Losses, gradient norms and statistics of steps 11-20 are equal as numbers, not nearly."""
+    run = stopped_copy(reference[model], bench.directory / f"resumed-{model}")
+    bench.train(run.name, *MODELS[model])
+    for field in ("step", "loss", "grad_norm", "lr", "tokens"):
+        np.testing.assert_array_equal(series(run, field), series(reference[model], field), err_msg=field)
+    np.testing.assert_array_equal(statistics(run)[0], statistics(reference[model])[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "nproc"),
+    [
+        pytest.param("dense", (TP2, PP2), 4, id="one-to-tp2-pp2"),
+        pytest.param("moe", (EP2, TP2, SP), 4, id="one-to-ep2-tp2"),
+    ],
+)
+def test_other_layout_continues(
+    model: str, overrides: tuple[str, ...], nproc: int, bench: Bench, reference: dict[str, Path]
+) -> None:
+    """From one process to many: the same losses to 1e-4, statistics to 1e-4."""
+    run = stopped_copy(reference[model], bench.directory / f"resumed-{model}-{nproc}")
+    bench.train(run.name, *MODELS[model], *overrides, nproc=nproc)
+    np.testing.assert_allclose(series(run, "loss"), series(reference[model], "loss"), rtol=1e-4)
+    np.testing.assert_allclose(statistics(run)[0], statistics(reference[model])[0], rtol=1e-4)
+
+
+def test_many_processes_to_one(bench: Bench, initial: dict[str, Path], reference: dict[str, Path]) -> None:
+    """Experts over two ranks, optimizer state and all, gathered into one process."""
+    name = "ep2-to-one"
+    bench.train(name, f"checkpoint.init_from={initial['moe']}", *MODELS["moe"], EP2, "train.exit_step=10", nproc=2)
+    run = bench.train(name, *MODELS["moe"])
+    np.testing.assert_allclose(series(run, "loss"), series(reference["moe"], "loss"), rtol=1e-4)
+
+
+def test_losing_the_optimizer_shows(bench: Bench, reference: dict[str, Path]) -> None:
+    """Negative control: weights without optimizer state do not continue the run."""
+    run = bench.train(
+        "weights-only",
+        f"checkpoint.init_from={reference['dense']}/checkpoints/step_00000010",
+        "train.exit_step=5",
+    )
+    assert abs(series(run, "loss")[4] - series(reference["dense"], "loss")[14]) > 1e-3

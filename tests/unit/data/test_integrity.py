@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsecod_megatron.data.integrity import TokenFiles, check_token_files, check_vocabulary
+from sparsecod_megatron.data.metadata import DatasetInfo, SplitInfo, write_info
+from sparsecod_megatron.errors import DataError
+
+DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 13, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_whole_files_pass_and_are_counted(write_tokens, dtype):
+    assert check_token_files(write_tokens(DOCUMENTS, dtype=dtype), 11) == TokenFiles(3, 12, dtype)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_file_is_named(write_tokens, suffix):
+    prefix = write_tokens(DOCUMENTS)
+    Path(prefix + suffix).unlink()
+    with pytest.raises(DataError, match=rf"tokens\{suffix}: no such file"):
+        check_token_files(prefix, 4)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 23])
+def test_a_truncated_bin_is_named_with_both_sizes(write_tokens, lost):
+    prefix = write_tokens(DOCUMENTS)
+    whole = Path(prefix + ".bin").read_bytes()
+    Path(prefix + ".bin").write_bytes(whole[:-lost])
+    with pytest.raises(DataError, match=rf"tokens\.bin: {24 - lost} bytes, but its \.idx file says 24"):
+        check_token_files(prefix, 4)
+
+
+def test_a_bin_with_too_much_in_it_is_refused(write_tokens):
+    prefix = write_tokens(DOCUMENTS)
+    with Path(prefix + ".bin").open("ab") as stream:
+        stream.write(b"xx")
+    with pytest.raises(DataError, match="26 bytes"):
+        check_token_files(prefix, 4)
+
+
+def test_every_truncation_of_the_index_is_refused(write_tokens):
+    prefix = write_tokens(DOCUMENTS)
+    whole = Path(prefix + ".idx").read_bytes()
+    for size in range(len(whole)):
+        Path(prefix + ".idx").write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"tokens\.idx: "):
+            check_token_files(prefix, 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + b"\0" * 90, b"MMIDIDX\x00\x00" + b"\x07" * 90])
+def test_a_foreign_index_is_refused(write_tokens, content):
+    prefix = write_tokens(DOCUMENTS)
+    Path(prefix + ".idx").write_bytes(content)
+    with pytest.raises(DataError, match=r"tokens\.idx: (not a Megatron index file|index version)"):
+        check_token_files(prefix, 4)
+
+
+def test_no_documents_are_refused(write_tokens):
+    with pytest.raises(DataError, match="no documents"):
+        check_token_files(write_tokens([]), 4)
+
+
+def test_fewer_tokens_than_a_sample_are_refused(write_tokens):
+    with pytest.raises(DataError, match=r"12 tokens, fewer than one sample of 12 \+ 1"):
+        check_token_files(write_tokens(DOCUMENTS), 12)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_token_files_of_others_are_scanned_for_the_largest_id(write_tokens, dtype):
+    prefix = write_tokens(DOCUMENTS, dtype=dtype)
+    check_vocabulary(prefix, 14)
+    with pytest.raises(DataError, match=r"largest token id is 13, but the model's vocabulary has 13 .* at least 14"):
+        check_vocabulary(prefix, 13)
+
+
+def test_scanning_covers_every_chunk(write_tokens, monkeypatch):
+    monkeypatch.setattr("sparsecod_megatron.data.integrity._SCAN_TOKENS", 5)
+    for place in range(12):
+        tokens = [1] * 12
+        tokens[place] = 99
+        with pytest.raises(DataError, match="largest token id is 99"):
+            check_vocabulary(write_tokens([tokens]), 50)
+
+
+def test_the_tokenizer_decides_where_it_is_known(write_tokens, tmp_path):
+    prefix = write_tokens(DOCUMENTS, name="x_train")
+    for tokens, largest in ((12, 299), (11, 13)):  # a count that differs describes other files: scan
+        split = SplitInfo(documents=3, tokens=tokens, bytes=1, sha256="")
+        info = DatasetInfo("x_tokenizer", 300, 0, None, "uint16", {"train": split}, "x", 1)
+        write_info(info, tmp_path / "x.json")
+        check_vocabulary(prefix, largest + 1)
+        with pytest.raises(DataError, match=f"largest (token )?id is {largest}"):
+            check_vocabulary(prefix, largest)

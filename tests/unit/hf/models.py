@@ -1,0 +1,39 @@
+"""Small models of every kind that converts, by a name that says what is special about them."""
+
+from __future__ import annotations
+
+from sparsecod_megatron.config import ModelConfig
+
+
+def tiny(**changes: object) -> ModelConfig:
+    values: dict[str, object] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 40,
+        "num_attention_heads": 4,
+        "vocab_size": 61,
+        "rotary_base": 500,
+    }
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def moe(**changes: object) -> ModelConfig:
+    return tiny(**({"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 24} | changes))
+
+
+MODELS = {
+    "mha": tiny(),
+    "gqa": tiny(num_query_groups=2),
+    "mqa": tiny(num_query_groups=1),
+    "tied": tiny(num_query_groups=2, untie_embeddings_and_output_weights=False),
+    "wide heads": tiny(num_query_groups=2, kv_channels=14),
+    "heads that do not divide": tiny(hidden_size=20, num_attention_heads=6, num_query_groups=3, kv_channels=6),
+    "moe": moe(num_query_groups=2),
+    "moe wide heads": moe(kv_channels=14),
+    "moe tied": moe(untie_embeddings_and_output_weights=False),
+    "moe top-1": moe(moe_router_topk=1, moe_router_pre_softmax=True),
+    "moe shared": moe(moe_shared_expert_intermediate_size=28),
+    "moe pre-softmax": moe(moe_router_pre_softmax=True, num_query_groups=1),
+    "moe pre-softmax wide heads": moe(moe_router_pre_softmax=True, kv_channels=14),
+    "moe pre-softmax shared": moe(moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=28),
+}

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.families import FAMILIES, choose_family
+from sparsecod_megatron.hf.families.choose import SHAPE_KEYS, TRAINING_KEYS
+from tests.unit.hf.models import MODELS, moe, tiny
+from tests.unit.hf.reference_gpt import random_tensors
+
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+EXPECTED = {
+    "mha": "LlamaForCausalLM",
+    "gqa": "LlamaForCausalLM",
+    "mqa": "LlamaForCausalLM",
+    "tied": "LlamaForCausalLM",
+    "wide heads": "LlamaForCausalLM",
+    "heads that do not divide": "MistralForCausalLM",
+    "moe": "MixtralForCausalLM",
+    "moe wide heads": "MixtralForCausalLM",
+    "moe tied": "MixtralForCausalLM",
+    "moe top-1": "Qwen2MoeForCausalLM",
+    "moe shared": "Qwen2MoeForCausalLM",
+    "moe pre-softmax": "Qwen2MoeForCausalLM",
+    "moe pre-softmax wide heads": "Qwen2MoeForCausalLM",
+    "moe pre-softmax shared": "Qwen2MoeForCausalLM",
+}
+
+
+def saved_by_transformers(model: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a random transformers model, as transformers itself writes them; what ours lacks is zero."""
+    config = choose_family(model).config(model, seq_length=16, dtype=torch.float32, token_ids=NO_TOKENS)
+    hf = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            absent = model.moe_shared_expert_intermediate_size is None and ".shared_expert." in name
+            zero = absent or "shared_expert_gate" in name or name.endswith("_proj.bias")
+            parameter.copy_(torch.zeros_like(parameter) if zero else torch.randn_like(parameter))
+    hf.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_expected_class_is_chosen(name: str) -> None:
+    assert choose_family(MODELS[name]).architecture == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_own_files_survive_the_way_to_megatron_and_back(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]
+    table = choose_family(model).table(model)
+    theirs = saved_by_transformers(model, tmp_path)
+    assert {key: tuple(tensor.shape) for key, tensor in theirs.items()} == table.hf_shapes
+    ours = dict(table.to_megatron(theirs))
+    assert {key: tensor.shape for key, tensor in ours.items()} == {
+        key: tensor.shape for key, tensor in random_tensors(model).items()
+    }
+    back = dict(table.to_hf(ours))
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_tensors_survive_the_way_to_huggingface_and_back(name: str) -> None:
+    model = MODELS[name]
+    table = choose_family(model).table(model)
+    ours = {key: tensor.bfloat16() for key, tensor in random_tensors(model).items()}
+    back = dict(table.to_megatron(dict(table.to_hf(ours))))
+    assert back.keys() == ours.keys() == table.megatron_shapes.keys()
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    "part", ["self_attn.k_proj.bias", "mlp.shared_expert_gate.weight", "mlp.shared_expert.up_proj.weight"]
+)
+def test_values_that_ours_has_no_parameter_for_are_refused(part: str) -> None:
+    model = MODELS["moe pre-softmax"]
+    table = choose_family(model).table(model)
+    theirs = dict(table.to_hf(random_tensors(model)))
+    theirs[f"model.layers.1.{part}"][0] += 1
+    with pytest.raises(ConversionError, match=rf"layer 1: model\.layers\.1\..*{part}"):
+        dict(table.to_megatron(theirs))
+
+
+def test_every_key_of_the_configuration_is_accounted_for() -> None:
+    assert {field.name for field in fields(ModelConfig)} == SHAPE_KEYS | TRAINING_KEYS
+    assert not SHAPE_KEYS & TRAINING_KEYS
+
+
+@pytest.mark.parametrize("change", [{"activation": "relu2"}, {"normalization": "LayerNorm"}])
+def test_features_beyond_every_class_are_named(change: dict[str, str]) -> None:
+    ((key, value),) = change.items()
+    with pytest.raises(ConversionError, match=f"model.{key}: {value}"):
+        choose_family(tiny(**change))
+
+
+def test_a_feature_the_families_have_not_heard_of_is_refused() -> None:
+    @dataclass
+    class NewerConfig(ModelConfig):
+        norm_placement: str = "pre"
+
+    newer = NewerConfig(vocab_size=61)
+    assert choose_family(newer).architecture == "LlamaForCausalLM"
+    with pytest.raises(ConversionError, match="model.norm_placement: post"):
+        choose_family(replace(newer, norm_placement="post"))
+
+
+def test_what_stands_in_the_way_of_each_candidate_is_told() -> None:
+    llama, _, mixtral, _ = FAMILIES
+    model = moe(moe_shared_expert_intermediate_size=28)
+    with pytest.raises(ConversionError, match=r"Llama.*num_moe_experts=5; Mixtral.*shared_expert_intermediate_size=28"):
+        choose_family(model, families=(llama, mixtral))
+
+
+def test_a_configuration_without_vocabulary_is_refused() -> None:
+    with pytest.raises(ConversionError, match="model.vocab_size: not set"):
+        choose_family(ModelConfig()).table(ModelConfig())
+
+
+def test_values_transformers_refuses_are_one_line() -> None:
+    model = tiny(init_method_std=2.0)
+    with pytest.raises(ConversionError, match="LlamaConfig refuses it.*initializer_range") as caught:
+        choose_family(model).config(model, seq_length=16, dtype=torch.float32, token_ids=NO_TOKENS)
+    assert "\n" not in str(caught.value)
