@@ -52,7 +52,7 @@ class ModelConfig:
     hidden_dropout: float = between(0, 1, 0.0)
     attention_dropout: float = between(0, 1, 0.0)
     init: str = choice("normal", "scaled")
-    """`normal`: every matrix N(0, init_method_std). `scaled`: output projections over sqrt(2 · num_layers), as Megatron."""
+    """`normal`: every matrix N(0, init_method_std). `scaled`: output projections over sqrt(2 · num_layers)."""
     init_method_std: float = at_least(0, 0.02)
 
     num_moe_experts: int | None = at_least(1, None)

@@ -1,6 +1,7 @@
 """The buffer that carries every layer's sums until one reduction: [layers, statistics, 2] = (Σ value, count).
 
-It stays on the device, so adding to it never waits for the GPU; the host sees it once per collected step.
+It stays on the device, so adding to it never waits for the GPU; the host sees it once per collected step. Maxima, which
+no sum can carry, have a buffer of their own and a second reduction, only where a group asks for any.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsecod_megatron.parallel import all_reduce_sums
+from sparsecod_megatron.parallel import all_reduce_maxima, all_reduce_sums
 
 
 class LayerAccumulator:
@@ -17,14 +18,19 @@ class LayerAccumulator:
 
     Args:
         num_layers: layers of the whole model.
-        names: the statistics, in buffer order.
+        names: the sums, in buffer order.
+        maxima: the values of which the largest is kept; none is negative.
         device: where values come from.
     """
 
-    def __init__(self, *, num_layers: int, names: Sequence[str], device: torch.device) -> None:
-        self.names = tuple(names)
+    def __init__(
+        self, *, num_layers: int, names: Sequence[str], maxima: Sequence[str] = (), device: torch.device
+    ) -> None:
+        self.names, self.maxima = tuple(names), tuple(maxima)
         self._index = {name: index for index, name in enumerate(self.names)}
+        self._maximum_index = {name: index for index, name in enumerate(self.maxima)}
         self._sums = torch.zeros((num_layers, len(self.names), 2), dtype=torch.float64, device=device)
+        self._maxima = torch.zeros((num_layers, len(self.maxima)), dtype=torch.float64, device=device)
 
     def add(self, layer: int, name: str, value: torch.Tensor, count: int) -> None:
         """Add Σ value (a scalar on the device) over `count` terms. Local, without waiting for the device.
@@ -39,18 +45,28 @@ class LayerAccumulator:
         row[0] += value
         row[1] += count
 
+    def add_maximum(self, layer: int, name: str, value: torch.Tensor) -> None:
+        """Keep `value`, shape [] and not negative, if it is the largest. Local, without waiting for the device."""
+        row = self._maxima[layer, self._maximum_index[name]]
+        torch.maximum(row, value.double(), out=row)
+
     def reset(self) -> None:
         """Forget everything added."""
         self._sums.zero_()
+        self._maxima.zero_()
 
     def reduce(self) -> list[dict[str, float]]:
-        """Global means, one dict a layer. Collective over all processes; waits for the device once.
+        """Global means and maxima, one dict a layer. Collective over all processes; waits for the device once.
 
         Returns:
-            For each layer, Σ value / Σ count by name. Statistics that no process added are absent.
+            For each layer, Σ value / Σ count by name, and the maxima. Statistics that no process added are absent.
         """
         totals = all_reduce_sums(self._sums.clone()).cpu()
-        return [
+        layers = [
             {name: float(value / count) for name, (value, count) in zip(self.names, layer, strict=True) if count > 0}
             for layer in totals
         ]
+        if self.maxima:
+            for layer, row in zip(layers, all_reduce_maxima(self._maxima.clone()).tolist(), strict=True):
+                layer.update(zip(self.maxima, row, strict=True))
+        return layers

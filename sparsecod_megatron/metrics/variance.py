@@ -20,46 +20,44 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from sparsecod_megatron.metrics.accumulator import LayerAccumulator
+from sparsecod_megatron.metrics.group import Statistics
 from sparsecod_megatron.metrics.hooks import PLACES, observing
 
-_NAMES = tuple(f"{place}_{moment}" for place in PLACES for moment in ("var", "mean_square"))
 
-
-class VarianceProbe:
-    """Collects the variance group over one step.
+class VarianceGroup:
+    """out_var, attn_var, mlp_var, out_rms, attn_rms, mlp_rms, attn_ratio, mlp_ratio.
 
     Args:
         models: the GPTModel chunks of this rank, without wrappers.
-        num_layers: layers of the whole model.
-        device: of the model.
     """
 
-    def __init__(self, models: Sequence[GPTModel], *, num_layers: int, device: torch.device) -> None:
+    names: tuple[str, ...] = tuple(f"{place}_{moment}" for place in PLACES for moment in ("var", "mean_square"))
+    maxima: tuple[str, ...] = ()
+
+    def __init__(self, models: Sequence[GPTModel]) -> None:
         self.models = list(models)
-        self.sums = LayerAccumulator(num_layers=num_layers, names=_NAMES, device=device)
 
     @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self, sums: LayerAccumulator) -> Iterator[None]:
         """Observe every training forward pass inside the block. Local."""
-        self.sums.reset()
-        with observing(self.models, self._observe):
+
+        @torch.no_grad()
+        def observe(layer: int, place: str, x: Tensor) -> None:
+            channels = x.shape[-1]
+            tokens = x.numel() // channels
+            variance, squares = variance_sums(x)
+            sums.add(layer, f"{place}_var", variance, tokens)
+            sums.add(layer, f"{place}_mean_square", squares, tokens * channels)
+
+        with observing(self.models, observe):
             yield
 
-    @torch.no_grad()
-    def _observe(self, layer: int, place: str, x: Tensor) -> None:
-        channels = x.shape[-1]
-        tokens = x.numel() // channels
-        variance, squares = variance_sums(x)
-        self.sums.add(layer, f"{place}_var", variance, tokens)
-        self.sums.add(layer, f"{place}_mean_square", squares, tokens * channels)
-
-    def reduce(self) -> list[dict[str, float]]:
-        """Exact statistics of the whole global batch. Collective over all processes.
-
-        Returns:
-            One dict a layer: out_var, attn_var, mlp_var, out_rms, attn_rms, mlp_rms, attn_ratio, mlp_ratio.
-        """
-        return [_statistics(means) for means in self.sums.reduce()]
+    def statistics(self, means: dict[str, float]) -> Statistics:
+        """One layer's statistics."""
+        variances: Statistics = {f"{place}_var": means[f"{place}_var"] for place in ("out", "attn", "mlp")}
+        rms = {f"{place}_rms": math.sqrt(means[f"{place}_mean_square"]) for place in ("out", "attn", "mlp")}
+        ratios = {f"{place}_ratio": means[f"{place}_var"] / means[f"{place}_in_var"] for place in ("attn", "mlp")}
+        return variances | rms | ratios
 
 
 def variance_sums(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,10 +71,3 @@ def variance_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     squares = torch.dot(flat.view(-1), flat.view(-1))
     token_sums = flat.sum(dim=-1)
     return (squares - torch.dot(token_sums, token_sums) / channels) / (channels - 1), squares
-
-
-def _statistics(means: dict[str, float]) -> dict[str, float]:
-    result = {f"{place}_var": means[f"{place}_var"] for place in ("out", "attn", "mlp")}
-    result |= {f"{place}_rms": math.sqrt(means[f"{place}_mean_square"]) for place in ("out", "attn", "mlp")}
-    result |= {f"{place}_ratio": means[f"{place}_var"] / means[f"{place}_in_var"] for place in ("attn", "mlp")}
-    return result

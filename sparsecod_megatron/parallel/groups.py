@@ -41,10 +41,22 @@ def running_processes(
         ConfigError: the layout does not fit the number of processes.
     """
     data_parallel_size(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    _initialize(communication, device, datetime.timedelta(seconds=timeout_s))
+    with world(communication=communication, device=device, timeout_s=timeout_s), process_groups(config) as groups:
+        yield groups
+
+
+@contextlib.contextmanager
+def world(*, communication: str, device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
+    """torch.distributed over the processes that torchrun started, or over this one. Collective over all processes."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    device_id = device if device.type == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(communication, timeout=timeout, device_id=device_id)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(communication, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
     try:
-        with process_groups(config) as groups:
-            yield groups
+        yield
     finally:
         dist.destroy_process_group()
 
@@ -72,15 +84,6 @@ def process_groups(config: RunConfig) -> Iterator[ProcessGroups]:
         yield groups
     finally:
         parallel_state.destroy_model_parallel()
-
-
-def _initialize(communication: str, device: torch.device, timeout: datetime.timedelta) -> None:
-    device_id = device if device.type == "cuda" else None
-    if "RANK" in os.environ:
-        dist.init_process_group(communication, timeout=timeout, device_id=device_id)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(communication, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
 
 
 def _seed(seed: int, groups: ProcessGroups) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint import TrainState, latest_step_dir, load_checkpoint, load_weights, save_checkpoint
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.metrics import VarianceProbe
+from sparsecod_megatron.metrics import StatisticsCollector, VarianceGroup
 from sparsecod_megatron.model import unwrap
 from sparsecod_megatron.parallel import running_processes
 from sparsecod_megatron.train.data import RunData, prepare_data
@@ -84,11 +83,7 @@ class _Loop:
         self.recorder, self.checkpoints = recorder, checkpoints
         config = trainer.config
         self.last_step = config.train.exit_step or config.train.train_steps
-        self.probe = VarianceProbe(
-            [unwrap(model) for model in trainer.models],
-            num_layers=config.model.num_layers,
-            device=trainer.backend.device,
-        )
+        self.statistics = _statistics_collector(trainer)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length)
 
     def run(self) -> None:
@@ -109,16 +104,14 @@ class _Loop:
 
     def _step(self, batches: list[Any]) -> dict[str, Any]:
         config, step = self.trainer.config, self.state.step + 1
-        collect = _due(step, config.statistics.variance.interval)
         began = time.perf_counter()
-        with self.probe.collecting() if collect else contextlib.nullcontext():
+        with self.statistics.collecting(step):
             result = train_step(self.trainer, batches)
         elapsed = time.perf_counter() - began
         self._advance(result)
-        if collect:
-            layers = self.probe.reduce()
-            if self.recorder is not None:
-                self.recorder.write_statistics(step=step, tokens=self.state.consumed_tokens, layers=layers)
+        layers = self.statistics.reduce(step)
+        if layers is not None and self.recorder is not None:
+            self.recorder.write_statistics(step=step, tokens=self.state.consumed_tokens, layers=layers)
         record = self._record(result, elapsed)
         last = step == self.last_step
         if config.train.eval_interval and (_due(step, config.train.eval_interval) or last):
@@ -179,6 +172,17 @@ class _Loop:
             groups=trainer.groups,
         )
         logger.info("saved %s", directory)
+
+
+def _statistics_collector(trainer: Trainer) -> StatisticsCollector:
+    config = trainer.config
+    models = [unwrap(model) for model in trainer.models]
+    return StatisticsCollector(
+        {"variance": VarianceGroup(models)},
+        {"variance": config.statistics.variance.interval},
+        num_layers=config.model.num_layers,
+        device=trainer.backend.device,
+    )
 
 
 def _due(step: int, interval: int) -> bool:

@@ -12,6 +12,7 @@ from sparsecod_megatron.checkpoint.paths import CONFIG_FILE
 from sparsecod_megatron.checkpoint.whole import TOKENIZER_DIR
 from sparsecod_megatron.config import RunConfig, load_config, save_config
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.metrics.writers import JsonlWriter, WandbWriter, Writer
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,7 +47,7 @@ class RunDirectory:
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(self._log)
 
-    def write_statistics(self, *, step: int, tokens: int, layers: list[dict[str, float]]) -> None:
+    def write_statistics(self, *, step: int, tokens: int, layers: list[Statistics]) -> None:
         """Append one collected step to layer_statistics.jsonl."""
         record = {
             "step": step,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.checkpoint import TrainState, load_weights, resolve_step_dir, save_checkpoint
 from sparsecod_megatron.config import load_config
-from sparsecod_megatron.parallel import process_groups, running_processes
+from sparsecod_megatron.parallel import process_groups, world
 from tests.dist.layouts import LAYOUTS
 
 
@@ -25,8 +25,7 @@ def main() -> None:
     backend = select_backend()
     from sparsecod_megatron.train.setup import build_trainer
 
-    base = load_config(source["dense"] / "config.yaml")
-    with running_processes(base, communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication, device=backend.device):
         for layout in LAYOUTS:
             config = load_config(
                 source[layout.model] / "config.yaml", [*layout.overrides, "train.global_batch_size=16"]
