@@ -7,12 +7,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Point the libraries' caches at a folder of this session and keep them offline, before any of them is imported."""
+    settings.register_profile("sparsecod", deadline=None)  # machines are shared and noisy; time is no test's matter
+    settings.load_profile("sparsecod")
     cache = tempfile.TemporaryDirectory(prefix="sparsecod-tests-")
     config.add_cleanup(cache.cleanup)
     os.environ.update(HF_HOME=cache.name, HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")

@@ -21,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sparsecod_megatron.checkpoint.paths import CONFIG_FILE, point_latest_to, step_dir_name
 from sparsecod_megatron.checkpoint.state import (
@@ -69,7 +70,9 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     sharded = _model_state(models, groups)
-    sharded["optimizer"] = _optimizer_tensors(optimizer, sharded, groups, is_loading=False)
+    # Data-parallel rank 0 has gathered the others' parts; they write none.
+    tensors = {k: v for k, v in _optimizer_tensors(optimizer, sharded, groups, is_loading=False).items() if v}
+    sharded |= {"optimizer": tensors} if tensors else {}
     dist_checkpointing.save(sharded, str(temporary))
     random_states = gather_random_states()
     if dist.get_rank() == 0:
@@ -136,11 +139,13 @@ def load_weights(
 def _load(sharded: ShardedStateDict, directory: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(sharded, str(directory))
-    except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{directory}: cannot be loaded ({type(error).__name__}: {reason}); choose another step"
-        ) from error
+    except CheckpointException as failures:
+        # torch's own, which is no Exception: what went wrong on each rank.
+        error: BaseException = next(iter(failures.failures.values()))[0]
+    except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as problem:
+        error = problem
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    raise CheckpointError(f"{directory}: cannot be loaded ({reason}); choose another step") from error
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Megatron-Core says at every import what a CPU machine lacks, and deprecates its own defaults.
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not sys.stderr.isatty():
+        # Libraries below draw bars into log files otherwise.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _overview().parse_args(arguments[:1]).command
     module = _load(command)

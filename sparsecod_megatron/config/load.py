@@ -91,6 +91,12 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _create(content: dict[Any, Any], *, where: str) -> DictConfig:
+    for section, kind in typing.get_type_hints(RunConfig).items():
+        value = content.get(section, {})
+        if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
+            raise ConfigError(
+                f"{where}: {section}: {value!r} is not a section; write keys under it, as in examples/configs"
+            )
     try:
         return OmegaConf.create(_floats(content))
     except OmegaConfBaseException as error:

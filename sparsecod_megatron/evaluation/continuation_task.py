@@ -19,6 +19,9 @@ from sparsecod_megatron.errors import DataError
 from sparsecod_megatron.evaluation.files import write_text
 
 NUM_CHOICES = 4
+MAX_BYTES_PER_WORD = 12
+"""Passages of longer words on average are left out: tables of digits and addresses are no language, and a byte-level
+tokenizer may need a token a byte for them, more than a small model's window holds."""
 
 
 class _Passage(NamedTuple):
@@ -78,7 +81,7 @@ def write_continuation_task(
 
 
 def _passages(documents: Iterable[str], context_words: int, continuation_words: int) -> list[_Passage]:
-    """Cut every document into passages; the rest at its end is dropped. Spacing inside a passage stays as it is."""
+    """Cut every document into passages of plain words; the rest at its end is dropped. Spacing stays as it is."""
     passages = []
     length = context_words + continuation_words
     for number, document in enumerate(documents):
@@ -86,8 +89,14 @@ def _passages(documents: Iterable[str], context_words: int, continuation_words: 
         for start in range(0, len(words) - length + 1, length):
             border, end = start + context_words, start + length
             context = document[words[start][0] : words[border - 1][1]]
-            passages.append(_Passage(number, context, document[words[border][0] : words[end - 1][1]]))
+            continuation = document[words[border][0] : words[end - 1][1]]
+            if _is_plain(context, context_words) and _is_plain(continuation, continuation_words):
+                passages.append(_Passage(number, context, continuation))
     return passages
+
+
+def _is_plain(text: str, num_words: int) -> bool:
+    return len(text.encode()) <= MAX_BYTES_PER_WORD * num_words
 
 
 def _question(own: _Passage, passages: list[_Passage], generator: random.Random) -> dict[str, object]:

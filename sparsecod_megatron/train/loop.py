@@ -16,11 +16,12 @@ from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.metrics import StatisticsCollector, VarianceGroup
 from sparsecod_megatron.model import unwrap
-from sparsecod_megatron.parallel import running_processes
+from sparsecod_megatron.parallel import any_rank, running_processes
 from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.flops import flops_per_token
 from sparsecod_megatron.train.run_dir import CHECKPOINTS_DIR, RunDirectory, refuse_foreign_run
 from sparsecod_megatron.train.setup import Trainer, build_trainer
+from sparsecod_megatron.train.signals import stop_on_signals
 from sparsecod_megatron.train.step import StepResult, evaluate, train_step
 
 logger = logging.getLogger("sparsecod")
@@ -84,6 +85,7 @@ class _Loop:
         config = trainer.config
         self.last_step = config.train.exit_step or config.train.train_steps
         self.statistics = _statistics_collector(trainer)
+        self.saved_step = state.step
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length)
 
     def run(self) -> None:
@@ -92,11 +94,18 @@ class _Loop:
             logger.info("nothing to do: already at step %d of %d", self.state.step, self.last_step)
             return
         batches = self.data.train_batches(self.state.consumed_samples)
-        with self._progress() as progress:
+        with self._progress() as progress, stop_on_signals() as stop:
             while self.state.step < self.last_step:
                 record = self._step(batches)
                 progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 progress.update()
+                # The signal may reach one rank only, and not all of them in the same step.
+                if any_rank(bool(stop), self.trainer.backend.device):
+                    break
+        if self.saved_step != self.state.step:
+            self._save()
+        if self.state.step < self.last_step:
+            logger.info("asked to stop at step %d; the same command goes on from there", self.state.step)
 
     def _progress(self) -> tqdm:
         hidden = None if self.trainer.is_first_rank else True
@@ -118,7 +127,7 @@ class _Loop:
             record["validation_loss"] = self._validate()
         if _due(step, config.logging.log_interval) or last or "validation_loss" in record:
             self._log(record)
-        if _due(step, config.checkpoint.save_interval) or last:
+        if _due(step, config.checkpoint.save_interval):
             self._save()
         return record
 
@@ -171,6 +180,7 @@ class _Loop:
             state=self.state,
             groups=trainer.groups,
         )
+        self.saved_step = self.state.step
         logger.info("saved %s", directory)
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.checkpoint import TrainState, load_weights, resolve_step_dir, save_checkpoint
+from sparsecod_megatron.checkpoint import load_checkpoint, resolve_step_dir, save_checkpoint
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.parallel import process_groups, world
 from tests.dist.layouts import LAYOUTS
 
 
 def main() -> None:
-    """Write FOLDER/<layout>/step_00000000 for every layout."""
+    """Write FOLDER/<layout>/step_… for every layout."""
     *sources, folder = sys.argv[1:]
     source = {name: resolve_step_dir(Path(path)) for name, path in (item.split("=") for item in sources)}
     backend = select_backend()
@@ -34,16 +35,15 @@ def main() -> None:
             config = replace(config, train=replace(config.train, seed=7))
             with process_groups(config) as groups:
                 trainer = build_trainer(config, backend, groups)
-                load_weights(source[layout.model], config=config, models=trainer.models, groups=groups)
-                save_checkpoint(
-                    Path(folder) / layout.name,
-                    config=config,
-                    models=trainer.models,
-                    optimizer=trainer.optimizer,
-                    scheduler=trainer.scheduler,
-                    state=TrainState(),
-                    groups=groups,
-                )
+                parts: dict[str, Any] = {
+                    "config": config,
+                    "models": trainer.models,
+                    "optimizer": trainer.optimizer,
+                    "scheduler": trainer.scheduler,
+                    "groups": groups,
+                }
+                state = load_checkpoint(source[layout.model], **parts)
+                save_checkpoint(Path(folder) / layout.name, state=state, **parts)
             dist.barrier()
 
 

@@ -23,6 +23,10 @@ class NoFP8:
         return False
 
 
+def _no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
     """State of the one generator there is, as a byte tensor."""
     return torch.get_rng_state()
@@ -86,10 +90,13 @@ def redirections() -> list[Redirection]:
             (module, name, positions_on_this_cp_rank, "models/common/embeddings/rope_utils.py:62", "pinned memory")
         )
     engine = "Transformer Engine is CUDA only"
+    absent = [
+        (moe_utils, "te_general_gemm", None, "transformer/moe/moe_utils.py:1192"),
+        (megatron_random, "FP8GlobalStateManager", NoFP8, "tensor_parallel/random.py:589"),
+        (megatron_random, "activation_recompute_forward", _no_context, "tensor_parallel/random.py:592"),
+        (megatron_random, "fp8_autocast", _no_context, "tensor_parallel/random.py:687"),
+    ]
     return [
         *(Redirection(*row) for row in table),
-        Redirection(moe_utils, "te_general_gemm", None, "transformer/moe/moe_utils.py:1192", engine, absent=True),
-        Redirection(
-            megatron_random, "FP8GlobalStateManager", NoFP8, "tensor_parallel/random.py:589", engine, absent=True
-        ),
+        *(Redirection(*row, reason=engine, absent=True) for row in absent),
     ]

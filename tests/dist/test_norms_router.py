@@ -1,0 +1,95 @@
+"""Parameter norms and router statistics of every layout are those of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsecod_megatron.backend import select_backend
+from tests.dist.layouts import Layout
+from tests.dist.norms_router_worker import ALL_LAYOUTS, MODELS, STEPS, layout_config, statistics
+from tests.helpers.cli import torchrun
+from tests.helpers.training import trainer_batches
+
+pytestmark = pytest.mark.dist
+
+NORMS = {"grad_norm", "param_norm", "update_ratio"}
+ROUTER = {
+    "tokens_per_expert",
+    "load_entropy",
+    "load_max_over_mean",
+    "dropped_frac",
+    "mean_topk_prob",
+    "aux_loss",
+    "z_loss",
+}
+
+
+def single_process(model: str, checkpoint: Path) -> list[list[dict[str, Any]]]:
+    """One step from fresh weights, whose routers overload some experts; save, then collect the steps that follow."""
+    import torch
+
+    backend = select_backend()
+    from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
+    from sparsecod_megatron.model import unwrap
+    from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.step import train_step
+
+    config = layout_config(Layout("single", model, 1, ()))
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        trainer = build_trainer(config, backend, groups)
+        for layer in unwrap(trainer.models[0]).decoder.layers if model == "moe" else []:
+            with torch.no_grad():
+                layer.mlp.router.weight.mul_(torch.linspace(1, 20, 4)[:, None])
+        trainer.optimizer.reload_model_params()
+        train_step(trainer, trainer_batches(trainer, seed=1))
+        save_checkpoint(
+            checkpoint,
+            config=config,
+            models=trainer.models,
+            optimizer=trainer.optimizer,
+            scheduler=trainer.scheduler,
+            state=TrainState(step=1, optimizer_steps=1),
+            groups=groups,
+        )
+        return statistics(trainer)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """Statistics by layout, or by model for one process."""
+    from sparsecod_megatron.checkpoint import resolve_step_dir
+
+    folder = tmp_path_factory.mktemp("norms-router")
+    single = {model: single_process(model, folder / model) for model in MODELS}
+    sources = (f"{model}={resolve_step_dir(folder / model)}" for model in MODELS)
+    torchrun(repo_root / "tests/dist/norms_router_worker.py", *sources, folder / "collected.json", nproc=4)
+    return single | json.loads((folder / "collected.json").read_text())
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_equals_one_process(layout: Layout, collected: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Two fp32 steps on four processes, all values of all layers to 1e-5 relative; expert loads exactly."""
+    ours, theirs = collected[layout.name], collected[layout.model]
+    assert len(ours) == len(theirs) == STEPS
+    for step, (our_layers, their_layers) in enumerate(zip(ours, theirs, strict=True)):
+        for index, (layer, expected) in enumerate(zip(our_layers, their_layers, strict=True)):
+            assert set(layer) == set(expected) == (NORMS | ROUTER if layout.model == "moe" else NORMS)
+            for name, value in expected.items():
+                rtol = 0.0 if name == "tokens_per_expert" else 1e-5
+                where = f"step {step}, layer {index}, {name}"
+                np.testing.assert_allclose(layer[name], value, rtol=rtol, err_msg=where)
+
+
+def test_the_reference_is_worth_comparing_with(collected: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Layers differ, experts are unevenly loaded, and the second step moves other weights than the first."""
+    for model in MODELS:
+        for name in NORMS:
+            values = np.array([[layer[name] for layer in layers] for layers in collected[model]])
+            assert len(np.unique(values)) == values.size
+    assert all(layer["load_max_over_mean"] > 1.1 for layers in collected["moe"] for layer in layers)

@@ -1,0 +1,84 @@
+"""A few training steps of a tiny model on random tokens, in this process or under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.config import RunConfig, load_config
+from tests.helpers.megatron import SMALL
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.metrics import Statistics, StatisticsGroup
+    from sparsecod_megatron.train.setup import Trainer
+
+
+@contextlib.contextmanager
+def small_trainer(*overrides: str) -> Iterator[Trainer]:
+    """A trainer of the small model in one process while the block runs: two micro-batches of two sequences a step."""
+    batch = ("train.global_batch_size=4", "train.micro_batch_size=2", "optimizer.lr=1e-2")
+    config = load_config(None, [*SMALL, *batch, *overrides])
+    backend = select_backend()
+    from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.train.setup import build_trainer
+
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        yield build_trainer(config, backend, groups)
+
+
+def micro_batches(config: RunConfig, *, rank: int, size: int, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """One data-parallel rank's micro-batches without end; a global batch is the same tokens under any `size`."""
+    assert config.model.vocab_size is not None
+    train, length = config.train, config.data.seq_length
+    generator = torch.Generator().manual_seed(seed)
+    step = train.micro_batch_size * size
+    first = rank * train.micro_batch_size
+    while True:
+        # Squared uniforms: small ids are frequent, so that routers see an uneven stream.
+        uniform = torch.rand(train.global_batch_size, length + 1, generator=generator)
+        ids = (uniform.square() * config.model.vocab_size).long()
+        for start in range(first, train.global_batch_size, step):
+            part = ids[start : start + train.micro_batch_size]
+            yield {
+                "tokens": part[:, :-1].contiguous(),
+                "labels": part[:, 1:].contiguous(),
+                "loss_mask": torch.ones(len(part), length),
+                "position_ids": torch.arange(length).repeat(len(part), 1),
+            }
+
+
+def trainer_batches(trainer: Trainer, seed: int = 0) -> list[Iterator[dict[str, torch.Tensor]]]:
+    """One iterator a model chunk of this rank."""
+    dp = trainer.groups.dp
+    return [micro_batches(trainer.config, rank=dp.rank(), size=dp.size(), seed=seed) for _ in trainer.models]
+
+
+def collected_steps(trainer: Trainer, groups: Sequence[StatisticsGroup], *, steps: int) -> list[list[Statistics]]:
+    """Train, collecting every step. Collective over all processes.
+
+    Returns:
+        Statistics by step and layer.
+    """
+    from sparsecod_megatron.metrics import StatisticsCollector
+    from sparsecod_megatron.train.step import train_step
+
+    named = {str(index): group for index, group in enumerate(groups)}
+    collector = StatisticsCollector(
+        named,
+        dict.fromkeys(named, 1),
+        num_layers=trainer.config.model.num_layers,
+        device=trainer.backend.device,
+    )
+    data = trainer_batches(trainer)
+    collected = []
+    for step in range(1, steps + 1):
+        with collector.collecting(step):
+            train_step(trainer, data)
+        layers = collector.reduce(step)
+        assert layers is not None
+        collected.append(layers)
+    return collected

@@ -1,0 +1,92 @@
+"""The list of redirections: applied once, each with its reason, and each equal to what it stands for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.backend.cpu import apply_redirections
+from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.errors import ConfigError
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is for machines without CUDA")
+
+
+def test_applied_once_and_documented() -> None:
+    select_backend()
+    first = apply_redirections()
+    assert first == apply_redirections() and len(first) > 30
+    for redirection in first:
+        assert redirection.reason and ".py" in redirection.upstream
+        assert getattr(redirection.owner, redirection.name) is not None or redirection.replacement is None
+
+
+def test_a_name_that_upstream_dropped_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="no not_there"):
+        Redirection(torch, "not_there", None, "x.py:1", "none").apply()
+
+
+def test_cuda_is_refused_without_cuda() -> None:
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        select_backend("cuda")
+
+
+def test_cuda_literals_and_streams() -> None:
+    select_backend()
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.tensor([1.0], dtype=torch.float, device="cuda").tolist() == [1.0]
+    assert torch.empty_like(torch.ones(3), device="cuda").device.type == "cpu"
+    assert torch.cuda.current_device() == torch.device("cpu")
+    assert torch.cuda.current_stream() == torch.cuda.Stream()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        event = torch.cuda.current_stream().record_event()
+    assert event.query()
+
+
+def test_meta_device_context_survives() -> None:
+    """transformers builds models under `with torch.device("meta")`; the wrapped factories must obey it."""
+    code = (
+        "from sparsecod_megatron.backend import select_backend; select_backend();"
+        "import torch\n"
+        "with torch.device('meta'): print(torch.tensor([]).device, torch.zeros(2).device, torch.empty(2).device)"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["meta", "meta", "meta"]
+
+
+def test_random_state_fork_is_repeatable_and_leaves_the_outer_state() -> None:
+    select_backend()
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("one", 1)
+    tracker.add("two", 2)
+    torch.manual_seed(5)
+    expected_outer = torch.rand(3)
+    torch.manual_seed(5)
+    with tracker.fork("one"):
+        first = torch.rand(3)
+        with tracker.fork("two"):
+            torch.rand(1)
+        second = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected_outer)
+    torch.manual_seed(1)
+    assert torch.equal(torch.cat((first, second)), torch.rand(6))
+
+
+def test_cuda_path_imports_nothing_of_the_cpu_path() -> None:
+    """Selecting a backend imports one folder or the other, never both."""
+    code = (
+        "import sys, torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1;"
+        "torch.cuda.set_device = lambda device: None\n"
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: True if name == 'transformer_engine' else find(name, *rest)\n"
+        "from sparsecod_megatron.backend import select_backend; print(select_backend('auto').name)\n"
+        "print([name for name in sys.modules if name.startswith('sparsecod_megatron.backend.cpu')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:2] == ["cuda", "[]"]

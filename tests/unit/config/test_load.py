@@ -1,0 +1,130 @@
+"""YAML and overrides to a run: types, order, round trip, and every mistake in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsecod_megatron.config import RunConfig, load_config, save_config
+from sparsecod_megatron.errors import ConfigError
+
+
+def message(*overrides: str, path: Path | None = None) -> str:
+    """The one line that a wrong configuration gives."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_are_complete() -> None:
+    config = load_config(None)
+    assert config.model.num_query_groups == config.model.num_attention_heads
+    assert config.model.kv_channels == 64
+    assert config.schedule.lr_decay_steps == config.train.train_steps
+
+
+def test_file_then_overrides_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optimizer: {lr: 1e-3}\nmodel: {num_layers: 3}\n")
+    config = load_config(path, ["model.num_layers=5", "model.num_layers=7", "megatron.recompute_granularity=selective"])
+    assert (config.optimizer.lr, config.model.num_layers) == (1e-3, 7)
+    assert config.megatron == {"recompute_granularity": "selective"}
+
+
+def test_prefix_stands_for_three_paths() -> None:
+    data = load_config(None, ["data.prefix=corpus", "data.validation=other_val"]).data
+    assert (data.train, data.validation, data.tokenizer) == ("corpus_train", "other_val", "corpus_tokenizer")
+
+
+@given(
+    layers=st.integers(1, 100),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    lr=st.floats(1e-8, 1.0, allow_nan=False),
+    experts=st.none() | st.integers(2, 64),
+    seed=st.integers(0, 2**31),
+)
+def test_saved_configuration_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, layers: int, groups: int, lr: float, experts: int | None, seed: int
+) -> None:
+    config = load_config(
+        None,
+        [
+            f"model.num_layers={layers}",
+            "model.num_attention_heads=8",
+            f"model.num_query_groups={groups}",
+            f"optimizer.lr={lr!r}",
+            f"model.num_moe_experts={experts if experts else 'null'}",
+            f"train.seed={seed}",
+        ],
+    )
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.num_layer=3", ["model.num_layer'", "did you mean 'model.num_layers'?"]),
+        ("hidden_size=3", ["unknown key 'hidden_size'", "model.hidden_size"]),
+        ("nope=1", ["unknown key 'nope'", "keys of the file"]),
+        ("optimizer.lr=abc", ["optimizer.lr", "'abc'", "Float"]),
+        ("model.num_layers=2.5", ["model.num_layers", "2.5", "Integer"]),
+        ("model=3", ["model=3"]),
+        ("statistics.variance.interval=null", ["statistics.variance.interval"]),
+        ("model.init=xavier", ["model.init", "'xavier'", "normal, scaled"]),
+        ("model.num_layers=0", ["model.num_layers", "0 is below 1"]),
+        ("model.hidden_dropout=1.5", ["model.hidden_dropout", "1.5 is above 1"]),
+        ("no equals sign", ["section.key=value"]),
+        ("a..b=1", ["section.key=value"]),
+        ("optimizer.lr=[1", ["not valid YAML"]),
+        ("model.num_layers=${nothing}", ["model.num_layers"]),
+    ],
+)
+def test_override_mistakes(override: str, parts: list[str]) -> None:
+    text = message(override)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("model: {num_layer: 3}", "did you mean 'model.num_layers'?"),
+        ("model: [1, 2", "not valid YAML"),
+        ("- a\n- b", "holds a list"),
+        ("model: 3", "model"),
+    ],
+)
+def test_file_mistakes_name_the_file(tmp_path: Path, content: str, part: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    text = message(path=path)
+    assert part in text and "wrong.yaml" in text
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    assert "no such file" in message(path=tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert "binary.yaml" in message(path=tmp_path / "binary.yaml")
+    assert "cannot be read" in message(path=tmp_path)
+
+
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == load_config(None)
+    assert isinstance(load_config(None), RunConfig)
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_no_override_escapes_as_another_error(key: str, value: str) -> None:
+    """Whatever is typed, the answer is a configuration or one ConfigError."""
+    try:
+        load_config(None, [f"{key}={value}"])
+    except ConfigError as error:
+        assert str(error)
