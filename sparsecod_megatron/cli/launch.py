@@ -31,6 +31,7 @@ def launch(arguments: Sequence[str], *, nproc: int) -> None:
         SparsecodError: a rank found a user's mistake; the text is that rank's.
         RanksFailed: a rank failed otherwise.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -46,9 +47,12 @@ def launch(arguments: Sequence[str], *, nproc: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "sparsecod_megatron", *arguments)
+    except SignalException:
+        return  # passed on to the ranks, which have saved and stopped
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode == 2:

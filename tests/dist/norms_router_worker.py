@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
-from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from tests.dist.layouts import CP2, EP2, LAYOUTS, PP2, Layout
 from tests.helpers.megatron import SMALL
@@ -20,6 +21,7 @@ from tests.helpers.training import collected_steps
 
 if TYPE_CHECKING:
     from sparsecod_megatron.metrics import Statistics
+    from sparsecod_megatron.parallel import ProcessGroups
     from sparsecod_megatron.train.setup import Trainer
 
 STEPS = 2
@@ -49,15 +51,33 @@ def layout_config(layout: Layout) -> RunConfig:
     return load_config(None, [*RUN, *MODELS[layout.model], *layout.overrides])
 
 
-def statistics(trainer: Trainer) -> list[list[Statistics]]:
-    """Both groups, by step and layer. Collective over all processes."""
+def statistics(
+    config: RunConfig, backend: Backend, groups: ProcessGroups, source: Path | None
+) -> tuple[Trainer, list[list[Statistics]]]:
+    """Both groups of statistics, by step and layer, and the trainer. Collective over all processes.
+
+    Args:
+        config: model and layout.
+        backend: the selected backend.
+        groups: of the layout.
+        source: checkpoint of the weights to start from; None makes them, with routers that overload some experts.
+    """
+    from sparsecod_megatron.checkpoint import load_weights
     from sparsecod_megatron.metrics.parameter_norms import ParameterNormsGroup
     from sparsecod_megatron.metrics.router import RouterGroup
     from sparsecod_megatron.model import unwrap
+    from sparsecod_megatron.train.setup import build_trainer
 
+    trainer = build_trainer(config, backend, groups)
     models = [unwrap(model) for model in trainer.models]
-    groups = [ParameterNormsGroup(models, trainer.optimizer), RouterGroup(models)]
-    return collected_steps(trainer, groups, steps=STEPS)
+    if source is not None:
+        load_weights(source, config=config, models=trainer.models, groups=groups)
+    elif config.model.is_moe:
+        for layer in models[0].decoder.layers:
+            layer.mlp.router.weight.data.mul_(torch.linspace(1, 20, 4)[:, None])
+    trainer.optimizer.reload_model_params()
+    collectors = [ParameterNormsGroup(models, trainer.optimizer), RouterGroup(models)]
+    return trainer, collected_steps(trainer, collectors, steps=STEPS)
 
 
 def main() -> None:
@@ -65,25 +85,14 @@ def main() -> None:
     *sources, output = sys.argv[1:]
     source = {name: Path(path) for name, path in (item.split("=") for item in sources)}
     backend = select_backend()
-    from sparsecod_megatron.checkpoint import load_checkpoint
     from sparsecod_megatron.parallel import process_groups, world
-    from sparsecod_megatron.train.setup import build_trainer
 
     collected = {}
     with world(communication=backend.communication, device=backend.device):
         for layout in ALL_LAYOUTS:
             config = layout_config(layout)
             with process_groups(config) as groups:
-                trainer = build_trainer(config, backend, groups)
-                load_checkpoint(
-                    source[layout.model],
-                    config=config,
-                    models=trainer.models,
-                    optimizer=trainer.optimizer,
-                    scheduler=trainer.scheduler,
-                    groups=groups,
-                )
-                collected[layout.name] = statistics(trainer)
+                _, collected[layout.name] = statistics(config, backend, groups, source[layout.model])
         if dist.get_rank() == 0:
             Path(output).write_text(json.dumps(collected))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +73,25 @@ def test_a_wrong_optimizer_step_shows(bench: Bench, reference: dict[str, Path]) 
     ours, theirs = series(run, "loss"), series(reference["dense"], "loss")
     np.testing.assert_array_equal(ours[:11], theirs[:11])
     assert np.abs(ours[12:] - theirs[12:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(nproc: int, bench: Bench, initial: dict[str, Path]) -> None:
+    """Exit 0 with a checkpoint of the last whole step; resumed, the run ends as if it had never been asked."""
+    overrides = (f"checkpoint.init_from={initial['dense']}", "train.train_steps=60", "checkpoint.save_interval=0")
+    straight = bench.train(f"straight-{nproc}", *overrides, nproc=nproc)
+    run = bench.directory / f"stopped-{nproc}"
+    command = [sys.executable, "-m", "sparsecod_megatron", "train", str(bench.config), f"logging.run_dir={run}"]
+    process = subprocess.Popen([*command, *overrides, "--nproc", str(nproc)], stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped_at = len(series(run, "step"))
+    assert 3 <= stopped_at < 60 and f"asked to stop at step {stopped_at}" in errors
+    bench.train(run.name, *overrides, nproc=nproc)
+    np.testing.assert_array_equal(series(run, "loss"), series(straight, "loss"))

@@ -1,0 +1,56 @@
+"""The commands that the README prints run as printed, in its order; those for a cluster name files that exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commands() -> list[str]:
+    """Every line of the README's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.timeout(900)
+def test_commands_run_as_printed(tmp_path: Path) -> None:
+    """data, train, export, eval and report follow from each other."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = []
+    for line in commands():
+        if not line.startswith("sparsecod "):
+            continue
+        result = subprocess.run(
+            shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        ran.append(line.split()[1])
+    assert ran == ["data", "train", "export", "eval", "report"]
+    losses = [json.loads(row)["loss"] for row in (tmp_path / "runs/quickstart_dense/metrics.jsonl").open()]
+    assert losses[-1] < losses[0] - 1
+    results = json.loads((tmp_path / "exported/dense/eval/results.json").read_text())
+    assert results
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_cluster_commands_name_files_that_exist() -> None:
+    for line in commands():
+        for path in re.findall(r"(?:examples|tests|tools)/[\w./-]+", line):
+            assert (ROOT / path).exists(), line
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
