@@ -176,6 +176,9 @@ def _expert_problems(config: RunConfig) -> Iterator[str]:
     shared = model.moe_shared_expert_intermediate_size
     if shared is not None:
         yield from _indivisible("model.moe_shared_expert_intermediate_size", shared, tp_key, tp)
+    if etp != tp and ep == 1:
+        trains_wrong = "with one expert group Megatron never sums the gradients of the experts' copies"
+        yield f"{etp_key}: {etp}, but {tp_key}={tp}: {trains_wrong}; set {ep_key} above 1 or remove {etp_key}"
     if tp > 1 and not parallel.sequence_parallel:
         yield f"parallel.sequence_parallel: false, but Megatron needs it for experts with {tp_key}={tp}; set it to true"
 

@@ -186,9 +186,18 @@ class IntervalConfig:
 
 @dataclass
 class StatisticsConfig:
-    """Layer statistics, by group (definitions: docs/STATISTICS.md)."""
+    """Layer statistics, by group, each with its own interval (definitions: docs/STATISTICS.md)."""
 
     variance: IntervalConfig = field(default_factory=lambda: IntervalConfig(interval=10))
+    """Variance, RMS and ratio of the residual stream and the branches."""
+    moments: IntervalConfig = field(default_factory=IntervalConfig)
+    """Cosine, skewness, kurtosis, outliers, top mass, massive activations."""
+    norms: IntervalConfig = field(default_factory=IntervalConfig)
+    """Gradient and parameter norms, and the ratio of the real update to the weights."""
+    router: IntervalConfig = field(default_factory=IntervalConfig)
+    """Load, probabilities and losses of every router; nothing for dense layers."""
+    compat: str = choice("none", "reference")
+    """`reference` adds the published code's own numbers as `ref_*`, whenever the variance is collected."""
 
 
 @dataclass
@@ -220,6 +229,8 @@ class LoggingConfig:
     log_interval: int = at_least(1, 1)
     """Steps between lines of metrics.jsonl."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Also write TensorBoard event files, in RUN/tensorboard."""
 
 
 @dataclass

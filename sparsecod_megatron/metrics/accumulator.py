@@ -45,6 +45,21 @@ class LayerAccumulator:
         row[0] += value
         row[1] += count
 
+    def add_many(self, layer: int, names: Sequence[str], values: torch.Tensor, count: int) -> None:
+        """Add a vector to neighbouring sums, without a loop over them. Local, without waiting for the device.
+
+        Args:
+            layer: 0-based index in the whole model.
+            names: neighbours in the buffer, in its order.
+            values: one sum a name, [names].
+            count: number of terms of each.
+        """
+        first = self._index[names[0]]
+        assert self.names[first : first + len(names)] == tuple(names), "these sums are not neighbours"
+        rows = self._sums[layer, first : first + len(names)]
+        rows[:, 0] += values
+        rows[:, 1] += count
+
     def add_maximum(self, layer: int, name: str, value: torch.Tensor) -> None:
         """Keep `value`, shape [] and not negative, if it is the largest. Local, without waiting for the device."""
         row = self._maxima[layer, self._maximum_index[name]]

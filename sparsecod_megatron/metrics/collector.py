@@ -15,8 +15,8 @@ class StatisticsCollector:
     """Layer statistics of a run.
 
     Args:
-        groups: by name.
-        intervals: steps between collections of each group; 0 never collects it.
+        groups: those in use, by name.
+        intervals: steps between collections of each group, at least 1.
         num_layers: layers of the whole model.
         device: of the model.
     """
@@ -29,7 +29,7 @@ class StatisticsCollector:
         num_layers: int,
         device: torch.device,
     ) -> None:
-        self._groups = {name: group for name, group in groups.items() if intervals[name] > 0}
+        self._groups = dict(groups)
         self._intervals = intervals
         self._sums = LayerAccumulator(
             num_layers=num_layers,

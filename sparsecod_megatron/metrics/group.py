@@ -23,7 +23,7 @@ class StatisticsGroup(Protocol):
     maxima: tuple[str, ...]
 
     def collecting(self, sums: LayerAccumulator) -> AbstractContextManager[None]:
-        """Observe one optimizer step, adding to `sums`. Local; must not wait for the device."""
+        """Observe one optimizer step, adding to `sums`; must not wait for the device. Every rank calls it alike."""
 
     def statistics(self, means: dict[str, float]) -> Statistics:
         """One layer's statistics from the global means (and maxima) of `names`; called on every rank alike."""

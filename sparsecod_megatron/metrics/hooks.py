@@ -49,7 +49,7 @@ def _attach(layer: TransformerLayer, observer: Observer) -> list[Any]:
     index = layer.layer_number - 1
 
     def see(place: str, tensor: Tensor) -> None:
-        if not _in_backward():
+        if not in_backward():
             observer(index, place, tensor.detach())
 
     def before(place: str) -> Callable[..., None]:
@@ -71,6 +71,6 @@ def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output + bias
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is running a backward pass on this thread; torch.utils.checkpoint asks the same way."""
     return torch._C._current_graph_task_id() != -1

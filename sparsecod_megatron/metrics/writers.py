@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines on disk always, Weights & Biases when asked.
+"""Where metrics go: JSON lines on disk always, Weights & Biases and TensorBoard when asked.
 
 A line is written whole and flushed, so a crash loses at most the step in flight; a resumed run first drops what lies
 after its step.
@@ -90,14 +90,53 @@ class WandbWriter:
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log one step; a record with `layers` is flattened."""
-        values = {key: value for key, value in record.items() if key not in ("step", "layers")}
-        for layer in record.get("layers", []):
-            for name, value in layer.items():
-                if name != "layer":
-                    values[f"layer/{layer['layer']:02d}/{name}"] = value
-        self._run.log(values, step=record["step"])
+        """Log one step under flat keys."""
+        self._run.log(flat_values(record), step=record["step"])
 
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+class TensorBoardWriter:
+    """TensorBoard event files with the same flat keys.
+
+    Args:
+        run_dir: events go to its `tensorboard` folder.
+        last_step: events of later steps, from an attempt that is being redone, are hidden.
+
+    Raises:
+        ConfigError: tensorboard is not installed.
+    """
+
+    def __init__(self, run_dir: Path, *, last_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "logging.tensorboard: true needs tensorboard, which is not installed; "
+                'pip install "sparsecod_megatron[tensorboard]" or set it to false'
+            ) from None
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log one step under flat keys."""
+        for name, value in flat_values(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def flat_values(record: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars of a record by one key each: `loss`, `layer/07/out_var`, `layer/07/tokens_per_expert/3`."""
+    values = {key: value for key, value in record.items() if key not in ("step", "layers")}
+    for layer in record.get("layers", []):
+        for name, value in layer.items():
+            key = f"layer/{layer['layer']:02d}/{name}"
+            if isinstance(value, list):
+                values |= {f"{key}/{index}": item for index, item in enumerate(value)}
+            elif name != "layer":
+                values[key] = value
+    return values

@@ -14,14 +14,13 @@ from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint import TrainState, latest_step_dir, load_checkpoint, load_weights, save_checkpoint
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.metrics import StatisticsCollector, VarianceGroup
-from sparsecod_megatron.model import unwrap
 from sparsecod_megatron.parallel import any_rank, running_processes
 from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.flops import flops_per_token
 from sparsecod_megatron.train.run_dir import CHECKPOINTS_DIR, RunDirectory, refuse_foreign_run
 from sparsecod_megatron.train.setup import Trainer, build_trainer
 from sparsecod_megatron.train.signals import stop_on_signals
+from sparsecod_megatron.train.statistics import statistics_collector
 from sparsecod_megatron.train.step import StepResult, evaluate, train_step
 
 logger = logging.getLogger("sparsecod")
@@ -84,7 +83,7 @@ class _Loop:
         self.recorder, self.checkpoints = recorder, checkpoints
         config = trainer.config
         self.last_step = config.train.exit_step or config.train.train_steps
-        self.statistics = _statistics_collector(trainer)
+        self.statistics = statistics_collector(trainer)
         self.saved_step = state.step
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length)
 
@@ -182,17 +181,6 @@ class _Loop:
         )
         self.saved_step = self.state.step
         logger.info("saved %s", directory)
-
-
-def _statistics_collector(trainer: Trainer) -> StatisticsCollector:
-    config = trainer.config
-    models = [unwrap(model) for model in trainer.models]
-    return StatisticsCollector(
-        {"variance": VarianceGroup(models)},
-        {"variance": config.statistics.variance.interval},
-        num_layers=config.model.num_layers,
-        device=trainer.backend.device,
-    )
 
 
 def _due(step: int, interval: int) -> bool:

@@ -13,7 +13,7 @@ from sparsecod_megatron.checkpoint.whole import TOKENIZER_DIR
 from sparsecod_megatron.config import RunConfig, load_config, save_config
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.metrics import Statistics
-from sparsecod_megatron.metrics.writers import JsonlWriter, WandbWriter, Writer
+from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
 
 METRICS_FILE = "metrics.jsonl"
 STATISTICS_FILE = "layer_statistics.jsonl"
@@ -39,10 +39,13 @@ class RunDirectory:
         _copy_tokenizer(Path(config.data.tokenizer), path / TOKENIZER_DIR)
         self._metrics: list[Writer] = [JsonlWriter(path / METRICS_FILE, last_step=last_step)]
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
+        trackers: list[Writer] = []
         if config.logging.wandb.mode != "disabled":
-            wandb = WandbWriter(config, path)
-            self._metrics.append(wandb)
-            self._statistics.append(wandb)
+            trackers.append(WandbWriter(config, path))
+        if config.logging.tensorboard:
+            trackers.append(TensorBoardWriter(path, last_step=last_step))
+        self._metrics += trackers
+        self._statistics += trackers
         self._log = logging.FileHandler(path / LOG_FILE)
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(self._log)

@@ -16,12 +16,10 @@ data: {prefix: %s, seq_length: 32}
 optimizer: {lr: 2.0e-3}
 schedule: {lr_warmup_steps: 5}
 train: {train_steps: 20, global_batch_size: 8, micro_batch_size: 2, eval_interval: 0}
-statistics: {variance: {interval: 1}}
+statistics: {variance: {interval: 1}, moments: {interval: 1}, norms: {interval: 1}, router: {interval: 1}}
 checkpoint: {save_interval: 10}
 """
-# Under this seed no token of the 20 steps lies so near two experts that rounding decides between them.
 MOE = (
-    "train.seed=3",
     "model.num_moe_experts=4",
     "model.moe_ffn_hidden_size=48",
     "model.moe_shared_expert_intermediate_size=48",

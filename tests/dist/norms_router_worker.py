@@ -28,7 +28,7 @@ STEPS = 2
 RUN = (
     *SMALL,
     "model.num_layers=4",
-    "train.global_batch_size=16",
+    "train.global_batch_size=8",
     "train.micro_batch_size=2",
     "optimizer.lr=1e-2",
     # Of the order of the gradient: with Adam's usual one, an element whose gradients are rounding noise moves with the

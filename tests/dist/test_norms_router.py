@@ -13,7 +13,7 @@ from sparsecod_megatron.backend import select_backend
 from tests.dist.layouts import Layout
 from tests.dist.norms_router_worker import ALL_LAYOUTS, MODELS, STEPS, layout_config, statistics
 from tests.helpers.cli import torchrun
-from tests.helpers.training import trainer_batches
+from tests.helpers.training import fresh_router_losses
 
 pytestmark = pytest.mark.dist
 
@@ -30,34 +30,27 @@ ROUTER = {
 
 
 def single_process(model: str, checkpoint: Path) -> list[list[dict[str, Any]]]:
-    """One step from fresh weights, whose routers overload some experts; save, then collect the steps that follow."""
-    import torch
-
+    """Two steps from fresh weights, saved; then the statistics of the steps that follow, with a fresh optimizer."""
     backend = select_backend()
-    from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
-    from sparsecod_megatron.model import unwrap
+    from sparsecod_megatron.checkpoint import TrainState, resolve_step_dir, save_checkpoint
     from sparsecod_megatron.parallel import running_processes
-    from sparsecod_megatron.train.setup import build_trainer
-    from sparsecod_megatron.train.step import train_step
 
     config = layout_config(Layout("single", model, 1, ()))
-    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
-        trainer = build_trainer(config, backend, groups)
-        for layer in unwrap(trainer.models[0]).decoder.layers if model == "moe" else []:
-            with torch.no_grad():
-                layer.mlp.router.weight.mul_(torch.linspace(1, 20, 4)[:, None])
-        trainer.optimizer.reload_model_params()
-        train_step(trainer, trainer_batches(trainer, seed=1))
+    with (
+        fresh_router_losses(),
+        running_processes(config, communication=backend.communication, device=backend.device) as groups,
+    ):
+        trainer, _ = statistics(config, backend, groups, None)
         save_checkpoint(
             checkpoint,
             config=config,
             models=trainer.models,
             optimizer=trainer.optimizer,
             scheduler=trainer.scheduler,
-            state=TrainState(step=1, optimizer_steps=1),
+            state=TrainState(),
             groups=groups,
         )
-        return statistics(trainer)
+        return statistics(config, backend, groups, resolve_step_dir(checkpoint))[1]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.dist.conftest import MODELS, Bench
 from tests.dist.layouts import EP2, PP2, SP, TP2
-from tests.dist.test_layouts import series, statistics
+from tests.dist.test_layouts import assert_statistics_equal, series, statistics
 
 pytestmark = pytest.mark.dist
 
@@ -34,7 +34,9 @@ def test_same_layout_is_bitwise(model: str, bench: Bench, reference: dict[str, P
     bench.train(run.name, *MODELS[model])
     for field in ("step", "loss", "grad_norm", "lr", "tokens"):
         np.testing.assert_array_equal(series(run, field), series(reference[model], field), err_msg=field)
-    np.testing.assert_array_equal(statistics(run)[0], statistics(reference[model])[0])
+    expected = statistics(reference[model])
+    for name, values in statistics(run).items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_other_layout_continues(
     run = stopped_copy(reference[model], bench.directory / f"resumed-{model}-{nproc}")
     bench.train(run.name, *MODELS[model], *overrides, nproc=nproc)
     np.testing.assert_allclose(series(run, "loss"), series(reference[model], "loss"), rtol=1e-4)
-    np.testing.assert_allclose(statistics(run)[0], statistics(reference[model])[0], rtol=1e-4)
+    assert_statistics_equal(run, reference[model], rtol=1e-4)
 
 
 def test_many_processes_to_one(bench: Bench, initial: dict[str, Path], reference: dict[str, Path]) -> None:

@@ -26,8 +26,28 @@ def small_trainer(*overrides: str) -> Iterator[Trainer]:
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
 
-    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+    with (
+        fresh_router_losses(),
+        running_processes(config, communication=backend.communication, device=backend.device) as groups,
+    ):
         yield build_trainer(config, backend, groups)
+
+
+@contextlib.contextmanager
+def fresh_router_losses() -> Iterator[None]:
+    """Without what Megatron keeps of router losses for the whole process, shaped as its first model had them."""
+    select_backend()
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+
+    def forget() -> None:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        get_moe_layer_wise_logging_tracker().clear()
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 def micro_batches(config: RunConfig, *, rank: int, size: int, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:

@@ -33,6 +33,10 @@ TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_par
         ([*MOE, "model.moe_router_topk=1"], ["moe_router_pre_softmax=true"]),
         ([*MOE, TP2], ["sequence_parallel: false"]),
         ([*MOE, "model.moe_ffn_hidden_size=63", TP2, "parallel.sequence_parallel=true"], ["moe_ffn_hidden_size: 63"]),
+        (
+            [*MOE, TP2, "parallel.sequence_parallel=true", "parallel.expert_tensor_parallel_size=1"],
+            ["expert_tensor_parallel_size: 1", "never sums"],
+        ),
         (["schedule.lr_warmup_steps=1000"], ["lr_warmup_steps: 1000", "lr_decay_steps=1000"]),
         (["train.exit_step=2000"], ["train.exit_step: 2000"]),
         (["data.train=x"], ["data.tokenizer: not set"]),

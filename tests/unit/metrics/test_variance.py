@@ -1,4 +1,4 @@
-"""Variance, RMS and ratios against definitions computed elsewhere: numpy on tensors, transformers on the same weights."""
+"""Variance, RMS and ratios against definitions computed elsewhere: numpy, and transformers on the same weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def test_sums_equal_numpy(tokens: int, channels: int, scale: float, offset: floa
     x = scale * (torch.randn(tokens, channels) + offset)
     variance, squares = variance_sums(x)
     exact = x.double().numpy()
-    np.testing.assert_allclose(variance, exact.var(axis=1, ddof=1).sum(), rtol=1e-4)
+    # Rounding is relative to the mean square, which a mean away from zero makes larger than the variance.
+    rounding = 1e-6 * (exact**2).sum() / (channels - 1)
+    np.testing.assert_allclose(variance, exact.var(axis=1, ddof=1).sum(), rtol=1e-5, atol=rounding)
     np.testing.assert_allclose(squares, (exact**2).sum(), rtol=1e-5)
 
 

@@ -60,3 +60,25 @@ def test_wandb_offline_gets_flat_keys(tmp_path: Path, monkeypatch: pytest.Monkey
     writer.close()
     assert logged == [({"layer/00/out_var": 0.5, "layer/11/out_var": 2.0}, 3), ({"loss": 1.5}, 3)]
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_tensorboard_reads_back(tmp_path: Path) -> None:
+    """Event files, read with TensorBoard's own reader."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from sparsecod_megatron.metrics.writers import TensorBoardWriter
+
+    writer = TensorBoardWriter(tmp_path, last_step=0)
+    writer.write({"step": 1, "loss": 2.0})
+    writer.write({"step": 2, "layers": [{"layer": 3, "out_var": 0.5, "tokens_per_expert": [4.0, 6.0]}]})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = {tag: (events.Scalars(tag)[0].step, events.Scalars(tag)[0].value) for tag in events.Tags()["scalars"]}
+    assert found == {
+        "loss": (1, 2.0),
+        "layer/03/out_var": (2, 0.5),
+        "layer/03/tokens_per_expert/0": (2, 4.0),
+        "layer/03/tokens_per_expert/1": (2, 6.0),
+    }
