@@ -6,8 +6,8 @@ Definitions, for a tensor x [tokens, channels]:
     *_rms    sqrt(mean over tokens and channels of x²)
     *_ratio  variance of the branch over variance of the residual stream it is added to
 
-Two moments give both: with q = Σ_c x² and s = Σ_c x of a token, its variance is (q − s²/d) / (d − 1). Its rounding error
-is that of fp32 relative to the mean square, which for a residual stream is nearly the variance.
+Two moments give both: with q = Σ_c x² and s = Σ_c x of a token, its variance is (q − s²/d) / (d − 1). Its rounding
+error is that of fp32 relative to the mean square, which for a residual stream is nearly the variance.
 """
 
 from __future__ import annotations

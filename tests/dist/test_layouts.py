@@ -29,9 +29,10 @@ def statistics(run: Path) -> dict[str, np.ndarray]:
 def assert_statistics_equal(run: Path, single: Path, *, rtol: float) -> None:
     """All statistics of all steps, relative to `rtol`.
 
-    Two are not continuous in their input. Elements on the border of three standard deviations may count or not; two may.
+    Two are not continuous in their input. Elements on the border of three standard deviations may count or not.
     Rounding may decide a token between two experts: steps are compared until the routing first differs. Skewness and
-    cosine have a sign, so near zero they are compared on the scale of their largest value.
+    cosine have a sign, so near zero they are compared on the scale of their largest value. Third and fourth moments
+    magnify the rounding by which the weights differ after the first update: from then on, 20 times the tolerance.
     """
     ours, theirs = statistics(run), statistics(single)
     assert ours.keys() == theirs.keys()
@@ -45,7 +46,10 @@ def assert_statistics_equal(run: Path, single: Path, *, rtol: float) -> None:
         atol = 2 / elements if name.endswith("outlier_frac") else 0.0
         if name == "cos" or name.endswith("_skew"):
             atol = rtol * np.abs(values).max()
-        np.testing.assert_allclose(ours[name][:steps], values[:steps], rtol=rtol, atol=atol, err_msg=name)
+        np.testing.assert_allclose(ours[name][:1], values[:1], rtol=rtol, atol=atol, err_msg=name)
+        later = 20 if "skew" in name or "kurt" in name else 1
+        rest = slice(1, steps)
+        np.testing.assert_allclose(ours[name][rest], values[rest], rtol=later * rtol, atol=later * atol, err_msg=name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

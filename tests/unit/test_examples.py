@@ -29,7 +29,7 @@ def parameters(model: ModelConfig, *, active: bool = False) -> int:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_builds(path: Path) -> None:
-    """Parses, checks, fits the number of processes its header names, and becomes a TransformerConfig."""
+    """Parses, checks, fits the processes that its header names, and becomes a TransformerConfig."""
     from sparsecod_megatron.backend import select_backend
 
     backend = select_backend()
@@ -40,7 +40,8 @@ def test_builds(path: Path) -> None:
     assert processes, "the header says on how many processes it runs"
     world = int(processes.group(1) or processes.group(2))
     assert data_parallel_size(config, world) >= 1
-    assert transformer_config(config, transformer_engine=backend.transformer_engine).num_layers == config.model.num_layers
+    megatron = transformer_config(config, transformer_engine=backend.transformer_engine)
+    assert megatron.num_layers == config.model.num_layers
 
 
 @pytest.mark.parametrize(

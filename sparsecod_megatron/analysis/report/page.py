@@ -1,0 +1,94 @@
+"""The report page: template, styles, code and data put into one HTML file that needs nothing else.
+
+The page's own files lie in `analysis/report_assets`. A content security policy with their hashes lets the browser run
+exactly these and fetch nothing, so the page stays offline whatever a run's name or configuration holds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sparsecod_megatron.analysis.report.output import replacing
+from sparsecod_megatron.analysis.report.payload import report_payload
+from sparsecod_megatron.analysis.runs import Run
+
+ASSETS_PACKAGE, ASSETS_FOLDER = "sparsecod_megatron.analysis", "report_assets"
+STYLES = ("page.css", "figures.css", "controls.css")
+# In the order of their use of each other: joined to one script, in one function, so that no name is global.
+SCRIPTS = (
+    "format.js",
+    "color.js",
+    "scale.js",
+    "svg.js",
+    "data.js",
+    "table.js",
+    "line_chart.js",
+    "heat_map.js",
+    "figure.js",
+    "depth_views.js",
+    "router_view.js",
+    "training_view.js",
+    "app.js",
+)
+SHOWN_NAMES = 3
+
+
+def write_report(runs: Sequence[Run], output: Path) -> None:
+    """Write the page of one or more runs.
+
+    Args:
+        runs: in the order of the page.
+        output: the HTML file; replaced whole.
+
+    Raises:
+        ConfigError: `output` cannot be written.
+    """
+    page = report_page(runs)
+    with replacing(output) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+def report_page(runs: Sequence[Run]) -> str:
+    """The page's text; the same runs always give the same text."""
+    script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS) + "})();"
+    style = "\n".join(_asset(name) for name in STYLES)
+    parts = {
+        "title": html.escape(_title(runs)),
+        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}",
+        "style": style,
+        "data": embedded_json(report_payload(runs)),
+        "script": script,
+    }
+    page = _asset("page.html")
+    pieces = page.split("%%")  # text, name, text, name, …: one pass, so that no data is read as a place holder
+    return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
+
+
+def embedded_json(value: Any) -> str:
+    """JSON that can stand in an HTML script element: nothing in it can end the element or open a comment."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _title(runs: Sequence[Run]) -> str:
+    names = ", ".join(run.name for run in runs[:SHOWN_NAMES])
+    more = f" and {len(runs) - SHOWN_NAMES} more" if len(runs) > SHOWN_NAMES else ""
+    return f"{names}{more}"
+
+
+def _asset(name: str) -> str:
+    return (files(ASSETS_PACKAGE) / ASSETS_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+    return f"'sha256-{digest}'"
