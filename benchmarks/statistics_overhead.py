@@ -1,0 +1,96 @@
+"""What layer statistics cost a training step: off, variance every step, everything every step.
+
+    bash tools/run_in_venv.sh python3 benchmarks/statistics_overhead.py [--steps 40] [--experts 8]
+
+One process trains one model of 10M parameters; the three ways take turns, step by step, so that a noisy machine slows
+all of them alike. Printed are the ratios of medians to `off`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.config import IntervalConfig, RunConfig, StatisticsConfig, load_config
+
+EVERY, NEVER = IntervalConfig(interval=1), IntervalConfig(interval=0)
+WAYS = {
+    "off": StatisticsConfig(variance=NEVER),
+    "variance": StatisticsConfig(variance=EVERY),
+    "everything": StatisticsConfig(variance=EVERY, moments=EVERY, norms=EVERY, router=EVERY),
+}
+
+
+def model_config(experts: int) -> RunConfig:
+    """A grouped-query model of 10M parameters on 2,048 tokens a step; with experts, as wide in active parameters."""
+    overrides = [
+        "model.num_layers=8",
+        "model.hidden_size=256",
+        "model.ffn_hidden_size=704",
+        "model.num_attention_heads=8",
+        "model.num_query_groups=2",
+        "model.vocab_size=8192",
+        "precision.dtype=fp32" if not torch.cuda.is_available() else "precision.dtype=bf16",
+        "data.seq_length=256",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=8",
+    ]
+    if experts:
+        overrides += [f"model.num_moe_experts={experts}", "model.moe_ffn_hidden_size=352"]
+    return load_config(None, overrides)
+
+
+def random_batches(config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless micro-batches of random tokens."""
+    shape = (config.train.micro_batch_size, config.data.seq_length)
+    generator = torch.Generator().manual_seed(0)
+    assert config.model.vocab_size is not None
+    while True:
+        tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
+        positions = torch.arange(shape[1]).expand(shape)
+        yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": positions}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="steps of each way (default 40)")
+    parser.add_argument("--experts", type=int, default=0, help="experts of each layer (default 0: dense)")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    config, backend = model_config(args.experts), select_backend()
+    from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.statistics import statistics_collector
+    from sparsecod_megatron.train.step import train_step
+
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        trainer = build_trainer(config, backend, groups)
+        collectors = {
+            name: statistics_collector(replace(trainer, config=replace(config, statistics=section)))
+            for name, section in WAYS.items()
+        }
+        batches = [random_batches(config)]
+        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        for step in range(1, args.steps + 4):
+            for name, collector in collectors.items():
+                began = time.perf_counter()
+                with collector.collecting(step):
+                    train_step(trainer, batches)
+                collector.reduce(step)
+                if step > 3:
+                    seconds[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in median.items():
+        print(f"{name:>10}: {1000 * value:7.1f} ms a step, {value / median['off']:.3f} x off")
+
+
+if __name__ == "__main__":
+    main()
