@@ -227,7 +227,7 @@ class LoggingConfig:
 
     run_dir: str = "runs/default"
     log_interval: int = at_least(1, 1)
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl; the first, the last and every validated step have one too."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
     """Also write TensorBoard event files, in RUN/tensorboard."""

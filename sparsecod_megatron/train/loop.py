@@ -124,7 +124,7 @@ class _Loop:
         last = step == self.last_step
         if config.train.eval_interval and (_due(step, config.train.eval_interval) or last):
             record["validation_loss"] = self._validate()
-        if _due(step, config.logging.log_interval) or last or "validation_loss" in record:
+        if _due(step, config.logging.log_interval) or step == 1 or last or "validation_loss" in record:
             self._log(record)
         if _due(step, config.checkpoint.save_interval):
             self._save()
