@@ -18,11 +18,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from sparsecod_megatron.config import IntervalConfig, RunConfig, load_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE, METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.errors import DataError
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-STATISTICS_FILE = "layer_statistics.jsonl"
 
 
 @dataclass(frozen=True)

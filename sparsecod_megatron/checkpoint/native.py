@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sparsecod_megatron.checkpoint.paths import CONFIG_FILE, point_latest_to, step_dir_name
+from sparsecod_megatron.checkpoint.paths import point_latest_to, step_dir_name
 from sparsecod_megatron.checkpoint.state import (
     StateFile,
     TrainState,
@@ -35,6 +35,7 @@ from sparsecod_megatron.checkpoint.state import (
     write_state,
 )
 from sparsecod_megatron.config import RunConfig, save_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import unwrap
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
 from sparsecod_megatron.errors import CheckpointError
 
 STATE_FILE = "state.json"
-CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest"
 
 
@@ -49,7 +49,7 @@ def resolve_step_dir(path: Path) -> Path:
     """
     if (path / STATE_FILE).exists():
         return path
-    for checkpoints in (path / "checkpoints", path):
+    for checkpoints in (path / CHECKPOINTS_DIR, path):
         directory = latest_step_dir(checkpoints)
         if directory is not None:
             return directory

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from sparsecod_megatron.checkpoint.paths import CONFIG_FILE, STATE_FILE
+from sparsecod_megatron.checkpoint.paths import STATE_FILE
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, load_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
 
 FORMAT = 1

@@ -12,13 +12,12 @@ from megatron.core.models.gpt import GPTModel
 
 from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint.native import load_weights
-from sparsecod_megatron.checkpoint.paths import CONFIG_FILE, resolve_step_dir
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig, load_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE, TOKENIZER_DIR
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
 from sparsecod_megatron.parallel import running_processes
-
-TOKENIZER_DIR = "tokenizer"
 
 
 @dataclass(frozen=True)

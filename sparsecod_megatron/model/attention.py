@@ -57,10 +57,7 @@ class SDPAttention(torch.nn.Module):
     ) -> Tensor:
         """query [S, B, heads/TP, D], key and value [S, B, groups/TP, D] → [S, B, heads/TP · D]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        return self.attend(query, key, value, mask=None)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention under `mask` [S_query, S_key] (True: may attend), or the causal one."""
+        key, value, mask = self.visible(query, key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = F.scaled_dot_product_attention(
             q,
@@ -74,6 +71,10 @@ class SDPAttention(torch.nn.Module):
         )
         return context.permute(2, 0, 1, 3).flatten(start_dim=2)
 
+    def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [S_key, B, groups/TP, D] that these queries see, and a mask [S, S_key] or None (causal)."""
+        return key, value, None
+
 
 class ContextParallelSDPAttention(SDPAttention):
     """The same over a sequence sharded by context parallelism: keys and values are gathered, queries stay.
@@ -82,25 +83,15 @@ class ContextParallelSDPAttention(SDPAttention):
     reduce-scatter.
     """
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: object | None = None,
-    ) -> Tensor:
-        """query [S/CP, B, heads/TP, D], key and value [S/CP, B, groups/TP, D] → [S/CP, B, heads/TP · D]."""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+    def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gathers [S/CP, B, groups/TP, D] to [S, B, groups/TP, D]; the mask compares positions. Collective (`cp`)."""
         assert self.pg_collection is not None
         group = self.pg_collection.cp
         gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=2), group=group)
         all_keys, all_values = gathered.split((key.shape[2], value.shape[2]), dim=2)
         positions = zigzag_positions(query.shape[0] * group.size(), group.size(), device=query.device)
         mask = positions[group.rank()][:, None] >= positions.flatten()[None, :]
-        return self.attend(query, all_keys, all_values, mask=mask)
+        return all_keys, all_values, mask
 
 
 def zigzag_positions(seq_length: int, cp_size: int, *, device: torch.device) -> Tensor:

@@ -14,10 +14,11 @@ from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint import TrainState, latest_step_dir, load_checkpoint, load_weights, save_checkpoint
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
 from sparsecod_megatron.parallel import any_rank, running_processes
 from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.flops import flops_per_token
-from sparsecod_megatron.train.run_dir import CHECKPOINTS_DIR, RunDirectory, refuse_foreign_run
+from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run
 from sparsecod_megatron.train.setup import Trainer, build_trainer
 from sparsecod_megatron.train.signals import stop_on_signals
 from sparsecod_megatron.train.statistics import statistics_collector

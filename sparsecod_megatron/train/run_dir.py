@@ -8,17 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsecod_megatron.checkpoint.paths import CONFIG_FILE
-from sparsecod_megatron.checkpoint.whole import TOKENIZER_DIR
 from sparsecod_megatron.config import RunConfig, load_config, save_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE, LOG_FILE, METRICS_FILE, STATISTICS_FILE, TOKENIZER_DIR
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
-
-METRICS_FILE = "metrics.jsonl"
-STATISTICS_FILE = "layer_statistics.jsonl"
-CHECKPOINTS_DIR = "checkpoints"
-LOG_FILE = "log.txt"
 
 logger = logging.getLogger("sparsecod")
 
