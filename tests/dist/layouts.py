@@ -11,6 +11,12 @@ VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
 ETP1 = "parallel.expert_tensor_parallel_size=1"
+FULL_RECOMPUTE = (
+    "megatron.recompute_granularity=full",
+    "megatron.recompute_method=uniform",
+    "megatron.recompute_num_layers=1",
+)
+SELECTIVE_RECOMPUTE = ("megatron.recompute_granularity=selective", "megatron.recompute_modules=[core_attn,layernorm]")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ LAYOUTS = [
     Layout("pp2-vpp2", "dense", 2, (PP2, VPP2)),
     Layout("cp2", "dense", 2, (CP2,)),
     Layout("tp2-pp2", "dense", 4, (TP2, PP2)),
+    Layout("tp2-sp-full-recompute", "dense", 2, (TP2, SP, *FULL_RECOMPUTE)),
     Layout("ep2", "moe", 2, (EP2,)),
+    Layout("cp2-ep2-selective-recompute", "moe", 2, (CP2, EP2, *SELECTIVE_RECOMPUTE)),
     Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2)),
     Layout("tp2-ep2-etp1", "moe", 2, (TP2, SP, EP2, ETP1)),
 ]
