@@ -70,8 +70,11 @@ class LayerAccumulator:
         self._sums.zero_()
         self._maxima.zero_()
 
-    def reduce(self) -> list[dict[str, float]]:
+    def reduce(self, *, maxima: bool = True) -> list[dict[str, float]]:
         """Global means and maxima, one dict a layer. Collective over all processes; waits for the device once.
+
+        Args:
+            maxima: False spares the second reduction where no group that is due takes any.
 
         Returns:
             For each layer, Σ value / Σ count by name, and the maxima. Statistics that no process added are absent.
@@ -81,7 +84,7 @@ class LayerAccumulator:
             {name: float(value / count) for name, (value, count) in zip(self.names, layer, strict=True) if count > 0}
             for layer in totals
         ]
-        if self.maxima:
+        if self.maxima and maxima:
             for layer, row in zip(layers, all_reduce_maxima(self._maxima.clone()).tolist(), strict=True):
                 layer.update(zip(self.maxima, row, strict=True))
         return layers

@@ -63,7 +63,7 @@ class StatisticsCollector:
         if not groups:
             return None
         layers: list[Statistics] = []
-        for means in self._sums.reduce():
+        for means in self._sums.reduce(maxima=any(group.maxima for group in groups)):
             statistics: Statistics = {}
             for group in groups:
                 statistics.update(group.statistics(means))
