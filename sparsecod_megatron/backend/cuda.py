@@ -37,3 +37,10 @@ def prepare(local_rank: int) -> torch.device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def versions(device: torch.device) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(compute capability of the device, CUDA version that PyTorch was built with)."""
+    assert torch.version.cuda is not None, "a CUDA device is visible only to a PyTorch built with CUDA"
+    major, minor = torch.version.cuda.split(".")[:2]
+    return torch.cuda.get_device_capability(device), (int(major), int(minor))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsecod_megatron.backend.precision_support import check_precision
+from sparsecod_megatron.config import PrecisionConfig
 from sparsecod_megatron.errors import ConfigError
 
 
@@ -30,14 +32,16 @@ class Backend:
     transformer_engine: bool
 
 
-def select_backend(requested: str = "auto") -> Backend:
+def select_backend(requested: str = "auto", *, precision: PrecisionConfig | None = None) -> Backend:
     """Choose and prepare the backend of this process. Local; call before importing Megatron-Core's model code.
 
     Args:
         requested: `auto` (CUDA if there is any), `cpu` or `cuda`.
+        precision: what a run will train in; None where weights are only read.
 
     Raises:
-        ConfigError: `cuda` without CUDA or Transformer Engine, `cpu` where CUDA is visible.
+        ConfigError: `cuda` without CUDA or Transformer Engine, `cpu` where CUDA is visible, or a precision that the
+            device does not have.
     """
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
@@ -48,13 +52,18 @@ def select_backend(requested: str = "auto") -> Backend:
         raise ConfigError(
             "backend: 'cpu' but CUDA is visible; hide it with CUDA_VISIBLE_DEVICES='' or use backend=cuda"
         )
-    return _cuda() if available else _cpu()
+    if precision is not None and not available:
+        check_precision(precision, capability=None)
+    return _cuda(precision) if available else _cpu()
 
 
-def _cuda() -> Backend:
-    from sparsecod_megatron.backend.cuda import prepare
+def _cuda(precision: PrecisionConfig | None) -> Backend:
+    from sparsecod_megatron.backend.cuda import prepare, versions
 
     device = prepare(local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if precision is not None:
+        capability, cuda_version = versions(device)
+        check_precision(precision, capability=capability, cuda_version=cuda_version)
     return Backend(name="cuda", communication="nccl", device=device, transformer_engine=True)
 
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.backend import select_backend
 
     _show_log(is_first=os.environ.get("RANK", "0") == "0")
-    backend = select_backend(config.backend)
+    backend = select_backend(config.backend, precision=config.precision)
     from sparsecod_megatron.train import run_training
 
     run_training(config, backend)

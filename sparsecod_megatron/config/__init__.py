@@ -1,13 +1,15 @@
 """What a run is: typed sections, read from YAML and `a.b=c` overrides, refused in one line where they cannot run."""
 
 from sparsecod_megatron.config.check import check_config, data_parallel_size
+from sparsecod_megatron.config.check_batch import batch_sizes
 from sparsecod_megatron.config.load import load_config, save_config
+from sparsecod_megatron.config.model_schema import GATED_ACTIVATIONS, InitStdConfig, ModelConfig
+from sparsecod_megatron.config.presets import preset_names
 from sparsecod_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
     IntervalConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -19,8 +21,10 @@ from sparsecod_megatron.config.schema import (
 )
 
 __all__ = [
+    "GATED_ACTIVATIONS",
     "CheckpointConfig",
     "DataConfig",
+    "InitStdConfig",
     "IntervalConfig",
     "LoggingConfig",
     "ModelConfig",
@@ -32,8 +36,10 @@ __all__ = [
     "StatisticsConfig",
     "TrainConfig",
     "WandbConfig",
+    "batch_sizes",
     "check_config",
     "data_parallel_size",
     "load_config",
+    "preset_names",
     "save_config",
 ]

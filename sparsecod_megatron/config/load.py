@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from sparsecod_megatron.config.check import check_config
+from sparsecod_megatron.config.presets import preset_model
 from sparsecod_megatron.config.schema import RunConfig
 from sparsecod_megatron.errors import ConfigError
 
@@ -30,16 +31,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         overrides: `a.b=c` strings, applied in order; values are parsed as YAML.
 
     Returns:
-        The configuration with derived values filled in (`vocab_size` may still be None: it needs the tokenizer).
+        The configuration with derived values filled in (`vocab_size` may still be None: it needs the tokenizer). The
+        keys of `model.preset` lie under those of file and overrides, and are kept in full beside its name.
 
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type, bound, or combination that cannot run.
+        ConfigError: unreadable file, unknown key or preset, wrong type, bound, or combination that cannot run.
     """
-    merged = OmegaConf.structured(RunConfig)
+    updates: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path)), where=str(path))
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override), where=f"override {override!r}")
+        updates.append((str(path), _read_yaml(Path(path))))
+    updates += [(f"override {override!r}", _parse_override(override)) for override in overrides]
+    merged = OmegaConf.structured(RunConfig)
+    preset = _preset(updates)
+    if preset:
+        merged = _merge(merged, OmegaConf.create({"model": preset}), where="model.preset")
+    for where, content in updates:
+        merged = _merge(merged, _create(content, where=where), where=where)
     try:
         config = cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
@@ -57,7 +64,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     temporary.replace(path)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,10 +81,10 @@ def _read_yaml(path: Path) -> DictConfig:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not sections; start with `model:`, `train:`, …")
-    return _create(content, where=str(path))
+    return content
 
 
-def _parse_override(override: str) -> DictConfig:
+def _parse_override(override: str) -> dict[Any, Any]:
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         raise ConfigError(f"override {override!r}: not of the form section.key=value, e.g. optimizer.lr=3e-4")
@@ -87,10 +94,34 @@ def _parse_override(override: str) -> DictConfig:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
     for name in reversed(key.split(".")):
         content = {name: content}
-    return _create(content, where=f"override {override!r}")
+    return content
+
+
+def _preset(updates: Sequence[tuple[str, dict[Any, Any]]]) -> dict[str, Any]:
+    """Model keys of the preset that is named last; none where none is.
+
+    Raises:
+        ConfigError: no such preset, or one named over a file whose own keys leave nothing of it.
+    """
+    sections = [(where, content.get("model")) for where, content in updates]
+    named = [(where, model) for where, model in sections if isinstance(model, dict) and "preset" in model]
+    if not named or named[-1][1]["preset"] is None:
+        return {}
+    where, name = named[-1][0], named[-1][1]["preset"]
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: model.preset: {name!r} is not a name; give one, e.g. dense-1B")
+    preset = preset_model(name)
+    file, model = sections[0]
+    if isinstance(model, dict) and set(preset) <= set(model) and model.get("preset") != name:
+        raise ConfigError(
+            f"{where}: {file} sets every model key itself, and keys win over a preset; change the keys, or start from "
+            "the file it came from"
+        )
+    return preset
 
 
 def _create(content: dict[Any, Any], *, where: str) -> DictConfig:
+    """Typed later, by the merge; checked here to consist of sections."""
     for section, kind in typing.get_type_hints(RunConfig).items():
         value = content.get(section, {})
         if dataclasses.is_dataclass(kind) and not isinstance(value, dict):

@@ -10,82 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def choice(default: str, *others: str) -> Any:
-    """A string field with a closed set of values, the default first."""
-    return field(default=default, metadata={"choices": (default, *others)})
-
-
-def at_least(minimum: float, default: Any) -> Any:
-    """A number field (or an optional one) that is refused below `minimum`."""
-    return field(default=default, metadata={"minimum": minimum})
-
-
-def between(minimum: float, maximum: float, default: Any) -> Any:
-    """A number field refused outside [minimum, maximum]."""
-    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
-
-
-@dataclass
-class ModelConfig:
-    """Shape and initialisation of the transformer.
-
-    Defaults that are None are derived when the file is read: `num_query_groups` = `num_attention_heads` (MHA),
-    `kv_channels` = `hidden_size / num_attention_heads`, `moe_ffn_hidden_size` = `ffn_hidden_size`. `vocab_size` comes
-    from the tokenizer, rounded up to `make_vocab_size_divisible_by` whatever the layout, so that every layout trains
-    and exports the same tensors.
-    """
-
-    num_layers: int = at_least(1, 12)
-    hidden_size: int = at_least(1, 768)
-    ffn_hidden_size: int = at_least(1, 2048)
-    num_attention_heads: int = at_least(1, 12)
-    num_query_groups: int | None = at_least(1, None)
-    kv_channels: int | None = at_least(2, None)
-    vocab_size: int | None = at_least(1, None)
-    make_vocab_size_divisible_by: int = at_least(1, 128)
-    untie_embeddings_and_output_weights: bool = True
-    activation: str = choice("swiglu")
-    normalization: str = choice("RMSNorm")
-    layernorm_epsilon: float = at_least(0, 1e-5)
-    rotary_base: int = at_least(1, 10000)
-    hidden_dropout: float = between(0, 1, 0.0)
-    attention_dropout: float = between(0, 1, 0.0)
-    init: str = choice("normal", "scaled")
-    """`normal`: every matrix N(0, init_method_std). `scaled`: output projections over sqrt(2 · num_layers)."""
-    init_method_std: float = at_least(0, 0.02)
-
-    num_moe_experts: int | None = at_least(1, None)
-    """None is a dense model; the keys below then have no effect."""
-    moe_router_topk: int = at_least(1, 2)
-    moe_ffn_hidden_size: int | None = at_least(1, None)
-    moe_shared_expert_intermediate_size: int | None = at_least(1, None)
-    """Summed width of the shared experts, added ungated to the routed output; None has none."""
-    moe_router_load_balancing_type: str = choice("aux_loss", "seq_aux_loss", "none")
-    moe_aux_loss_coeff: float = at_least(0, 1e-2)
-    moe_z_loss_coeff: float = at_least(0, 1e-3)
-    moe_router_pre_softmax: bool = False
-    """True: softmax over all experts, then top-k, not renormalised. False: top-k, then softmax over the chosen."""
-
-    @property
-    def query_groups(self) -> int:
-        """Number of key/value heads."""
-        return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def expert_ffn_hidden_size(self) -> int:
-        """Width of one routed expert."""
-        return self.moe_ffn_hidden_size or self.ffn_hidden_size
-
-    @property
-    def is_moe(self) -> bool:
-        """Whether the MLPs are mixtures of experts."""
-        return self.num_moe_experts is not None
+from sparsecod_megatron.config.fields import at_least, between, choice, choices_of
+from sparsecod_megatron.config.model_schema import ModelConfig
 
 
 @dataclass
@@ -118,6 +44,22 @@ class PrecisionConfig:
     """Number formats of weights and activations; the optimizer's master weights and moments are always fp32."""
 
     dtype: str = choice("bf16", "fp32")
+    fp8_recipe: str = choice("none", "delayed", "tensorwise", "blockwise", "mxfp8")
+    """How Transformer Engine scales FP8 operands; `none` multiplies in `dtype`. mxfp8 needs Blackwell."""
+    fp8_format: str = choice("hybrid", "e4m3")
+    """`hybrid`: e4m3 forward, e5m2 for gradients."""
+    fp8_amax_history_len: int = at_least(1, 1024)
+    """Steps whose largest values set the scale, `delayed` only."""
+    fp8_amax_compute_algo: str = choice("max", "most_recent")
+    fp8_param_gather: bool = False
+    """Keep and all-gather the compute copy of the weights in FP8."""
+    num_layers_at_start_in_bf16: int = at_least(0, 0)
+    num_layers_at_end_in_bf16: int = at_least(0, 0)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether matrix products run in FP8."""
+        return self.fp8_recipe != "none"
 
 
 @dataclass
@@ -133,12 +75,18 @@ class DataConfig:
     cache_dir: str | None = None
     """Where Megatron's sample indices are kept; None is `index_cache` beside the token files."""
     num_workers: int = at_least(0, 0)
+    reset_attention_mask: bool = False
+    """No attention across the documents of a sample."""
+    reset_position_ids: bool = False
+    """Positions start at 0 in every document; goes with `reset_attention_mask`."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (none on norms and biases), on Megatron's distributed optimizer."""
+    """AdamW on Megatron's distributed optimizer, or Muon; both with decoupled weight decay."""
 
+    optimizer: str = choice("adam", "muon")
+    """`muon`: momentum orthogonalised by Newton-Schulz for matrices, AdamW for embeddings, output layer and vectors."""
     lr: float = at_least(0, 4e-4)
     weight_decay: float = at_least(0, 0.1)
     adam_beta1: float = between(0, 1, 0.9)
@@ -146,17 +94,33 @@ class OptimizerConfig:
     adam_eps: float = at_least(0, 1e-8)
     clip_grad: float = at_least(0, 1.0)
     """Largest global gradient norm; 0 does not clip."""
+    no_weight_decay: list[str] = choices_of(
+        "norms", "biases", among=("norms", "biases", "embeddings", "output", "router")
+    )
+    """Parameters that do not decay: `norms` (QK-norms too), `biases`, `embeddings`, `output` (layer), `router`."""
+    muon_momentum: float = between(0, 1, 0.95)
+    muon_use_nesterov: bool = True
+    muon_num_ns_steps: int = at_least(1, 5)
+    muon_scale_mode: str = choice("spectral", "unit_rms_norm", "shape_scaling")
+    """Factor on an orthogonalised [out, in] update: max(out, in)^½, (out/in)^½, or max(1, out/in)^½."""
+    muon_extra_scale_factor: float = at_least(0, 0.2)
+    """Times that; 0.2 with `spectral` gives the update the RMS of an AdamW step, so that lr carries over."""
+    muon_tp_mode: str = choice("duplicated", "blockwise", "distributed")
+    """Whole matrices (gathered, or by distributed products) or each tensor-parallel shard by itself."""
 
 
 @dataclass
 class ScheduleConfig:
     """Learning rate over steps: linear warm-up from 0, then decay to `min_lr_ratio · lr`."""
 
-    lr_decay_style: str = choice("cosine", "linear", "constant")
+    lr_decay_style: str = choice("cosine", "linear", "WSD", "inverse-square-root", "constant")
     lr_warmup_steps: int = at_least(0, 0)
     lr_decay_steps: int | None = at_least(1, None)
     """Step at which the minimum is reached; None is `train.train_steps`."""
     min_lr_ratio: float = between(0, 1, 0.1)
+    lr_wsd_decay_steps: int | None = at_least(1, None)
+    """WSD: last steps of `lr_decay_steps`, in which the rate falls; constant before."""
+    lr_wsd_decay_style: str = choice("linear", "cosine", "exponential", "minus_sqrt")
 
 
 @dataclass
@@ -166,6 +130,8 @@ class TrainConfig:
     train_steps: int = at_least(1, 1000)
     global_batch_size: int = at_least(1, 8)
     """Sequences per optimizer step, over all data-parallel ranks."""
+    rampup_batch_size: list[int] | None = None
+    """[start, increment, samples]: the global batch grows from start to `global_batch_size` over that many samples."""
     micro_batch_size: int = at_least(1, 1)
     """Sequences per forward pass of one rank."""
     exit_step: int | None = at_least(1, None)

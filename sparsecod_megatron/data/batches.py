@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 class BatchIterator:
     """Yields one data-parallel rank's micro-batches.
 
-    Global batch `k` is samples `[c + k·G, c + (k+1)·G)` of the dataset, `c` being `consumed_samples` and `G` the global
-    batch size. Its micro-step `m` is the `m`-th `micro_batch_size · data_parallel_size` of them, and each rank
-    takes a contiguous part of it. Iteration ends when a whole global batch no longer fits.
+    The global batch that follows `c` consumed samples is samples `[c, c + G(c))` of the dataset. Its micro-step `m` is
+    the `m`-th `micro_batch_size · data_parallel_size` of them, and each rank takes a contiguous part of it. Iteration
+    ends when a whole global batch no longer fits.
 
     Args:
         dataset: samples that are dictionaries with at least `tokens`, `labels`, `loss_mask`, `position_ids`.
         micro_batch_size: samples of one rank's micro-batch.
-        global_batch_size: samples of one optimizer step over all ranks.
+        global_batch_size: G, samples over all ranks of the optimizer step that follows so many consumed ones.
         data_parallel_rank: this rank's place among the data-parallel ranks.
         data_parallel_size: their number.
         consumed_samples: where to go on, counted over all ranks.
@@ -38,32 +38,36 @@ class BatchIterator:
         dataset: Dataset[dict[str, torch.Tensor]],
         *,
         micro_batch_size: int,
-        global_batch_size: int,
+        global_batch_size: Callable[[int], int],
         data_parallel_rank: int,
         data_parallel_size: int,
         consumed_samples: int = 0,
         num_workers: int = 0,
     ) -> None:
         assert 0 <= data_parallel_rank < data_parallel_size
-        step = micro_batch_size * data_parallel_size
-        if global_batch_size % step:
+        step, first = micro_batch_size * data_parallel_size, global_batch_size(consumed_samples)
+        if first % step:
             message = (
                 f"not a multiple of micro_batch_size {micro_batch_size} times {data_parallel_size} data-parallel ranks"
             )
-            raise ConfigError(f"train.global_batch_size {global_batch_size}: {message}; make it a multiple of {step}")
-        left = len(dataset) - consumed_samples  # type: ignore[arg-type]
-        if left < global_batch_size:
+            raise ConfigError(f"train.global_batch_size {first}: {message}; make it a multiple of {step}")
+        length = len(dataset)  # type: ignore[arg-type]
+        left = length - consumed_samples
+        if left < first:
             message = f"{left} samples left after {consumed_samples} consumed, less than one global batch"
-            raise ConfigError(f"train.global_batch_size {global_batch_size}: {message}; build a longer dataset")
+            raise ConfigError(f"train.global_batch_size {first}: {message}; build a longer dataset")
+
+        def indices() -> Iterator[list[int]]:
+            begin = consumed_samples
+            while (end := begin + global_batch_size(begin)) <= length:
+                for start in range(begin + data_parallel_rank * micro_batch_size, end, step):
+                    yield list(range(start, start + micro_batch_size))
+                begin = end
+
         self._batches = iter(
             DataLoader(
                 dataset,
-                batch_sampler=_MicroBatchIndices(
-                    start=consumed_samples + data_parallel_rank * micro_batch_size,
-                    stop=consumed_samples + left // global_batch_size * global_batch_size,
-                    step=step,
-                    size=micro_batch_size,
-                ),
+                batch_sampler=indices(),
                 num_workers=num_workers,
                 collate_fn=_collate,
                 pin_memory=torch.cuda.is_available(),
@@ -82,20 +86,6 @@ class BatchIterator:
             `tokens`, `labels`, `position_ids` int64 and `loss_mask` float32, each `[micro_batch_size, seq_length]`.
         """
         return next(self._batches)
-
-
-class _MicroBatchIndices:
-    """The sample numbers of each micro-batch: `size` of them from every `step`-th place on."""
-
-    def __init__(self, start: int, stop: int, step: int, size: int) -> None:
-        self._starts = range(start, stop, step)
-        self._size = size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(start, start + self._size)) for start in self._starts)
-
-    def __len__(self) -> int:
-        return len(self._starts)
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

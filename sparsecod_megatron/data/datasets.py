@@ -73,6 +73,7 @@ def build_datasets(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: Path | None,
+    reset_position_ids: bool = False,
 ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
     """Build the training and validation datasets. Collective: all ranks call it, and each gets both.
 
@@ -88,6 +89,7 @@ def build_datasets(
         val_samples: the same for validation; 0 builds none.
         seed: of the shuffles.
         tokenizer: the one that made the token files.
+        reset_position_ids: positions start at 0 after every end of document.
         cache_dir: for Megatron's sample indices, shared by all ranks; None is `index_cache` beside the training files.
 
     Returns:
@@ -107,7 +109,7 @@ def build_datasets(
         blend_per_split=blends,
         path_to_cache=str(_writable(cache_dir or Path(prefixes[0]).parent / "index_cache")),
         tokenizer=DatasetIdentity(tokenizer, prefixes),
-        reset_position_ids=False,
+        reset_position_ids=reset_position_ids,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,

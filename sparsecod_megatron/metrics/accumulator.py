@@ -1,7 +1,7 @@
 """The buffer that carries every layer's sums until one reduction: [layers, statistics, 2] = (Σ value, count).
 
 It stays on the device, so adding to it never waits for the GPU; the host sees it once per collected step. Maxima, which
-no sum can carry, have a buffer of their own and a second reduction, only where a group asks for any.
+no sum can carry, travel in the same reduction: every rank fills a row of its own, so that their sum lists them all.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
-from sparsecod_megatron.parallel import all_reduce_maxima, all_reduce_sums
+from sparsecod_megatron.parallel import all_reduce_sums
 
 
 class LayerAccumulator:
@@ -74,17 +75,26 @@ class LayerAccumulator:
         """Global means and maxima, one dict a layer. Collective over all processes; waits for the device once.
 
         Args:
-            maxima: False spares the second reduction where no group that is due takes any.
+            maxima: False leaves them out where no group that is due takes any.
 
         Returns:
             For each layer, Σ value / Σ count by name, and the maxima. Statistics that no process added are absent.
         """
-        totals = all_reduce_sums(self._sums.clone()).cpu()
+        sums, rows = self._reduce(maxima=maxima and bool(self.maxima))
         layers = [
             {name: float(value / count) for name, (value, count) in zip(self.names, layer, strict=True) if count > 0}
-            for layer in totals
+            for layer in sums
         ]
-        if self.maxima and maxima:
-            for layer, row in zip(layers, all_reduce_maxima(self._maxima.clone()).tolist(), strict=True):
+        if len(rows):
+            for layer, row in zip(layers, rows.amax(dim=0).tolist(), strict=True):
                 layer.update(zip(self.maxima, row, strict=True))
         return layers
+
+    def _reduce(self, *, maxima: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Total sums [layers, names, 2], and every rank's maxima [ranks or 0, layers, maxima]; both on the host."""
+        rank, size = dist.get_rank(), dist.get_world_size() if maxima else 0
+        rows = self._maxima.new_zeros((size, *self._maxima.shape))
+        rows[rank : rank + 1] = self._maxima
+        packed = all_reduce_sums(torch.cat((self._sums.flatten(), rows.flatten()))).cpu()
+        sums, listed = packed.split((self._sums.numel(), rows.numel()))
+        return sums.view_as(self._sums), listed.view_as(rows)

@@ -5,6 +5,8 @@ A layer of Megatron-Core computes, with h the residual stream of shape [S_local,
     h  = h + attention(norm(h))      attn_in: h before,  attn: what is added
     h  = h + mlp(norm(h))            mlp_in:  h before,  mlp:  what is added       out: h after
 
+or with the norms elsewhere (model/placement.py): where the branch is normalised, what is added is the norm's output.
+
 The residual stream keeps H whole under tensor and sequence parallelism, and both branches are already summed over
 tensor-parallel ranks, so a token's statistics never need another rank. Source: Megatron-Core
 transformer/transformer_layer.py.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,16 +58,21 @@ def _attach(layer: TransformerLayer, observer: Observer) -> list[Any]:
     def before(place: str) -> Callable[..., None]:
         return lambda module, args: see(place, args[0])
 
-    def branch(place: str) -> Callable[..., None]:
-        return lambda module, args, result: see(place, _with_bias(*result))
-
     return [
         layer.input_layernorm.register_forward_pre_hook(before("attn_in")),
-        layer.self_attention.register_forward_hook(branch("attn")),
+        *_watch_branch(layer.self_attention, layer.self_attn_bda, partial(see, "attn")),
         layer.pre_mlp_layernorm.register_forward_pre_hook(before("mlp_in")),
-        layer.mlp.register_forward_hook(branch("mlp")),
+        *_watch_branch(layer.mlp, layer.mlp_bda, partial(see, "mlp")),
         layer.register_forward_hook(lambda module, args, result: see("out", result[0])),
     ]
+
+
+def _watch_branch(branch: torch.nn.Module, join: object, see: Callable[[Tensor], None]) -> list[Any]:
+    """Call `see` with what the branch adds: its output, or the output of the norm that its join applies to it."""
+    norm: torch.nn.Module | None = getattr(join, "branch_norm", None)
+    if norm is not None:
+        return [norm.register_forward_hook(lambda module, args, result: see(result))]
+    return [branch.register_forward_hook(lambda module, args, result: see(_with_bias(*result)))]
 
 
 def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,9 +8,10 @@ Definitions, over all parameters of a layer (embeddings, output layer and final 
 
 Weights are the optimizer's fp32 master weights, so an update that bf16 would round away still counts.
 
-Every element is counted by one process: each data-parallel rank owns a slice of the master weights and of the reduced
-gradient, tensor- and expert-parallel ranks hold different ones, and what tensor-parallel ranks hold alike (norms,
-router) is left to the first of them, as in Megatron-Core's own gradient norm. So Σ squares over processes is the square
+Every element is counted by one process: under the distributed optimizer each data-parallel rank owns a slice of the
+master weights and of the reduced gradient, else (Muon) the first of them owns all; tensor- and expert-parallel ranks
+hold different ones, and what tensor-parallel ranks hold alike (norms, router) is left to the first of them, as in
+Megatron-Core's own gradient norm. So Σ squares over processes is the square
 of the norm. The accumulator yields Σ value / Σ count, which is a plain sum if the counts add up to 1: the first process
 of the pipeline stage that holds the layer counts 1, the others 0.
 
@@ -19,21 +20,24 @@ configuration, returns: reduced, in the buffers that the optimizer reads next. T
 after the step of torch's optimizer. A collected step holds one fp32 copy of this rank's slices of the layers' weights
 while the optimizer steps; other steps hold nothing.
 
-Source: Megatron-Core optimizer/distrib_optimizer.py (slices) and tensor_parallel/layers.py (replicas).
+Source: Megatron-Core optimizer/distrib_optimizer.py (slices), optimizer/optimizer.py (whole) and
+tensor_parallel/layers.py (replicas).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
@@ -41,13 +45,16 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.metrics.accumulator import LayerAccumulator
 from sparsecod_megatron.metrics.group import Statistics
 
+_Held: TypeAlias = tuple[torch.nn.Parameter, Tensor, tuple[int, int]]
+"""A parameter, the fp32 weights that this process holds of it, and their span in the flattened parameter."""
+
 
 class ParameterNormsGroup:
     """grad_norm, param_norm, update_ratio.
 
     Args:
         models: the GPTModel chunks of this rank, without wrappers.
-        optimizer: the distributed optimizers over them.
+        optimizer: the optimizers over them.
 
     Raises:
         ConfigError: the optimizer keeps the master weights to itself.
@@ -62,7 +69,7 @@ class ParameterNormsGroup:
         rows = {parameter: row for row, layer in enumerate(layers) for parameter in layer.parameters()}
         parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
         self._device = next(models[0].parameters()).device
-        self._owned = [_owned_slices(part, rows, self._device) for part in parts]
+        self._owned = [_owned_slices(part, rows, models[0].pg_collection, self._device) for part in parts]
         self._config = models[0].config
         self._count = 1 if models[0].pg_collection.tp_dp_cp.rank() == 0 else 0
 
@@ -112,7 +119,7 @@ class _OwnedSlices:
         rows: layer of each slice, as a row of the sums, [slices].
         parameters: the model's, whole.
         spans: (start, end) of each slice in its flattened parameter.
-        masters: fp32 weights of each slice, [end − start].
+        masters: fp32 weights of each slice, end − start of them in any shape.
     """
 
     optimizer: torch.optim.Optimizer
@@ -154,29 +161,49 @@ class _OwnedSlices:
 
 
 def _owned_slices(
-    part: DistributedOptimizer, rows: Mapping[torch.nn.Parameter, int], device: torch.device
+    part: MegatronOptimizer,
+    rows: Mapping[torch.nn.Parameter, int],
+    groups: ProcessGroupCollection,
+    device: torch.device,
 ) -> _OwnedSlices:
     if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
         raise ConfigError(
             "megatron.use_precision_aware_optimizer: true hides the master weights that statistics.norms reads; "
             "set it to false, or statistics.norms.interval to 0"
         )
-    models = [*part.model_fp32_groups, *part.model_float16_groups]
-    masters = [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups]
+    held = _sharded_masters(part) if isinstance(part, DistributedOptimizer) else _whole_masters(part, groups)
     owned = [
-        (parameter, master)
-        for group in zip(models, masters, strict=True)
-        for parameter, master in zip(*group, strict=True)
-        if parameter in rows and param_is_not_tensor_parallel_duplicate(parameter, part.tp_group)
+        entry for entry in held if entry[0] in rows and param_is_not_tensor_parallel_duplicate(entry[0], groups.tp)
     ]
-    ranges = [part._get_model_param_range_map(parameter)["param"] for parameter, _ in owned]
     return _OwnedSlices(
         optimizer=part.optimizer,
-        rows=torch.tensor([rows[parameter] for parameter, _ in owned], dtype=torch.int64, device=device),
-        parameters=[parameter for parameter, _ in owned],
-        spans=[(span.start, span.end) for span in ranges],
-        masters=[master for _, master in owned],
+        rows=torch.tensor([rows[parameter] for parameter, _, _ in owned], dtype=torch.int64, device=device),
+        parameters=[parameter for parameter, _, _ in owned],
+        spans=[span for _, _, span in owned],
+        masters=[master for _, master, _ in owned],
     )
+
+
+def _sharded_masters(part: DistributedOptimizer) -> Iterator[_Held]:
+    """What this data-parallel rank steps."""
+    models = [*part.model_fp32_groups, *part.model_float16_groups]
+    masters = [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups]
+    for parameter, master in zip(itertools.chain(*models), itertools.chain(*masters), strict=True):
+        span = part._get_model_param_range_map(parameter)["param"]
+        yield parameter, master, (span.start, span.end)
+
+
+def _whole_masters(part: MegatronOptimizer, groups: ProcessGroupCollection) -> Iterator[_Held]:
+    """What every data-parallel rank steps alike, on the first of them."""
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        models = [*part.float16_groups, *part.fp32_from_fp32_groups]
+        masters = [*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups]
+    else:
+        models = masters = [part.get_parameters()]
+    for parameter, master in zip(itertools.chain(*models), itertools.chain(*masters), strict=True):
+        is_expert_parallel = not getattr(parameter, "allreduce", True)
+        if (groups.expt_dp if is_expert_parallel else groups.dp_cp).rank() == 0:
+            yield parameter, master, (0, parameter.numel())
 
 
 @torch.no_grad()

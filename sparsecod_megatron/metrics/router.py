@@ -111,11 +111,12 @@ class RouterGroup:
         stacked = torch.stack([torch.stack(loads[layer]) for layer in self._routers]).double()
         routed, switch = stacked[:, :, 0].sum(dim=1), stacked[:, :, 1:].contiguous()
         router = next(iter(self._routers.values()))
+        topk = torch.tensor([[[each.topk]] for each in self._routers.values()], device=stacked.device)
         if router.tp_cp_group.size() > 1:
             all_reduce_sums(switch, router.tp_cp_group)
         slots, probabilities = switch.unbind(dim=2)  # [layers, micro-batches, E] each
-        tokens = slots.sum(dim=-1, keepdim=True) / router.topk
-        fractions, mean_probabilities = slots / (tokens * router.topk), probabilities / tokens
+        tokens = slots.sum(dim=-1, keepdim=True) / topk
+        fractions, mean_probabilities = slots / (tokens * topk), probabilities / tokens
         losses = len(self._experts) * (fractions * mean_probabilities).sum(dim=-1)
         # A plain sum: one process of the pipeline stage adds the count 1, the others 0.
         count = 1 if router.tp_dp_cp_group.rank() == 0 else 0

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
 class SDPAttention(torch.nn.Module):
-    """softmax(q·kᵀ/√d + causal mask)·v with grouped queries.
+    """softmax(q·kᵀ/√d + mask)·v with grouped queries; the mask is causal, and a window in the layers that have one.
 
     Args:
-        config: dropout probability.
-        layer_number: 1-based, as Megatron numbers layers; unused.
+        config: dropout probability; `window_size` (left, 0) and `window_attn_skip_freq`, as in Transformer Engine.
+        layer_number: 1-based, as Megatron numbers layers.
         attn_mask_type: must be causal.
         attention_type: `self`; unused.
         attention_dropout: overrides the configuration's.
         softmax_scale: overrides 1/√d.
         cp_comm_type: kind of context-parallel exchange in Transformer Engine; unused.
-        pg_collection: the run's groups; `cp` is used by the subclass.
+        pg_collection: the run's groups; `cp` is used by a subclass.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class SDPAttention(torch.nn.Module):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.pg_collection = pg_collection
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed and config.window_size else None
 
     def forward(
         self,
@@ -53,7 +57,7 @@ class SDPAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: object | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [S, B, heads/TP, D], key and value [S, B, groups/TP, D] → [S, B, heads/TP · D]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
@@ -73,7 +77,16 @@ class SDPAttention(torch.nn.Module):
 
     def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [S_key, B, groups/TP, D] that these queries see, and a mask [S, S_key] or None (causal)."""
-        return key, value, None
+        length = query.shape[0]
+        if self.window is None or self.window >= length:
+            return key, value, None
+        positions = torch.arange(length, device=query.device)
+        return key, value, self.allowed(positions, positions)
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Whether each query [S] sees each key [S_key]: not after it, and inside the window. [S, S_key], bool."""
+        distance = query_positions[:, None] - key_positions[None, :]
+        return (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
 
 
 class ContextParallelSDPAttention(SDPAttention):
@@ -90,8 +103,28 @@ class ContextParallelSDPAttention(SDPAttention):
         gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=2), group=group)
         all_keys, all_values = gathered.split((key.shape[2], value.shape[2]), dim=2)
         positions = zigzag_positions(query.shape[0] * group.size(), group.size(), device=query.device)
-        mask = positions[group.rank()][:, None] >= positions.flatten()[None, :]
-        return all_keys, all_values, mask
+        return all_keys, all_values, self.allowed(positions[group.rank()], positions.flatten())
+
+
+class DocumentSDPAttention(SDPAttention):
+    """The same within each document of a packed sequence (Megatron's `thd` format), one call a document."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [T, heads/TP, D], key and value [T, groups/TP, D] → [T, heads/TP · D]; unpacked batches as above."""
+        if packed_seq_params is None:
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        documents = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([super(DocumentSDPAttention, self).forward(q, k, v, None) for q, k, v in documents]).squeeze(1)
 
 
 def zigzag_positions(seq_length: int, cp_size: int, *, device: torch.device) -> Tensor:

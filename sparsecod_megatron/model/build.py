@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
@@ -15,7 +18,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
-from sparsecod_megatron.model.specs import block_spec
+from sparsecod_megatron.model.gpt import EmbeddingNormGPTModel
+from sparsecod_megatron.model.init import initialize
+from sparsecod_megatron.model.specs import block_spec, spec_provider
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
@@ -32,7 +37,7 @@ def build_model(
     device: torch.device,
     transformer_engine: bool,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, one unless the schedule is interleaved. Local; draws from this rank's seeded generator.
+    """This rank's model chunks, one unless the schedule is interleaved, freshly initialised. Local.
 
     Args:
         config: a checked run whose vocab_size is known.
@@ -47,12 +52,16 @@ def build_model(
     assert config.model.vocab_size is not None, "the vocabulary size comes from the tokenizer before the model is built"
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if chunks is None else list(range(chunks))
+    provider = spec_provider(config, transformer_engine=transformer_engine)
+    build: Any = GPTModel
+    if config.model.has_embedding_norm:
+        build = partial(EmbeddingNormGPTModel, embedding_norm=provider.layer_norm(rms_norm=True))
     models: list[torch.nn.Module] = []
     for vp_stage in stages:
         first = is_pp_first_stage(groups.pp) and is_vp_first_stage(vp_stage, chunks)
         last = is_pp_last_stage(groups.pp) and is_vp_last_stage(vp_stage, chunks)
-        spec = block_spec(megatron, transformer_engine=transformer_engine, vp_stage=vp_stage, pp_rank=groups.pp.rank())
-        model = GPTModel(
+        spec = block_spec(config.model, megatron, provider, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+        model = build(
             config=megatron,
             transformer_layer_spec=spec,
             vocab_size=config.model.vocab_size,
@@ -60,14 +69,25 @@ def build_model(
             pre_process=first,
             post_process=last,
             share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=config.model.rotary_base,
             pg_collection=groups,
             vp_stage=vp_stage,
+            **_rotary(config.model),
         ).to(device)
+        initialize(model, config.model, groups, seed=config.train.seed)
         model.vp_stage = vp_stage
         models.append(Float16Module(megatron, model) if megatron.bf16 else model)
     return models
+
+
+def _rotary(model: ModelConfig) -> dict[str, Any]:
+    """GPTModel's arguments for the rotary embedding; YaRN's numbers go through TransformerConfig."""
+    return {
+        "position_embedding_type": "yarn" if model.rope_scaling == "yarn" else "rope",
+        "rotary_base": model.rotary_base,
+        "rope_scaling": model.rope_scaling == "llama3",
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "seq_len_interpolation_factor": model.rope_scaling_factor if model.rope_scaling == "linear" else None,
+    }
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

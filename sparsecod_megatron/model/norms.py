@@ -13,8 +13,7 @@ class RMSNorm(torch.nn.Module):
 
     Args:
         config: tells whether the sequence is sharded, in which case each tensor-parallel rank sees other tokens and
-            Megatron must sum this
-            weight's gradient over the group (`weight.sequence_parallel`).
+            Megatron must sum this weight's gradient over the group (`weight.sequence_parallel`).
         hidden_size: size of the last axis.
         eps: added to the mean square.
 
@@ -30,3 +29,20 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[S_local, B, H] → [S_local, B, H]."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ScaledRMSNorm(RMSNorm):
+    """scale · RMSNorm(x), with a constant scale: 1 / sqrt(l + 1) in layer l makes it LayerNorm scaling.
+
+    The weight stays at 1 when the model is made, so that weight decay and checkpoints see what they see without.
+
+    Source: Sun et al., The Curse of Depth in Large Language Models (arXiv 2502.05795).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, scale: float) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S_local, B, H] → [S_local, B, H]."""
+        return self.scale * super().forward(x)

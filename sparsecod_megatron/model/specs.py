@@ -1,97 +1,160 @@
 """Layer specs: which module stands at each place of a Megatron-Core transformer layer.
 
-One provider per backend; everything else (layers, MoE, parallel linear layers) is Megatron-Core's.
+Backend (one provider each) × norm placement × dense or mixture of experts; parallel linear layers, MoE and the layer
+itself are Megatron-Core's.
 """
 
 from __future__ import annotations
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_with_transformer_engine_spec,
-    get_mlp_module_spec_for_backend,
-)
+from typing import Any
+
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
-from sparsecod_megatron.model.attention import ContextParallelSDPAttention, SDPAttention
+from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
+from sparsecod_megatron.model.gate import HeadwiseGatedSelfAttention, HeadwiseGateSubmodules
+from sparsecod_megatron.model.layer import VariedLayer
 from sparsecod_megatron.model.norms import RMSNorm
+from sparsecod_megatron.model.placement import Placement, placement
 
 
 class ReferenceSpecProvider(LocalSpecProvider):
     """Megatron's local modules with our norm and core attention: plain PyTorch, any device."""
 
-    def __init__(self, context_parallel: bool) -> None:
-        self.context_parallel = context_parallel
+    def __init__(self, attention: type[SDPAttention]) -> None:
+        self.attention = attention
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """The norm of every place."""
         return RMSNorm
 
     def core_attention(self) -> type:
-        """Attention of one sequence shard."""
-        return ContextParallelSDPAttention if self.context_parallel else SDPAttention
+        """The attention that fits the run's sequences."""
+        return self.attention
+
+
+def spec_provider(config: RunConfig, *, transformer_engine: bool) -> BackendSpecProvider:
+    """Transformer Engine's modules, or the reference ones with the core attention that the run needs."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    if config.data.reset_attention_mask:
+        return ReferenceSpecProvider(DocumentSDPAttention)
+    sharded = config.parallel.context_parallel_size > 1
+    return ReferenceSpecProvider(ContextParallelSDPAttention if sharded else SDPAttention)
 
 
 def block_spec(
-    config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None, pp_rank: int
+    model: ModelConfig,
+    megatron: TransformerConfig,
+    provider: BackendSpecProvider,
+    *,
+    vp_stage: int | None,
+    pp_rank: int,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that one pipeline (or virtual) stage holds, and of the final norm.
 
     Args:
-        config: the whole model's.
-        transformer_engine: Transformer Engine's modules, or the reference ones.
+        model: ours.
+        megatron: `transformer_config` of it.
+        provider: the backend's modules.
         vp_stage: index of this model chunk under the interleaved schedule.
         pp_rank: pipeline stage.
     """
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-        )
-        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    layer = reference_layer_spec(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    first = get_transformer_layer_offset(megatron, vp_stage, pp_rank)
+    count = get_num_layers_to_build(megatron, vp_stage=vp_stage, pp_rank=pp_rank)
+    layers = [layer_spec(model, megatron, provider, layer) for layer in range(first, first + count)]
+    return TransformerBlockSubmodules(
+        layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True) if model.final_norm else None
+    )
 
 
-def reference_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """A pre-norm layer of reference modules, dense or mixture of experts.
+def layer_spec(
+    model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider, layer: int
+) -> ModuleSpec:
+    """Layer `layer` (from 0): its norms, attention and MLP.
 
-    Checkpoints name the norms as Transformer Engine's fused linear layers do, so that they load on either backend.
-    Before a mixture of experts the norm is a module of its own there too, and keeps its name (Megatron's local spec
-    renames it, gpt_layer_specs.py:410).
+    Checkpoints name every input norm as Transformer Engine's fused linear layers do, whether it is fused or not, so
+    that they load on either backend. Before a mixture of experts the norm is a module of its own there too, and keeps
+    its name (Megatron's local spec renames it, gpt_layer_specs.py:410).
     """
-    provider = ReferenceSpecProvider(context_parallel=config.context_parallel_size > 1)
+    norms = placement(model, megatron, provider, layer)
+    is_moe = model.is_moe_layer(layer)
+    fuse = norms.fusible and provider.fuse_layernorm_and_linear()
+    fuse_attention = fuse and model.attention_output_gate != "headwise"
     renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if config.num_moe_experts is None:
+    if not is_moe:
         renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=provider.column_parallel_linear(),
-            core_attention=provider.core_attention(),
-            linear_proj=provider.row_parallel_linear(),
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
-        ),
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=IdentityOp if fuse_attention else norms.input_norm,
+        self_attention=_attention(model, provider, fuse=fuse_attention),
+        self_attn_bda=norms.join,
+        pre_mlp_layernorm=IdentityOp if fuse and not is_moe else norms.input_norm,
+        mlp=_experts(model, megatron, provider) if is_moe else _mlp(provider, fuse=fuse),
+        mlp_bda=norms.join,
+        sharded_state_dict_keys_map=renamed if _has_own_input_norm(norms) else {},
     )
+    changes = _changes(model, layer)
+    if not changes:
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=VariedLayer, submodules=submodules, params={"changes": changes})
+
+
+def _has_own_input_norm(norms: Placement) -> bool:
+    return norms.input_norm is not IdentityOp
+
+
+def _attention(model: ModelConfig, provider: BackendSpecProvider, *, fuse: bool) -> ModuleSpec:
+    column = provider.column_parallel_linear()
+    head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if model.qk_norm else IdentityOp
+    places: dict[str, Any] = {
+        "linear_qkv": provider.column_parallel_layer_norm_linear() if fuse else column,
+        "core_attention": provider.core_attention(),
+        "linear_proj": provider.row_parallel_linear(),
+        "q_layernorm": head_norm,
+        "k_layernorm": head_norm,
+    }
+    causal = {"attn_mask_type": AttnMaskType.causal}
+    if model.attention_output_gate == "headwise":
+        gated = HeadwiseGateSubmodules(**places, linear_gate=column)
+        return ModuleSpec(module=HeadwiseGatedSelfAttention, params=causal, submodules=gated)
+    return ModuleSpec(module=SelfAttention, params=causal, submodules=SelfAttentionSubmodules(**places))
+
+
+def _mlp(provider: BackendSpecProvider, *, fuse: bool) -> ModuleSpec:
+    linear_fc1 = provider.column_parallel_layer_norm_linear() if fuse else provider.column_parallel_linear()
     return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=provider.layer_norm(),
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=provider.layer_norm(),
-            mlp=get_mlp_module_spec_for_backend(backend=provider, num_experts=config.num_moe_experts),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=renamed,
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=linear_fc1,
+            linear_fc2=provider.row_parallel_linear(),
+            activation_func=provider.activation_func(),
         ),
     )
+
+
+def _experts(model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
+    return get_moe_module_spec_for_backend(
+        provider, num_experts=model.num_moe_experts, moe_grouped_gemm=megatron.moe_grouped_gemm
+    )
+
+
+def _changes(model: ModelConfig, layer: int) -> dict[str, Any]:
+    """TransformerConfig fields whose values differ in this layer."""
+    if not model.is_moe_layer(layer) or model.topk(layer) == model.moe_router_topk:
+        return {}
+    return {"moe_router_topk": model.topk(layer)}

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import init_method_normal
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.model.init import leave_as_is
 from sparsecod_megatron.model.passthrough import passthrough
+from sparsecod_megatron.model.precision import precision_fields, torch_dtype
 
 
 def transformer_config(config: RunConfig, *, transformer_engine: bool) -> TransformerConfig:
@@ -24,21 +26,23 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
     Raises:
         ConfigError: Megatron-Core refuses the combination, or a `megatron:` field is unknown.
     """
-    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    dtype = torch_dtype(config.precision)
     ours: dict[str, Any] = {
         **_shape(config.model),
+        **_attention(config.model),
+        **_activation(config.model),
         **_experts(config.model),
         **_layout(config, dtype),
-        "bf16": dtype == torch.bfloat16,
-        "params_dtype": dtype,
+        **precision_fields(config.precision),
         # Megatron's per-token mode would scale the auxiliary losses down by the tensor- and context-parallel sizes.
         # Every micro-batch holds the same number of counted tokens, so the mean of means is the mean over tokens.
         "calculate_per_token_loss": False,
     }
     defaults = {
         "moe_grouped_gemm": transformer_engine and config.model.is_moe,
-        "bias_activation_fusion": True,
-        "apply_rope_fusion": True,
+        # The fused GeGLU is the tanh approximation, and the others have none without bias.
+        "bias_activation_fusion": config.model.activation == "swiglu",
+        "apply_rope_fusion": _has_fused_rope(config, transformer_engine),
         "bias_dropout_fusion": transformer_engine,
         "masked_softmax_fusion": transformer_engine,
         "cross_entropy_loss_fusion": transformer_engine,
@@ -51,51 +55,103 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
     arguments = passthrough(config.megatron, TransformerConfig, ours, defaults)
     _forbid_silent_divergence(arguments)
     try:
-        return TransformerConfig(**arguments)
+        megatron = TransformerConfig(**arguments)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model/parallel/megatron: Megatron-Core refuses this combination: {error}") from error
+    for name, value in _yarn(config.model).items():
+        setattr(megatron, name, value)
+    return megatron
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
-    plain = {
-        name: getattr(model, name)
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "normalization",
-            "layernorm_epsilon",
-            "hidden_dropout",
-            "attention_dropout",
-            "init_method_std",
-        )
-    }
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "normalization",
+        "layernorm_epsilon",
+        "hidden_dropout",
+        "attention_dropout",
+    )
     return {
-        **plain,
+        **{name: getattr(model, name) for name in names},
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_dim,
         "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        # None is Megatron's own choice, the standard deviation over sqrt(2 · num_layers).
-        "output_layer_init_method": init_method_normal(model.init_method_std) if model.init == "normal" else None,
+        # Layers of different parameters are saved one by one, not stacked (the misspelling is Megatron's).
+        "hetereogenous_dist_checkpoint": model.norm_placement == "mix",
+        # `init.py` draws every matrix. Without `perform_initialization` Megatron would not mark which are sharded.
+        "init_method": leave_as_is,
+        "output_layer_init_method": leave_as_is,
+        "embedding_init_method": leave_as_is,
     }
+
+
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "qk_layernorm": model.qk_norm,
+        "attention_output_gate": model.attention_output_gate != "none",
+        # Megatron counts the keys to the left, without the query's own.
+        "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        "window_attn_skip_freq": model.window_attn_skip_freq,
+    }
+
+
+def _yarn(model: ModelConfig) -> dict[str, Any]:
+    """Attributes that GPTModel looks for on the configuration although they are no fields of it (gpt_model.py:179)."""
+    if model.rope_scaling != "yarn":
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": model.rope_scaling_factor,
+        "yarn_original_max_position_embeddings": model.rope_original_max_position_embeddings,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_mscale": None,
+        "yarn_mscale_all_dim": None,
+        "yarn_correction_range_round_to_int": True,
+    }
+
+
+def _has_fused_rope(config: RunConfig, transformer_engine: bool) -> bool:
+    """YaRN scales what it rotates, which no fused kernel does; ours on CPU knows no packed documents either."""
+    return config.model.rope_scaling != "yarn" and (transformer_engine or not config.data.reset_attention_mask)
+
+
+_ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu, "relu2": squared_relu}
+
+
+def _activation(model: ModelConfig) -> dict[str, Any]:
+    return {"gated_linear_unit": model.is_gated, "activation_func": _ACTIVATIONS[model.activation]}
 
 
 def _experts(model: ModelConfig) -> dict[str, Any]:
     if not model.is_moe:
         return {}
+    same_name = (
+        "num_moe_experts",
+        "moe_router_topk",
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
+        "moe_router_score_function",
+        "moe_router_pre_softmax",
+        "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
+        "moe_router_dtype",
+        "moe_router_load_balancing_type",
+        "moe_router_enable_expert_bias",
+        "moe_router_bias_update_rate",
+        "moe_expert_capacity_factor",
+    )
     return {
-        "num_moe_experts": model.num_moe_experts,
-        "moe_router_topk": model.moe_router_topk,
+        **{name: getattr(model, name) for name in same_name},
         "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
-        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_layer_freq": [int(model.is_moe_layer(layer)) for layer in range(model.num_layers)]
+        if model.moe_first_k_dense_layers
+        else 1,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff if model.moe_router_load_balancing_type != "none" else 0.0,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
-        "moe_router_pre_softmax": model.moe_router_pre_softmax,
-        "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
     }
 

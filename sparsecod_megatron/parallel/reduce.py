@@ -24,12 +24,6 @@ def all_reduce_sums(sums: torch.Tensor, group: dist.ProcessGroup | None = None) 
     return sums
 
 
-def all_reduce_maxima(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Largest value over ranks, in place. Collective over `group` (None: all processes)."""
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    return values
-
-
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds on any process. Collective over all processes."""
     value = torch.tensor([1.0 if flag else 0.0], device=device)

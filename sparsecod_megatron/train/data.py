@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model import padded_vocab_size
 from sparsecod_megatron.train.forward import Batch
+from sparsecod_megatron.train.ramp import global_batch_size, samples_of_steps
 from sparsecod_megatron.train.setup import Trainer
 
 
@@ -68,28 +70,33 @@ class RunData:
             train_prefix=data.train,
             val_prefix=data.validation if evaluates else None,
             seq_length=data.seq_length,
-            train_samples=train.train_steps * train.global_batch_size,
+            train_samples=samples_of_steps(train, train.train_steps),
             val_samples=train.eval_steps * train.global_batch_size if evaluates else 0,
             seed=train.seed,
             tokenizer=tokenizer,
+            reset_position_ids=data.reset_position_ids,
             cache_dir=Path(data.cache_dir) if data.cache_dir else None,
         )
 
     def train_batches(self, consumed_samples: int) -> list[Iterator[Batch]]:
         """Micro-batches from `consumed_samples` on, one iterator a model chunk."""
-        return self._iterators(self._train, consumed_samples)
+        ramp = partial(global_batch_size, self.trainer.config.train)
+        return self._iterators(self._train, consumed_samples, ramp)
 
     def validation_batches(self) -> list[Iterator[Batch]]:
         """Micro-batches of the validation set, always from its start."""
-        return self._iterators(self._validation, 0)
+        size = self.trainer.config.train.global_batch_size
+        return self._iterators(self._validation, 0, lambda consumed_samples: size)
 
-    def _iterators(self, dataset: object, consumed_samples: int) -> list[Iterator[Batch]]:
+    def _iterators(
+        self, dataset: object, consumed_samples: int, global_batch_size: Callable[[int], int]
+    ) -> list[Iterator[Batch]]:
         train, groups = self.trainer.config.train, self.trainer.groups
         return [
             BatchIterator(
                 dataset,  # type: ignore[arg-type]
                 micro_batch_size=train.micro_batch_size,
-                global_batch_size=train.global_batch_size,
+                global_batch_size=global_batch_size,
                 data_parallel_rank=groups.dp.rank(),
                 data_parallel_size=groups.dp.size(),
                 consumed_samples=consumed_samples,

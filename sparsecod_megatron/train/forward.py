@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from sparsecod_megatron.model.attention import zigzag_positions
@@ -23,15 +24,49 @@ def shard_sequence(batch: Batch, cp_group: torch.distributed.ProcessGroup) -> Ba
     return {name: tensor.index_select(1, positions) for name, tensor in batch.items()}
 
 
+def pack_documents(batch: Batch) -> tuple[Batch, PackedSeqParams]:
+    """One sequence of all documents of a micro-batch, [B, S] → [1, B · S], and where each begins. Local.
+
+    Args:
+        batch: its `position_ids` start at 0 in every document, and in every sample.
+
+    Returns:
+        The batch, and the boundaries in Megatron's `thd` format: no attention across them, rotation from 0 in each.
+    """
+    samples, length = batch["tokens"].shape
+    packed = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
+    starts = (packed["position_ids"][0] == 0).nonzero().squeeze(1)
+    boundaries = torch.cat((starts, starts.new_tensor([samples * length]))).to(torch.int32)
+    return packed, PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        # A bound is enough, and known without asking the device.
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+    )
+
+
 def make_forward_step(
-    cp_group: torch.distributed.ProcessGroup, device: torch.device
+    cp_group: torch.distributed.ProcessGroup, device: torch.device, *, mask_documents: bool = False
 ) -> Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]:
-    """The function that Megatron-Core's schedules call for each micro-batch."""
+    """The function that Megatron-Core's schedules call for each micro-batch.
+
+    Args:
+        cp_group: ranks that share a sequence.
+        device: where the model is.
+        mask_documents: keep attention within documents.
+    """
 
     def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data).items()}
         batch = shard_sequence(batch, cp_group)
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        packing: PackedSeqParams | None = None
+        if mask_documents:
+            batch, packing = pack_documents(batch)
+        losses = model(
+            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packing
+        )
         return losses, partial(sum_of_losses, batch["loss_mask"])
 
     return forward_step

@@ -14,10 +14,11 @@ from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint import TrainState, latest_step_dir, load_checkpoint, load_weights, save_checkpoint
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.flops import flops_per_token
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
 from sparsecod_megatron.parallel import any_rank, running_processes
 from sparsecod_megatron.train.data import RunData, prepare_data
-from sparsecod_megatron.train.flops import flops_per_token
+from sparsecod_megatron.train.ramp import global_batch_size
 from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run
 from sparsecod_megatron.train.setup import Trainer, build_trainer
 from sparsecod_megatron.train.signals import stop_on_signals
@@ -114,8 +115,9 @@ class _Loop:
     def _step(self, batches: list[Any]) -> dict[str, Any]:
         config, step = self.trainer.config, self.state.step + 1
         began = time.perf_counter()
+        size = global_batch_size(config.train, self.state.consumed_samples)
         with self.statistics.collecting(step):
-            result = train_step(self.trainer, batches)
+            result = train_step(self.trainer, batches, global_batch_size=size)
         elapsed = time.perf_counter() - began
         self._advance(result)
         layers = self.statistics.reduce(step)
@@ -134,7 +136,7 @@ class _Loop:
     def _advance(self, result: StepResult) -> None:
         self.state.step += 1
         self.state.optimizer_steps += 1
-        self.state.consumed_samples += self.trainer.config.train.global_batch_size
+        self.state.consumed_samples += result.samples
         self.state.consumed_tokens += result.tokens
 
     def _record(self, result: StepResult, elapsed: float) -> dict[str, Any]:
@@ -142,6 +144,7 @@ class _Loop:
         return {
             "step": self.state.step,
             "tokens": self.state.consumed_tokens,
+            "global_batch_size": result.samples,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,

@@ -1,4 +1,4 @@
-"""Wraps the model for data parallelism and builds its optimizer and schedule, all Megatron-Core's."""
+"""Puts a rank's trainer together: model, data-parallel wrapper, optimizer and schedule, all Megatron-Core's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,6 +17,9 @@ from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.model import build_model, transformer_config
 from sparsecod_megatron.model.passthrough import passthrough
+from sparsecod_megatron.model.precision import ddp_precision_fields
+from sparsecod_megatron.train.optimizer import build_optimizer, shards_optimizer
+from sparsecod_megatron.train.schedule import build_scheduler
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Trainer:
         groups: its process groups.
         megatron: Megatron-Core's configuration of the model and layout.
         models: data-parallel wrapped model chunks of this rank.
-        optimizer: the distributed optimizer over them.
+        optimizer: a chain of optimizers over them.
         scheduler: learning rate and weight decay by step.
     """
 
@@ -41,11 +44,9 @@ class Trainer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
-    @property
-    def num_microbatches(self) -> int:
-        """Forward passes of one rank in one step."""
-        train = self.config.train
-        return train.global_batch_size // (train.micro_batch_size * self.groups.dp.size())
+    def num_microbatches(self, global_batch_size: int) -> int:
+        """Forward passes of one rank in a step of `global_batch_size` sequences."""
+        return global_batch_size // (self.config.train.micro_batch_size * self.groups.dp.size())
 
     @property
     def is_first_rank(self) -> bool:
@@ -64,8 +65,8 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
     megatron = transformer_config(config, transformer_engine=backend.transformer_engine)
     chunks = build_model(config, megatron, groups, device=backend.device, transformer_engine=backend.transformer_engine)
     models = _data_parallel(config, backend, groups, megatron, chunks)
-    optimizer = get_megatron_optimizer(_optimizer_config(config), models, pg_collection=None)
-    scheduler = _scheduler(config, optimizer)
+    optimizer = build_optimizer(config, models, groups)
+    scheduler = build_scheduler(config, optimizer)
     _connect(megatron, models, optimizer)
     return Trainer(config, backend, groups, megatron, models, optimizer, scheduler)
 
@@ -78,9 +79,14 @@ def _data_parallel(
     chunks: Sequence[torch.nn.Module],
 ) -> list[DistributedDataParallel]:
     overlap = backend.name == "cuda"
-    # Checkpoints are written by the distributed optimizer, whatever the data-parallel size.
-    ours = {"use_distributed_optimizer": True}
-    defaults = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+    # Whatever the data-parallel size: checkpoints are written by the distributed optimizer.
+    sharded = shards_optimizer(config)
+    ours = {"use_distributed_optimizer": sharded, **ddp_precision_fields(config.precision)}
+    defaults = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": overlap,
+        "overlap_param_gather": overlap and sharded,
+    }
     ddp_config = DistributedDataParallelConfig(
         **passthrough(config.megatron, DistributedDataParallelConfig, ours, defaults)
     )
@@ -93,45 +99,6 @@ def _data_parallel(
     for model in models:
         model.broadcast_params()
     return models
-
-
-def _optimizer_config(config: RunConfig) -> OptimizerConfig:
-    section = config.optimizer
-    bf16 = config.precision.dtype == "bf16"
-    ours: dict[str, Any] = {
-        "optimizer": "adam",
-        "lr": section.lr,
-        "min_lr": section.lr * config.schedule.min_lr_ratio,
-        "weight_decay": section.weight_decay,
-        "adam_beta1": section.adam_beta1,
-        "adam_beta2": section.adam_beta2,
-        "adam_eps": section.adam_eps,
-        "clip_grad": section.clip_grad,
-        "bf16": bf16,
-        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
-        "use_distributed_optimizer": True,
-    }
-    return OptimizerConfig(**passthrough(config.megatron, OptimizerConfig, ours))
-
-
-def _scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    schedule, section = config.schedule, config.optimizer
-    assert schedule.lr_decay_steps is not None, "filled in when the configuration was read"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=section.lr,
-        min_lr=section.lr * schedule.min_lr_ratio,
-        lr_warmup_steps=schedule.lr_warmup_steps,
-        lr_decay_steps=schedule.lr_decay_steps,
-        lr_decay_style=schedule.lr_decay_style,
-        start_wd=section.weight_decay,
-        end_wd=section.weight_decay,
-        wd_incr_steps=config.train.train_steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
 
 
 def _connect(megatron: TransformerConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

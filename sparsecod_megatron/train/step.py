@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from sparsecod_megatron.parallel import all_reduce_sums
 from sparsecod_megatron.train.forward import Batch, make_forward_step
+from sparsecod_megatron.train.schedule import nominal_lr
 from sparsecod_megatron.train.setup import Trainer
 
 
@@ -25,23 +26,28 @@ class StepResult:
 
     Attributes:
         loss: nats per token, mean over the global batch.
+        samples: sequences of the global batch.
         tokens: that counted in it.
         grad_norm: L2 norm of the whole gradient before clipping.
-        lr: learning rate used.
+        lr: learning rate used, of parameters that have none of their own.
     """
 
     loss: float
+    samples: int
     tokens: int
     grad_norm: float
     lr: float
 
 
-def train_step(trainer: Trainer, data: Sequence[Iterator[Batch]]) -> StepResult:
+def train_step(
+    trainer: Trainer, data: Sequence[Iterator[Batch]], *, global_batch_size: int | None = None
+) -> StepResult:
     """Forward and backward over one global batch, then one update. Collective over all processes.
 
     Args:
         trainer: this rank's model, optimizer and schedule.
         data: micro-batches, one iterator a model chunk.
+        global_batch_size: sequences of this step; None is the configuration's.
 
     Raises:
         DivergenceError: loss or gradient norm is NaN or infinite; nothing was updated.
@@ -49,12 +55,12 @@ def train_step(trainer: Trainer, data: Sequence[Iterator[Batch]]) -> StepResult:
     for model in trainer.models:
         model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    loss, tokens = _forward_backward(trainer, data, forward_only=False)
+    samples = global_batch_size or trainer.config.train.global_batch_size
+    loss, tokens = _forward_backward(trainer, data, samples=samples, forward_only=False)
     # The schedule counts from 1, so that the first step of a warm-up already moves the weights.
     trainer.scheduler.step(increment=1)
-    lr = trainer.optimizer.param_groups[0]["lr"]
     grad_norm = _update(trainer, loss)
-    return StepResult(loss=loss, tokens=tokens, grad_norm=grad_norm, lr=lr)
+    return StepResult(loss=loss, samples=samples, tokens=tokens, grad_norm=grad_norm, lr=nominal_lr(trainer.scheduler))
 
 
 def evaluate(trainer: Trainer, data: Sequence[Iterator[Batch]], *, num_steps: int) -> float:
@@ -63,27 +69,32 @@ def evaluate(trainer: Trainer, data: Sequence[Iterator[Batch]], *, num_steps: in
         model.eval()
     total, count = 0.0, 0
     for _ in range(num_steps):
-        loss, tokens = _forward_backward(trainer, data, forward_only=True)
+        samples = trainer.config.train.global_batch_size
+        loss, tokens = _forward_backward(trainer, data, samples=samples, forward_only=True)
         total, count = total + loss * tokens, count + tokens
     for model in trainer.models:
         model.train()
     return total / count
 
 
-def _forward_backward(trainer: Trainer, data: Sequence[Iterator[Batch]], *, forward_only: bool) -> tuple[float, int]:
+def _forward_backward(
+    trainer: Trainer, data: Sequence[Iterator[Batch]], *, samples: int, forward_only: bool
+) -> tuple[float, int]:
     """(mean loss, tokens) of one global batch, the same on every rank."""
     config, groups = trainer.config, trainer.groups
     parallel = config.parallel
     schedule = get_forward_backward_func(
         pp_size=parallel.pipeline_model_parallel_size, vp_size=parallel.virtual_pipeline_model_parallel_size
     )
+    size, length = config.train.micro_batch_size, config.data.seq_length
+    packed = config.data.reset_attention_mask
     reports = schedule(
-        forward_step_func=make_forward_step(groups.cp, trainer.backend.device),
+        forward_step_func=make_forward_step(groups.cp, trainer.backend.device, mask_documents=packed),
         data_iterator=list(data),
         model=list(trainer.models),
-        num_microbatches=trainer.num_microbatches,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
+        num_microbatches=trainer.num_microbatches(samples),
+        seq_length=size * length if packed else length,
+        micro_batch_size=1 if packed else size,
         forward_only=forward_only,
     )
     sums = torch.zeros(2, dtype=torch.float64, device=trainer.backend.device)
@@ -104,6 +115,7 @@ def _update(trainer: Trainer, loss: float) -> float:
         raise DivergenceError(f"loss {loss}, gradient norm {grad_norm}; lower optimizer.lr or look at the data")
     if clip > 0:
         for part in optimizer.chained_optimizers:
-            megatron_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip, total_norm=grad_norm)
+            if parameters := part.get_parameters():
+                megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
     return grad_norm

@@ -31,9 +31,9 @@ def apply_redirections() -> list[Redirection]:
         for redirection in torch_cuda.redirections():
             _applied.append(redirection.apply())
         with torch_cuda.no_compilation():
-            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, speed
+            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, orthogonalized, speed
 
-        for module in (megatron, collectives, optimizer, speed):
+        for module in (megatron, collectives, optimizer, orthogonalized, speed):
             for redirection in module.redirections():
                 _applied.append(redirection.apply())
     return list(_applied)

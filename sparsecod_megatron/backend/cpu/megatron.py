@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
+from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -84,7 +84,7 @@ def redirections() -> list[Redirection]:
             "skips conversion of host tensors",
         ),
     ]
-    for module in (rope_utils, rotary_pos_embedding):
+    for module in (rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding):
         name = "get_pos_emb_on_this_cp_rank"
         table.append(
             (module, name, positions_on_this_cp_rank, "models/common/embeddings/rope_utils.py:62", "pinned memory")

@@ -132,6 +132,13 @@ def redirections() -> list[Redirection]:
             "compares type names with torch.cuda.*",
         ),
         (
+            optimizer_module.Float16OptimizerWithFloat16Params,
+            "__init__",
+            _under_cuda_type_names(optimizer_module.Float16OptimizerWithFloat16Params.__init__),
+            "optimizer/optimizer.py:671/690",
+            "compares type names with torch.cuda.*",
+        ),
+        (
             optimizer_module,
             "clip_grad_by_total_norm_fp32",
             clip_grad_by_total_norm,

@@ -26,6 +26,7 @@ SHAPE_KEYS = frozenset(
         "vocab_size",
         "untie_embeddings_and_output_weights",
         "activation",
+        "embedding_norm",
         "normalization",
         "layernorm_epsilon",
         "rotary_base",
@@ -37,6 +38,38 @@ SHAPE_KEYS = frozenset(
     }
 )
 """Keys that decide what a model computes, and that the families read."""
+BEYOND_KEYS = frozenset(
+    {
+        "norm_placement",
+        "layernorm_scaling",
+        "final_norm",
+        "qk_norm",
+        "rope_scaling",
+        "sliding_window",
+        "attention_output_gate",
+        "moe_router_topk_per_layer",
+        "moe_first_k_dense_layers",
+        "moe_shared_expert_gate",
+        "moe_router_score_function",
+        "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+        "moe_router_enable_expert_bias",
+        "moe_expert_capacity_factor",
+    }
+)
+"""Keys that decide what a model computes, and that no family here has a place for unless they have their defaults."""
+DEPENDENT_KEYS = frozenset(
+    {
+        "preset",
+        "mix_post_fraction",
+        "rope_scaling_factor",
+        "rope_original_max_position_embeddings",
+        "window_attn_skip_freq",
+        "moe_router_group_topk",
+        "moe_router_dtype",
+    }
+)
+"""Keys without an effect while those above have their defaults."""
 TRAINING_KEYS = frozenset(
     {
         "make_vocab_size_divisible_by",
@@ -44,14 +77,17 @@ TRAINING_KEYS = frozenset(
         "attention_dropout",
         "init",
         "init_method_std",
+        "init_std",
+        "mup_base_hidden_size",
         "moe_router_load_balancing_type",
         "moe_aux_loss_coeff",
         "moe_z_loss_coeff",
+        "moe_router_bias_update_rate",
     }
 )
-"""Keys that a trained model no longer depends on. A key of ModelConfig in neither set is refused unless it has its
-default, so that no export leaves a new feature out without a word."""
-EXPRESSED_VALUES = {"activation": ("swiglu",), "normalization": ("RMSNorm",)}
+"""Keys that a trained model no longer depends on. A key of ModelConfig in no set is refused unless it has its default,
+so that no export leaves a new feature out without a word."""
+EXPRESSED_VALUES = {"activation": ("swiglu",), "normalization": ("RMSNorm",), "embedding_norm": (None, False)}
 """Keys that some values of are beyond every family, and the values that are not."""
 
 
@@ -87,7 +123,7 @@ def _check_keys(model: ModelConfig) -> None:
         value, default = getattr(model, field.name), getattr(neutral, field.name)
         expressed = EXPRESSED_VALUES.get(field.name)
         if (expressed and value not in expressed) or (
-            field.name not in SHAPE_KEYS | TRAINING_KEYS and value != default
+            field.name not in SHAPE_KEYS | TRAINING_KEYS | DEPENDENT_KEYS and value != default
         ):
             raise ConversionError(
                 f"model.{field.name}: {value} has no counterpart in a stock transformers class; only models with "

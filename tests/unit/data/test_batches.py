@@ -24,15 +24,15 @@ class Numbered(Dataset):
         return {"tokens": whole, "labels": whole, "position_ids": whole, "loss_mask": whole.float(), "dataset_id": 0}
 
 
-def global_batches(length, *, size, parallel, micro=1, consumed=0, workers=0):
-    """Sample numbers of each global batch as `[micro-steps][ranks][micro-batch]`."""
+def micro_steps(length, *, size_at, parallel, micro=1, consumed=0, workers=0):
+    """Sample numbers as `[micro-steps][ranks][micro-batch]`, the global batch being `size_at(samples consumed)`."""
     ranks = [
         [
             batch["tokens"][:, 0].tolist()
             for batch in BatchIterator(
                 Numbered(length),
                 micro_batch_size=micro,
-                global_batch_size=size,
+                global_batch_size=size_at,
                 data_parallel_rank=rank,
                 data_parallel_size=parallel,
                 consumed_samples=consumed,
@@ -41,7 +41,14 @@ def global_batches(length, *, size, parallel, micro=1, consumed=0, workers=0):
         ]
         for rank in range(parallel)
     ]
-    steps = list(zip(*ranks, strict=True))
+    return list(zip(*ranks, strict=True))
+
+
+def global_batches(length, *, size, parallel, micro=1, consumed=0, workers=0):
+    """Sample numbers of each global batch of one `size` as `[micro-steps][ranks][micro-batch]`."""
+    steps = micro_steps(
+        length, size_at=lambda _: size, parallel=parallel, micro=micro, consumed=consumed, workers=workers
+    )
     per_batch = size // (micro * parallel)
     return [steps[start : start + per_batch] for start in range(0, len(steps), per_batch)]
 
@@ -80,9 +87,28 @@ def test_resuming_under_another_layout_goes_on_where_the_first_run_stopped():
         assert [flat(batch) for batch in rest] == whole[2:]
 
 
+@given(
+    parallel=st.sampled_from([1, 2]),
+    micro=st.integers(1, 2),
+    factors=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    stop=st.integers(0, 5),
+)
+def test_a_batch_of_changing_size_is_still_its_samples_in_order(parallel, micro, factors, stop):
+    """Sizes by consumed samples, from the start and from any later batch on."""
+    sizes = [factor * parallel * micro for factor in factors]
+    begins = [sum(sizes[:index]) for index in range(len(sizes))]
+    size_at = {**dict(zip(begins, sizes, strict=True)), sum(sizes): parallel * micro}.__getitem__
+    first = min(stop, len(sizes) - 1)
+    steps = micro_steps(sum(sizes), size_at=size_at, parallel=parallel, micro=micro, consumed=begins[first])
+    for begin, size in list(zip(begins, sizes, strict=True))[first:]:
+        batch, steps = steps[: size // (parallel * micro)], steps[size // (parallel * micro) :]
+        assert flat(batch) == list(range(begin, begin + size))
+    assert not steps
+
+
 def test_batches_hold_four_tensors_of_the_right_kind():
     iterator = BatchIterator(
-        Numbered(4), micro_batch_size=2, global_batch_size=2, data_parallel_rank=0, data_parallel_size=1
+        Numbered(4), micro_batch_size=2, global_batch_size=lambda _: 2, data_parallel_rank=0, data_parallel_size=1
     )
     kinds = {key: (value.dtype, tuple(value.shape)) for key, value in next(iterator).items()}
     integers = (torch.int64, (2, 4))

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
+from tests.helpers.reference_gpt import random_tensors
 from tests.unit.hf.models import MODELS, tiny
-from tests.unit.hf.reference_gpt import random_tensors
 
 TEXT = "the deep layers add little to what the shallow layers have said"
 

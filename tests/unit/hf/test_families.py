@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import FAMILIES, choose_family
-from sparsecod_megatron.hf.families.choose import SHAPE_KEYS, TRAINING_KEYS
+from sparsecod_megatron.hf.families.choose import BEYOND_KEYS, DEPENDENT_KEYS, SHAPE_KEYS, TRAINING_KEYS
+from tests.helpers.reference_gpt import random_tensors
 from tests.unit.hf.models import MODELS, moe, tiny
-from tests.unit.hf.reference_gpt import random_tensors
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 EXPECTED = {
@@ -91,12 +92,22 @@ def test_values_that_ours_has_no_parameter_for_are_refused(part: str) -> None:
 
 
 def test_every_key_of_the_configuration_is_accounted_for() -> None:
-    assert {field.name for field in fields(ModelConfig)} == SHAPE_KEYS | TRAINING_KEYS
-    assert not SHAPE_KEYS & TRAINING_KEYS
+    sets = (SHAPE_KEYS, TRAINING_KEYS, BEYOND_KEYS, DEPENDENT_KEYS)
+    assert sorted(field.name for field in fields(ModelConfig)) == sorted(itertools.chain(*sets))
 
 
-@pytest.mark.parametrize("change", [{"activation": "relu2"}, {"normalization": "LayerNorm"}])
-def test_features_beyond_every_class_are_named(change: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation": "relu2"},
+        {"normalization": "LayerNorm"},
+        {"norm_placement": "post"},
+        {"layernorm_scaling": True},
+        {"attention_output_gate": "headwise"},
+        {"sliding_window": 4},
+    ],
+)
+def test_features_beyond_every_class_are_named(change: dict[str, object]) -> None:
     ((key, value),) = change.items()
     with pytest.raises(ConversionError, match=f"model.{key}: {value}"):
         choose_family(tiny(**change))
@@ -105,12 +116,12 @@ def test_features_beyond_every_class_are_named(change: dict[str, str]) -> None:
 def test_a_feature_the_families_have_not_heard_of_is_refused() -> None:
     @dataclass
     class NewerConfig(ModelConfig):
-        norm_placement: str = "pre"
+        attention_sinks: str = "none"
 
     newer = NewerConfig(vocab_size=61)
     assert choose_family(newer).architecture == "LlamaForCausalLM"
-    with pytest.raises(ConversionError, match="model.norm_placement: post"):
-        choose_family(replace(newer, norm_placement="post"))
+    with pytest.raises(ConversionError, match="model.attention_sinks: learned"):
+        choose_family(replace(newer, attention_sinks="learned"))
 
 
 def test_what_stands_in_the_way_of_each_candidate_is_told() -> None:

@@ -15,8 +15,8 @@ from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import ParityReport, compare_logits, export_model
 from sparsecod_megatron.hf.families import choose_family
+from tests.helpers.reference_gpt import forward, random_tensors
 from tests.unit.hf.models import MODELS, tiny
-from tests.unit.hf.reference_gpt import forward, random_tensors
 
 REPO_ROOT = Path(__file__).parents[3]
 STORIES = REPO_ROOT.parent / "shared" / "data" / "models" / "stories260K_hf"

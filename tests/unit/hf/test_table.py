@@ -10,8 +10,8 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import choose_family
 from sparsecod_megatron.hf.table import Entry, NameTable
 from sparsecod_megatron.hf.transforms import same
+from tests.helpers.reference_gpt import random_tensors
 from tests.unit.hf.models import MODELS
-from tests.unit.hf.reference_gpt import random_tensors
 
 MODEL = MODELS["moe shared"]
 PROJECTION = "decoder.layers.1.self_attention.linear_proj.weight"

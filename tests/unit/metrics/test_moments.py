@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -54,6 +54,8 @@ def assert_shapes_equal_scipy(x: Tensor, *, rtol: float, atol: float) -> None:
 )
 def test_shapes_equal_scipy(tokens: int, channels: int, sampler: str, scale: float, offset: float, seed: int) -> None:
     x = scale * (SAMPLERS[sampler](torch.Generator().manual_seed(seed), (tokens, channels)) + offset)
+    # What the rounding of x to fp32 has taken away, no formula finds again.
+    assume(bool((x.std(dim=1) > 1e-2 * x.abs().amax(dim=1)).all()))
     # Two channels that nearly agree keep few digits of their difference, in float64 too: their skewness is exactly 0.
     assert_shapes_equal_scipy(x, rtol=2e-4, atol=2e-4 if channels < 8 else 1e-5)
 

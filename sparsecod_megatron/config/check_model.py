@@ -1,0 +1,139 @@
+"""Models that cannot be built, or that would not compute what their keys say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparsecod_megatron.config.fields import indivisible
+from sparsecod_megatron.config.model_schema import ModelConfig
+from sparsecod_megatron.config.schema import RunConfig
+
+
+def model_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each problem of the model section (and the document masks, which its attention applies)."""
+    model = config.model
+    yield from _norm_problems(model)
+    yield from _attention_problems(model)
+    yield from _document_problems(config)
+    yield from _init_problems(model)
+    if model.is_moe:
+        yield from _depth_of_experts_problems(model)
+        yield from _routing_problems(model)
+
+
+def _norm_problems(model: ModelConfig) -> Iterator[str]:
+    if model.layernorm_scaling and model.norm_placement in ("post", "mix"):
+        why = f"has no place in norm_placement={model.norm_placement}, whose norms set the scale of the residual stream"
+        yield f"model.layernorm_scaling: true {why}; use it with pre, peri or sandwich"
+    if not model.final_norm and model.norm_placement != "post":
+        why = f"norm_placement={model.norm_placement} leaves the last residual stream unnormalised"
+        yield f"model.final_norm: false, but {why}; set it to true or norm_placement to post"
+
+
+def _attention_problems(model: ModelConfig) -> Iterator[str]:
+    if model.kv_channels is None:
+        yield from indivisible(
+            "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
+        )
+    if model.head_dim % 2:
+        yield f"model.kv_channels: {model.head_dim} is odd, and rotary embeddings turn pairs; use an even number"
+    yield from indivisible(
+        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
+    )
+    if model.window_attn_skip_freq is not None and model.sliding_window is None:
+        yield (
+            f"model.window_attn_skip_freq: {model.window_attn_skip_freq} needs a window; set model.sliding_window or "
+            "remove it"
+        )
+    original = model.rope_original_max_position_embeddings
+    if model.rope_scaling == "llama3" and original != 8192:
+        key = "model.rope_original_max_position_embeddings"
+        yield f"{key}: {original}, but llama3 scaling is defined for 8192; use that"
+
+
+def _document_problems(config: RunConfig) -> Iterator[str]:
+    data, context = config.data, config.parallel.context_parallel_size
+    if data.reset_attention_mask != data.reset_position_ids:
+        key, other = "data.reset_position_ids", "reset_attention_mask"
+        yield (
+            f"{key}: {str(data.reset_position_ids).lower()}, but {other} is not; rotary positions are relative, so set "
+            "both or neither"
+        )
+    if data.reset_attention_mask and _has_sequence_loss(config.model):
+        key = "model.moe_router_load_balancing_type"
+        yield f"{key}: seq_aux_loss, but data.reset_attention_mask packs all samples into one sequence; use aux_loss"
+    if data.reset_attention_mask and context > 1:
+        yield (
+            f"data.reset_attention_mask: true, but parallel.context_parallel_size={context} would cut documents "
+            "between ranks; use context_parallel_size=1"
+        )
+
+
+def _has_sequence_loss(model: ModelConfig) -> bool:
+    return model.is_moe and model.moe_router_load_balancing_type == "seq_aux_loss"
+
+
+def _init_problems(model: ModelConfig) -> Iterator[str]:
+    if model.mup_base_hidden_size is None:
+        return
+    if model.init not in ("normal", "scaled"):
+        yield (
+            f"model.mup_base_hidden_size: init={model.init} already scales with the width; remove it or use "
+            "model.init=normal"
+        )
+    if not model.untie_embeddings_and_output_weights:
+        yield (
+            "model.mup_base_hidden_size: embeddings and output layer need different learning rates; set "
+            "model.untie_embeddings_and_output_weights=true"
+        )
+
+
+def _depth_of_experts_problems(model: ModelConfig) -> Iterator[str]:
+    dense, layers = model.moe_first_k_dense_layers, model.num_layers
+    if dense >= layers:
+        yield f"model.moe_first_k_dense_layers: {dense} leaves no layer of {layers} with experts; lower it"
+    per_layer = model.moe_router_topk_per_layer
+    if per_layer is not None and len(per_layer) != layers:
+        yield f"model.moe_router_topk_per_layer: {len(per_layer)} entries for num_layers={layers}; give one a layer"
+        return
+    experts = model.num_moe_experts or 0
+    for layer in range(dense, layers):
+        key = "model.moe_router_topk" if per_layer is None else f"model.moe_router_topk_per_layer[{layer}]"
+        chosen = model.topk(layer)
+        if chosen < 1:
+            yield f"{key}: {chosen} is below 1; raise it"
+        if chosen > experts:
+            yield f"{key}: {chosen} is more than model.num_moe_experts={experts}; lower it"
+        if chosen == 1 and model.moe_router_score_function == "softmax" and not model.moe_router_pre_softmax:
+            reason = "with moe_router_pre_softmax=false gives every token weight 1 and the router no gradient"
+            yield f"{key}: 1 {reason}; set model.moe_router_pre_softmax=true"
+
+
+def _routing_problems(model: ModelConfig) -> Iterator[str]:
+    yield from _group_problems(model)
+    sigmoid = model.moe_router_score_function == "sigmoid"
+    if model.moe_router_enable_expert_bias and not sigmoid:
+        needs = "Megatron-Core has it for sigmoid scores only; set model.moe_router_score_function=sigmoid"
+        yield f"model.moe_router_enable_expert_bias: true, but {needs}"
+    if sigmoid and model.moe_router_pre_softmax:
+        yield "model.moe_router_pre_softmax: true, but sigmoid scores have no softmax; set it to false"
+    if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
+        yield "model.moe_shared_expert_gate: true without a shared expert; set moe_shared_expert_intermediate_size"
+
+
+def _group_problems(model: ModelConfig) -> Iterator[str]:
+    experts, groups, chosen = model.num_moe_experts or 0, model.moe_router_num_groups, model.moe_router_group_topk
+    key = "model.moe_router_group_topk"
+    if groups is None and chosen is None:
+        return
+    if groups is None or chosen is None:
+        yield f"{key}: {chosen} with moe_router_num_groups={groups}; set both or neither"
+        return
+    yield from indivisible("model.num_moe_experts", experts, "model.moe_router_num_groups", groups)
+    if chosen > groups:
+        yield f"{key}: {chosen} is more than moe_router_num_groups={groups}; lower it"
+    counts = [model.topk(layer) for layer in range(model.num_layers) if model.is_moe_layer(layer)]
+    if max(counts, default=1) > experts // groups * chosen:
+        yield f"model.moe_router_topk: {max(counts)} is more than the experts of {chosen} groups; raise {key}"
+    if min(counts, default=chosen) < chosen:
+        yield f"{key}: {chosen} groups are chosen by moe_router_topk / moe_router_group_topk scores each; lower it"

@@ -1,0 +1,92 @@
+"""Precision settings that cannot train, or would not do what they say, whatever the GPU.
+
+What depends on the GPU is refused where the backend is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparsecod_megatron.config.schema import RunConfig
+
+_CHOSEN_HERE = ("fp8", "fp8_recipe", "fp8_param", "fp8_param_gather", "first_last_layers_bf16")
+"""Megatron's fields that turn FP8 on or off."""
+
+
+def precision_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each problem of the precision section with the model, the layout and the optimizer."""
+    precision = config.precision
+    kept = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    for key in config.megatron:
+        if key in _CHOSEN_HERE:
+            fix = "FP8 is chosen in the precision section; use precision.fp8_recipe and the keys beside it"
+            yield f"megatron.{key}: {config.megatron[key]!r}, but {fix}"
+    if not precision.fp8:
+        if kept or precision.fp8_param_gather:
+            key = "fp8_param_gather" if precision.fp8_param_gather else "num_layers_at_start_in_bf16"
+            yield f"precision.{key}: set, but precision.fp8_recipe is none; choose a recipe or remove it"
+        return
+    if precision.dtype != "bf16":
+        yield f"precision.dtype: {precision.dtype}, but FP8 training keeps its other tensors in bf16; set it to bf16"
+    yield from _kept_layer_problems(config, kept)
+    yield from _parameter_problems(config)
+    yield from _size_problems(config)
+
+
+def _kept_layer_problems(config: RunConfig, kept: int) -> Iterator[str]:
+    precision, layers = config.precision, config.model.num_layers
+    key = "precision.num_layers_at_start_in_bf16"
+    if kept and precision.fp8_recipe == "delayed":
+        why = "delayed scaling reduces its maxima over all layers at once"
+        yield f"{key}: {kept} layers at the ends in bf16, but {why}; use fp8_recipe=tensorwise or blockwise"
+    if kept >= layers:
+        yield f"{key}: with those at the end {kept} of {layers} layers, which leaves none in FP8; lower it"
+    stages = config.parallel.pipeline_model_parallel_size
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        count = getattr(precision, name)
+        if count > layers // stages:
+            where = f"the {layers // stages} layers of a pipeline stage"
+            yield f"precision.{name}: {count} is more than {where}; lower it"
+
+
+def _parameter_problems(config: RunConfig) -> Iterator[str]:
+    if not config.precision.fp8_param_gather:
+        return
+    if config.precision.fp8_recipe == "mxfp8":
+        why = "mxfp8 keeps two copies of a weight, which are gathered through the gradients' buffer"
+        yield f"precision.fp8_param_gather: true, but {why}, and this training step does not; set it to false"
+    if config.optimizer.optimizer == "muon":
+        why = "Muon updates whole bf16 matrices"
+        yield f"precision.fp8_param_gather: true, but {why}; set it to false or optimizer.optimizer to adam"
+
+
+def _size_problems(config: RunConfig) -> Iterator[str]:
+    """Sizes of one rank's matrix products that Transformer Engine cannot quantise."""
+    recipe = config.precision.fp8_recipe
+    multiple = 32 if recipe == "mxfp8" else 16
+    for key, size, by_key, by in _product_sizes(config):
+        if size // by % multiple:
+            over = f" over {by_key}={by} is {size // by}, which" if by > 1 else ""
+            yield f"{key}: {size}{over} is no multiple of {multiple}, as precision.fp8_recipe={recipe} needs; change it"
+
+
+def _product_sizes(config: RunConfig) -> Iterator[tuple[str, int, str, int]]:
+    """(key, size, key that divides it, by what) of every dimension of the layers' matrix products."""
+    model, parallel = config.model, config.parallel
+    tp_key, tp = "parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size
+    yield "model.hidden_size", model.hidden_size, tp_key, 1
+    channels = model.num_attention_heads * model.head_dim
+    yield "model.num_attention_heads × head channels", channels, tp_key, tp
+    channels += 2 * model.query_groups * model.head_dim
+    yield "model.num_query_groups: query, key and value channels", channels, tp_key, tp
+    if model.attention_output_gate == "headwise":
+        yield "model.num_attention_heads, each with a gate", model.num_attention_heads, tp_key, tp
+    if not all(model.is_moe_layer(layer) for layer in range(model.num_layers)):
+        yield "model.ffn_hidden_size", model.ffn_hidden_size, tp_key, tp
+    if model.is_moe:
+        etp_key, etp = "parallel.expert_tensor_parallel_size", parallel.expert_tensor_size
+        yield "model.moe_ffn_hidden_size", model.expert_ffn_hidden_size, etp_key, etp
+        yield "model.moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size or 0, tp_key, tp
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    cp_key, cp = "parallel.context_parallel_size", parallel.context_parallel_size
+    yield "data.seq_length × train.micro_batch_size", tokens, cp_key, cp

@@ -1,0 +1,175 @@
+"""The keys of the model family: shape, norms, attention, MLP, experts, initialisation.
+
+`MODEL.md` in docs gives the formula and the source of every variant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparsecod_megatron.config.fields import at_least, between, choice
+
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+"""Activations of an MLP with two input projections."""
+
+
+@dataclass
+class InitStdConfig:
+    """Standard deviations that replace `init`'s for one kind of matrix; None leaves it."""
+
+    embedding: float | None = at_least(0, None)
+    qkv: float | None = at_least(0, None)
+    """Query, key and value (and gate) projections."""
+    attention_output: float | None = at_least(0, None)
+    mlp_input: float | None = at_least(0, None)
+    """Gate and up projections, of experts too."""
+    mlp_output: float | None = at_least(0, None)
+    router: float | None = at_least(0, None)
+    output: float | None = at_least(0, None)
+    """The output layer, if untied."""
+
+
+@dataclass
+class ModelConfig:
+    """The transformer.
+
+    Defaults that are None are derived when the file is read: `num_query_groups` = `num_attention_heads` (MHA),
+    `kv_channels` = `hidden_size / num_attention_heads`, `moe_ffn_hidden_size` = `ffn_hidden_size`. `vocab_size` comes
+    from the tokenizer, rounded up to `make_vocab_size_divisible_by` whatever the layout, so that every layout trains
+    and exports the same tensors.
+    """
+
+    preset: str | None = None
+    """Name of a model of the paper or of a small one (`dense-1B`, `nano-dense`, …); keys beside it win over it."""
+
+    num_layers: int = at_least(1, 12)
+    hidden_size: int = at_least(1, 768)
+    ffn_hidden_size: int = at_least(1, 2048)
+    num_attention_heads: int = at_least(1, 12)
+    num_query_groups: int | None = at_least(1, None)
+    kv_channels: int | None = at_least(2, None)
+    vocab_size: int | None = at_least(1, None)
+    make_vocab_size_divisible_by: int = at_least(1, 128)
+    untie_embeddings_and_output_weights: bool = True
+    hidden_dropout: float = between(0, 1, 0.0)
+    attention_dropout: float = between(0, 1, 0.0)
+
+    normalization: str = choice("RMSNorm")
+    layernorm_epsilon: float = at_least(0, 1e-5)
+    norm_placement: str = choice("pre", "post", "peri", "sandwich", "mix")
+    mix_post_fraction: float = between(0, 1, 0.25)
+    """`mix`: share of the layers, from the first on, that are post-norm; the others are pre-norm."""
+    layernorm_scaling: bool = False
+    """Norms of layer l times 1 / sqrt(l + 1): the input norms of `pre`, the output norms of `peri` and `sandwich`."""
+    embedding_norm: bool | None = None
+    """A norm on the embeddings; None is true for `peri`, as its paper has it, and false otherwise."""
+    final_norm: bool = True
+    qk_norm: bool = False
+    """A norm over the channels of each head of queries and keys, before rotation."""
+
+    rotary_base: int = at_least(1, 10000)
+    rope_scaling: str = choice("none", "linear", "llama3", "yarn")
+    """How positions beyond the original length are reached; the factor and length below belong to it."""
+    rope_scaling_factor: float = at_least(1, 8.0)
+    rope_original_max_position_embeddings: int = at_least(1, 8192)
+    """Sequence length before scaling (`yarn`; `llama3` is defined for 8192)."""
+    sliding_window: int | None = at_least(1, None)
+    """Keys that a query sees, itself included; None sees all before it."""
+    window_attn_skip_freq: int | None = at_least(2, None)
+    """Every this many layers, one attends without window; None windows all."""
+    attention_output_gate: str = choice("none", "headwise", "elementwise")
+    """Attention output times sigmoid of a projection of the layer's input, one value a head or a channel."""
+
+    activation: str = choice("swiglu", "geglu", "gelu", "relu", "relu2")
+
+    num_moe_experts: int | None = at_least(1, None)
+    """None is a dense model; the keys below then have no effect."""
+    moe_router_topk: int = at_least(1, 2)
+    moe_router_topk_per_layer: list[int] | None = None
+    """Experts a token of each layer, in place of `moe_router_topk`; entries of dense layers are not read."""
+    moe_first_k_dense_layers: int = at_least(0, 0)
+    """Layers from the first on that keep a dense MLP of `ffn_hidden_size`."""
+    moe_ffn_hidden_size: int | None = at_least(1, None)
+    moe_shared_expert_intermediate_size: int | None = at_least(1, None)
+    """Summed width of the shared experts, added to the routed output; None has none."""
+    moe_shared_expert_gate: bool = False
+    """Shared experts' output times sigmoid of a projection of their input."""
+    moe_router_score_function: str = choice("softmax", "sigmoid")
+    moe_router_pre_softmax: bool = False
+    """True: softmax over all experts, then top-k, not renormalised. False: top-k, then softmax over the chosen."""
+    moe_router_topk_scaling_factor: float | None = at_least(0, None)
+    """Factor on the chosen experts' weights."""
+    moe_router_num_groups: int | None = at_least(1, None)
+    """Groups of experts, of which each token may use `moe_router_group_topk`."""
+    moe_router_group_topk: int | None = at_least(1, None)
+    moe_router_dtype: str = choice("fp32", "fp64")
+    moe_router_load_balancing_type: str = choice("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+    """Load that the auxiliary loss evens out: of a micro-batch, a sequence, the global batch."""
+    moe_aux_loss_coeff: float = at_least(0, 1e-2)
+    moe_z_loss_coeff: float = at_least(0, 1e-3)
+    moe_router_enable_expert_bias: bool = False
+    """A bias on the selection, not on the weights, moved each step against the load (aux-loss-free balancing)."""
+    moe_router_bias_update_rate: float = at_least(0, 1e-3)
+    moe_expert_capacity_factor: float | None = at_least(0, None)
+    """Tokens an expert takes, over the even share of the micro-batch (of this rank); the least probable others are
+    dropped. None drops none."""
+
+    init: str = choice("normal", "scaled", "mitchell", "small_init")
+    """`normal`: every matrix N(0, init_method_std). `scaled`: output projections over sqrt(2 · num_layers).
+    `mitchell`, `small_init`: by width and depth, init_method_std unused."""
+    init_method_std: float = at_least(0, 0.02)
+    init_std: InitStdConfig = field(default_factory=InitStdConfig)
+    mup_base_hidden_size: int | None = at_least(1, None)
+    """Width whose `init_method_std` and `lr` carry over to this `hidden_size`; None does not rescale."""
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Width of one routed expert."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether there are mixtures of experts."""
+        return self.num_moe_experts is not None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLPs have a gate projection."""
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def has_embedding_norm(self) -> bool:
+        """Whether the embeddings are normalised."""
+        return self.norm_placement == "peri" if self.embedding_norm is None else self.embedding_norm
+
+    @property
+    def width_ratio(self) -> float:
+        """Hidden size over the one that the hyperparameters were found at."""
+        return self.hidden_size / (self.mup_base_hidden_size or self.hidden_size)
+
+    def is_post_norm(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) normalises the sum instead of the branch's input."""
+        post_layers = int(self.mix_post_fraction * self.num_layers)
+        return self.norm_placement == "post" or (self.norm_placement == "mix" and layer < post_layers)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) has experts."""
+        return self.is_moe and layer >= self.moe_first_k_dense_layers
+
+    def topk(self, layer: int) -> int:
+        """Experts that a token of layer `layer` (from 0) uses."""
+        return self.moe_router_topk_per_layer[layer] if self.moe_router_topk_per_layer else self.moe_router_topk
+
+    def scale(self, layer: int) -> float:
+        """Factor of LayerNorm scaling in layer `layer` (from 0)."""
+        return (layer + 1) ** -0.5 if self.layernorm_scaling else 1.0

@@ -1,0 +1,105 @@
+"""Trains every variant two steps from fresh weights in each layout of two processes. Started by torchrun.
+
+Argument: the JSON file to write, {case: run}. Initial weights are the same under every layout, so nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparsecod_megatron.backend import Backend, select_backend
+from sparsecod_megatron.config import RunConfig, load_config
+from tests.dist.layouts import CP2, EP2, ETP1, PP2, SP, TP2
+from tests.helpers.megatron import SMALL
+from tests.helpers.training import fresh_router_losses, trainer_batches
+from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
+
+STEPS = 2
+RUN = (
+    *SMALL,
+    "model.num_layers=4",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "schedule.lr_decay_style=constant",
+    "optimizer.lr=1e-2",
+    # Of the order of the gradient, so that an element of rounding noise does not move by the sign of the noise.
+    "optimizer.adam_eps=1e-3",
+    "model.init_method_std=0.2",
+    "statistics.variance.interval=1",
+)
+DENSE_LAYOUTS = {"tp2": (TP2,), "tp2-sp": (TP2, SP), "pp2": (PP2,), "cp2": (CP2,)}
+MOE_LAYOUTS = {"ep2": (EP2,), "tp2-ep2": (TP2, SP, EP2, ETP1), "pp2": (PP2,)}
+ADJUSTED = {"topk-per-layer": ("model.moe_router_topk_per_layer=[1,2,4,2]",)}
+"""For four layers instead of three."""
+PARTITIONED = {"capacity"}
+"""Depends on which tokens share a rank, by its definition."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant in a layout; `layout` is empty for one process."""
+
+    model: str
+    variant: str
+    layout: str = ""
+
+    @property
+    def name(self) -> str:
+        """Shown by pytest, and the key of the file."""
+        return "-".join(filter(None, (self.model, self.variant, self.layout)))
+
+    def config(self) -> RunConfig:
+        """The run."""
+        if self.model == "dense":
+            overrides = (*DENSE[self.variant], *DENSE_LAYOUTS.get(self.layout, ()))
+        else:
+            overrides = (*MOE_SHAPE, *MOE[self.variant], *MOE_LAYOUTS.get(self.layout, ()))
+        return load_config(None, [*RUN, *overrides, *ADJUSTED.get(self.variant, ())])
+
+
+CASES = [Case("dense", variant, layout) for variant in DENSE for layout in DENSE_LAYOUTS]
+CASES += [Case("moe", variant, layout) for variant in MOE if variant not in PARTITIONED for layout in MOE_LAYOUTS]
+
+
+def train(config: RunConfig, backend: Backend, groups: Any) -> dict[str, Any]:
+    """Losses, gradient norms, and the variance statistics of each step and layer. Collective over all processes."""
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.statistics import statistics_collector
+    from sparsecod_megatron.train.step import train_step
+
+    with fresh_router_losses():
+        trainer = build_trainer(config, backend, groups)
+        collector = statistics_collector(trainer)
+        data, run = trainer_batches(trainer), {"loss": [], "grad_norm": [], "layers": []}
+        for step in range(1, STEPS + 1):
+            with collector.collecting(step):
+                result = train_step(trainer, data)
+            run["loss"].append(result.loss)
+            run["grad_norm"].append(result.grad_norm)
+            run["layers"].append(collector.reduce(step))
+        return run
+
+
+def main() -> None:
+    """Write the file from rank 0."""
+    backend = select_backend()
+    from sparsecod_megatron.parallel import process_groups, world
+
+    runs = {}
+    with world(communication=backend.communication, device=backend.device):
+        for layout in dict.fromkeys((case.model, case.layout) for case in CASES):
+            cases = [case for case in CASES if (case.model, case.layout) == layout]
+            with process_groups(cases[0].config()) as groups:
+                runs.update({case.name: train(case.config(), backend, groups) for case in cases})
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(runs))
+
+
+if __name__ == "__main__":
+    main()

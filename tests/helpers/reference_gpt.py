@@ -1,0 +1,206 @@
+"""A GPT forward pass written down from the definitions, on tensors under Megatron-Core's names.
+
+It shares nothing with the code under test: rows of the fused matrices are picked by index, the rotation is a complex
+multiplication, heads are visited one by one. It covers every variant of the model family and can be differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from sparsecod_megatron.config import ModelConfig
+from tests.helpers.reference_mlp import dense, mixture
+
+
+def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
+    """Every parameter of a Megatron GPTModel (local spec), random, norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, heads, head_dim, groups = model.hidden_size, model.num_attention_heads, model.head_dim, model.query_groups
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+
+    def norm() -> Tensor:
+        return 1 + 0.3 * torch.randn(hidden, generator=generator)
+
+    tensors = {"embedding.word_embeddings.weight": matrix(model.vocab_size or 0, hidden) * math.sqrt(hidden)}
+    for layer in range(model.num_layers):
+        at = f"decoder.layers.{layer}"
+        tensors[f"{at}.input_layernorm.weight"] = norm()
+        tensors[f"{at}.self_attention.linear_qkv.weight"] = matrix((heads + 2 * groups) * head_dim, hidden)
+        tensors[f"{at}.self_attention.linear_proj.weight"] = matrix(hidden, heads * head_dim)
+        tensors[f"{at}.pre_mlp_layernorm.weight"] = norm()
+        mlps = {f"{at}.mlp": model.ffn_hidden_size}
+        if model.num_moe_experts is not None:
+            tensors[f"{at}.mlp.router.weight"] = matrix(model.num_moe_experts, hidden)
+            mlps = {
+                f"{at}.mlp.experts.local_experts.{expert}": model.expert_ffn_hidden_size
+                for expert in range(model.num_moe_experts)
+            }
+            if model.moe_shared_expert_intermediate_size is not None:
+                mlps[f"{at}.mlp.shared_experts"] = model.moe_shared_expert_intermediate_size
+        for name, width in mlps.items():
+            tensors[f"{name}.linear_fc1.weight"] = matrix(2 * width, hidden)
+            tensors[f"{name}.linear_fc2.weight"] = matrix(hidden, width)
+    tensors["decoder.final_layernorm.weight"] = norm()
+    if model.untie_embeddings_and_output_weights:
+        tensors["output_layer.weight"] = matrix(model.vocab_size or 0, hidden)
+    return tensors
+
+
+def forward(
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokens: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    router_inputs: dict[int, Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits `[batch, seq, vocab]` and each block's output `[batch, seq, hidden]`.
+
+    Args:
+        model: the variant.
+        weights: under the names of a GPTModel of one process.
+        tokens: `[batch, seq]`.
+        document_ids: `[batch, seq]`, equal where attention is allowed; None allows it everywhere.
+        router_inputs: receives what each layer's router reads, `[batch, seq, hidden]`.
+    """
+    tied = "embedding.word_embeddings.weight"
+    x, blocks = weights[tied][tokens], []
+    if model.has_embedding_norm:
+        x = _rms_norm(x, weights["embedding_norm.weight"], model)
+    for layer in range(model.num_layers):
+        at = f"decoder.layers.{layer}"
+        attention = partial(_attention, model, weights, layer, document_ids=document_ids)
+        x = _sublayer(model, weights, layer, x, attention, f"{at}.input_layernorm", f"{at}.self_attn_bda")
+        mlp = partial(_mlp, model, weights, layer, router_inputs)
+        x = _sublayer(model, weights, layer, x, mlp, f"{at}.pre_mlp_layernorm", f"{at}.mlp_bda")
+        blocks.append(x)
+    output = weights["output_layer.weight" if model.untie_embeddings_and_output_weights else tied]
+    if model.final_norm:
+        x = _rms_norm(x, weights["decoder.final_layernorm.weight"], model)
+    return x @ output.T, blocks
+
+
+def _sublayer(
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    layer: int,
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    before: str,
+    join: str,
+) -> Tensor:
+    """The table of docs/MODEL.md, one line a placement."""
+    scale = 1 / math.sqrt(layer + 1) if model.layernorm_scaling else 1.0
+    post_layers = math.floor(model.mix_post_fraction * model.num_layers)
+    kind = model.norm_placement
+    if kind == "mix":
+        kind = "post" if layer < post_layers else "pre"
+    if kind == "post":
+        return _rms_norm(x + branch(x), weights[f"{join}.norm.weight"], model)
+    normed = _rms_norm(x, weights[f"{before}.weight"], model)
+    if kind == "pre":
+        return x + branch(scale * normed)
+    return x + scale * _rms_norm(branch(normed), weights[f"{join}.norm.weight"], model)
+
+
+def _mlp(
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    layer: int,
+    router_inputs: dict[int, Tensor] | None,
+    x: Tensor,
+) -> Tensor:
+    at = f"decoder.layers.{layer}.mlp"
+    if not model.is_moe_layer(layer):
+        return dense(model, weights, at, x)
+    if router_inputs is not None:
+        router_inputs[layer] = x
+    return mixture(model, weights, at, x, layer=layer)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + model.layernorm_epsilon).sqrt()
+
+
+def _rotation(model: ModelConfig, positions: Tensor) -> Tensor:
+    """Complex factors `[..., head_dim / 2]`; the frequencies are transformers'."""
+    scaling = {"rope_theta": float(model.rotary_base), "rope_type": "default"}
+    if model.rope_scaling != "none":
+        scaling |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rope_scaling in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = model.rope_original_max_position_embeddings
+    if model.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    half = model.head_dim // 2
+    if model.rope_scaling == "none":
+        frequencies, factor = model.rotary_base ** (-torch.arange(half) / half), 1.0
+    else:
+        original = model.rope_original_max_position_embeddings
+        config = LlamaConfig(
+            hidden_size=model.num_attention_heads * model.head_dim,
+            num_attention_heads=model.num_attention_heads,
+            max_position_embeddings=int(original * model.rope_scaling_factor),
+            rope_parameters=scaling,
+        )
+        frequencies, factor = ROPE_INIT_FUNCTIONS[model.rope_scaling](config, torch.device("cpu"))
+    angles = positions[..., None] * frequencies
+    return torch.polar(torch.full_like(angles, factor), angles)
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """`[batch, seq, head_dim]`, channel i and i + head_dim/2 as one complex number."""
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half], x[..., half:]) * rotation
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def _mask(model: ModelConfig, layer: int, length: int, document_ids: Tensor | None) -> Tensor:
+    """Whether query `[batch or 1, seq, 1]` sees key `[batch or 1, 1, seq]`."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    seen = (distance >= 0)[None]
+    everywhere = model.window_attn_skip_freq is not None and (layer + 1) % model.window_attn_skip_freq == 0
+    if model.sliding_window is not None and not everywhere:
+        seen = seen & (distance < model.sliding_window)
+    if document_ids is not None:
+        seen = seen & (document_ids[:, :, None] == document_ids[:, None, :])
+    return seen
+
+
+def _attention(
+    model: ModelConfig, weights: Mapping[str, Tensor], layer: int, x: Tensor, *, document_ids: Tensor | None
+) -> Tensor:
+    at, size = f"decoder.layers.{layer}.self_attention", model.head_dim
+    per_group = model.num_attention_heads // model.query_groups
+    elementwise = model.attention_output_gate == "elementwise"
+    projected = x @ weights[f"{at}.linear_qkv.weight"].T
+    slots = per_group * (2 if elementwise else 1) + 2
+    rotation = _rotation(model, torch.arange(x.shape[1]))
+    hidden_keys = torch.where(_mask(model, layer, x.shape[1], document_ids), 0.0, float("-inf"))
+    outputs = []
+
+    def slot(index: int) -> Tensor:
+        return projected[..., index * size : (index + 1) * size]
+
+    for head in range(model.num_attention_heads):
+        first, within = head // per_group * slots, head % per_group
+        query, key, value = slot(first + within), slot(first + slots - 2), slot(first + slots - 1)
+        if model.qk_norm:
+            query = _rms_norm(query, weights[f"{at}.q_layernorm.weight"], model)
+            key = _rms_norm(key, weights[f"{at}.k_layernorm.weight"], model)
+        scores = _rotate(query, rotation) @ _rotate(key, rotation).transpose(1, 2) / math.sqrt(size)
+        output = (scores + hidden_keys).softmax(-1) @ value
+        if elementwise:
+            output = output * torch.sigmoid(slot(first + per_group + within))
+        if model.attention_output_gate == "headwise":
+            output = output * torch.sigmoid(x @ weights[f"{at}.linear_gate.weight"][head])[..., None]
+        outputs.append(output)
+    return torch.cat(outputs, dim=-1) @ weights[f"{at}.linear_proj.weight"].T
