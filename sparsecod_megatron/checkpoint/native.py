@@ -1,8 +1,6 @@
 """Saves and loads a run: weights and optimizer state in Megatron-Core's sharded format, the rest in state.json.
 
-Of the optimizer only tensors are stored (fp32 weights and moments, named by parameter). Its parameter groups belong to
-the layout (experts are a second optimizer once they are spread over ranks), so they are rebuilt by the run that loads;
-their one value that matters is the step count.
+Of the optimizer only tensors are stored (`optimizer_state.py`); its parameter groups are rebuilt by the run that loads.
 """
 
 from __future__ import annotations
@@ -18,11 +16,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
+from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set_optimizer_tensors
 from sparsecod_megatron.checkpoint.paths import point_latest_to, step_dir_name
 from sparsecod_megatron.checkpoint.state import (
     StateFile,
@@ -56,7 +54,7 @@ def save_checkpoint(
         checkpoints: the run's checkpoints folder.
         config: kept to recognise the model when loading.
         models: model chunks of this rank, wrapped or not.
-        optimizer: the distributed optimizer.
+        optimizer: of the models.
         scheduler: learning-rate schedule.
         state: progress.
         groups: the run's process groups.
@@ -72,7 +70,8 @@ def save_checkpoint(
     dist.barrier()
     sharded = _model_state(models, groups)
     # Data-parallel rank 0 has gathered the others' parts; they write none.
-    tensors = {k: v for k, v in _optimizer_tensors(optimizer, sharded, groups, is_loading=False).items() if v}
+    tensors = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=False)
+    tensors = {index: part for index, part in tensors.items() if part}
     sharded |= {"optimizer": tensors} if tensors else {}
     dist_checkpointing.save(sharded, str(temporary))
     random_states = gather_random_states()
@@ -101,7 +100,7 @@ def load_checkpoint(
         directory: a step directory.
         config: must describe the same model.
         models: model chunks of this rank, wrapped or not.
-        optimizer: the distributed optimizer.
+        optimizer: of the models.
         scheduler: learning-rate schedule.
         groups: the run's process groups.
 
@@ -114,10 +113,10 @@ def load_checkpoint(
     saved = read_state(directory)
     check_same_model(config, directory)
     sharded = _model_state(models, groups)
-    sharded["optimizer"] = _optimizer_tensors(optimizer, sharded, groups, is_loading=True)
+    sharded["optimizer"] = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=True)
     loaded = _load(sharded, directory)
     _set_model_state(models, loaded)
-    _set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
+    set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
     scheduler.load_state_dict(saved.scheduler)
     if saved.layout == layout_of(config.parallel):
         restore_random_states(saved.random_states)
@@ -179,27 +178,3 @@ def _model_state(models: Sequence[torch.nn.Module], groups: ProcessGroupCollecti
 def _set_model_state(models: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for name, model in zip(_chunk_names(models), models, strict=True):
         unwrap(model).load_state_dict(loaded[name], strict=True)
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def _optimizer_tensors(
-    optimizer: MegatronOptimizer, model_state: ShardedStateDict, groups: ProcessGroupCollection, *, is_loading: bool
-) -> dict[int, Any]:
-    metadata = _metadata(groups)
-    return {
-        index: part.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)["param_state"]
-        for index, part in enumerate(_parts(optimizer))
-    }
-
-
-def _set_optimizer_tensors(optimizer: MegatronOptimizer, tensors: dict[int, Any], optimizer_steps: int) -> None:
-    for index, part in enumerate(_parts(optimizer)):
-        whole = part.state_dict()
-        for group in whole["optimizer"]["param_groups"]:
-            group["step"] = optimizer_steps
-        whole["param_state"] = tensors[index]
-        whole["param_state_sharding_type"] = "fully_reshardable"
-        part.load_state_dict(whole)

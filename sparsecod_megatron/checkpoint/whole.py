@@ -62,7 +62,7 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     if not (step_dir / CONFIG_FILE).exists():
         raise CheckpointError(f"{step_dir}: no {CONFIG_FILE} in it, so its model is unknown; choose another step")
     config = load_config(step_dir / CONFIG_FILE)
-    batch = replace(config.train, global_batch_size=1, micro_batch_size=1)
+    batch = replace(config.train, global_batch_size=1, rampup_batch_size=None, micro_batch_size=1)
     config = replace(
         config,
         parallel=ParallelConfig(),

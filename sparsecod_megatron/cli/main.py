@@ -19,6 +19,7 @@ from sparsecod_megatron.errors import SparsecodError
 
 COMMANDS = {
     "data": "tokenise text into Megatron's IndexedDataset",
+    "plan": "parameters, memory, communication and step time of a run on N GPUs",
     "train": "pretrain a model from a YAML file, on one process or many",
     "export": "write a training checkpoint as a HuggingFace model directory",
     "eval": "perplexity and lm-eval tasks of a HuggingFace model directory",

@@ -1,0 +1,231 @@
+"""What one rank of a layout holds and handles: its layers, its tokens, its share of every parallel dimension."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, data_parallel_size
+from sparsecod_megatron.config.flops import is_windowed
+from sparsecod_megatron.config.parameters import ParameterKind, first_parameters, last_parameters, layer_parameters
+from sparsecod_megatron.errors import ConfigError
+
+UNEVEN_STAGES = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checked run on a number of processes; make it with `layout_of`.
+
+    Attributes:
+        config: the run; its vocabulary is known.
+        gpus: number of processes.
+        data_parallel: replicas, not counting context parallelism.
+        transformer_engine: whether the modules are Transformer Engine's (CUDA) or the reference ones (CPU).
+    """
+
+    config: RunConfig
+    gpus: int
+    data_parallel: int
+    transformer_engine: bool = True
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's section."""
+        return self.config.model
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The layout's section."""
+        return self.config.parallel
+
+    @property
+    def tensor(self) -> int:
+        """Tensor parallel size."""
+        return self.parallel.tensor_model_parallel_size
+
+    @property
+    def context(self) -> int:
+        """Context parallel size."""
+        return self.parallel.context_parallel_size
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.parallel.pipeline_model_parallel_size
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks of a stage."""
+        return self.parallel.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def expert_data_parallel(self) -> int:
+        """Replicas of an expert."""
+        parallel = self.parallel
+        return self.gpus // (parallel.expert_tensor_size * parallel.expert_model_parallel_size * self.stages)
+
+    @property
+    def gradient_parallel(self) -> int:
+        """Ranks that sum the gradient of what is not an expert: data × context parallel."""
+        return self.data_parallel * self.context
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes of one rank in one step."""
+        train = self.config.train
+        return train.global_batch_size // (train.micro_batch_size * self.data_parallel)
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Of weights and activations."""
+        return 2 if self.config.precision.dtype == "bf16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch that this rank's matrix products see."""
+        return self.config.train.micro_batch_size * self.config.data.seq_length // self.context
+
+    @property
+    def norm_tokens(self) -> int:
+        """Those that its norms and residual stream see: fewer with sequence parallelism."""
+        return self.tokens // self.tensor if self.parallel.sequence_parallel else self.tokens
+
+    def expert_rows(self, layer: int) -> int:
+        """Rows that this rank's experts of a layer get from one micro-batch, if the load is even."""
+        factor = self.model.moe_expert_capacity_factor
+        kept = 1.0 if factor is None else min(1.0, factor)
+        return math.ceil(self.norm_tokens * self.model.topk(layer) * self.parallel.expert_tensor_size * kept)
+
+    def layers(self, stage: int, chunk: int) -> range:
+        """Layers (from 0) of a chunk of a stage."""
+        size = self.model.num_layers // (self.stages * self.chunks)
+        first = (chunk * self.stages + stage) * size
+        return range(first, first + size)
+
+    @cached_property
+    def representatives(self) -> list[int]:
+        """For each layer the first one that holds and costs the same."""
+        first: dict[tuple[object, ...], int] = {}
+        traits = [self._traits(layer) for layer in range(self.model.num_layers)]
+        return [first.setdefault(trait, layer) for layer, trait in enumerate(traits)]
+
+    def _traits(self, layer: int) -> tuple[object, ...]:
+        model = self.model
+        moe = model.is_moe_layer(layer)
+        return moe, moe and model.topk(layer), model.is_post_norm(layer), is_windowed(model, layer), self.in_fp8(layer)
+
+    def in_fp8(self, layer: int) -> bool:
+        """Whether the layer's projections multiply in FP8, and keep their inputs in it."""
+        precision, last = self.config.precision, self.model.num_layers - 1
+        if not precision.fp8 or not self.transformer_engine:
+            return False
+        return layer >= precision.num_layers_at_start_in_bf16 and last - layer >= precision.num_layers_at_end_in_bf16
+
+    def stage_layers(self, stage: int) -> Counter[int]:
+        """How many of a stage's layers each representative stands for."""
+        return Counter(
+            self.representatives[layer] for chunk in range(self.chunks) for layer in self.layers(stage, chunk)
+        )
+
+    def stage_parameters(self, stage: int) -> Iterator[tuple[ParameterKind, int]]:
+        """Every parameter of a stage's ranks, before splitting, and how many of it there are."""
+        ends: list[ParameterKind] = []
+        if stage == 0:
+            ends.extend(first_parameters(self.model))
+        if stage == self.stages - 1:
+            ends.extend(last_parameters(self.model, shares_embedding=self.stages == 1))
+        yield from ((kind, 1) for kind in ends)
+        for layer, count in self.stage_layers(stage).items():
+            yield from ((kind, count) for kind in layer_parameters(self.model, layer))
+
+    @cached_property
+    def distinct_stages(self) -> list[int]:
+        """The first of each sort of stage; of equals it holds the most activations."""
+        seen: dict[tuple[object, ...], int] = {}
+        for stage in range(self.stages):
+            sort = (stage == 0, stage == self.stages - 1, tuple(sorted(self.stage_layers(stage).items())))
+            seen.setdefault(sort, stage)
+        return list(seen.values())
+
+    def on_rank(self, kind: ParameterKind) -> int:
+        """Number of parameters of a kind that one rank holds."""
+        parallel = self.parallel
+        experts = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+        return kind.on_rank(tensor=self.tensor, expert=experts)
+
+    def replicas(self, kind: ParameterKind) -> int:
+        """Ranks over which the optimizer's state of a kind is sharded."""
+        return self.expert_data_parallel if kind.split == "expert" else self.gradient_parallel
+
+    @cached_property
+    def recompute(self) -> Recompute:
+        """What is computed a second time instead of kept."""
+        return Recompute.read(self.config.megatron)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Megatron's `recompute_*` fields.
+
+    Attributes:
+        granularity: `none`, `selective` or `full`.
+        modules: of `selective`.
+        method: of `full`: `uniform` keeps the input of every `num_layers` layers, `block` recomputes the first
+            `num_layers` of each chunk one by one.
+        num_layers: of `full`.
+    """
+
+    granularity: str = "none"
+    modules: tuple[str, ...] = ()
+    method: str = "uniform"
+    num_layers: int = 1
+
+    @classmethod
+    def read(cls, megatron: dict[str, Any]) -> Recompute:
+        """From the `megatron:` section."""
+        granularity = megatron.get("recompute_granularity") or "none"
+        if granularity == "none":
+            return cls()
+        if granularity == "selective":
+            return cls("selective", tuple(megatron.get("recompute_modules") or ("core_attn",)))
+        if granularity != "full":
+            raise ConfigError(f"megatron.recompute_granularity: {granularity!r}; give selective or full, or remove it")
+        method, num_layers = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
+        if method not in ("uniform", "block"):
+            raise ConfigError(f"megatron.recompute_method: {method!r}; full recompute needs uniform or block")
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise ConfigError(f"megatron.recompute_num_layers: {num_layers!r}; full recompute needs a number of layers")
+        return cls("full", (), method, num_layers)
+
+    def units(self, layers: range) -> tuple[list[range], range]:
+        """(runs of layers recomputed together, layers kept whole) of one chunk."""
+        if self.granularity != "full":
+            return [], layers
+        if self.method == "uniform":
+            return [layers[i : i + self.num_layers] for i in range(0, len(layers), self.num_layers)], layers[:0]
+        return [layers[i : i + 1] for i in range(min(self.num_layers, len(layers)))], layers[self.num_layers :]
+
+
+def layout_of(config: RunConfig, gpus: int, *, transformer_engine: bool = True) -> Layout:
+    """The layout of a checked run whose vocabulary is known.
+
+    Raises:
+        ConfigError: it does not fit that number of processes, or divides its layers in a way not planned for.
+    """
+    for key in UNEVEN_STAGES:
+        if config.megatron.get(key):
+            raise ConfigError(f"megatron.{key}: {config.megatron[key]!r}, but plan divides layers evenly; remove it")
+    layout = Layout(config, gpus, data_parallel_size(config, gpus), transformer_engine)
+    assert layout.recompute is not None  # reads, and so checks, its fields
+    return layout

@@ -1,0 +1,35 @@
+"""The vocabulary of a run that leaves it to the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from sparsecod_megatron.config import RunConfig, check_config
+
+ASSUMED_VOCABULARY = 50304
+"""Of the paper's models: the GPT-NeoX tokenizer, padded."""
+
+
+def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str | None]:
+    """The run with a vocabulary size, and a note on where it is from if the file does not say.
+
+    Raises:
+        ConfigError: the layout does not divide it.
+        DataError: a tokenizer directory that cannot be read.
+    """
+    if config.model.vocab_size is not None:
+        return config, None
+    name = config.data.tokenizer
+    if name is not None and Path(name).is_dir():
+        from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
+
+        size, note = vocabulary_size(load_tokenizer(name)), f"vocabulary of {name}"
+    else:
+        size, note = ASSUMED_VOCABULARY, "model.vocab_size is not set and there is no tokenizer: the paper's is assumed"
+    multiple = config.model.make_vocab_size_divisible_by
+    padded = math.ceil(size / multiple) * multiple
+    completed = replace(config, model=replace(config.model, vocab_size=padded))
+    check_config(completed)
+    return completed, f"{note}, {padded} entries"
