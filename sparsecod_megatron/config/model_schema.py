@@ -157,6 +157,11 @@ class ModelConfig:
         """Hidden size over the one that the hyperparameters were found at."""
         return self.hidden_size / (self.mup_base_hidden_size or self.hidden_size)
 
+    def padded_vocab_size(self, tokenizer_size: int) -> int:
+        """`tokenizer_size` rounded up to a multiple of `make_vocab_size_divisible_by`, the same under every layout."""
+        multiple = self.make_vocab_size_divisible_by
+        return (tokenizer_size + multiple - 1) // multiple * multiple
+
     def is_post_norm(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) normalises the sum instead of the branch's input."""
         post_layers = int(self.mix_post_fraction * self.num_layers)

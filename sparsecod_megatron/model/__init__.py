@@ -1,6 +1,6 @@
 """Megatron-Core GPT models from a configuration: reference modules on CPU, Transformer Engine's on CUDA."""
 
-from sparsecod_megatron.model.build import build_model, padded_vocab_size, unwrap
+from sparsecod_megatron.model.build import build_model, unwrap
 from sparsecod_megatron.model.transformer_config import transformer_config
 
-__all__ = ["build_model", "padded_vocab_size", "transformer_config", "unwrap"]
+__all__ = ["build_model", "transformer_config", "unwrap"]

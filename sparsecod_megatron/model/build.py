@@ -23,12 +23,6 @@ from sparsecod_megatron.model.init import initialize
 from sparsecod_megatron.model.specs import block_spec, spec_provider
 
 
-def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
-    """`tokenizer_size` rounded up to a multiple of `make_vocab_size_divisible_by`, the same under every layout."""
-    multiple = model.make_vocab_size_divisible_by
-    return (tokenizer_size + multiple - 1) // multiple * multiple
-
-
 def build_model(
     config: RunConfig,
     megatron: TransformerConfig,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +27,7 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str | None]:
         size, note = vocabulary_size(load_tokenizer(name)), f"vocabulary of {name}"
     else:
         size, note = ASSUMED_VOCABULARY, "model.vocab_size is not set and there is no tokenizer: the paper's is assumed"
-    multiple = config.model.make_vocab_size_divisible_by
-    padded = math.ceil(size / multiple) * multiple
+    padded = config.model.padded_vocab_size(size)
     completed = replace(config, model=replace(config.model, vocab_size=padded))
     check_config(completed)
     return completed, f"{note}, {padded} entries"

@@ -14,7 +14,6 @@ from sparsecod_megatron.data.datasets import build_datasets
 from sparsecod_megatron.data.integrity import check_token_files, check_vocabulary
 from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.model import padded_vocab_size
 from sparsecod_megatron.train.forward import Batch
 from sparsecod_megatron.train.ramp import global_batch_size, samples_of_steps
 from sparsecod_megatron.train.setup import Trainer
@@ -45,7 +44,7 @@ def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
         check_token_files(prefix, data.seq_length)
     tokenizer = load_tokenizer(data.tokenizer)
     if config.model.vocab_size is None:
-        config.model.vocab_size = padded_vocab_size(config.model, vocabulary_size(tokenizer))
+        config.model.vocab_size = config.model.padded_vocab_size(vocabulary_size(tokenizer))
         check_config(config)
     for prefix in prefixes:
         check_vocabulary(prefix, config.model.vocab_size)

@@ -18,7 +18,7 @@ TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_par
         (["model.num_query_groups=5"], ["model.num_attention_heads: 12", "num_query_groups=5"]),
         (["model.kv_channels=3"], ["model.kv_channels: 3", "even"]),
         (["parallel.tensor_model_parallel_size=5"], ["num_attention_heads: 12", "tensor_model_parallel_size=5"]),
-        (["model.num_query_groups=1", TP2], ["model.num_query_groups: 1", "tensor_model_parallel_size=2"]),
+        (["model.num_query_groups=3", TP2], ["model.num_query_groups: 3", "tensor_model_parallel_size=2"]),
         (["model.ffn_hidden_size=2049", TP2], ["model.ffn_hidden_size: 2049"]),
         (["model.vocab_size=1001", TP2], ["model.vocab_size: 1001"]),
         (["model.num_layers=11", PP2], ["model.num_layers: 11", "pipeline_model_parallel_size=2"]),

@@ -12,7 +12,7 @@ from tests.helpers.megatron import SMALL, megatron_model, run_forward
 
 select_backend()
 
-from sparsecod_megatron.model import padded_vocab_size, transformer_config  # noqa: E402
+from sparsecod_megatron.model import transformer_config  # noqa: E402
 
 WIDE = ("model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_layers=8")
 
@@ -65,7 +65,7 @@ def test_causality() -> None:
 
 @pytest.mark.parametrize(("size", "padded"), [(1, 128), (128, 128), (129, 256), (50280, 50304)])
 def test_vocabulary_is_padded_alike_in_every_layout(size: int, padded: int) -> None:
-    assert padded_vocab_size(load_config(None).model, size) == padded
+    assert load_config(None).model.padded_vocab_size(size) == padded
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Models that cannot be, or would not be what their keys say, are refused in one line with the fix."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsecod_megatron.config import load_config
+from sparsecod_megatron.errors import ConfigError
+from tests.helpers.megatron import SMALL
+from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
+
+LNS = "model.layernorm_scaling=true"
+DOCUMENTS = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
+SIGMOID = "model.moe_router_score_function=sigmoid"
+GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ((LNS, "model.norm_placement=post"), ["model.layernorm_scaling: true", "pre, peri or sandwich"]),
+        ((LNS, "model.norm_placement=mix"), ["model.layernorm_scaling: true", "norm_placement=mix"]),
+        (("model.final_norm=false",), ["model.final_norm: false", "norm_placement=pre"]),
+        (("model.norm_placement=before",), ["model.norm_placement: 'before'", "sandwich"]),
+        (("model.window_attn_skip_freq=2",), ["model.window_attn_skip_freq: 2", "sliding_window"]),
+        (
+            ("model.rope_scaling=llama3", "model.rope_original_max_position_embeddings=4096"),
+            ["rope_original_max_position_embeddings: 4096", "8192"],
+        ),
+        (DOCUMENTS[:1], ["data.reset_position_ids: false", "both or neither"]),
+        (
+            (*DOCUMENTS, "parallel.context_parallel_size=2"),
+            ["data.reset_attention_mask: true", "context_parallel_size"],
+        ),
+        (
+            (*DOCUMENTS, *MOE_SHAPE, "model.moe_router_load_balancing_type=seq_aux_loss"),
+            ["moe_router_load_balancing_type: seq_aux_loss", "aux_loss"],
+        ),
+        (("model.mup_base_hidden_size=16", "model.init=mitchell"), ["mup_base_hidden_size", "init=mitchell"]),
+        (
+            ("model.mup_base_hidden_size=16", "model.untie_embeddings_and_output_weights=false"),
+            ["mup_base_hidden_size", "untie_embeddings_and_output_weights=true"],
+        ),
+        ((*MOE_SHAPE, "model.moe_first_k_dense_layers=3"), ["moe_first_k_dense_layers: 3", "lower it"]),
+        ((*MOE_SHAPE, "model.moe_router_topk_per_layer=[1,2]"), ["topk_per_layer: 2 entries", "num_layers=3"]),
+        ((*MOE_SHAPE, "model.moe_router_topk_per_layer=[2,2,9]"), ["topk_per_layer[2]: 9", "num_moe_experts=8"]),
+        ((*MOE_SHAPE, "model.moe_router_topk_per_layer=[2,0,2]"), ["topk_per_layer[1]: 0", "raise it"]),
+        ((*MOE_SHAPE, "model.moe_router_topk_per_layer=[2,1,2]"), ["topk_per_layer[1]: 1", "pre_softmax=true"]),
+        ((*MOE_SHAPE, GROUPS[0]), ["moe_router_group_topk: None", "both or neither"]),
+        ((*MOE_SHAPE, *GROUPS, "model.moe_router_num_groups=3"), ["num_moe_experts: 8", "moe_router_num_groups=3"]),
+        ((*MOE_SHAPE, *GROUPS, "model.moe_router_group_topk=5"), ["moe_router_group_topk: 5", "lower it"]),
+        ((*MOE_SHAPE, *GROUPS, "model.moe_router_topk=5"), ["moe_router_topk: 5", "group_topk"]),
+        (
+            (*MOE_SHAPE, *GROUPS, "model.moe_router_topk=1", "model.moe_router_pre_softmax=true"),
+            ["moe_router_group_topk: 2", "lower it"],
+        ),
+        ((*MOE_SHAPE, "model.moe_router_enable_expert_bias=true"), ["enable_expert_bias", "=sigmoid"]),
+        (
+            (*MOE_SHAPE, SIGMOID, "model.moe_router_pre_softmax=true"),
+            ["moe_router_pre_softmax: true", "set it to false"],
+        ),
+        (
+            (*MOE_SHAPE, "model.moe_shared_expert_gate=true"),
+            ["moe_shared_expert_gate", "shared_expert_intermediate_size"],
+        ),
+    ],
+)
+def test_refused(overrides: tuple[str, ...], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*SMALL, *overrides])
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [*DENSE.values(), *((*MOE_SHAPE, *variant) for variant in MOE.values())])
+def test_every_variant_is_accepted(overrides: tuple[str, ...]) -> None:
+    load_config(None, [*SMALL, *overrides])
