@@ -1,6 +1,6 @@
 """The keys of the model family: shape, norms, attention, MLP, experts, initialisation.
 
-`MODEL.md` in docs gives the formula and the source of every variant.
+docs/MODEL.md gives the formula and the source of every variant.
 """
 
 from __future__ import annotations
