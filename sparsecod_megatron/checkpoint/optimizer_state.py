@@ -14,6 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from sparsecod_megatron.errors import CheckpointError
+
 _MASTERS = "fp32_from_fp16_params"
 
 
@@ -49,12 +51,12 @@ def set_optimizer_tensors(optimizer: MegatronOptimizer, tensors: dict[int, Any],
         inner = whole.get("optimizer", whole)
         for group in inner["param_groups"]:
             group["step"] = optimizer_steps
+        # An optimizer without parameters on this rank (experts on a stage of dense layers) has no tensors.
+        loaded = tensors.get(index, {})
         if isinstance(part, DistributedOptimizer):
-            whole["param_state"] = tensors[index]
+            whole["param_state"] = loaded
             whole["param_state_sharding_type"] = "fully_reshardable"
         else:
-            # An optimizer without parameters on this rank (experts on a stage of dense layers) has no tensors.
-            loaded = tensors.get(index, {})
             inner["state"] = loaded.get("state", {})
             if _MASTERS in whole:
                 masters = iter(loaded.get(_MASTERS, {}).values())
@@ -69,7 +71,25 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def _sharded_slices(
     part: DistributedOptimizer, model_state: ShardedStateDict, metadata: dict[str, Any], is_loading: bool
 ) -> Any:
+    if not is_loading and not part.optimizer.state:
+        _start_moments(part)
     return part.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)["param_state"]
+
+
+def _start_moments(part: DistributedOptimizer) -> None:
+    """Create the moments that the first step would create, as it would: zero.
+
+    Raises:
+        CheckpointError: the optimizer also keeps its fp32 weights there, which only a step fills in.
+    """
+    if part.config.use_precision_aware_optimizer:
+        raise CheckpointError(
+            "megatron.use_precision_aware_optimizer: true has no optimizer state to save before step 1; save later"
+        )
+    part.load_state_dict(part.state_dict())  # allocates them, not more
+    for state in part.optimizer.state.values():
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
 
 
 def _sharded_state(part: MegatronOptimizer, model_state: ShardedStateDict) -> dict[str, Any]:
