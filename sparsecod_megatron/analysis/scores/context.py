@@ -1,0 +1,191 @@
+"""What every score is given: the model, its blocks, and a seeded sample of sequences cut to fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsecod_megatron.analysis.layers import Layers, find_layers
+from sparsecod_megatron.analysis.trace import Replay, Trace
+from sparsecod_megatron.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Part = Literal["all", "fit", "held_out"]
+MAX_SEQUENCES = 64
+"""Of a micro-batch: beyond this a bigger one is no faster."""
+LOGIT_COPIES = 3
+"""The head's output, its float32 copy a row at a time, and the probabilities made of it."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A loaded model and the sample it is measured on.
+
+    Attributes:
+        model: a causal LM in evaluation mode, no parameter requiring gradients.
+        layers: its blocks.
+        windows: int64 [N, T + 1] on the CPU, in random order: T inputs, each with the next token as its label.
+        seed: of every random choice.
+        memory_gib: what activations of a micro-batch may take.
+        reference: also compute the reference's own numbers where they cost extra work.
+    """
+
+    model: PreTrainedModel
+    layers: Layers
+    windows: Tensor
+    seed: int
+    memory_gib: float = 2.0
+    reference: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """N."""
+        return len(self.windows)
+
+    @property
+    def seq_length(self) -> int:
+        """T, inputs of a sequence."""
+        return self.windows.shape[1] - 1
+
+    @property
+    def hidden_size(self) -> int:
+        """The width d of the residual stream."""
+        return self.layers.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and computation."""
+        return self.model.dtype
+
+    @property
+    def replay(self) -> Replay:
+        """Runs the model whole or in parts."""
+        return Replay(self.model, self.layers)
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator on the CPU; the same draws each time."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def part(self, part: Part) -> Tensor:
+        """The windows of a part: all, the first half to fit on, or the other half to score on.
+
+        Raises:
+            ConfigError: halves of a sample of one sequence.
+        """
+        if part == "all":
+            return self.windows
+        if self.num_sequences < 2:
+            raise ConfigError("--samples 1: a score that fits needs one half to fit on and one to score on; give 2")
+        half = self.num_sequences // 2
+        return self.windows[:half] if part == "fit" else self.windows[half:]
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a pass whose hidden states, logits and block activations fit `memory_gib`."""
+        streams = (len(self.layers) + 1 + 16) * self.hidden_size  # every depth kept, and one block at work
+        logits = LOGIT_COPIES * self._text.vocab_size
+        attention = getattr(self._text, "num_attention_heads", 1) * self.seq_length
+        num_bytes = 4 * self.seq_length * (streams + logits + attention)
+        return int(max(1, min(MAX_SEQUENCES, self.memory_gib * 2**30 // num_bytes)))
+
+    def batches(self, part: Part, *, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Micro-batches in the sample's order: tokens [B, T] and labels [B, T], on the CPU.
+
+        Args:
+            part: which windows.
+            title: of the progress bar.
+        """
+        windows = self.part(part)
+        with tqdm(total=len(windows), desc=title, unit="seq", leave=False, disable=None) as bar:
+            for batch in windows.split(self.micro_batch):
+                yield batch[:, :-1], batch[:, 1:]
+                bar.update(len(batch))
+
+    def traces(self, part: Part, *, title: str) -> Iterator[Trace]:
+        """The unchanged model on each micro-batch, one at a time, so that memory does not grow with the sample."""
+        replay = self.replay
+        for tokens, labels in self.batches(part, title=title):
+            yield replay.trace(tokens, labels)
+
+    @property
+    def _text(self):  # type: ignore[no-untyped-def]  # transformers' configurations are not typed
+        return self.model.config.get_text_config()
+
+
+def make_context(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    num_samples: int,
+    seq_length: int,
+    seed: int,
+    memory_gib: float = 2.0,
+    reference: bool = False,
+) -> Context:
+    """Draw the sample and find the blocks.
+
+    The same tokens, sizes and seed always give the same windows, so two models are measured on the same text.
+
+    Args:
+        model: a causal LM; set to evaluation mode, and its parameters to need no gradients.
+        tokens: int64 [tokens], a stream with at least one window of `seq_length + 1`.
+        num_samples: windows to draw, without overlap.
+        seq_length: inputs of a window.
+        seed: of the draw and of every later choice.
+        memory_gib: what activations of a micro-batch may take.
+        reference: also compute the reference's own numbers where they cost extra work.
+
+    Raises:
+        ConfigError: a size below one, or more positions than the model has.
+        DataError: too few tokens, or a token id that the model has no row for.
+        ConversionError: the model is no stack of blocks.
+    """
+    for option, value in (("samples", num_samples), ("seq-length", seq_length)):
+        if value < 1:
+            raise ConfigError(f"--{option} {value}: must be at least 1")
+    if memory_gib <= 0:
+        raise ConfigError(f"--memory-gib {memory_gib}: must be above 0")
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and seq_length > longest:
+        raise ConfigError(f"--seq-length {seq_length}: the model takes at most {longest} (max_position_embeddings)")
+    windows = draw_windows(tokens, num_samples=num_samples, seq_length=seq_length, seed=seed)
+    largest, smallest = int(windows.max()), int(windows.min())
+    if smallest < 0 or largest >= text.vocab_size:
+        wrong = largest if largest >= text.vocab_size else smallest
+        raise DataError(
+            f"token id {wrong} in the data, but the model's vocabulary has {text.vocab_size} entries; tokenise with "
+            "this model's tokenizer"
+        )
+    model.eval().requires_grad_(False)
+    return Context(model, find_layers(model), windows, seed, memory_gib, reference)
+
+
+def draw_windows(tokens: Tensor, *, num_samples: int, seq_length: int, seed: int) -> Tensor:
+    """Windows [samples, seq_length + 1] at random places of a stream, in random order, none overlapping another.
+
+    Raises:
+        DataError: the stream holds fewer.
+    """
+    length = seq_length + 1
+    available = len(tokens) // length
+    if available < num_samples:
+        raise DataError(
+            f"{len(tokens)} tokens hold {available} sequences of {length} tokens, fewer than --samples {num_samples}; "
+            "give more text, fewer samples or a shorter --seq-length"
+        )
+    chosen = np.random.default_rng(seed).permutation(available)[:num_samples]
+    return tokens[: available * length].view(available, length)[torch.from_numpy(chosen)].clone()

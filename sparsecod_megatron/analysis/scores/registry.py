@@ -1,0 +1,46 @@
+"""Scores by name. A score's module is imported when it is asked for, so that one does not wait for the others."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from sparsecod_megatron.analysis.scores.base import Score
+from sparsecod_megatron.errors import ConfigError
+
+SCORES = {
+    "causal": "sparsecod_megatron.analysis.scores.causal:Causal",
+    "permutation": "sparsecod_megatron.analysis.scores.permutation:Permutation",
+    "usefulness": "sparsecod_megatron.analysis.scores.usefulness:Usefulness",
+    "jacobian": "sparsecod_megatron.analysis.scores.jacobian:Jacobian",
+    "similarity": "sparsecod_megatron.analysis.scores.similarity:Similarity",
+    "skip": "sparsecod_megatron.analysis.scores.skip:Skip",
+    "lens": "sparsecod_megatron.analysis.scores.lens:Lens",
+    "experts": "sparsecod_megatron.analysis.sparsity.experts:Experts",
+    "weights": "sparsecod_megatron.analysis.sparsity.weights:Weights",
+    "attention": "sparsecod_megatron.analysis.sparsity.attention_score:Attention",
+    "activation": "sparsecod_megatron.analysis.sparsity.activation:Activation",
+}
+"""name → module:class, a class without arguments that is a `Score`."""
+
+
+def find_scores(names: Sequence[str]) -> list[Score]:
+    """The scores of these names, in this order.
+
+    Raises:
+        ConfigError: an unknown name, one given twice, or none at all.
+    """
+    if not names:
+        raise ConfigError(f"--scores: names no score; give some of {','.join(SCORES)}")
+    for index, name in enumerate(names):
+        if name not in SCORES:
+            raise ConfigError(f"--scores {name}: no such score; give some of {','.join(SCORES)}")
+        if name in names[:index]:
+            raise ConfigError(f"--scores {name}: given twice; name each score once")
+    return [_load(SCORES[name]) for name in names]
+
+
+def _load(path: str) -> Score:
+    module, _, name = path.partition(":")
+    score: Score = getattr(importlib.import_module(module), name)()
+    return score

@@ -1,0 +1,72 @@
+"""Modules that hold all experts of a layer as three-dimensional parameters, as transformers stores them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsecod_megatron.errors import ConversionError
+
+ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden [tokens, hidden], chosen experts [tokens, k], their weights [tokens, k]) → [tokens, hidden]."""
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a layer as three-dimensional parameters."""
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, nn.Parameter) and down.ndim == 3
+
+
+def expert_activations(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:
+    """Inputs of one fused expert's down projection.
+
+    Args:
+        experts: the module that holds them.
+        hidden: `[rows, hidden]`.
+        expert: index of the expert.
+
+    Returns:
+        `[rows, neurons]`.
+    """
+    name = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias", None)
+    inner = F.linear(
+        hidden,
+        weight.t() if getattr(experts, "is_transposed", False) else weight,
+        None if bias is None else bias[expert],
+    )
+    activate: Callable[[Tensor], Tensor] = getattr(experts, "act_fn" if name == "up_proj" else "_apply_gate")
+    return activate(inner)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: ExpertsForward) -> Iterator[None]:
+    """Give one fused-experts module another forward for a while.
+
+    The three tensors keep their order in every model of transformers, but not their names, nor whether they are passed
+    by name.
+
+    Raises:
+        ConversionError: experts that are not told the router's choice.
+    """
+    signature = inspect.signature(module.forward)
+    if len(signature.parameters) < 3:
+        raise ConversionError(
+            f"{type(module).__name__}: its experts are not told which tokens are theirs, so they cannot be watched; "
+            "leave the activation and experts scores out"
+        )
+
+    def bound(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        hidden, index, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
+        return forward(hidden, index, weights)
+
+    module.forward = bound
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own again

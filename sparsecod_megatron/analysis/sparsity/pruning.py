@@ -1,0 +1,94 @@
+"""Pruned weights for the length of a few passes, and the loss they cost.
+
+A matrix is replaced by its pruned copy when its module is entered and put back when the module is left, so at most one
+module's copy exists and the original tensors are never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.sparsity.matrices import Matrix
+from sparsecod_megatron.analysis.sparsity.quantiles import kth_magnitudes
+from sparsecod_megatron.analysis.trace import sequence_losses
+
+
+@contextmanager
+def pruned(matrices: Sequence[Matrix], threshold: float) -> Iterator[None]:
+    """Every pass sees weights with |w| <= threshold as zero.
+
+    Args:
+        matrices: what to prune.
+        threshold: a magnitude; a negative one prunes nothing.
+    """
+    originals = {id(matrix.weight): (matrix.weight, matrix.weight.data) for matrix in matrices}
+    by_module: dict[nn.Module, list[Tensor]] = {}
+    for matrix in matrices:
+        by_module.setdefault(matrix.module, []).append(matrix.weight)
+
+    def enter(module: nn.Module, _args: tuple[Any, ...]) -> None:
+        for weight in by_module[module]:
+            weight.data = weight.data.masked_fill(weight.data.abs() <= threshold, 0)
+
+    def leave(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        for weight in by_module[module]:
+            weight.data = originals[id(weight)][1]
+
+    handles = [module.register_forward_pre_hook(enter) for module in by_module]
+    handles += [module.register_forward_hook(leave) for module in by_module]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight, data in originals.values():
+            weight.data = data
+
+
+class PruningCurve:
+    """Losses of the globally pruned model by sparsity, each sparsity evaluated once.
+
+    Args:
+        context: the model and the sample.
+        matrices: what to prune, all together by one threshold.
+    """
+
+    def __init__(self, context: Context, matrices: Sequence[Matrix]) -> None:
+        self._context = context
+        self._matrices = matrices
+        self._weights = [matrix.weight.detach() for matrix in matrices]
+        self._total = sum(weight.numel() for weight in self._weights)
+        self._losses: dict[float, Tensor] = {}
+
+    @property
+    def sparsities(self) -> list[float]:
+        """Those evaluated so far, ascending."""
+        return sorted(self._losses)
+
+    def evaluate(self, sparsities: Sequence[float]) -> None:
+        """Evaluate several sparsities; their thresholds are found in one pair of passes over the weights."""
+        wanted = [s for s in sparsities if s not in self._losses]
+        thresholds = kth_magnitudes(self._weights, [int(s * self._total) for s in wanted])
+        for sparsity, threshold in zip(wanted, thresholds, strict=True):
+            self._losses[sparsity] = self._run(sparsity, threshold)
+
+    def losses(self, sparsity: float) -> Tensor:
+        """Mean loss of each sequence `[sequences]` in nats, at a sparsity in [0, 1]."""
+        self.evaluate([sparsity])
+        return self._losses[sparsity]
+
+    @torch.no_grad()
+    def _run(self, sparsity: float, threshold: float) -> Tensor:
+        model, device = self._context.model, self._context.device
+        with pruned(self._matrices, threshold):
+            losses = [
+                sequence_losses(model(input_ids=tokens.to(device), use_cache=False).logits, labels.to(device))
+                for tokens, labels in self._context.batches("all", title=f"pruned to {sparsity:.1%}")
+            ]
+        return torch.cat(losses)

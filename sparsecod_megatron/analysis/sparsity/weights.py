@@ -1,0 +1,143 @@
+"""The `weights` score: how many weights are small, by three yardsticks, and how many the model can do without.
+
+A threshold fixed at initialisation measures the norm as much as sparsity: AdamW with weight decay settles at
+`E[w²] → η/2λ` for a weight that only sees gradient noise, so stronger decay moves every weight towards zero. The same
+shares relative to each matrix's own standard deviation, Hoyer's measure and the Gini index do not change when a matrix
+is scaled. Both are always reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from sparsecod_megatron.analysis.scores.base import Bars, Lines, Result
+from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.sparsity.essential import (
+    ALLOWED_INCREASE,
+    GRID,
+    find_essential,
+    relative_increase,
+)
+from sparsecod_megatron.analysis.sparsity.magnitudes import gini, hoyer, share_below
+from sparsecod_megatron.analysis.sparsity.matrices import KINDS, Matrix, find_matrices
+from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve
+
+EPSILONS = (1e-4, 1e-3, 1e-2)
+Row = dict[str, Any]
+
+
+class Weights:
+    """Magnitudes of all attention and feed-forward matrices, and the curve of one-shot global pruning."""
+
+    name = "weights"
+
+    def run(self, context: Context) -> Result:
+        """Measure the matrices, then prune them.
+
+        Args:
+            context: the model and the sample the losses are taken on.
+        """
+        matrices = find_matrices(context.layers.blocks, context.hidden_size)
+        init_std = initial_std(context.model.config)
+        rows = matrix_rows(matrices, init_std)
+        curve = PruningCurve(context, matrices)
+        curve.evaluate(GRID)
+        essential = find_essential(curve, seed=context.seed)
+        points = [
+            {"sparsity": s, "loss": float(curve.losses(s).mean()), "loss_increase": relative_increase(curve, s)}
+            for s in curve.sparsities
+        ]
+        sparsity = essential.sparsity.as_dict()
+        return Result(
+            values={
+                "init_std": init_std,
+                **aggregate(rows),
+                "essential_sparsity": sparsity,
+                "essential_share": None if sparsity["value"] is None else 1 - sparsity["value"],
+                "pruning_knee": essential.knee,
+            },
+            tables={"weights": rows, "weights_by_kind": by_kind(rows), "weights_pruning": points},
+            per_sequence={"dense_loss": curve.losses(0.0).tolist(), "half_pruned_loss": curve.losses(0.5).tolist()},
+            figures=_figures(rows, points, len(context.layers)),
+            warnings=() if init_std else ("the model's configuration names no initializer_range: own-std shares only",),
+            num_sequences=context.num_sequences,
+            num_tokens=context.num_sequences * context.seq_length,
+        )
+
+
+def initial_std(config: Any) -> float | None:
+    """Standard deviation of the weights at initialisation, from the model's configuration; None if it has none."""
+    text = config.get_text_config()
+    std = getattr(text, "initializer_range", None)
+    return float(std) if std else None
+
+
+def matrix_rows(matrices: Sequence[Matrix], init_std: float | None) -> list[Row]:
+    """One row a matrix: its size and spread, shares below each ε by both yardsticks, Hoyer and Gini.
+
+    Args:
+        matrices: of the model.
+        init_std: yardstick of the `below_init_*` columns, which are None without it.
+    """
+    rows = []
+    for matrix in tqdm(matrices, desc="weights", unit="matrix", leave=False, disable=None):
+        weight = matrix.weight.detach().float()
+        std = float(weight.std(correction=0))
+        rows.append(
+            {
+                "layer": matrix.layer,
+                "kind": matrix.kind,
+                "name": matrix.name,
+                "elements": weight.numel(),
+                "std": std,
+                "std_over_init": std / init_std if init_std else None,
+                "exact_zero": float((weight == 0).sum()) / weight.numel(),
+                **{f"below_init_{e:.0e}": share_below(weight, e * init_std) if init_std else None for e in EPSILONS},
+                **{f"below_own_{e:.0e}": share_below(weight, e * std) for e in EPSILONS},
+                "hoyer": hoyer(weight),
+                "gini": gini(weight),
+            }
+        )
+    return rows
+
+
+def aggregate(rows: Sequence[Row]) -> Row:
+    """Means of all numeric columns, every weight counting once.
+
+    Args:
+        rows: of `matrix_rows`, at least one.
+    """
+    total = sum(row["elements"] for row in rows)
+    measured = [name for name in rows[0] if name not in ("layer", "kind", "name", "elements")]
+    means: Row = {"elements": total}
+    for name in measured:
+        known = all(row[name] is not None for row in rows)
+        means[name] = sum(row[name] * row["elements"] for row in rows) / total if known else None
+    return means
+
+
+def by_kind(rows: Sequence[Row]) -> list[Row]:
+    """`aggregate` of each kind of matrix."""
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    return [{"kind": kind, **aggregate([row for row in rows if row["kind"] == kind])} for kind in kinds]
+
+
+def _figures(rows: Sequence[Row], points: Sequence[Row], num_layers: int) -> tuple[Bars | Lines, ...]:
+    layers = [[row for row in rows if row["layer"] == layer] for layer in range(num_layers)]
+    gini_by_layer = [aggregate(found)["gini"] if found else None for found in layers]
+    grid = [point for point in points if point["sparsity"] in GRID]
+    return (
+        Lines(
+            "weights_pruning",
+            "One-shot global magnitude pruning",
+            [point["sparsity"] for point in grid],
+            {"ΔL/L": [point["loss_increase"] for point in grid]},
+            "sparsity",
+            "relative loss increase",
+            line=ALLOWED_INCREASE,
+        ),
+        Bars("weights_gini", "Gini index of the weights", gini_by_layer, "Gini index"),
+    )

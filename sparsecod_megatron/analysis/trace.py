@@ -1,0 +1,160 @@
+"""One forward pass with everything an intervention needs kept, and the ways to go on from the middle of it.
+
+A pass keeps the residual stream at every depth and the arguments each block was called with (masks, rotary angles).
+An intervention at block `s` then starts from `h_s` and runs only what comes after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsecod_megatron.analysis.layers import Layers, hidden_input, hidden_output, swapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model called a block: its arguments without the hidden states, and the form of its answer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returns_tuple: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch in the unchanged model.
+
+    Attributes:
+        tokens: [B, T] inputs, on the model's device.
+        labels: [B, T] the next tokens.
+        hidden: [L + 1] of [B, T, d]: `h_0 … h_L`.
+        calls: [L] what each block was called with.
+        losses: [B] mean cross entropy in nats, float64 on the CPU.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    hidden: list[Tensor]
+    calls: list[Call]
+    losses: Tensor
+
+
+class Replay:
+    """Runs a model whole or in parts.
+
+    Args:
+        model: in evaluation mode.
+        layers: of that model.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Layers) -> None:
+        self.model = model
+        self.layers = layers
+
+    @torch.no_grad()
+    def trace(self, tokens: Tensor, labels: Tensor) -> Trace:
+        """Run the whole model once.
+
+        Args:
+            tokens: [B, T] inputs.
+            labels: [B, T] the next tokens.
+        """
+        tokens, labels = tokens.to(self.model.device), labels.to(self.model.device)
+        hidden: list[Tensor] = []
+        calls: list[Call] = []
+
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before, after = hidden_input(args, kwargs), hidden_output(output)
+            assert before is not None and after is not None
+            if not hidden:
+                hidden.append(before)
+            hidden.append(after)
+            named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            calls.append(Call(args[1:], named, isinstance(output, tuple)))
+
+        hooks = [block.register_forward_hook(note, with_kwargs=True) for block in self.layers.blocks]
+        try:
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Trace(tokens, labels, hidden, calls, sequence_losses(logits, labels))
+
+    def run_block(self, trace: Trace, layer: int, hidden: Tensor) -> Tensor:
+        """Block `layer` with its own mask and angles on hidden states [B, T, d]."""
+        call = trace.calls[layer]
+        after = hidden_output(self.layers.blocks[layer](hidden, *call.args, **call.kwargs))
+        assert after is not None
+        return after
+
+    def run_blocks(self, trace: Trace, order: Sequence[int], hidden: Tensor) -> Iterator[Tensor]:
+        """Run blocks in the given order, yielding what each leaves, [B, T, d]."""
+        for layer in order:
+            hidden = self.run_block(trace, layer, hidden)
+            yield hidden
+
+    @torch.no_grad()
+    def losses_after(self, trace: Trace, order: Sequence[int], hidden: Tensor) -> Tensor:
+        """Cross entropy when `order` is all that is left of the blocks.
+
+        Args:
+            trace: the micro-batch.
+            order: blocks still to run, in order.
+            hidden: [B, T, d] what goes into the first of them.
+
+        Returns:
+            [B] mean over tokens in nats, float64 on the CPU.
+        """
+        for after in self.run_blocks(trace, order, hidden):
+            hidden = after
+        return sequence_losses(self.logits(trace, hidden), trace.labels)
+
+    @torch.no_grad()
+    def logits(self, trace: Trace, hidden: Tensor) -> Tensor:
+        """What the model predicts if `hidden` [B, T, d] is the last block's output: [B, T, V].
+
+        The model itself runs, its blocks replaced by ones that answer with `hidden`, so whatever it does after them
+        (norm, scale, cap) is done here too.
+        """
+        answers = {
+            layer: _Answer(block, hidden, trace.calls[layer].returns_tuple)
+            for layer, block in enumerate(self.layers.blocks)
+        }
+        with swapped(self.layers.blocks, answers):
+            logits: Tensor = self.model(input_ids=trace.tokens, use_cache=False).logits
+        return logits
+
+
+class _Answer(nn.Module):
+    """Stands in a block's place: has its attributes, and answers every call with given hidden states."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor, returns_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__.update(_block=block, _hidden=hidden, _returns_tuple=returns_tuple)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return (self.__dict__["_hidden"],) if self.__dict__["_returns_tuple"] else self.__dict__["_hidden"]
+
+
+def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, T, V] and [B, T] → [B] mean cross entropy in nats, float64 on the CPU.
+
+    Row by row: a float32 copy of a whole batch's logits can be huge.
+    """
+    rows = [
+        F.cross_entropy(row.float(), target, reduction="none").double().mean()
+        for row, target in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(rows).cpu()

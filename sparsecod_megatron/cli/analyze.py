@@ -1,0 +1,171 @@
+"""`sparsecod analyze`: how a trained model uses its depth."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsecod_megatron.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.analysis.analyze import Analysis
+
+HELP = "Measure how a trained model uses its depth, or compare two models measured on the same text."
+EXAMPLE = (
+    "sparsecod analyze runs/dense --data data/x_val --scores causal,jacobian --samples 64 --output analysis\n"
+    "  sparsecod analyze --compare analysis/dense analysis/moe --output comparison"
+)
+DEFAULT_SCORES = "causal,permutation,usefulness,jacobian,similarity,skip,lens"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "model",
+        type=Path,
+        nargs="?",
+        metavar="MODEL_DIR",
+        help="HuggingFace model directory, or a training run or one of its step directories",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="PREFIX_OR_TEXT", help="held-out dataset prefix or UTF-8 text file"
+    )
+    parser.add_argument(
+        "--scores", default=DEFAULT_SCORES, metavar="A,B", help=f"comma-separated (default {DEFAULT_SCORES})"
+    )
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
+    parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens of a sequence (default 128)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sample and intervals (default 0)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and computation (default float32)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--memory-gib", type=float, default=2.0, metavar="G", help="for a micro-batch's activations (default 2)"
+    )
+    parser.add_argument(
+        "--compat", choices=("reference",), help="also compute the reference code's own numbers, named ref_*"
+    )
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two analysis directories, instead of MODEL_DIR"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="scores.json, *.csv and plots/*.png")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Analyse a model, or compare two analyses, and print the numbers.
+
+    Raises:
+        SparsecodError: arguments, model or data that cannot be used.
+    """
+    from sparsecod_megatron.evaluation.files import check_writable
+
+    check_writable(args.output)
+    if args.compare:
+        if args.model or args.data:
+            raise ConfigError("--compare: takes two analysis directories; leave MODEL_DIR and --data out")
+        first, second = args.compare
+        _compare(first, second, args.output)
+        return
+    if args.model is None or args.data is None:
+        raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
+    _analyze(args)
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    from sparsecod_megatron.analysis.analyze import analyze, write_analysis
+    from sparsecod_megatron.analysis.scores.context import make_context
+    from sparsecod_megatron.analysis.scores.registry import find_scores
+    from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
+    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+
+    scores = find_scores([name for name in map(str.strip, args.scores.split(",")) if name])
+    dataset_prefix(args.data)  # a wrong path should not wait for the model
+    with _model_directory(args.model) as directory:
+        tokenizer = load_tokenizer(directory)
+        corpus = read_corpus(args.data, tokenizer)
+        model = load_model(directory, dtype=args.dtype, device=args.device or _default_device())
+    context = make_context(
+        model,
+        corpus.tokens,
+        num_samples=args.samples,
+        seq_length=args.seq_length,
+        seed=args.seed,
+        memory_gib=args.memory_gib,
+        reference=args.compat == "reference",
+    )
+    analysis = analyze(context, scores, settings={"model": str(args.model), "data": str(args.data)})
+    files = write_analysis(analysis, args.output)
+    _print(analysis)
+    print(f"wrote {args.output}: {len(files)} files")
+
+
+@contextlib.contextmanager
+def _model_directory(path: Path) -> Iterator[Path]:
+    """The model as a HuggingFace directory; a training checkpoint is exported into a temporary one."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a HuggingFace model directory or a training run")
+    if (path / "config.json").is_file():
+        yield path
+        return
+    import torch
+
+    from sparsecod_megatron.backend import select_backend
+
+    backend = select_backend()
+    from sparsecod_megatron.checkpoint.whole import whole_model
+    from sparsecod_megatron.hf import export_model
+
+    with tempfile.TemporaryDirectory(prefix="sparsecod-analyze-") as folder:
+        with whole_model(path, backend) as source:
+            directory = export_model(
+                source.config.model,
+                source.tensors(),
+                Path(folder) / "hf",
+                seq_length=source.config.data.seq_length,
+                dtype=torch.float32,
+                tokenizer_dir=source.tokenizer_dir,
+            )
+        yield directory
+
+
+def _compare(first: Path, second: Path, output: Path) -> None:
+    from sparsecod_megatron.analysis.compare import compare, comparison_json
+    from sparsecod_megatron.evaluation.files import write_text
+
+    differences = compare(first, second)
+    write_text(output / "comparison.json", comparison_json(first, second, differences))
+    for row in differences:
+        interval = "" if row.low is None else f" [{row.low:+.4g}, {row.high:+.4g}]"
+        verdict = "" if row.separated else "  not separated by this sample; raise --samples"
+        print(f"{row.name:32} {row.first:.4g} → {row.second:.4g}  {row.difference:+.4g}{interval}{verdict}")
+    print(f"wrote {output / 'comparison.json'}")
+
+
+def _print(analysis: Analysis) -> None:
+    for score, result in analysis.results.items():
+        for name, value in result.values.items():
+            print(f"{score:12} {name:32} {_shown(value)}")
+        for warning in result.warnings:
+            print(f"{score:12} warning: {warning}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        if value.get("low") is None:
+            return _shown(value.get("value"))
+        return f"{_shown(value['value'])} [{_shown(value['low'])}, {_shown(value['high'])}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
