@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to two trained, exported, evaluated models and a plot of their layer variance, on a laptop's CPU:
+# From nothing to two trained, exported, evaluated and analysed models and a plot of their layer variance, on a laptop's CPU:
 #     bash examples/quickstart.sh [OUTPUT]              (default: runs/quickstart; an earlier result there is replaced)
 # STEPS=20 bash examples/quickstart.sh is a shorter look at the same path.
 set -euo pipefail
@@ -24,27 +24,33 @@ bash tools/run_in_venv.sh true
 rm -rf "$OUTPUT"
 mkdir -p "$OUTPUT"
 
-step "1/6 Data: the Python standard library's own text, and a tokenizer learnt from it"
+step "1/7 Data: the Python standard library's own text, and a tokenizer learnt from it"
 run data --input stdlib --tokenizer train:4096 --output "$DATA" --val-fraction 0.02
 
-step "2/6 A dense model with grouped-query attention, tensor parallel over 2 processes, stopped and resumed half-way"
+step "2/7 A dense model with grouped-query attention, tensor parallel over 2 processes, stopped and resumed half-way"
 train dense
 
-step "3/6 The same model as a mixture of 8 experts, expert parallel over 2 processes, stopped and resumed half-way"
+step "3/7 The same model as a mixture of 8 experts, expert parallel over 2 processes, stopped and resumed half-way"
 train moe
 
 for model in dense moe; do
-    step "4/6 $model: a HuggingFace directory, its logits compared with Megatron's before it is published"
+    step "4/7 $model: a HuggingFace directory, its logits compared with Megatron's before it is published"
     run export --checkpoint "$OUTPUT/$model" --output "$OUTPUT/$model-hf" --verify
 done
 
 for model in dense moe; do
-    step "5/6 $model: perplexity on held-out text, and which of four continuations is the true one"
+    step "5/7 $model: perplexity on held-out text, and which of four continuations is the true one"
     run eval --model "$OUTPUT/$model-hf" --perplexity "${DATA}_val" --continuation-task "${DATA}_val" \
         --questions 100 --limit 100 --output "$OUTPUT/$model-eval"
 done
 
-step "6/6 Variance by depth, dense against mixture of experts"
+for model in dense moe; do
+    step "6/7 $model: depth scores of the exported model: what each layer changes, and what is lost without it"
+    run analyze "$OUTPUT/$model-hf" --data "${DATA}_val" --scores causal,usefulness,skip,similarity \
+        --samples 16 --seq-length 128 --output "$OUTPUT/$model-depth"
+done
+
+step "7/7 Variance by depth, dense against mixture of experts"
 run report "$OUTPUT/dense" "$OUTPUT/moe" --output "$OUTPUT/variance_by_depth.png"
 run report "$OUTPUT/dense" "$OUTPUT/moe" --output "$OUTPUT/report.html"
 
@@ -69,6 +75,7 @@ Everything lies in $OUTPUT:
   dense/ moe/                     run directories: config.yaml metrics.jsonl layer_statistics.jsonl checkpoints/ log.txt
   dense-hf/ moe-hf/               models for AutoModelForCausalLM.from_pretrained, with their tokenizer
   dense-eval/ moe-eval/           results.json and results.md
+  dense-depth/ moe-depth/         scores.json, a CSV a score, plots/
   variance_by_depth.png           the plot
   report.html                     every curve, offline by double click
 Next: examples/configs/ holds the paper's models; sparsecod train CONFIG a.b=c --nproc N trains them.
