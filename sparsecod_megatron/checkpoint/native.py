@@ -1,17 +1,17 @@
-"""Saves and loads a run: weights and optimizer state in Megatron-Core's sharded format, the rest in state.json.
+"""What a checkpoint holds and how it is loaded: weights and optimizer, sharded by Megatron-Core, and state.json.
 
 Of the optimizer only tensors are stored (`optimizer_state.py`); its parameter groups are rebuilt by the run that loads.
 """
 
 from __future__ import annotations
 
-import shutil
+import logging
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -20,69 +20,73 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
+from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, check_files
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set_optimizer_tensors
-from sparsecod_megatron.checkpoint.paths import point_latest_to, step_dir_name
-from sparsecod_megatron.checkpoint.state import (
-    StateFile,
-    TrainState,
-    check_same_model,
-    gather_random_states,
-    layout_of,
-    read_state,
-    restore_random_states,
-    write_state,
-)
-from sparsecod_megatron.config import RunConfig, save_config
-from sparsecod_megatron.config.run_files import CONFIG_FILE
+from sparsecod_megatron.checkpoint.random_states import restore_random_states
+from sparsecod_megatron.checkpoint.state import StateFile, TrainState, check_same_model, layout_of, read_state
+from sparsecod_megatron.checkpoint.untrusted import read_metadata, tensors_only
+from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import unwrap
 
+logger = logging.getLogger("sparsecod")
 
-def save_checkpoint(
-    checkpoints: Path,
+
+def sharded_state(
+    models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, groups: ProcessGroupCollection
+) -> ShardedStateDict:
+    """This rank's part of weights and optimizer, to be saved. Collective over all processes.
+
+    Args:
+        models: model chunks of this rank, wrapped or not.
+        optimizer: of the models.
+        groups: the run's process groups.
+    """
+    sharded = _model_state(models, groups)
+    # Data-parallel rank 0 has gathered the others' parts; they write none.
+    tensors = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=False)
+    tensors = {index: part for index, part in tensors.items() if part}
+    return sharded | ({"optimizer": tensors} if tensors else {})
+
+
+def load_latest(
+    candidates: Sequence[Path],
     *,
     config: RunConfig,
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    state: TrainState,
     groups: ProcessGroupCollection,
-) -> Path:
-    """Write RUN/checkpoints/step_…, complete or not at all, and point `latest` at it. Collective over all processes.
+) -> TrainState:
+    """Continue from the first of `candidates` that is not damaged. Collective over all processes.
 
     Args:
-        checkpoints: the run's checkpoints folder.
-        config: kept to recognise the model when loading.
+        candidates: step directories, the preferred one first (`paths.resume_candidates`).
+        config: must describe the same model.
         models: model chunks of this rank, wrapped or not.
         optimizer: of the models.
         scheduler: learning-rate schedule.
-        state: progress.
         groups: the run's process groups.
 
-    Returns:
-        The directory written.
+    Raises:
+        CheckpointError: all are damaged, or one is of another model.
     """
-    directory = checkpoints / step_dir_name(state.step)
-    temporary = directory.with_name(directory.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    sharded = _model_state(models, groups)
-    # Data-parallel rank 0 has gathered the others' parts; they write none.
-    tensors = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=False)
-    tensors = {index: part for index, part in tensors.items() if part}
-    sharded |= {"optimizer": tensors} if tensors else {}
-    dist_checkpointing.save(sharded, str(temporary))
-    random_states = gather_random_states()
-    if dist.get_rank() == 0:
-        save_config(config, temporary / CONFIG_FILE)
-        write_state(StateFile(state, scheduler.state_dict(), layout_of(config.parallel), random_states), temporary)
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
-        point_latest_to(directory)
-    dist.barrier()
-    return directory
+    damages: list[str] = []
+    for directory in candidates:
+        try:
+            state = load_checkpoint(
+                directory, config=config, models=models, optimizer=optimizer, scheduler=scheduler, groups=groups
+            )
+        except DamagedCheckpoint as damage:
+            damages.append(str(damage).removesuffix("; choose another step"))
+            continue
+        if damages:
+            logger.warning("%s; using %s instead", "; ".join(damages), directory.name)
+        return state
+    raise CheckpointError(
+        f"none of {len(candidates)} checkpoints can be used: {damages[0]}; restore its files, or start anew in another "
+        "logging.run_dir"
+    )
 
 
 def load_checkpoint(
@@ -108,18 +112,24 @@ def load_checkpoint(
         Progress at that step. Under the same layout random states are restored too, and the run goes on bit for bit.
 
     Raises:
-        CheckpointError: absent, damaged, or of another model.
+        DamagedCheckpoint: incomplete, or not as it was written.
+        CheckpointError: of another model or version.
     """
-    saved = read_state(directory)
-    check_same_model(config, directory)
+    saved = _checked(directory, config)
     sharded = _model_state(models, groups)
     sharded["optimizer"] = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=True)
     loaded = _load(sharded, directory)
     _set_model_state(models, loaded)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
-    scheduler.load_state_dict(saved.scheduler)
-    if saved.layout == layout_of(config.parallel):
-        restore_random_states(saved.random_states)
+    try:
+        if saved.layout == layout_of(config.parallel):
+            restore_random_states(saved.random_states)
+        else:
+            logger.info("%s: saved under another layout, so random states start from train.seed", directory)
+        scheduler.num_steps = 0  # loading adds the checkpoint's to them
+        scheduler.load_state_dict(saved.scheduler)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(directory, error) from error
     return saved.train
 
 
@@ -129,23 +139,40 @@ def load_weights(
     """Load the weights alone. Collective over all processes.
 
     Raises:
-        CheckpointError: absent, damaged, or of another model.
+        DamagedCheckpoint: incomplete, or not as it was written.
+        CheckpointError: of another model or version.
     """
-    read_state(directory)
-    check_same_model(config, directory)
+    _checked(directory, config)
     _set_model_state(models, _load(_model_state(models, groups), directory))
+
+
+def _checked(directory: Path, config: RunConfig) -> StateFile:
+    """state.json of a checkpoint whose files are as they were written and whose model is ours."""
+    check_files(directory, digests=config.checkpoint.verify)
+    saved = read_state(directory)
+    check_same_model(config, directory)
+    return saved
 
 
 def _load(sharded: ShardedStateDict, directory: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded, str(directory))
+        read_metadata(directory)  # so that what unpickles it below meets nothing unexpected
+        with tensors_only():
+            return dist_checkpointing.load(sharded, str(directory))
     except CheckpointException as failures:
         # torch's own, which is no Exception: what went wrong on each rank.
         error: BaseException = next(iter(failures.failures.values()))[0]
-    except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as problem:
+    except (
+        *(CheckpointingException, pickle.UnpicklingError, OSError, EOFError, RuntimeError),
+        *(LookupError, TypeError, ValueError, AttributeError, AssertionError),
+    ) as problem:
         error = problem
+    raise _damaged(directory, error) from error
+
+
+def _damaged(directory: Path, error: BaseException) -> DamagedCheckpoint:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    raise CheckpointError(f"{directory}: cannot be loaded ({reason}); choose another step") from error
+    return DamagedCheckpoint(f"{directory}: cannot be loaded ({reason}); choose another step")
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -1,14 +1,22 @@
-"""Names inside RUN/checkpoints: one directory a step, and `latest`, which names the last complete one."""
+"""Names inside RUN/checkpoints: one directory a step, and `latest`, which names the newest one to go on from."""
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from pathlib import Path
 
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
 from sparsecod_megatron.errors import CheckpointError
 
 STATE_FILE = "state.json"
+METADATA_FILE = ".metadata"
+"""Where torch's writer says which tensor lies where."""
 LATEST_FILE = "latest"
+_STEP = re.compile(r"step_(\d{8,})")
+
+logger = logging.getLogger("sparsecod")
 
 
 def step_dir_name(step: int) -> str:
@@ -16,28 +24,47 @@ def step_dir_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def latest_step_dir(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None if nothing was saved yet.
+def step_dirs(checkpoints: Path) -> dict[int, Path]:
+    """Committed checkpoints by step, ascending; whatever state they are in."""
+    if not checkpoints.is_dir():
+        return {}
+    found = {int(match[1]): path for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def resume_candidates(checkpoints: Path) -> list[Path]:
+    """Where a run may go on from: what `latest` names, then the steps before it, newest first.
+
+    Where `latest` is absent or names nothing that is there, all steps are. Later ones than it names belong to an
+    attempt that is being redone.
 
     Raises:
-        CheckpointError: `latest` names a directory that is not there.
+        CheckpointError: something was saved and is gone.
     """
-    pointer = checkpoints / LATEST_FILE
+    steps, pointer = step_dirs(checkpoints), checkpoints / LATEST_FILE
     if not pointer.exists():
-        return None
-    directory = checkpoints / pointer.read_text().strip()
-    if not (directory / STATE_FILE).exists():
+        return [steps[step] for step in reversed(steps)]
+    named = pointer.read_text(errors="replace").strip()[:40]
+    match = _STEP.fullmatch(named)
+    usable = [steps[step] for step in reversed(steps) if match is None or step <= int(match[1])]
+    if not usable:
         raise CheckpointError(
-            f"{pointer}: names {directory.name}, which is not a complete checkpoint; write another step's name into it"
+            f"{pointer}: names {named!r}, and neither it nor an earlier checkpoint is there; "
+            "write another step's name into it, or start anew in another logging.run_dir"
         )
-    return directory
+    if usable[0].name != named:
+        logger.warning("%s names %r, which is not there; the newest before it is %s", pointer, named, usable[0].name)
+    return usable
 
 
 def point_latest_to(directory: Path) -> None:
-    """Make `latest` name `directory`, atomically."""
+    """Make `latest` name `directory`, atomically and durably."""
     pointer = directory.parent / LATEST_FILE
     temporary = pointer.with_name(pointer.name + ".tmp")
-    temporary.write_text(directory.name + "\n")
+    with temporary.open("w") as stream:
+        stream.write(directory.name + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(pointer)
 
 
@@ -50,9 +77,8 @@ def resolve_step_dir(path: Path) -> Path:
     if (path / STATE_FILE).exists():
         return path
     for checkpoints in (path / CHECKPOINTS_DIR, path):
-        directory = latest_step_dir(checkpoints)
-        if directory is not None:
-            return directory
+        if candidates := resume_candidates(checkpoints):
+            return candidates[0]
     raise CheckpointError(
         f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_… directories"
     )

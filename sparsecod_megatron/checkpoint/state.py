@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint
 from sparsecod_megatron.checkpoint.paths import STATE_FILE
+from sparsecod_megatron.checkpoint.random_states import RandomStates
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, load_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE
-from sparsecod_megatron.errors import CheckpointError
+from sparsecod_megatron.errors import CheckpointError, ConfigError
 
-FORMAT = 1
+FORMAT = 2
 """Version of state.json; a reader refuses any other."""
 
 
@@ -30,12 +30,16 @@ class TrainState:
         consumed_samples: sequences of the training set used so far.
         consumed_tokens: tokens that counted in the loss so far.
         optimizer_steps: steps that changed the weights (Adam's bias correction counts these).
+        data: fingerprint of the data trained on (`data/fingerprint.py`); empty where none was taken.
+        monitor: what the judge of updates remembers of the steps before.
     """
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     optimizer_steps: int = 0
+    data: dict[str, str] = field(default_factory=dict)
+    monitor: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,32 +49,12 @@ class StateFile:
     train: TrainState
     scheduler: dict[str, Any]
     layout: dict[str, Any]
-    random_states: list[dict[str, Any]] = field(default_factory=list)
+    random_states: RandomStates = field(default_factory=list)
     format: int = FORMAT
 
 
-def gather_random_states() -> list[dict[str, Any]]:
-    """Every rank's generator states, by rank. Collective over all processes; the list is complete on all of them."""
-    local = {"cpu": _encode(torch.get_rng_state())}
-    if torch.cuda.is_available():
-        local["cuda"] = _encode(torch.cuda.get_rng_state())
-    local["tracker"] = {name: _encode(state) for name, state in get_cuda_rng_tracker().get_states().items()}  # type: ignore[assignment]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, local)
-    return states
-
-
-def restore_random_states(states: list[dict[str, Any]]) -> None:
-    """Put this rank's generators where they were. Local."""
-    mine = states[dist.get_rank()]
-    torch.set_rng_state(_decode(mine["cpu"]))
-    if torch.cuda.is_available() and "cuda" in mine:
-        torch.cuda.set_rng_state(_decode(mine["cuda"]))
-    get_cuda_rng_tracker().set_states({name: _decode(text) for name, text in mine["tracker"].items()})
-
-
 def write_state(state: StateFile, directory: Path) -> None:
-    """Write state.json; the last file of a checkpoint, so that its presence says the rest is there."""
+    """Write state.json."""
     (directory / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state)))
 
 
@@ -78,7 +62,8 @@ def read_state(directory: Path) -> StateFile:
     """Read state.json.
 
     Raises:
-        CheckpointError: absent, damaged, or of another version.
+        CheckpointError: of another version.
+        DamagedCheckpoint: absent or damaged.
     """
     path = directory / STATE_FILE
     try:
@@ -87,11 +72,11 @@ def read_state(directory: Path) -> StateFile:
         if found == FORMAT:
             return StateFile(**{**content, "train": TrainState(**content["train"])})
     except FileNotFoundError:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{directory}: not a complete checkpoint (no {STATE_FILE}); choose another step"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); choose another step") from None
+        raise DamagedCheckpoint(f"{path}: damaged ({type(error).__name__}: {error}); choose another step") from None
     raise CheckpointError(
         f"{path}: format {found}, this version reads {FORMAT}; convert it with the version that wrote it"
     )
@@ -107,8 +92,12 @@ def check_same_model(config: RunConfig, directory: Path) -> None:
 
     Raises:
         CheckpointError: a field that shapes the weights differs.
+        DamagedCheckpoint: its configuration cannot be read.
     """
-    saved = load_config(directory / CONFIG_FILE).model
+    try:
+        saved = load_config(directory / CONFIG_FILE).model
+    except ConfigError as error:
+        raise DamagedCheckpoint(f"{directory}: damaged ({' '.join(str(error).split())}); choose another step") from None
     for name in _SHAPING_FIELDS:
         theirs, ours = getattr(saved, name), getattr(config.model, name)
         if theirs != ours:
@@ -134,11 +123,3 @@ _SHAPING_FIELDS = tuple(
         "moe_z_loss_coeff",
     }
 )
-
-
-def _encode(state: torch.Tensor) -> str:
-    return bytes(state.numpy()).hex()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

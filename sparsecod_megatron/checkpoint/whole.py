@@ -11,11 +11,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from sparsecod_megatron.backend import Backend
+from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, find_damage
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig, load_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE, TOKENIZER_DIR
-from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
 from sparsecod_megatron.parallel import running_processes
 
@@ -59,8 +59,8 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
         CheckpointError: no checkpoint, or one that cannot be read.
     """
     step_dir = resolve_step_dir(path)
-    if not (step_dir / CONFIG_FILE).exists():
-        raise CheckpointError(f"{step_dir}: no {CONFIG_FILE} in it, so its model is unknown; choose another step")
+    if damage := find_damage(step_dir, digests=False):
+        raise DamagedCheckpoint(f"{step_dir}: damaged ({damage}); choose another step")
     config = load_config(step_dir / CONFIG_FILE)
     batch = replace(config.train, global_batch_size=1, rampup_batch_size=None, micro_batch_size=1)
     config = replace(

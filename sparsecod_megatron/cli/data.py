@@ -15,14 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         required=True,
-        help="a text file, a .jsonl[.gz] file, a directory of .txt .md .rst .py .jsonl files, "
-        "`stdlib` (Python's own library: real text on every machine), "
-        "or hf:NAME[:CONFIG] (a HuggingFace dataset or a directory saved with save_to_disk)",
+        help="a text file (plain, .gz, .zst), a .jsonl[.gz|.zst] or .parquet file, a directory of these and of .txt "
+        ".md .rst .py files, `stdlib` (Python's own library: real text on every machine), or hf:NAME[:CONFIG] "
+        "(a HuggingFace dataset, streamed; a directory of data files or one saved with save_to_disk)",
     )
     parser.add_argument(
         "--tokenizer",
         required=True,
-        help="a HuggingFace name or directory, a tokenizer.json, a sentencepiece .model, "
+        help="a HuggingFace name or directory, a tokenizer.json, a sentencepiece .model, a .tiktoken file of ranks, "
         "or train:VOCAB (byte-level BPE learnt from the training split)",
     )
     parser.add_argument(
@@ -39,18 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-key", default="text", help="JSONL field or dataset column with the text (default: %(default)s)"
     )
     parser.add_argument("--max-documents", type=int, help="use only the first so many documents")
+    parser.add_argument("--max-tokens", type=_whole_number, help="stop after the document that reaches so many (1e9)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result with the same PREFIX")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the data set and say what it holds."""
-    from sparsecod_megatron.data.preprocess import PreprocessOptions, preprocess
+    from sparsecod_megatron.data.options import PreprocessOptions
+    from sparsecod_megatron.data.preprocess import preprocess
 
-    info = preprocess(PreprocessOptions(**vars(args)))
+    result = preprocess(PreprocessOptions(**vars(args)))
+    info = result.info
     for name, split in info.splits.items():
         size = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes of text"
         print(f"{args.output}_{name}.bin  {size}")
     print(f"{args.output}_tokenizer  {info.vocab_size:,} entries, end-of-document id {info.eod_token_id}")
+    if result.seconds > 0:
+        rates = (
+            f"{result.tokens / result.seconds:,.0f} tokens/s, {result.bytes / result.seconds / 1e6:.2f} MB/s of text"
+        )
+        print(f"{result.seconds:.1f} s of tokenizing with {args.workers} processes: {rates}")
+
+
+def _whole_number(text: str) -> int:
+    """`1000000000` or `1e9`."""
+    return int(text) if text.isdecimal() else int(float(text))
 
 
 def _usable_cores() -> int:

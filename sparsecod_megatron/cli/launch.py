@@ -2,77 +2,177 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
+
+import psutil
 
 from sparsecod_megatron.errors import SparsecodError
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_REPORT = "TORCHELASTIC_ERROR_FILE"
+"""Names, in a rank's environment, the file that the agent reads its error from."""
+_ENDED_BY_OTHERS = (-signal.SIGTERM, -signal.SIGABRT)
+"""How a rank ends because another did: told to by the agent, or by the communication library."""
+
 
 class RanksFailed(Exception):
-    """A rank ended with a status that is no user's mistake; its own output tells why."""
+    """A rank ended with an error that is no user's mistake.
 
-    def __init__(self, exitcode: int) -> None:
-        super().__init__(f"a rank exited with status {exitcode}")
-        self.exitcode = exitcode
+    Attributes:
+        traceback: that rank's, or nothing if it left none.
+    """
+
+    def __init__(self, text: str, *, traceback: str = "") -> None:
+        super().__init__(text)
+        self.traceback = traceback
 
 
-def launch(arguments: Sequence[str], *, nproc: int) -> None:
+class Stopped(Exception):
+    """A signal ended the ranks before they could save, or while they did."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name} before the ranks had saved and stopped")
+        self.signal = number
+
+
+def launch(arguments: Sequence[str], *, nproc: int, max_restarts: int = 0) -> None:
     """Run `sparsecod ARGUMENTS` as `nproc` ranks and wait for them.
 
     Args:
         arguments: the command and its arguments.
         nproc: number of ranks.
+        max_restarts: how often all ranks start again after one failed; never after a user's mistake.
 
     Raises:
         SparsecodError: a rank found a user's mistake; the text is that rank's.
         RanksFailed: a rank failed otherwise.
+        Stopped: a stop signal ended the ranks before they had saved.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    # As many threads as cores in all; torch would start that many in every rank.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    with _passing_signals_on() as received:
+        for attempt in range(1, max_restarts + 2):
+            try:
+                return _run(arguments, nproc)
+            except RanksFailed as failure:
+                if received:
+                    raise Stopped(received[0]) from None
+                if attempt > max_restarts:
+                    raise
+                print(f"sparsecod: {failure}; restart {attempt} of {max_restarts}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _passing_signals_on() -> Iterator[list[int]]:
+    """While the block runs, stop signals go to the ranks, which save and end; yields those received.
+
+    torch's agent would kill the ranks after 30 seconds, whether or not their checkpoint is complete.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for rank in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: Sequence[str], nproc: int) -> None:
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # As many threads as cores in all; torch would start that many in every rank.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "sparsecod_megatron", *arguments)
-    except SignalException:
-        return  # passed on to the ranks, which have saved and stopped
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode == 2:
-            raise SparsecodError(_text(failure.message)) from None
-        raise RanksFailed(failure.exitcode) from None
+    with tempfile.TemporaryDirectory(prefix="sparsecod-") as reports:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=reports),
+            signals_to_handle="SIGHUP,SIGQUIT",
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "sparsecod_megatron", *arguments)
+        except ChildFailedError as error:
+            rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
+            if failure.exitcode == 2:
+                raise SparsecodError(_report(failure)[0].partition(": ")[2]) from None
+            raise _described(rank, failure) from None
+        finally:
+            _end_orphans(reports)
 
 
-def _text(message: Any) -> str:
-    """What the rank's exception said; the agent passes it as a dict, behind the exception's name."""
-    text = str(message["message"] if isinstance(message, dict) else message)
-    return text.partition(": ")[2] or text
+def _end_orphans(reports: str) -> None:
+    """Kill what killed ranks have left: writers of a checkpoint, loaders, Megatron-Core's queue of results.
+
+    They would wait for their rank for ever, with the terminal or log file open.
+
+    Args:
+        reports: folder of this attempt, which its processes, and no others, have in their environment.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_REPORT, "").startswith(reports):
+                process.kill()
 
 
-def report_to_launcher(error: SparsecodError) -> bool:
+def _order(failure: Any) -> tuple[int, int]:
+    """Sorts ranks by what their end says of its cause; the agent's own time stamps are whole seconds.
+
+    A rank that a signal killed left no report, and the others' reports are about the connection it took with it.
+    """
+    report = Path(failure.error_file)
+    if report.is_file():
+        return 1, report.stat().st_mtime_ns
+    return (2 if failure.exitcode in _ENDED_BY_OTHERS else 0), 0
+
+
+def _described(rank: int, failure: Any) -> RanksFailed:
+    if failure.exitcode < 0:
+        return RanksFailed(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}")
+    text, traceback = _report(failure)
+    if not traceback:
+        return RanksFailed(f"rank {rank} exited with status {failure.exitcode}; see its output above")
+    return RanksFailed(f"rank {rank} failed: {' '.join(text.split())}", traceback=traceback)
+
+
+def _report(failure: Any) -> tuple[str, str]:
+    """("Exception: text", traceback) that the rank recorded; the agent's own words and none if it did not."""
+    message = failure.message
+    if isinstance(message, dict):
+        return str(message["message"]), str(message["extraInfo"]["py_callstack"])
+    return str(message), ""
+
+
+def report_to_launcher(error: BaseException) -> bool:
     """Hand a rank's error to the agent that started it, instead of printing it once a rank.
 
     Returns:
         Whether there is such an agent.
     """
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    if _REPORT not in os.environ:
         return False
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

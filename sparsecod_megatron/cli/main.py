@@ -7,14 +7,16 @@ chosen one is imported, so `sparsecod --help` and `sparsecod data` never wait fo
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import keyword
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from sparsecod_megatron.cli.launch import RanksFailed, report_to_launcher
+from sparsecod_megatron.cli.launch import RanksFailed, Stopped, report_to_launcher
 from sparsecod_megatron.errors import SparsecodError
 
 COMMANDS = {
@@ -22,13 +24,19 @@ COMMANDS = {
     "plan": "parameters, memory, communication and step time of a run on N GPUs",
     "train": "pretrain a model from a YAML file, on one process or many",
     "export": "write a training checkpoint as a HuggingFace model directory",
+    "import": "make a run directory at step 0 from a HuggingFace model directory",
     "eval": "perplexity and lm-eval tasks of a HuggingFace model directory",
+    "analyze": "how a trained model uses its depth; --compare of two models",
     "report": "plot layer statistics of one or more runs",
 }
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the operating system says when there is no room left, which no traceback makes clearer."""
+
 
 def _load(command: str) -> ModuleType:
-    return importlib.import_module(f"sparsecod_megatron.cli.{command}")
+    name = f"{command}_" if keyword.iskeyword(command) else command
+    return importlib.import_module(f"sparsecod_megatron.cli.{name}")
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -50,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None reads `sys.argv`.
 
     Returns:
-        Exit status: 0 done, 2 a user's mistake. Anything else raises (status 1 with its traceback).
+        Exit status: 0 done (also if asked to stop and saved), 1 a rank failed or the disk is full, 2 a user's mistake,
+        128 + N if signal N ended ranks that had not saved. Anything else raises (status 1 with its traceback).
     """
     # Megatron-Core says at every import what a CPU machine lacks, and deprecates its own defaults.
     warnings.filterwarnings("ignore", module="megatron")
@@ -75,6 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"sparsecod {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RanksFailed as error:
-        print(f"sparsecod {command}: {error}; see its output above", file=sys.stderr)
+        print(f"{error.traceback}sparsecod {command}: {error}", file=sys.stderr)
+        return 1
+    except Stopped as error:
+        print(f"sparsecod {command}: {error}", file=sys.stderr)
+        return 128 + error.signal
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"sparsecod {command}: {error}; make room and start the same command again", file=sys.stderr)
         return 1
     return 0

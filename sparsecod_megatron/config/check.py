@@ -10,12 +10,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from sparsecod_megatron.config.blend import blend_problems
 from sparsecod_megatron.config.check_batch import division_problems, ramp_problems
+from sparsecod_megatron.config.check_faults import fault_problems
 from sparsecod_megatron.config.check_layout import layout_problems
 from sparsecod_megatron.config.check_model import model_problems
 from sparsecod_megatron.config.check_optimizer import optimizer_problems
 from sparsecod_megatron.config.check_precision import precision_problems
-from sparsecod_megatron.config.schema import RunConfig
+from sparsecod_megatron.config.fields import indivisible
+from sparsecod_megatron.config.schema import CheckpointConfig, RunConfig
 from sparsecod_megatron.errors import ConfigError
 
 
@@ -70,6 +73,8 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from ramp_problems(config)
     yield from optimizer_problems(config)
     yield from _run_problems(config)
+    yield from fault_problems(config)
+    yield from _checkpoint_problems(config.checkpoint)
 
 
 def _bounds(section: Any, prefix: str = "") -> Iterator[str]:
@@ -111,3 +116,12 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield f"train.exit_step: {train.exit_step} is after train.train_steps={train.train_steps}; lower or remove it"
     if config.data.train is not None and config.data.tokenizer is None:
         yield "data.tokenizer: not set; give the directory that `sparsecod data` wrote beside the token files"
+    for name in ("train", "validation"):
+        yield from blend_problems(f"data.{name}", getattr(config.data, name))
+
+
+def _checkpoint_problems(section: CheckpointConfig) -> Iterator[str]:
+    if section.keep_every and not section.keep_last:
+        yield f"checkpoint.keep_every: {section.keep_every} changes nothing while keep_last=0 keeps all; set keep_last"
+    if section.keep_every and section.save_interval:
+        yield from indivisible("checkpoint.keep_every", section.keep_every, "save_interval", section.save_interval)

@@ -68,13 +68,18 @@ class DataConfig:
 
     prefix: str | None = None
     """PREFIX given to `sparsecod data --output`: stands for PREFIX_train, PREFIX_val and PREFIX_tokenizer."""
-    train: str | None = None
-    validation: str | None = None
+    train: Any = None
+    """Token files without suffix, or a list of them to blend: prefixes alone (sampled in proportion to their tokens) or
+    weights and prefixes alternating, `[0.3, A_train, 0.7, B_train]`."""
+    validation: Any = None
+    """The same for validation; of several, each has its own loss, and their weighted mean is `validation_loss`."""
     tokenizer: str | None = None
     seq_length: int = at_least(1, 1024)
     cache_dir: str | None = None
     """Where Megatron's sample indices are kept; None is `index_cache` beside the token files."""
     num_workers: int = at_least(0, 0)
+    allow_changed: bool = False
+    """Resume although token files, weights, `seq_length` or seed differ from those the checkpoint was trained with."""
     reset_attention_mask: bool = False
     """No attention across the documents of a sample."""
     reset_position_ids: bool = False
@@ -141,6 +146,18 @@ class TrainConfig:
     """Steps between validations; 0 never validates. The last step always does otherwise."""
     eval_steps: int = at_least(1, 10)
     """Global batches of one validation."""
+    step_timeout_s: float = at_least(0, 1800.0)
+    """Longest that a phase of a step (or a save, or a validation) may take before the process gives up; 0 waits."""
+    on_divergence: str = choice("stop", "skip", "rollback")
+    """When loss or gradient is no number: stop, leave out the update, or go back to the last checkpoint's weights."""
+    max_divergences: int = at_least(1, 10)
+    """Stop after so many skipped steps in a row, or rollbacks to the same checkpoint."""
+    spike_window: int = at_least(0, 128)
+    """Steps whose median and MAD say what a spike of loss or gradient norm is; 0 looks for none."""
+    spike_threshold: float = at_least(1, 8.0)
+    """Standard deviations (1.4826 MAD) above the median from which a value is a spike."""
+    spike_skip: bool = False
+    """Leave out the update of a spike, at most `max_divergences` in a row."""
 
 
 @dataclass
@@ -162,6 +179,8 @@ class StatisticsConfig:
     """Gradient and parameter norms, and the ratio of the real update to the weights."""
     router: IntervalConfig = field(default_factory=IntervalConfig)
     """Load, probabilities and losses of every router; nothing for dense layers."""
+    spikes: IntervalConfig = field(default_factory=IntervalConfig)
+    """Gradient elements far above what Adam's second moment expects of them."""
     compat: str = choice("none", "reference")
     """`reference` adds the published code's own numbers as `ref_*`, whenever the variance is collected."""
 
@@ -172,8 +191,18 @@ class CheckpointConfig:
 
     save_interval: int = at_least(0, 1000)
     """Steps between checkpoints; 0 saves only the last step."""
+    async_save: bool = False
+    """Write in processes beside the training; a checkpoint counts once every rank's part is there."""
+    save_timeout_s: float = at_least(0, 1800.0)
+    """A save that takes longer is given up: an asynchronous run goes on, a synchronous one stops. 0 waits for ever."""
+    keep_last: int = at_least(0, 0)
+    """Newest checkpoints that stay when another is saved; 0 keeps all."""
+    keep_every: int = at_least(0, 0)
+    """Checkpoints of every so many steps stay for ever; 0 makes no exception from `keep_last`."""
+    verify: bool = True
+    """Compare every file's SHA-256 with the manifest before loading; false compares sizes only."""
     resume: bool = True
-    """Go on from RUN/checkpoints/latest if there is one."""
+    """Go on from RUN/checkpoints/latest if there is one, or from the one before where that is damaged."""
     init_from: str | None = None
     """A step directory whose weights (not optimizer, schedule or data position) a fresh run starts from."""
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -77,7 +79,7 @@ def _load(path: Path) -> Tokenizer:
     return load_encoding_tokenizer(path)
 
 
-def encode_documents(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[EncodedDocument]:
+def encode_documents(texts: Iterable[str], encoder: Encoder, workers: int) -> Generator[EncodedDocument]:
     """Encode documents in order.
 
     Args:
@@ -94,8 +96,7 @@ def encode_documents(texts: Iterable[str], encoder: Encoder, workers: int) -> It
     pool = ProcessPoolExecutor(
         max_workers=workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the parent's to handle
+        initializer=_prepare_worker,
     )
     pending: deque[Future[list[EncodedDocument]]] = deque()
     try:
@@ -109,6 +110,19 @@ def encode_documents(texts: Iterable[str], encoder: Encoder, workers: int) -> It
         raise DataError("a tokenizing process ended abruptly, often for want of memory; use fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: a pool's processes would wait for ever for one that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker"
+    parent.join()
+    os._exit(1)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

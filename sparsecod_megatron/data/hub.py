@@ -1,27 +1,45 @@
-"""Documents of a HuggingFace dataset, streamed once into a JSONL file.
+"""Documents of a HuggingFace dataset, streamed.
 
-A corpus is read up to three times (count, tokenizer, tokens); a remote one is fetched once and kept until the command
-ends.
+One pass reads the stream itself, so that `--max-tokens` ends the download. A corpus that is read more than once is
+first fetched into a JSONL file, which an interrupted command goes on with.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from sparsecod_megatron.data.sources import Corpus
 from sparsecod_megatron.errors import DataError
+
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+
+
+def open_hub_dataset(name: str, text_key: str, max_documents: int | None) -> Corpus:
+    """The documents of one dataset, fetched anew in each pass.
+
+    Args:
+        name: `NAME[:CONFIG]` on the hub, a directory of data files, or one written by `Dataset.save_to_disk`.
+        text_key: column that holds the text.
+        max_documents: keep the first so many; None keeps all.
+
+    Raises:
+        DataError: while iterating: no such dataset, column or training split.
+    """
+    folder = Path(name.partition(":")[0])
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file())) if folder.is_dir() else ()
+    return Corpus(lambda: _texts(name, text_key, 0), max_documents, files)
 
 
 def spool_hub_dataset(name: str, text_key: str, max_documents: int | None, path: Path) -> None:
-    """Write the texts of one dataset, a JSON object a line.
+    """Write the texts of one dataset, a JSON object a line; goes on behind the lines that are there.
 
     Args:
-        name: `NAME[:CONFIG]` on the hub, or a directory written by `Dataset.save_to_disk`.
+        name: as `open_hub_dataset`.
         text_key: column that holds the text.
         max_documents: stop after so many; None reads all.
         path: file to write.
@@ -29,30 +47,53 @@ def spool_hub_dataset(name: str, text_key: str, max_documents: int | None, path:
     Raises:
         DataError: no such dataset, column or training split.
     """
-    rows = tqdm(itertools.islice(_rows(name), max_documents), desc="fetching", unit=" documents", disable=None)
-    with path.open("w", encoding="utf-8") as stream:
-        for row in rows:
+    with path.open("ab+") as stream, tqdm(desc="fetching", unit=" documents", disable=None) as progress:
+        rows = documents = 0
+        stream.seek(0)
+        end = 0
+        for line in stream:
+            if line.endswith(b"\n"):  # else a killed process left it half-written
+                end += len(line)
+                rows += 1
+                documents += bool(json.loads(line)[text_key].strip())
+        stream.truncate(end)
+        progress.update(documents)
+        texts = _texts(name, text_key, rows)
+        while max_documents is None or documents < max_documents:
+            text = next(texts, None)
+            if text is None:
+                break
+            stream.write(json.dumps({text_key: text}).encode() + b"\n")
+            documents += bool(text.strip())
+            progress.update()
+
+
+def _texts(name: str, text_key: str, start: int) -> Iterator[str]:
+    import datasets
+
+    try:
+        for row in _rows(name, start):
             if not isinstance(row.get(text_key), str):
                 columns = ", ".join(sorted(row))
                 message = f"no text in column {text_key!r} (columns: {columns}); name the right one with --text-key"
                 raise DataError(f"hf:{name}: {message}")
-            stream.write(json.dumps({text_key: row[text_key]}) + "\n")
+            yield row[text_key]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"hf:{name}: cannot be loaded ({reason}); check name, configuration and network") from error
 
 
-def _rows(name: str) -> Iterable[dict[str, Any]]:
+def _rows(name: str, start: int) -> Iterable[dict[str, Any]]:
     import datasets
 
-    try:
-        if Path(name).is_dir():
-            found = datasets.load_from_disk(name)
-        else:
-            repository, _, config = name.partition(":")
-            found = datasets.load_dataset(repository, config or None, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"hf:{name}: cannot be loaded ({error}); check name, configuration and network") from error
-    if not isinstance(found, dict):
-        return found
-    if "train" not in found:
-        splits = ", ".join(found)
-        raise DataError(f"hf:{name}: no `train` split, only {splits}; save the one you want and give its directory")
-    return found["train"]
+    repository, _, config = name.partition(":")
+    if any((Path(repository) / marker).is_file() for marker in _SAVED):
+        found = datasets.load_from_disk(repository)
+    else:
+        found = datasets.load_dataset(repository, config or None, streaming=True)
+    if isinstance(found, dict):
+        if "train" not in found:
+            splits = ", ".join(found)
+            raise DataError(f"hf:{name}: no `train` split, only {splits}; save the one you want and give its directory")
+        found = found["train"]
+    return found.skip(start) if start else found

@@ -1,94 +1,68 @@
 """`sparsecod data`: documents to token files, a tokenizer directory and PREFIX.json, all or nothing.
 
-Everything is written to a hidden folder beside the output and renamed when complete, PREFIX.json last.
+A process that was killed is taken up where it last committed: the files on disk are cut back to that point, and the
+documents before it are read but not tokenized again. Nothing of the output depends on how often that happens.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tokenizers
 from tqdm import tqdm
 
 from sparsecod_megatron.data.encode import Encoder, encode_documents
-from sparsecod_megatron.data.hub import spool_hub_dataset
-from sparsecod_megatron.data.metadata import DatasetInfo, SplitInfo, write_info
+from sparsecod_megatron.data.hub import open_hub_dataset, spool_hub_dataset
+from sparsecod_megatron.data.metadata import DatasetInfo, SplitInfo, read_info, write_info
+from sparsecod_megatron.data.options import HUB, TRAIN, PreprocessOptions
 from sparsecod_megatron.data.sources import Corpus, open_corpus
+from sparsecod_megatron.data.staging import Journal, is_complete, output_paths, publish, staging_folder
 from sparsecod_megatron.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
 from sparsecod_megatron.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_TRAIN = "train:"
-_HUB = "hf:"
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class PreprocessOptions:
-    """What `sparsecod data` was asked for.
+class PreprocessResult:
+    """What PREFIX.json holds, and what this process did for it: tokens, bytes of text, seconds spent tokenizing."""
 
-    Args:
-        input: a path, `stdlib`, or `hf:NAME[:CONFIG]`.
-        tokenizer: a name or path that `load_tokenizer` knows, or `train:VOCAB`.
-        output: PREFIX of everything written.
-        workers: tokenizing processes.
-        val_fraction: share of the documents held out, at least one document if above 0.
-        seed: chooses the documents held out.
-        text_key: JSONL field or dataset column that holds the text.
-        max_documents: use the first so many; None uses all.
-        overwrite: replace an earlier result of the same PREFIX.
-    """
-
-    input: str
-    tokenizer: str
-    output: Path
-    workers: int = 1
-    val_fraction: float = 0.0
-    seed: int = 1234
-    text_key: str = "text"
-    max_documents: int | None = None
-    overwrite: bool = False
+    info: DatasetInfo
+    tokens: int
+    bytes: int
+    seconds: float
 
 
-def preprocess(options: PreprocessOptions) -> DatasetInfo:
-    """Tokenise a corpus.
-
-    Returns:
-        What PREFIX.json holds.
+def preprocess(options: PreprocessOptions) -> PreprocessResult:
+    """Tokenise a corpus, or go on with it.
 
     Raises:
-        DataError: an impossible option, unreadable text, an unusable tokenizer, or output that exists already.
+        DataError: unreadable text, an unusable tokenizer, output that exists already, or a disk that is full.
     """
-    _check(options)
-    with _staging(options.output) as staging:
-        corpus = _open(options, staging)
-        held_out = choose_held_out(_count(corpus, options.input), options.val_fraction, options.seed)
-        tokenizer = _tokenizer(options.tokenizer, corpus, held_out)
-        directory = f"{options.output.name}_tokenizer"
-        tokenizer_file = save_tokenizer(tokenizer, staging / directory)
-        vocab_size = vocabulary_size(tokenizer)
-        dtype = _token_dtype(vocab_size)
-        encoder = Encoder(tokenizer_file, tokenizer.eos_token_id, dtype.__name__)
-        info = DatasetInfo(
-            tokenizer=directory,
-            vocab_size=vocab_size,
-            eod_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            dtype=dtype.__name__,
-            splits=_write_splits(corpus, held_out, encoder, options.workers, staging / options.output.name),
-            input=options.input,
-            seed=options.seed,
-        )
-        write_info(info, staging / f"{options.output.name}.json")
-        _publish(staging, options.output)
-    return info
+    corpus = _open(options)
+    try:
+        with staging_folder(options.output, _job(options, corpus), overwrite=options.overwrite) as (staging, journal):
+            if is_complete(staging, options.output):
+                result = PreprocessResult(read_info(staging / options.output.name), 0, 0, 0.0)
+            else:
+                _refuse_existing(options)
+                result = _Run(options, corpus, staging, journal).run()
+            publish(staging, options.output)
+    except OSError as error:
+        message = "mend that and run the same command again, it goes on from there"
+        raise DataError(f"{error.filename or options.output}: {error.strerror or error}; {message}") from error
+    return result
 
 
 def choose_held_out(num_documents: int, fraction: float, seed: int) -> np.ndarray:
@@ -115,96 +89,142 @@ def choose_held_out(num_documents: int, fraction: float, seed: int) -> np.ndarra
     return held_out
 
 
-def _check(options: PreprocessOptions) -> None:
-    if options.workers < 1:
-        raise DataError(f"--workers {options.workers}: must be at least 1")
-    if not 0 <= options.val_fraction < 1:
-        raise DataError(f"--val-fraction {options.val_fraction}: must be at least 0 and below 1")
-    if options.max_documents is not None and options.max_documents < 1:
-        raise DataError(f"--max-documents {options.max_documents}: must be at least 1")
-    if not options.output.name:
-        raise DataError(f"--output {options.output}: must end in a name, the PREFIX of the files to write")
-    existing = [path for path in _outputs(options.output) if path.exists()]
+class _Run:
+    """One process's part of a job, up to the complete result in the staging folder."""
+
+    def __init__(self, options: PreprocessOptions, corpus: Corpus, staging: Path, journal: Journal) -> None:
+        self.options, self.corpus, self.staging, self.journal = options, corpus, staging, journal
+        self.prefix = staging / options.output.name
+        if options.input.startswith(HUB) and options.reads_twice:
+            spool = staging / "spool.jsonl"
+            spool_hub_dataset(options.input.removeprefix(HUB), options.text_key, options.max_documents, spool)
+            self.corpus = open_corpus(str(spool), options.text_key)
+
+    def run(self) -> PreprocessResult:
+        """Do all that is left."""
+        held_out = self._held_out()
+        tokenizer = self._tokenizer(held_out)
+        vocab_size = vocabulary_size(tokenizer)
+        directory = self._named("_tokenizer")
+        dtype = _token_dtype(vocab_size)
+        encoder = Encoder(directory / "tokenizer.json", tokenizer.eos_token_id, dtype.__name__)
+        before = list(self.journal.splits.values())
+        began = time.perf_counter()
+        splits = self._tokenize(held_out, encoder, vocab_size)
+        seconds = time.perf_counter() - began
+        info = DatasetInfo(
+            tokenizer=directory.name,
+            vocab_size=vocab_size,
+            eod_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            dtype=dtype.__name__,
+            splits=splits,
+            input=self.options.input,
+            seed=self.options.seed,
+        )
+        write_info(info, self._named(".json"))
+        tokens = sum(split.tokens for split in splits.values()) - sum(split.tokens for split in before)
+        num_bytes = sum(split.bytes for split in splits.values()) - sum(split.bytes for split in before)
+        return PreprocessResult(info, tokens, num_bytes, seconds)
+
+    def _named(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix)
+
+    def _held_out(self) -> np.ndarray | None:
+        """`[documents]` bool, True where held out; None holds none out, and spares counting them."""
+        if self.options.val_fraction == 0:
+            return None
+        if self.journal.num_documents is None:
+            self.journal.num_documents = sum(1 for _ in tqdm(self.corpus, "reading", unit=" documents", disable=None))
+            self.journal.save(self.staging)
+        if self.journal.num_documents == 0:
+            raise _no_documents(self.options)
+        return choose_held_out(self.journal.num_documents, self.options.val_fraction, self.options.seed)
+
+    def _tokenizer(self, held_out: np.ndarray | None) -> PreTrainedTokenizerFast:
+        """The tokenizer of the output; a directory under its final name is complete."""
+        directory = self._named("_tokenizer")
+        if not directory.exists():
+            unfinished = self.staging / "tokenizer"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save_tokenizer(self._make_tokenizer(held_out), unfinished)
+            unfinished.replace(directory)
+        return load_tokenizer(str(directory))
+
+    def _make_tokenizer(self, held_out: np.ndarray | None) -> PreTrainedTokenizerFast:
+        name = self.options.tokenizer
+        if not name.startswith(TRAIN):
+            return load_tokenizer(name)
+        held = itertools.repeat(False) if held_out is None else held_out
+        texts = (text for text, is_held in zip(self.corpus, held, strict=False) if not is_held)
+        size = int(name.removeprefix(TRAIN))
+        return train_tokenizer(tqdm(texts, "tokenizer", unit=" documents", disable=None), size)
+
+    def _tokenize(self, held_out: np.ndarray | None, encoder: Encoder, vocab_size: int) -> dict[str, SplitInfo]:
+        from sparsecod_megatron.data.splits import SplitsWriter
+
+        options, journal = self.options, self.journal
+        texts = itertools.islice(self.corpus, journal.documents, journal.num_documents)
+        total, done = journal.num_documents, journal.documents
+        with (
+            SplitsWriter(self.prefix, np.dtype(encoder.dtype).type, vocab_size, held_out, journal) as splits,
+            closing(encode_documents(texts, encoder, options.workers)) as documents,
+            tqdm(desc="tokens", unit=" documents", total=total, initial=done, disable=None) as progress,
+        ):
+            committed = time.monotonic()
+            for document in documents:
+                if options.max_tokens is not None and splits.num_tokens >= options.max_tokens:
+                    break
+                splits.add(document)
+                progress.update()
+                if time.monotonic() - committed >= options.commit_interval_s:
+                    splits.commit()
+                    committed = time.monotonic()
+            else:
+                if journal.num_documents not in (None, journal.documents):
+                    message = f"{journal.documents} documents, but {journal.num_documents} a moment ago"
+                    raise DataError(f"{options.input}: {message}; it must not change while it is read")
+            infos = splits.finish()
+        if journal.documents == 0:
+            raise _no_documents(options)
+        for name, info in infos.items():
+            if info.documents == 0:
+                raise DataError(f"--max-tokens {options.max_tokens}: reached before any document of {name}; raise it")
+        return infos
+
+
+def _open(options: PreprocessOptions) -> Corpus:
+    if options.input.startswith(HUB):
+        return open_hub_dataset(options.input.removeprefix(HUB), options.text_key, options.max_documents)
+    return open_corpus(options.input, options.text_key, options.max_documents)
+
+
+def _job(options: PreprocessOptions, corpus: Corpus) -> dict[str, Any]:
+    """Everything that decides the output; the number of workers does not."""
+    files = hashlib.sha256()
+    for path in corpus.files:
+        state = path.stat()
+        files.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+    names = ("input", "text_key", "max_documents", "max_tokens", "tokenizer", "val_fraction", "seed")
+    return {
+        "format": _FORMAT,
+        **{name: getattr(options, name) for name in names},
+        "input files": files.hexdigest(),
+        "tokenizers version": tokenizers.__version__,
+    }
+
+
+def _refuse_existing(options: PreprocessOptions) -> None:
+    existing = [path for path in output_paths(options.output) if path.exists()]
     if existing and not options.overwrite:
         raise DataError(f"{existing[0]}: exists already; choose another --output or add --overwrite")
 
 
-def _outputs(prefix: Path) -> list[Path]:
-    """Every path that a PREFIX can own; PREFIX.json first, because it vouches for the others."""
-    suffixes = [".json", "_train.bin", "_train.idx", "_val.bin", "_val.idx", "_tokenizer"]
-    return [prefix.with_name(prefix.name + suffix) for suffix in suffixes]
-
-
-@contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A folder on the output's own file system, gone at the end whatever happens."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise DataError(f"{output.parent}: cannot be written ({error.strerror}); choose another --output") from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging)
-
-
-def _open(options: PreprocessOptions, staging: Path) -> Corpus:
-    if not options.input.startswith(_HUB):
-        return open_corpus(options.input, options.text_key, options.max_documents)
-    spool = staging / "spool.jsonl"
-    spool_hub_dataset(options.input.removeprefix(_HUB), options.text_key, options.max_documents, spool)
-    return open_corpus(str(spool), options.text_key)
-
-
-def _count(corpus: Corpus, source: str) -> int:
-    count = sum(1 for _ in tqdm(corpus, desc="reading", unit=" documents", disable=None))
-    if count == 0:
-        raise DataError(f"{source}: no documents with text in it; check the input")
-    return count
-
-
-def _tokenizer(name: str, corpus: Corpus, held_out: np.ndarray) -> PreTrainedTokenizerFast:
-    if not name.startswith(_TRAIN):
-        return load_tokenizer(name)
-    size = name.removeprefix(_TRAIN)
-    if not size.isdecimal():
-        raise DataError(f"--tokenizer {name}: {size!r} is no vocabulary size; write for example train:4096")
-    texts = (text for text, held in zip(corpus, held_out, strict=True) if not held)
-    training = int((~held_out).sum())
-    return train_tokenizer(tqdm(texts, desc="tokenizer", unit=" documents", total=training, disable=None), int(size))
+def _no_documents(options: PreprocessOptions) -> DataError:
+    return DataError(f"{options.input}: no documents with text in it; check the input")
 
 
 def _token_dtype(vocab_size: int) -> type[np.integer]:
     from megatron.core.datasets.indexed_dataset import DType
 
     return DType.optimal_dtype(vocab_size)
-
-
-def _write_splits(
-    corpus: Corpus, held_out: np.ndarray, encoder: Encoder, workers: int, prefix: Path
-) -> dict[str, SplitInfo]:
-    from sparsecod_megatron.data.writer import SplitWriter
-
-    names = ["train", "val"] if held_out.any() else ["train"]
-    dtype = np.dtype(encoder.dtype).type
-    with ExitStack() as stack:
-        writers = [stack.enter_context(SplitWriter(prefix.with_name(f"{prefix.name}_{name}"), dtype)) for name in names]
-        documents = encode_documents(corpus, encoder, workers)
-        progress = tqdm(documents, desc="tokens", unit=" documents", total=len(held_out), disable=None)
-        for document, held in zip(progress, held_out, strict=True):
-            writers[int(held)].add(document.tokens, document.num_bytes)
-        return {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
-
-
-def _publish(staging: Path, output: Path) -> None:
-    """Rename everything into place; an interruption here leaves no PREFIX.json beside a mixture."""
-    for path in _outputs(output):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    for path in reversed(_outputs(output)):
-        staged = staging / path.name
-        if staged.exists():
-            staged.replace(path)

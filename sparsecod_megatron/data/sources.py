@@ -2,10 +2,12 @@
 
 What one document is:
 
-- a JSONL file (`.jsonl`, `.jsonl.gz`): the text key of each line;
-- a directory: each `.txt`, `.md`, `.rst`, `.py` file and each line of each JSONL file, ordered by relative path;
-- a single text file: stretches of about `TARGET_CHARACTERS` that end at a blank line, so that some can be held out;
-  joined, they are the file;
+- a JSONL file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`): the text key of each line;
+- a parquet file (`.parquet`): the text column of each row;
+- a directory: each `.txt`, `.md`, `.rst`, `.py` file and each document of each JSONL and parquet file, ordered by
+  relative path;
+- a single text file, plain, `.gz` or `.zst`: stretches of about `TARGET_CHARACTERS` that end at a blank line, so that
+  some can be held out; joined, they are the file;
 - `stdlib`: each UTF-8 source file of this Python's standard library, then each topic of its reference (`pydoc`).
 
 Line ends are kept as they are. Documents of white space only are left out.
@@ -13,21 +15,19 @@ Line ends are kept as they are. Documents of white space only are left out.
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
+from sparsecod_megatron.data.readers import open_text, read_jsonl, read_parquet
 from sparsecod_megatron.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET_SUFFIX = ".parquet"
+_READABLE = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX)
 TARGET_CHARACTERS = 16_384
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -39,10 +39,12 @@ class Corpus:
     Args:
         read: starts a new pass.
         max_documents: keep the first so many; None keeps all.
+        files: what is read, as far as it is files; their sizes and times tell whether a corpus is still the same.
     """
 
     read: Callable[[], Iterator[str]]
     max_documents: int | None = None
+    files: tuple[Path, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         documents = (text for text in self.read() if text.strip())
@@ -54,7 +56,7 @@ def open_corpus(source: str, text_key: str = "text", max_documents: int | None =
 
     Args:
         source: path, or `stdlib`.
-        text_key: JSONL field that holds the text.
+        text_key: JSONL field or parquet column that holds the text.
         max_documents: keep the first so many; None keeps all.
 
     Raises:
@@ -66,14 +68,14 @@ def open_corpus(source: str, text_key: str = "text", max_documents: int | None =
     if path.is_dir():
         files = _text_files(path)
         if not files:
-            kinds = " ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES + JSONL_SUFFIXES)
+            kinds = " ".join(f"*{suffix}" for suffix in _READABLE)
             raise DataError(f"{path}: no text files in this directory; it needs at least one of {kinds}")
-        return Corpus(lambda: _read_files(files, text_key), max_documents)
+        return Corpus(lambda: _read_files(files, text_key), max_documents, tuple(files))
     if not path.is_file():
         raise DataError(f"{path}: no such file or directory; give a path, `stdlib` or `hf:NAME[:CONFIG]`")
-    if path.name.endswith(JSONL_SUFFIXES):
-        return Corpus(lambda: _read_jsonl(path, text_key), max_documents)
-    return Corpus(lambda: _cut_at_blank_lines(path), max_documents)
+    if path.name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX)):
+        return Corpus(lambda: _read_files([path], text_key), max_documents, (path,))
+    return Corpus(lambda: _cut_at_blank_lines(path), max_documents, (path,))
 
 
 def _text_files(directory: Path) -> list[Path]:
@@ -81,7 +83,7 @@ def _text_files(directory: Path) -> list[Path]:
 
     def wanted(path: Path) -> bool:
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        return path.name.endswith(TEXT_SUFFIXES + JSONL_SUFFIXES) and not hidden and path.is_file()
+        return path.name.endswith(_READABLE) and not hidden and path.is_file()
 
     return sorted(filter(wanted, directory.rglob("*")), key=lambda path: path.relative_to(directory).as_posix())
 
@@ -89,41 +91,18 @@ def _text_files(directory: Path) -> list[Path]:
 def _read_files(files: list[Path], text_key: str) -> Iterator[str]:
     for path in files:
         if path.name.endswith(JSONL_SUFFIXES):
-            yield from _read_jsonl(path, text_key)
+            yield from read_jsonl(path, text_key)
+        elif path.suffix == PARQUET_SUFFIX:
+            yield from read_parquet(path, text_key)
         else:
-            with _open_text(path) as stream:
+            with open_text(path) as stream:
                 text = stream.read()
             yield text
 
 
-def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
-    with _open_text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _text_of_line(line, text_key, where=f"{path}:{number}")
-
-
-def _text_of_line(line: str, text_key: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a {type(record).__name__}, not an object; every line must be one JSON object")
-    text = record.get(text_key)
-    if not isinstance(text, str):
-        keys = ", ".join(sorted(record))
-        raise DataError(f"{where}: no text under key {text_key!r} (keys: {keys}); name the right one with --text-key")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: half a surrogate pair, which is no Unicode text; remove or repair it") from None
-    return text
-
-
 def _cut_at_blank_lines(path: Path) -> Iterator[str]:
     """Cut one file into documents: at the first blank line past the target, at any line end past twice the target."""
-    with _open_text(path) as stream:
+    with open_text(path) as stream:
         lines: list[str] = []
         characters = 0
         for line in stream:
@@ -150,17 +129,3 @@ def _read_stdlib() -> Iterator[str]:
 
     for _, text in sorted(topics.items()):
         yield text
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
-    """Open plain or gzipped UTF-8 text without touching its line ends; reading errors become one line."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8", newline="") as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        value = error.object[error.start]
-        raise DataError(f"{path}: not UTF-8 text (byte 0x{value:02x}); convert it to UTF-8 or leave it out") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check the file") from error

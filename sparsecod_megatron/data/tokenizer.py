@@ -10,12 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sparsecod_megatron.data.encode import load_encoding_tokenizer
 from sparsecod_megatron.data.sentencepiece import convert_sentencepiece
+from sparsecod_megatron.data.tiktoken import END_OF_TEXT, convert_tiktoken
 from sparsecod_megatron.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-END_OF_TEXT = "<|endoftext|>"
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _PROBE = "Größe 日本語 🎉\n\n  def f(x):\n\treturn x ** 2  # 1234, don't"
@@ -25,7 +25,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer.
 
     Args:
-        name: a HuggingFace directory, a `tokenizer.json`, a sentencepiece `.model`, or a name on the HuggingFace hub.
+        name: a HuggingFace directory, a `tokenizer.json`, a sentencepiece `.model`, a `.tiktoken` file
+            of ranks, or a name on the HuggingFace hub.
 
     Raises:
         DataError: nothing loads from `name`, or it defines no end-of-text token.
@@ -34,9 +35,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if path.is_file() and path.suffix == ".model":
         backend, special_tokens = convert_sentencepiece(path)
         tokenizer = _wrap(backend, **special_tokens)
+    elif path.is_file() and path.suffix == ".tiktoken":
+        tokenizer = _wrap(convert_tiktoken(path), eos_token=END_OF_TEXT)
     elif path.is_file():
         tokenizer = _load_json(path)
-    elif path.suffix in (".json", ".model"):
+    elif path.suffix in (".json", ".model", ".tiktoken"):
         raise DataError(f"{path}: no such tokenizer file; check the path")
     else:
         tokenizer = _load_pretrained(name)
@@ -99,7 +102,9 @@ def _load_json(path: Path) -> PreTrainedTokenizerFast:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{path}: not a tokenizer.json ({error}); give one, a .model file or a directory") from error
+        raise DataError(
+            f"{path}: not a tokenizer.json ({error}); give one, a .model or .tiktoken file or a directory"
+        ) from error
     end = next((token for token in _END_TOKENS if backend.token_to_id(token) is not None), None)
     return _wrap(backend, **({"eos_token": end} if end else {}))
 

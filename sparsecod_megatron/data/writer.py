@@ -1,29 +1,53 @@
-"""One split on its way to disk: Megatron's builder plus the totals that PREFIX.json reports."""
+"""One split on its way to disk, so that a killed process loses only what it wrote since the last commit."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from sparsecod_megatron.data.index_file import write_index
 from sparsecod_megatron.data.metadata import SplitInfo
+from sparsecod_megatron.errors import DataError
+
+_LENGTH = np.dtype("<i4")
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class SplitProgress:
+    """What of a split is safely on disk: documents, tokens, bytes of their UTF-8 text."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
 
 
 class SplitWriter:
-    """Appends documents to `PREFIX.bin`; `finish` writes `PREFIX.idx`.
+    """Appends documents to `PREFIX.bin` and their lengths to `PREFIX.lengths`; `finish` makes `PREFIX.idx` of these.
 
     Args:
         prefix: path without suffix.
         dtype: NumPy integer type of the stored token ids.
+        vocab_size: ids must be below.
+        progress: what an earlier process has committed; whatever lies behind it is cut off.
+
+    Raises:
+        DataError: less on disk than was committed.
     """
 
-    def __init__(self, prefix: Path, dtype: type[np.integer]) -> None:
-        self._index_path = f"{prefix}.idx"
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-        self._digest = hashlib.sha256()
-        self._documents = self._tokens = self._bytes = 0
+    def __init__(
+        self, prefix: Path, dtype: type[np.integer], vocab_size: int, progress: SplitProgress | None = None
+    ) -> None:
+        self.progress = progress or SplitProgress()
+        self._dtype, self._vocab_size = dtype, vocab_size
+        self._paths = {suffix: prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".lengths", ".idx")}
+        self._tokens = _open_at(self._paths[".bin"], self.progress.tokens * np.dtype(dtype).itemsize)
+        self._lengths = _open_at(self._paths[".lengths"], self.progress.documents * _LENGTH.itemsize)
 
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
         """Append one document.
@@ -31,20 +55,49 @@ class SplitWriter:
         Args:
             tokens: `[tokens]` ids in the writer's dtype, the end-of-document id last.
             num_bytes: size of its UTF-8 text.
+
+        Raises:
+            DataError: an id outside the vocabulary.
         """
-        self._builder.add_document(tokens, [tokens.size])
-        self._digest.update(tokens.tobytes())
-        self._documents += 1
-        self._tokens += tokens.size
-        self._bytes += num_bytes
+        if (largest := int(tokens.max())) >= self._vocab_size:
+            message = f"token id {largest} in document {self.progress.documents}, but {self._vocab_size} entries"
+            raise DataError(f"{self._paths['.bin'].name}: {message}; the tokenizer contradicts itself, use another")
+        self._tokens.write(tokens.tobytes())
+        self._lengths.write(np.array(tokens.size, dtype=_LENGTH).tobytes())
+        before = self.progress
+        self.progress = SplitProgress(before.documents + 1, before.tokens + tokens.size, before.bytes + num_bytes)
+
+    def commit(self) -> SplitProgress:
+        """Bring everything to the disk, and return how much it is."""
+        for stream in (self._tokens, self._lengths):
+            stream.flush()
+            os.fsync(stream.fileno())
+        return self.progress
 
     def finish(self) -> SplitInfo:
-        """Close the `.bin` file, write the `.idx` file and return the totals."""
-        self._builder.finalize(self._index_path)
-        return SplitInfo(self._documents, self._tokens, self._bytes, self._digest.hexdigest())
+        """Write the `.idx` file and return the totals; may be repeated."""
+        self.commit()
+        lengths = np.fromfile(self._paths[".lengths"], dtype=_LENGTH)
+        write_index(self._paths[".idx"], lengths, self._dtype)
+        digest = hashlib.sha256()
+        with self._paths[".bin"].open("rb") as stream:
+            while content := stream.read(_READ_BYTES):
+                digest.update(content)
+        return SplitInfo(self.progress.documents, self.progress.tokens, self.progress.bytes, digest.hexdigest())
 
     def __enter__(self) -> SplitWriter:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._builder.data_file.close()
+        self._tokens.close()
+        self._lengths.close()
+
+
+def _open_at(path: Path, size: int) -> BinaryIO:
+    stream = path.open("r+b" if path.exists() else "w+b")
+    if (found := stream.seek(0, os.SEEK_END)) < size:
+        stream.close()
+        raise DataError(f"{path}: {found} bytes left of {size}; it is damaged, start anew with --overwrite")
+    stream.truncate(size)
+    stream.seek(size)
+    return stream

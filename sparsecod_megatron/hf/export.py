@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.directory import directory_in_the_making
 from sparsecod_megatron.hf.families import choose_family
 from sparsecod_megatron.hf.shards import plan_shards, write_shards
 from sparsecod_megatron.hf.tokenizer import check_tokenizer, load_tokenizer, special_token_ids
@@ -53,16 +52,18 @@ def export_model(
         `output`.
 
     Raises:
-        ConversionError: no stock class expresses the model; tensors are missing, unknown or of the wrong shape; the
+        ConversionError: no class expresses the model; tensors are missing, unknown or of the wrong shape; the
             tokenizer cannot be read or does not fit; or `output` is in use.
     """
     family = choose_family(model)
     table = family.table(model)
     tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir, vocab_size=model.vocab_size or 0)
     token_ids = special_token_ids(tokenizer)
-    with _directory_in_the_making(output, overwrite=overwrite) as folder:
+    with directory_in_the_making(output, overwrite=overwrite) as folder:
         family.config(model, seq_length=seq_length, dtype=dtype, token_ids=token_ids).save_pretrained(folder)
         GenerationConfig(**token_ids).save_pretrained(folder)
+        for source in family.code:
+            shutil.copyfile(source, folder / source.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             check_tokenizer(tokenizer, folder)
@@ -71,38 +72,3 @@ def export_model(
         if check is not None:
             check(folder)
     return output
-
-
-@contextmanager
-def _directory_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A sibling directory that is renamed to `output` when the block ends well and removed when it does not."""
-    output = output.resolve()
-    _check_output(output, overwrite=overwrite)
-    making, replaced = (output.with_name(f".{output.name}.{suffix}") for suffix in ("making", "replaced"))
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
-        yield making
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        making.rename(output)
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ConversionError(f"{output}: is a file; give a directory to make")
-    if not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise ConversionError(f"{output}: is not empty; give a new directory, or ask to overwrite it")
-    if not (output / "config.json").is_file():
-        raise ConversionError(
-            f"{output}: holds no config.json, so it is no model directory to overwrite; give another one"
-        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.witness import described, first_difference, transformers_outputs
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ParityReport:
         worst_position: (sequence, token, vocabulary entry) of the largest difference, or of the first NaN.
         tolerance: largest `max_difference` that passes.
         first_differing_layer: first layer (0-based) whose output differs; None if none does or the reference gave none.
+        first_differing_tensor: the first tensor, with its layer, that what differs comes from; None as above, or
+            without witnesses.
     """
 
     model_dir: Path
@@ -40,6 +43,7 @@ class ParityReport:
     worst_position: tuple[int, int, int]
     tolerance: float
     first_differing_layer: int | None
+    first_differing_tensor: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -55,12 +59,13 @@ class ParityReport:
         if self.passed:
             return
         sequence, token, entry = self.worst_position
-        layer = self.first_differing_layer
+        layer, tensor = self.first_differing_layer, self.first_differing_tensor
         raise ConversionError(
             f"{self.model_dir}: max |Δlogit| {self.max_difference:.3g} is not within {self.tolerance:g} "
             f"(sequence {sequence}, token {token}, vocabulary entry {entry}; mean {self.mean_difference:.3g}; "
             f"argmax agrees on {self.argmax_agreement:.1%} of {self.num_tokens} tokens"
-            f"{'' if layer is None else f'; first layer that differs: {layer}'}); "
+            f"{'' if layer is None else f'; first layer that differs: {layer}'}"
+            f"{'' if tensor is None else f'; first tensor that differs: {tensor}'}); "
             "do not use this model: it does not compute what was trained"
         )
 
@@ -73,6 +78,7 @@ def compare_logits(
     tokens: Tensor,
     tolerance: float = 1e-4,
     reference_hidden_states: Sequence[Tensor] | None = None,
+    reference_outputs: Callable[[], AbstractContextManager[Mapping[str, Tensor]]] | None = None,
 ) -> ParityReport:
     """Load a HuggingFace directory in fp32 and compare it with a reference. Local: one process calls it.
 
@@ -85,6 +91,8 @@ def compare_logits(
         tolerance: largest |Δlogit| that passes.
         reference_hidden_states: output of each block, before the final norm, each `[batch, seq, hidden]`. Read after
             `reference` has run, so hooks may fill it meanwhile.
+        reference_outputs: opens the witnesses of the reference (`witness.megatron_outputs`). Where the logits differ,
+            both models run a second time under them, to tell which layer and which tensor is at fault.
 
     Returns:
         The report; `require()` it to refuse a difference.
@@ -103,7 +111,7 @@ def compare_logits(
     difference = (expected - found).abs()
     worst = int(difference.flatten().argmax())  # the first NaN, if there is one
     sequence, token, entry = (int(i) for i in torch.unravel_index(torch.tensor(worst), difference.shape))
-    return ParityReport(
+    report = ParityReport(
         model_dir=hf_dir,
         num_tokens=tokens.numel(),
         max_difference=float(difference.max()),
@@ -112,6 +120,23 @@ def compare_logits(
         worst_position=(sequence, token, entry),
         tolerance=tolerance,
         first_differing_layer=_first_difference(reference_hidden_states, outputs, tolerance),
+    )
+    if report.passed or reference_outputs is None:
+        return report
+    with reference_outputs() as ours, transformers_outputs(model) as theirs:
+        reference(tokens)
+        model(input_ids=tokens, use_cache=False)
+    return _attributed(report, ours, theirs)
+
+
+def _attributed(report: ParityReport, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> ParityReport:
+    """The report with the first layer and the first tensor that differ."""
+    name = first_difference(ours, theirs, report.tolerance)
+    layers = [int(name.split(".")[1])] if name is not None and name.startswith("layers.") else []
+    return replace(
+        report,
+        first_differing_layer=layers[0] if layers else report.first_differing_layer,
+        first_differing_tensor="the output layer: lm_head.weight" if name is None else described(name),
     )
 
 

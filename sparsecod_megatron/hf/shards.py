@@ -1,20 +1,28 @@
-"""Weights as sharded safetensors: planned from shapes, written in one pass, the same bytes for the same tensors."""
+"""Weights as sharded safetensors: planned from shapes, written tensor by tensor, the same bytes for the same tensors.
+
+The safetensors library's own writer takes a file's tensors all at once; this one holds one tensor at a time. The format
+is a length, a JSON header and the tensors' bytes: https://huggingface.co/docs/safetensors.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsecod_megatron.hf.transforms import Shape
 
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+HEADER_ALIGNMENT = 8
+"""Bytes; the header is padded with blanks, so that the tensors after it are aligned."""
 
-def plan_shards(shapes: Mapping[str, Shape], *, dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:
+
+def plan_shards(shapes: Mapping[str, Shape], *, dtype: torch.dtype, max_shard_bytes: int) -> list[dict[str, Shape]]:
     """Cut the tensors, in their order, into files.
 
     Args:
@@ -23,24 +31,24 @@ def plan_shards(shapes: Mapping[str, Shape], *, dtype: torch.dtype, max_shard_by
         max_shard_bytes: largest sum of tensor bytes in a file; a tensor above it gets its own.
 
     Returns:
-        Names of each file.
+        Names and shapes of each file.
     """
-    shards: list[list[str]] = [[]]
+    shards: list[dict[str, Shape]] = [{}]
     filled = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
         if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
+            shards.append({})
             filled = 0
-        shards[-1].append(name)
+        shards[-1][name] = shape
         filled += size
     return shards
 
 
 def write_shards(
-    tensors: Iterable[tuple[str, Tensor]], shards: Sequence[Sequence[str]], *, dtype: torch.dtype, folder: Path
+    tensors: Iterable[tuple[str, Tensor]], shards: Sequence[Mapping[str, Shape]], *, dtype: torch.dtype, folder: Path
 ) -> None:
-    """Write the files, holding one of them in memory at a time, and the index if there are several.
+    """Write the files, holding one tensor in memory at a time, and the index if there are several.
 
     Args:
         tensors: names and tensors in the plan's order, any device and floating-point type.
@@ -49,19 +57,33 @@ def write_shards(
         folder: an existing directory.
     """
     source = iter(tensors)
-    sizes = 0
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        held: dict[str, Tensor] = {}
-        for expected in names:
-            name, tensor = next(source)
-            assert name == expected, f"{name} came where {expected} was planned"
-            held[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            sizes += held[name].nbytes
+    for number, shapes in enumerate(shards, start=1):
         filename = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(held, folder / filename, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, filename)
+        with (folder / filename).open("wb") as file:
+            file.write(_header(shapes, dtype))
+            for expected, shape in shapes.items():
+                name, tensor = next(source)
+                assert (name, tuple(tensor.shape)) == (expected, shape), f"{name} came where {expected} was planned"
+                stored = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+                file.write(stored.flatten().view(torch.uint8).numpy().data)
+                # Not kept while the next one is read.
+                del tensor, stored
+        weight_map |= dict.fromkeys(shapes, filename)
     assert next(source, None) is None, "more tensors than planned"
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
+        size = sum(math.prod(shape) for shapes in shards for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text

@@ -10,8 +10,14 @@ from transformers import AutoTokenizer
 from sparsecod_megatron.errors import ConversionError
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 PROBE = "It's the 1st of 23 lines:\n\n\tdef größe(x, y_):  return x ** 2  # 日本語 🎉\n  "
 """Spaces, case, digits, code, accents and bytes: where tokenizer classes differ."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model directory holds a tokenizer at all."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(source: Path, *, vocab_size: int) -> Any:

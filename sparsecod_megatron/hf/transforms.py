@@ -1,7 +1,7 @@
 """Invertible layout changes between a group of Megatron tensors and a group of HuggingFace tensors.
 
 Each knows its shapes on both sides, so that a table can be checked, and files planned, before any weight is read. All
-are exact in every floating-point type: rows move, or are multiplied by a power of two.
+are exact in every floating-point type, rows being moved or multiplied by a power of two, but one: `folded` rounds once.
 """
 
 from __future__ import annotations
@@ -52,6 +52,21 @@ def scaled(shape: Shape, factor: float) -> Transform:
     )
 
 
+def folded(shape: Shape, factor: float) -> Transform:
+    """One tensor, `hf = factor · megatron` in fp32 for any factor: exact to the rounding of one product.
+
+    Without effect, so exact, where the factor is 1.
+    """
+    if factor == 1.0:
+        return same(shape)
+    return Transform(
+        (shape,),
+        (shape,),
+        to_hf=lambda tensors: [tensor.float() * factor for tensor in tensors],
+        to_megatron=lambda tensors: [tensor.float() / factor for tensor in tensors],
+    )
+
+
 def gate_up(ffn: int, hidden: int) -> Transform:
     """Megatron's gated `linear_fc1` `[2·ffn, hidden]`, gate rows above up rows, against gate and up `[ffn, hidden]`."""
     return Transform(
@@ -62,25 +77,37 @@ def gate_up(ffn: int, hidden: int) -> Transform:
     )
 
 
-def query_key_value(heads: int, groups: int, head_dim: int, hidden: int) -> Transform:
+def query_key_value(heads: int, groups: int, head_dim: int, hidden: int, *, gated: bool = False) -> Transform:
     """Megatron's `linear_qkv`, rows by query group as (its query heads, key, value), against separate q, k and v.
 
     Within a head the channels keep their order: Megatron's default rotary layout and HuggingFace's both turn channel
     `i` with channel `i + head_dim / 2`.
 
+    Args:
+        heads: query heads.
+        groups: key and value heads.
+        head_dim: channels of a head.
+        hidden: model width.
+        gated: each group holds the output gates of its heads after its queries; HuggingFace's gate follows v.
+
     Source: `SelfAttention.get_query_key_value_tensors` in megatron/core/transformer/attention.py.
     """
+    per_group = heads // groups
+    slots = [per_group, *([per_group] if gated else []), 1, 1]
 
     def split(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        grouped = tensors[0].reshape(groups, heads // groups + 2, head_dim, hidden)
-        return [part.reshape(-1, hidden) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])]
+        grouped = tensors[0].reshape(groups, sum(slots), head_dim, hidden)
+        query, *gate, key, value = (part.reshape(-1, hidden) for part in grouped.split(slots, dim=1))
+        return [query, key, value, *gate]
 
     def merge(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        grouped = [tensor.reshape(groups, -1, head_dim, hidden) for tensor in tensors]
-        return (torch.cat(grouped, dim=1).reshape(-1, hidden),)
+        query, key, value, *gate = (tensor.reshape(groups, -1, head_dim, hidden) for tensor in tensors)
+        return (torch.cat([query, *gate, key, value], dim=1).reshape(-1, hidden),)
 
+    whole = (groups * sum(slots) * head_dim, hidden)
     query, key = (heads * head_dim, hidden), (groups * head_dim, hidden)
-    return Transform((((heads + 2 * groups) * head_dim, hidden),), (query, key, key), to_hf=split, to_megatron=merge)
+    parts = (query, key, key, query) if gated else (query, key, key)
+    return Transform((whole,), parts, to_hf=split, to_megatron=merge)
 
 
 def zeros(*shapes: Shape) -> Transform:

@@ -1,19 +1,29 @@
 """Where metrics go: JSON lines on disk always, Weights & Biases and TensorBoard when asked.
 
-A line is written whole and flushed, so a crash loses at most the step in flight; a resumed run first drops what lies
-after its step.
+A line is written whole, so a crash loses at most the step in flight; a resumed run first drops what lies after its
+step. No failure to write ends the run: lines wait until the disk takes them, and a tracker that fails is let go.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import ConfigError
+
+logger = logging.getLogger("sparsecod")
+
+WANDB_ID_FILE = "wandb_run_id"
+"""In RUN: the identity under which every attempt of the run continues one run of Weights & Biases."""
+WANDB_PATIENCE_S = 60.0
+"""How long a start waits for the server before the run is kept offline."""
 
 
 class Writer(Protocol):
@@ -27,7 +37,7 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line.
+    """One JSON object a line. What a full disk refuses is kept and written, in order, once it can be.
 
     Args:
         path: file to append to; created if absent.
@@ -36,16 +46,57 @@ class JsonlWriter:
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         _keep_until(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered, so that what is refused is in our hands and not in a buffer that fails again when closed.
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._warned = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one line, and any that waited."""
+        self._waiting += json.dumps(record).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: cannot be written (%s); its lines are kept until it can", self._file.name, error)
+                self._warned = True
 
     def close(self) -> None:
         """Close the file."""
+        if self._waiting:
+            logger.warning("%s: %d lines could not be written", self._file.name, self._waiting.count(b"\n"))
         self._file.close()
+
+
+class TrackerWriter:
+    """A tracker that may fail: from its first error on, which is logged, nothing is sent to it any more.
+
+    Args:
+        tracker: the writer that takes the records.
+        name: of the tracker, for the log.
+    """
+
+    def __init__(self, tracker: Writer, name: str) -> None:
+        self._tracker, self._name = tracker, name
+        self._works = True
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Pass on one record."""
+        self._try(lambda: self._tracker.write(record))
+
+    def close(self) -> None:
+        """Flush and release."""
+        self._try(self._tracker.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if not self._works:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever a client library raises: the run is worth more than its curves
+            self._works = False
+            logger.warning("%s fails (%s: %s) and gets no more metrics", self._name, type(error).__name__, error)
 
 
 def _keep_until(path: Path, last_step: int) -> None:
@@ -59,7 +110,7 @@ def _keep_until(path: Path, last_step: int) -> None:
 
 
 class WandbWriter:
-    """A Weights & Biases run with flat keys: `loss`, `layer/07/out_var`.
+    """A Weights & Biases run with flat keys: `loss`, `layer/07/out_var`. Kept offline if the server cannot be reached.
 
     Args:
         config: names the project and is kept as the run's configuration.
@@ -80,14 +131,29 @@ class WandbWriter:
         import dataclasses
 
         os.environ.setdefault("WANDB_SILENT", "true")
-        self._run = wandb.init(
-            project=config.logging.wandb.project,
-            name=config.logging.wandb.name or run_dir.name,
+        section = config.logging.wandb
+        start = partial(
+            wandb.init,
+            project=section.project,
+            name=section.name or run_dir.name,
+            id=_wandb_id(run_dir),
             dir=str(run_dir),
-            mode=config.logging.wandb.mode,  # type: ignore[arg-type]
             config=dataclasses.asdict(config),
             resume="allow",
+            settings=wandb.Settings(init_timeout=WANDB_PATIENCE_S),
         )
+        try:
+            self._run = start(mode=section.mode)  # type: ignore[arg-type]
+        except wandb.errors.Error as error:
+            if section.mode == "offline":
+                raise
+            reason = " ".join(str(error).split())[:200]
+            logger.warning(
+                "Weights & Biases cannot be used (%s); kept offline in %s, `wandb sync` uploads it later",
+                *(reason, run_dir / "wandb"),
+            )
+            wandb.teardown()  # its service would take the identity for one in use
+            self._run = start(mode="offline")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one step under flat keys."""
@@ -96,6 +162,17 @@ class WandbWriter:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The identity kept in RUN, or a new one, kept from now on."""
+    path = run_dir / WANDB_ID_FILE
+    if path.exists():
+        return path.read_text().strip()
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(uuid.uuid4().hex[:8] + "\n")
+    temporary.replace(path)
+    return path.read_text().strip()
 
 
 class TensorBoardWriter:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from sparsecod_megatron.config import RunConfig, check_config
+from sparsecod_megatron.config.blend import Blend, parse_blend
 from sparsecod_megatron.data.batches import BatchIterator
-from sparsecod_megatron.data.datasets import build_datasets
+from sparsecod_megatron.data.datasets import blend_weights, build_dataset
+from sparsecod_megatron.data.fingerprint import check_fingerprint, fingerprint
 from sparsecod_megatron.data.integrity import check_token_files, check_vocabulary
 from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from sparsecod_megatron.errors import ConfigError
@@ -35,11 +39,11 @@ def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
     data = config.data
     if data.train is None or data.tokenizer is None:
         raise ConfigError("data.prefix: not set; give the PREFIX that `sparsecod data --output PREFIX` wrote")
-    prefixes = [data.train]
+    prefixes = [*parse_blend("data.train", data.train).prefixes]
     if config.train.eval_interval > 0:
         if data.validation is None:
             raise ConfigError("data.validation: not set; give held-out token files or set train.eval_interval=0")
-        prefixes.append(data.validation)
+        prefixes += parse_blend("data.validation", data.validation).prefixes
     for prefix in prefixes:
         check_token_files(prefix, data.seq_length)
     tokenizer = load_tokenizer(data.tokenizer)
@@ -49,6 +53,14 @@ def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
     for prefix in prefixes:
         check_vocabulary(prefix, config.model.vocab_size)
     return tokenizer
+
+
+class ValidationSource(NamedTuple):
+    """One validation corpus: its name in metrics.jsonl, its share of the mean, its samples."""
+
+    name: str
+    weight: float
+    dataset: Dataset
 
 
 class RunData:
@@ -61,39 +73,68 @@ class RunData:
 
     def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
         self.trainer = trainer
-        config = trainer.config
-        train, data = config.train, config.data
-        assert data.train is not None, "prepare_data has checked it"
-        evaluates = train.eval_interval > 0
-        self._train, self._validation = build_datasets(
-            train_prefix=data.train,
-            val_prefix=data.validation if evaluates else None,
+        train, data = trainer.config.train, trainer.config.data
+        self._blend = parse_blend("data.train", data.train)
+        beside = Path(self._blend.prefixes[0]).parent / "index_cache"
+        build = partial(
+            build_dataset,
             seq_length=data.seq_length,
-            train_samples=samples_of_steps(train, train.train_steps),
-            val_samples=train.eval_steps * train.global_batch_size if evaluates else 0,
             seed=train.seed,
             tokenizer=tokenizer,
+            cache_dir=Path(data.cache_dir) if data.cache_dir else beside,
             reset_position_ids=data.reset_position_ids,
-            cache_dir=Path(data.cache_dir) if data.cache_dir else None,
         )
+        self._train = build(self._blend, num_samples=samples_of_steps(train, train.train_steps))
+        self._validation: list[ValidationSource] = []
+        if train.eval_interval > 0:
+            blend = parse_blend("data.validation", data.validation)
+            for prefix, weight in zip(blend.prefixes, blend_weights(blend), strict=True):
+                dataset = build(Blend((prefix,)), num_samples=train.eval_steps * train.global_batch_size)
+                self._validation.append(ValidationSource(_short_name(prefix, blend.prefixes), weight, dataset))
+
+    def check_unchanged(self, saved: dict[str, str]) -> dict[str, str]:
+        """Compare the training data with those of a checkpoint, and return their fingerprint. Collective.
+
+        Args:
+            saved: the checkpoint's fingerprint; empty for a new run.
+
+        Raises:
+            DataError: they differ, and `data.allow_changed` is not set.
+        """
+        config = self.trainer.config
+        now = fingerprint(self._blend, seq_length=config.data.seq_length, seed=config.train.seed)
+        check_fingerprint(saved, now, allow_changed=config.data.allow_changed)
+        return now
 
     def train_batches(self, consumed_samples: int) -> list[Iterator[Batch]]:
         """Micro-batches from `consumed_samples` on, one iterator a model chunk."""
         ramp = partial(global_batch_size, self.trainer.config.train)
         return self._iterators(self._train, consumed_samples, ramp)
 
-    def validation_batches(self) -> list[Iterator[Batch]]:
-        """Micro-batches of the validation set, always from its start."""
+    def validation_losses(self, evaluate: Callable[[list[Iterator[Batch]]], float]) -> dict[str, float]:
+        """Evaluate every validation source from its start. Collective if `evaluate` is.
+
+        Args:
+            evaluate: mean loss of micro-batches, one iterator a model chunk.
+
+        Returns:
+            `validation_loss`, the mean by the weights of the blend; of several sources also `validation_loss/NAME`.
+        """
         size = self.trainer.config.train.global_batch_size
-        return self._iterators(self._validation, 0, lambda consumed_samples: size)
+        losses = [evaluate(self._iterators(source.dataset, 0, lambda _: size)) for source in self._validation]
+        mean = sum(source.weight * loss for source, loss in zip(self._validation, losses, strict=True))
+        if len(losses) == 1:
+            return {"validation_loss": mean}
+        names = [f"validation_loss/{source.name}" for source in self._validation]
+        return {"validation_loss": mean, **dict(zip(names, losses, strict=True))}
 
     def _iterators(
-        self, dataset: object, consumed_samples: int, global_batch_size: Callable[[int], int]
+        self, dataset: Dataset, consumed_samples: int, global_batch_size: Callable[[int], int]
     ) -> list[Iterator[Batch]]:
         train, groups = self.trainer.config.train, self.trainer.groups
         return [
             BatchIterator(
-                dataset,  # type: ignore[arg-type]
+                dataset,
                 micro_batch_size=train.micro_batch_size,
                 global_batch_size=global_batch_size,
                 data_parallel_rank=groups.dp.rank(),
@@ -103,3 +144,9 @@ class RunData:
             )
             for _ in self.trainer.models
         ]
+
+
+def _short_name(prefix: str, prefixes: Sequence[str]) -> str:
+    """The file name, or the whole prefix where another source has the same."""
+    name = Path(prefix).name
+    return name if [Path(other).name for other in prefixes].count(name) == 1 else prefix

@@ -64,9 +64,7 @@ def make_forward_step(
         packing: PackedSeqParams | None = None
         if mask_documents:
             batch, packing = pack_documents(batch)
-        losses = model(
-            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packing
-        )
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packing)
         return losses, partial(sum_of_losses, batch["loss_mask"])
 
     return forward_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sparsecod_megatron.backend import Backend
-from sparsecod_megatron.checkpoint import TrainState, latest_step_dir, load_checkpoint, load_weights, save_checkpoint
-from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState, resume_candidates
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.flops import flops_per_token
-from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
+from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, LOG_FILE
+from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.parallel import any_rank, running_processes
 from sparsecod_megatron.train.data import RunData, prepare_data
+from sparsecod_megatron.train.divergence import DivergenceError, UpdateJudge
 from sparsecod_megatron.train.ramp import global_batch_size
-from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run
+from sparsecod_megatron.train.restore import checkpoint_saver, initial_state, roll_back
+from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run, refuse_unwritable
 from sparsecod_megatron.train.setup import Trainer, build_trainer
 from sparsecod_megatron.train.signals import stop_on_signals
 from sparsecod_megatron.train.statistics import statistics_collector
 from sparsecod_megatron.train.step import StepResult, evaluate, train_step
+from sparsecod_megatron.train.watchdog import Watchdog
 
 logger = logging.getLogger("sparsecod")
 
@@ -37,37 +41,31 @@ def run_training(config: RunConfig, backend: Backend) -> None:
 
     Raises:
         SparsecodError: configuration, data or checkpoint that cannot be used; before anything is written.
-        DivergenceError: loss or gradient became NaN or infinite.
+        DivergenceError: loss or gradient became NaN or infinite, and `train.on_divergence` does not bear it.
     """
+    # Later than the watchdog, which knows the step.
+    timeout_s = 2 * config.train.step_timeout_s or 1800.0
     tokenizer = prepare_data(config)
-    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+    refuse_unwritable(Path(config.logging.run_dir))
+    with running_processes(
+        config, communication=backend.communication, device=backend.device, timeout_s=timeout_s
+    ) as groups:
         run_dir = Path(config.logging.run_dir)
         checkpoints = run_dir / CHECKPOINTS_DIR
-        start = latest_step_dir(checkpoints) if config.checkpoint.resume else None
-        refuse_foreign_run(run_dir, config, resuming=start is not None)
+        earlier = resume_candidates(checkpoints) if config.checkpoint.resume else []
+        refuse_foreign_run(run_dir, config, resuming=bool(earlier))
         trainer = build_trainer(config, backend, groups)
-        state = _initial_state(trainer, start)
+        state = initial_state(trainer, earlier)
         data = RunData(trainer, tokenizer)
+        state.data = data.check_unchanged(state.data)
         dist.barrier()
         recorder = RunDirectory(run_dir, config, last_step=state.step) if trainer.is_first_rank else None
         try:
-            _Loop(trainer, data, state, recorder, checkpoints).run()
+            with checkpoint_saver(trainer, checkpoints) as saver:
+                _Loop(trainer, data, state, recorder, checkpoints, saver).run()
         finally:
             if recorder is not None:
                 recorder.close()
-
-
-def _initial_state(trainer: Trainer, resume_from: Path | None) -> TrainState:
-    config = trainer.config
-    loading: dict[str, Any] = {"config": config, "models": trainer.models, "groups": trainer.groups}
-    if resume_from is not None:
-        state = load_checkpoint(resume_from, optimizer=trainer.optimizer, scheduler=trainer.scheduler, **loading)
-        logger.info("resumed from %s at step %d", resume_from, state.step)
-        return state
-    if config.checkpoint.init_from is not None:
-        load_weights(resolve_step_dir(Path(config.checkpoint.init_from)), **loading)
-        trainer.optimizer.reload_model_params()
-    return TrainState()
 
 
 class _Loop:
@@ -80,22 +78,30 @@ class _Loop:
         state: TrainState,
         recorder: RunDirectory | None,
         checkpoints: Path,
+        saver: CheckpointSaver,
     ) -> None:
         self.trainer, self.data, self.state = trainer, data, state
-        self.recorder, self.checkpoints = recorder, checkpoints
+        self.recorder, self.checkpoints, self.saver = recorder, checkpoints, saver
         config = trainer.config
         self.last_step = config.train.exit_step or config.train.train_steps
         self.statistics = statistics_collector(trainer)
         self.saved_step = state.step
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length)
+        self.judge = UpdateJudge(config, trainer.backend.device, state.monitor)
+        self.watchdog = Watchdog(
+            timeout_s=config.train.step_timeout_s,
+            log_path=Path(config.logging.run_dir) / LOG_FILE,
+            rank=dist.get_rank(),
+        )
 
     def run(self) -> None:
         """Train to the last step, then save."""
         if self.state.step >= self.last_step:
             logger.info("nothing to do: already at step %d of %d", self.state.step, self.last_step)
             return
-        batches = self.data.train_batches(self.state.consumed_samples)
-        with self._progress() as progress, stop_on_signals() as stop:
+        with self._progress() as progress, stop_on_signals() as stop, self.watchdog.watching():
+            # Loading processes inherit the handlers, and so outlive a Ctrl-C until the last step is saved.
+            batches = self.data.train_batches(self.state.consumed_samples)
             while self.state.step < self.last_step:
                 record = self._step(batches)
                 progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
@@ -103,8 +109,9 @@ class _Loop:
                 # The signal may reach one rank only, and not all of them in the same step.
                 if any_rank(bool(stop), self.trainer.backend.device):
                     break
-        if self.saved_step != self.state.step:
-            self._save()
+            if self.saved_step != self.state.step:
+                self._save()
+            self.saver.finish()
         if self.state.step < self.last_step:
             logger.info("asked to stop at step %d; the same command goes on from there", self.state.step)
 
@@ -117,27 +124,71 @@ class _Loop:
         began = time.perf_counter()
         size = global_batch_size(config.train, self.state.consumed_samples)
         with self.statistics.collecting(step):
-            result = train_step(self.trainer, batches, global_batch_size=size)
+            result = train_step(
+                self.trainer,
+                batches,
+                global_batch_size=size,
+                judge=self.judge,
+                enter=lambda phase: self.watchdog.enter(step, phase),
+            )
         elapsed = time.perf_counter() - began
         self._advance(result)
-        layers = self.statistics.reduce(step)
+        # A step without update has no statistics of updates, and after divergence none at all.
+        layers = self._collected(step) if result.verdict.update else None
         if layers is not None and self.recorder is not None:
             self.recorder.write_statistics(step=step, tokens=self.state.consumed_tokens, layers=layers)
-        record = self._record(result, elapsed)
+        record = self._record(result, elapsed) | self._follow(result)
         last = step == self.last_step
         if config.train.eval_interval and (_due(step, config.train.eval_interval) or last):
-            record["validation_loss"] = self._validate()
-        if _due(step, config.logging.log_interval) or step == 1 or last or "validation_loss" in record:
+            record.update(self._validate())
+        notable = {"validation_loss", "spike", "diverged"} & record.keys()
+        if _due(step, config.logging.log_interval) or step == 1 or last or notable:
             self._log(record)
+        self.saver.poll()
         if _due(step, config.checkpoint.save_interval):
             self._save()
         return record
 
     def _advance(self, result: StepResult) -> None:
         self.state.step += 1
-        self.state.optimizer_steps += 1
+        self.state.optimizer_steps += int(result.verdict.update)
         self.state.consumed_samples += result.samples
         self.state.consumed_tokens += result.tokens
+        self.state.monitor = self.judge.state()
+
+    def _collected(self, step: int) -> list[Statistics] | None:
+        self.watchdog.enter(step, "statistics")
+        return self.statistics.reduce(step)
+
+    def _follow(self, result: StepResult) -> dict[str, Any]:
+        """Do and log what the verdict asks for beyond the update; what the line of metrics says of it."""
+        verdict, step = result.verdict, self.state.step
+        record: dict[str, Any] = {}
+        if verdict.spike:
+            logger.warning("step %d: spike, loss %.4f, gradient norm %.3f", step, result.loss, result.grad_norm)
+            record["spike"] = True
+        if verdict.diverged:
+            logger.warning("step %d: diverged, loss %g, gradient norm %g", step, result.loss, result.grad_norm)
+            record["diverged"] = True
+        if verdict.diverged and self.trainer.config.train.on_divergence == "rollback":
+            record["rolled_back_to_step"] = self._roll_back()
+        elif not verdict.update:
+            logger.warning("step %d: its update is left out", step)
+            record["skipped"] = True
+        return record
+
+    def _roll_back(self) -> int:
+        """Go on with the last checkpoint's weights, behind the data used since; returns its step."""
+        step = self.state.step
+        self.watchdog.enter(step, "rollback")
+        self.saver.wait()
+        candidates = resume_candidates(self.checkpoints)
+        if not candidates:
+            raise DivergenceError(f"step {step} diverged before the first checkpoint; lower optimizer.lr")
+        earlier = roll_back(self.trainer, self.state, candidates)
+        self.judge.rolled_back(earlier)
+        logger.warning("step %d: weights and optimizer are those of step %d again", step, earlier)
+        return earlier
 
     def _record(self, result: StepResult, elapsed: float) -> dict[str, Any]:
         tokens_per_s = result.tokens / elapsed
@@ -153,13 +204,17 @@ class _Loop:
             "step_time_s": elapsed,
         }
 
-    def _validate(self) -> float:
-        return evaluate(self.trainer, self.data.validation_batches(), num_steps=self.trainer.config.train.eval_steps)
+    def _validate(self) -> dict[str, float]:
+        self.watchdog.enter(self.state.step, "validation")
+        steps = self.trainer.config.train.eval_steps
+        return self.data.validation_losses(lambda batches: evaluate(self.trainer, batches, num_steps=steps))
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.recorder is None:
             return
-        self.recorder.write_metrics(record)
+        # JSON has no NaN.
+        finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
+        self.recorder.write_metrics(finite)
         validation = f", validation loss {record['validation_loss']:.4f}" if "validation_loss" in record else ""
         logger.info(
             "step %d/%d: loss %.4f, lr %.2e, gradient norm %.3f, %.0f tokens/s%s",
@@ -173,18 +228,9 @@ class _Loop:
         )
 
     def _save(self) -> None:
-        trainer = self.trainer
-        directory = save_checkpoint(
-            self.checkpoints,
-            config=trainer.config,
-            models=trainer.models,
-            optimizer=trainer.optimizer,
-            scheduler=trainer.scheduler,
-            state=self.state,
-            groups=trainer.groups,
-        )
+        self.watchdog.enter(self.state.step, "save")
+        self.saver.save(self.state)
         self.saved_step = self.state.step
-        logger.info("saved %s", directory)
 
 
 def _due(step: int, interval: int) -> bool:

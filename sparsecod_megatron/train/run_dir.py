@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sparsecod_megatron.config import RunConfig, load_config, save_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE, LOG_FILE, METRICS_FILE, STATISTICS_FILE, TOKENIZER_DIR
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.metrics import Statistics
-from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
+from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, TrackerWriter, WandbWriter, Writer
 
 logger = logging.getLogger("sparsecod")
 
@@ -35,12 +36,12 @@ class RunDirectory:
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
         trackers: list[Writer] = []
         if config.logging.wandb.mode != "disabled":
-            trackers.append(WandbWriter(config, path))
+            trackers.append(TrackerWriter(WandbWriter(config, path), "Weights & Biases"))
         if config.logging.tensorboard:
-            trackers.append(TensorBoardWriter(path, last_step=last_step))
+            trackers.append(TrackerWriter(TensorBoardWriter(path, last_step=last_step), "TensorBoard"))
         self._metrics += trackers
         self._statistics += trackers
-        self._log = logging.FileHandler(path / LOG_FILE)
+        self._log = _LogFile(path / LOG_FILE)
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(self._log)
 
@@ -67,8 +68,34 @@ class RunDirectory:
         self._log.close()
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt; a line that a full disk refuses has been shown on the console all the same."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the line, instead of showing a traceback for each."""
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a run directory that cannot be written, without creating it. Local.
+
+    Raises:
+        ConfigError: neither it nor the directory that it would be made in takes files.
+    """
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise ConfigError(
+            f"logging.run_dir: {path} cannot be written ({error.strerror}: {existing}); choose another directory"
+        ) from None
+
+
 def refuse_foreign_run(path: Path, config: RunConfig, *, resuming: bool) -> None:
     """Refuse to mix two runs in one directory. Local; before anything is written.
+
+    What an attempt left that ended before its first checkpoint is no other run: the same command starts over there.
 
     Raises:
         ConfigError: `path` holds metrics of a run that this one does not continue.
@@ -76,6 +103,8 @@ def refuse_foreign_run(path: Path, config: RunConfig, *, resuming: bool) -> None
     if not (path / METRICS_FILE).exists() or (path / METRICS_FILE).stat().st_size == 0:
         return
     if not resuming:
+        if config.checkpoint.resume and load_config(path / CONFIG_FILE) == config:
+            return
         raise ConfigError(
             f"logging.run_dir: {path} already holds a run that cannot be resumed (no checkpoint, or "
             f"checkpoint.resume=false); "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from sparsecod_megatron.metrics import StatisticsCollector, StatisticsGroup, VarianceGroup
+from sparsecod_megatron.metrics.gradient_spikes import GradientSpikesGroup
 from sparsecod_megatron.metrics.moments import MomentsGroup
 from sparsecod_megatron.metrics.parameter_norms import ParameterNormsGroup
 from sparsecod_megatron.metrics.reference import ReferenceGroup
@@ -25,6 +26,7 @@ def statistics_collector(trainer: Trainer) -> StatisticsCollector:
         "variance": section.variance.interval,
         "moments": section.moments.interval,
         "norms": section.norms.interval,
+        "spikes": section.spikes.interval,
         "router": section.router.interval if trainer.config.model.is_moe else 0,
         "reference": section.variance.interval if section.compat == "reference" else 0,
     }
@@ -36,6 +38,8 @@ def statistics_collector(trainer: Trainer) -> StatisticsCollector:
         groups["moments"] = MomentsGroup(models)
     if intervals["norms"]:
         groups["norms"] = ParameterNormsGroup(models, trainer.optimizer)
+    if intervals["spikes"]:
+        groups["spikes"] = GradientSpikesGroup(models, trainer.optimizer)
     if intervals["router"]:
         groups["router"] = RouterGroup(models)
     if intervals["reference"]:

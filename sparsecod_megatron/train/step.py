@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +10,10 @@ from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from sparsecod_megatron.parallel import all_reduce_sums
+from sparsecod_megatron.train.divergence import Verdict, require_finite
 from sparsecod_megatron.train.forward import Batch, make_forward_step
 from sparsecod_megatron.train.schedule import nominal_lr
 from sparsecod_megatron.train.setup import Trainer
-
-
-class DivergenceError(ArithmeticError):
-    """The loss or the gradient is no longer a number; raised on all ranks alike, before the weights change."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,7 @@ class StepResult:
         tokens: that counted in it.
         grad_norm: L2 norm of the whole gradient before clipping.
         lr: learning rate used, of parameters that have none of their own.
+        verdict: whether the weights changed, and why not.
     """
 
     loss: float
@@ -37,10 +34,16 @@ class StepResult:
     tokens: int
     grad_norm: float
     lr: float
+    verdict: Verdict
 
 
 def train_step(
-    trainer: Trainer, data: Sequence[Iterator[Batch]], *, global_batch_size: int | None = None
+    trainer: Trainer,
+    data: Sequence[Iterator[Batch]],
+    *,
+    global_batch_size: int | None = None,
+    judge: Callable[[float, float], Verdict] = require_finite,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
     """Forward and backward over one global batch, then one update. Collective over all processes.
 
@@ -48,10 +51,13 @@ def train_step(
         trainer: this rank's model, optimizer and schedule.
         data: micro-batches, one iterator a model chunk.
         global_batch_size: sequences of this step; None is the configuration's.
+        judge: says from (loss, gradient norm), on all ranks alike, whether the weights change.
+        enter: told each phase as it begins.
 
     Raises:
-        DivergenceError: loss or gradient norm is NaN or infinite; nothing was updated.
+        DivergenceError: loss or gradient norm is NaN or infinite and the judge refuses that; nothing was updated.
     """
+    enter("forward and backward")
     for model in trainer.models:
         model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
@@ -59,8 +65,15 @@ def train_step(
     loss, tokens = _forward_backward(trainer, data, samples=samples, forward_only=False)
     # The schedule counts from 1, so that the first step of a warm-up already moves the weights.
     trainer.scheduler.step(increment=1)
-    grad_norm = _update(trainer, loss)
-    return StepResult(loss=loss, samples=samples, tokens=tokens, grad_norm=grad_norm, lr=nominal_lr(trainer.scheduler))
+    enter("optimizer")
+    optimizer = trainer.optimizer
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    verdict = judge(loss, grad_norm)
+    if verdict.update:
+        _update(trainer, grad_norm)
+    lr = nominal_lr(trainer.scheduler)
+    return StepResult(loss=loss, samples=samples, tokens=tokens, grad_norm=grad_norm, lr=lr, verdict=verdict)
 
 
 def evaluate(trainer: Trainer, data: Sequence[Iterator[Batch]], *, num_steps: int) -> float:
@@ -105,17 +118,12 @@ def _forward_backward(
     return loss_sum / tokens, round(tokens / groups.tp.size())
 
 
-def _update(trainer: Trainer, loss: float) -> float:
-    """Clip and step, unless the numbers are broken; returns the gradient's norm before clipping."""
+def _update(trainer: Trainer, grad_norm: float) -> None:
+    """Clip the gradient of this norm, and step."""
     optimizer, clip = trainer.optimizer, trainer.config.optimizer.clip_grad
     assert isinstance(optimizer, megatron_optimizer.ChainedOptimizer)
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise DivergenceError(f"loss {loss}, gradient norm {grad_norm}; lower optimizer.lr or look at the data")
     if clip > 0:
         for part in optimizer.chained_optimizers:
             if parameters := part.get_parameters():
                 megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
-    return grad_norm

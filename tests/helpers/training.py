@@ -71,6 +71,13 @@ def micro_batches(config: RunConfig, *, rank: int, size: int, seed: int = 0) -> 
             }
 
 
+def poisoned(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with weights of its first two tokens that cancel, but not before their losses overflow fp32: ∞ − ∞."""
+    mask = batch["loss_mask"].clone()
+    mask[0, :2] = torch.tensor((1e38, -1e38))
+    return batch | {"loss_mask": mask}
+
+
 def trainer_batches(trainer: Trainer, seed: int = 0) -> list[Iterator[dict[str, torch.Tensor]]]:
     """One iterator a model chunk of this rank."""
     dp = trainer.groups.dp

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
-from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL
+from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
-from sparsecod_megatron.hf.families.qwen2_moe import QWEN2_MOE
+from sparsecod_megatron.hf.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from sparsecod_megatron.hf.families.sparsecod import SPARSECOD
 
-FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2_MOE)
-"""In order of preference: the most widely supported class first."""
+FAMILIES = (LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, SPARSECOD)
+"""In order of preference: the most widely supported class first, our own last."""
 
 SHAPE_KEYS = frozenset(
     {
@@ -25,9 +26,6 @@ SHAPE_KEYS = frozenset(
         "kv_channels",
         "vocab_size",
         "untie_embeddings_and_output_weights",
-        "activation",
-        "embedding_norm",
-        "normalization",
         "layernorm_epsilon",
         "rotary_base",
         "num_moe_experts",
@@ -37,39 +35,40 @@ SHAPE_KEYS = frozenset(
         "moe_shared_expert_intermediate_size",
     }
 )
-"""Keys that decide what a model computes, and that the families read."""
-BEYOND_KEYS = frozenset(
-    {
-        "norm_placement",
-        "layernorm_scaling",
-        "final_norm",
-        "qk_norm",
-        "rope_scaling",
-        "sliding_window",
-        "attention_output_gate",
-        "moe_router_topk_per_layer",
-        "moe_first_k_dense_layers",
-        "moe_shared_expert_gate",
-        "moe_router_score_function",
-        "moe_router_topk_scaling_factor",
-        "moe_router_num_groups",
-        "moe_router_enable_expert_bias",
-        "moe_expert_capacity_factor",
-    }
-)
-"""Keys that decide what a model computes, and that no family here has a place for unless they have their defaults."""
+"""Keys that decide what a model computes, and that every family reads."""
+FEATURES: dict[str, tuple[object, ...]] = {
+    "activation": ("swiglu",),
+    "normalization": ("RMSNorm",),
+    "norm_placement": ("pre",),
+    "layernorm_scaling": (False,),
+    "embedding_norm": (None, False),
+    "final_norm": (True,),
+    "qk_norm": (False,),
+    "rope_scaling": ("none",),
+    "sliding_window": (None,),
+    "window_attn_skip_freq": (None,),
+    "attention_output_gate": ("none",),
+    "moe_router_topk_per_layer": (None,),
+    "moe_first_k_dense_layers": (0,),
+    "moe_shared_expert_gate": (False,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_router_num_groups": (None,),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_expert_capacity_factor": (None,),
+}
+"""Keys that decide what a model computes, and the values that any family expresses; others need it in `features`."""
 DEPENDENT_KEYS = frozenset(
     {
         "preset",
         "mix_post_fraction",
         "rope_scaling_factor",
         "rope_original_max_position_embeddings",
-        "window_attn_skip_freq",
         "moe_router_group_topk",
         "moe_router_dtype",
     }
 )
-"""Keys without an effect while those above have their defaults."""
+"""Keys without an effect of their own beside those above."""
 TRAINING_KEYS = frozenset(
     {
         "make_vocab_size_divisible_by",
@@ -87,8 +86,6 @@ TRAINING_KEYS = frozenset(
 )
 """Keys that a trained model no longer depends on. A key of ModelConfig in no set is refused unless it has its default,
 so that no export leaves a new feature out without a word."""
-EXPRESSED_VALUES = {"activation": ("swiglu",), "normalization": ("RMSNorm",), "embedding_norm": (None, False)}
-"""Keys that some values of are beyond every family, and the values that are not."""
 
 
 def choose_family(model: ModelConfig, families: Sequence[Family] = FAMILIES) -> Family:
@@ -107,25 +104,36 @@ def choose_family(model: ModelConfig, families: Sequence[Family] = FAMILIES) -> 
     _check_keys(model)
     obstacles = []
     for family in families:
-        obstacle = family.obstacle(model)
+        obstacle = _missing_feature(model, family) or family.obstacle(model)
         if obstacle is None:
             return family
         obstacles.append(f"{family.architecture}: {obstacle}")
     raise ConversionError(
-        f"model: none of these transformers classes expresses it ({'; '.join(obstacles)}); "
+        f"model: none of these classes expresses it ({'; '.join(obstacles)}); "
         "only models without these features convert"
     )
 
 
+def _missing_feature(model: ModelConfig, family: Family) -> str | None:
+    for key, neutral in FEATURES.items():
+        value = getattr(model, key)
+        is_of_experts = key.startswith("moe_")
+        if key not in family.features and value not in neutral and (model.is_moe or not is_of_experts):
+            return f"model.{key}={str(value).lower() if isinstance(value, bool) else value}"
+    return None
+
+
 def _check_keys(model: ModelConfig) -> None:
-    neutral = type(model)()
+    """Refuse what no family could have: dropped tokens, and keys that this file has not heard of."""
+    if model.is_moe and model.moe_expert_capacity_factor is not None:
+        raise ConversionError(
+            f"model.moe_expert_capacity_factor: {model.moe_expert_capacity_factor} drops tokens by what else is in the "
+            "batch, which no exported model does; train the last steps without it, or set it to null in config.yaml"
+        )
+    known = SHAPE_KEYS | FEATURES.keys() | TRAINING_KEYS | DEPENDENT_KEYS
     for field in dataclasses.fields(model):
-        value, default = getattr(model, field.name), getattr(neutral, field.name)
-        expressed = EXPRESSED_VALUES.get(field.name)
-        if (expressed and value not in expressed) or (
-            field.name not in SHAPE_KEYS | TRAINING_KEYS | DEPENDENT_KEYS and value != default
-        ):
+        value, default = getattr(model, field.name), getattr(type(model)(), field.name)
+        if field.name not in known and value != default:
             raise ConversionError(
-                f"model.{field.name}: {value} has no counterpart in a stock transformers class; only models with "
-                f"{' or '.join(map(str, expressed or (default,)))} convert"
+                f"model.{field.name}: {value} has no counterpart in any class; only models with {default} convert"
             )

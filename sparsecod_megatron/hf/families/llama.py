@@ -1,15 +1,18 @@
-"""Dense models: Llama, and Mistral for head sizes that Llama's configuration refuses."""
+"""Dense models: Llama; Mistral for windows and head sizes that Llama refuses; Qwen3 for QK-norm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.hf.families.base import Family, gated_mlp_entries, layer_names
-from sparsecod_megatron.hf.table import Entry
+from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.entries import dense_entries
+
+PRE_NORM = frozenset({"layernorm_scaling", "rope_scaling"})
+"""Keys that every class of pre-norm layers has a place for."""
 
 
 def _dense_obstacle(model: ModelConfig) -> str | None:
@@ -22,15 +25,8 @@ def _llama_obstacle(model: ModelConfig) -> str | None:
     return _dense_obstacle(model)
 
 
-def _mlp_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-    ours, theirs = layer_names(layer)
-    return gated_mlp_entries(
-        f"{ours}.mlp",
-        f"{theirs}.mlp",
-        ffn=model.ffn_hidden_size,
-        hidden=model.hidden_size,
-        hf_names=("gate_proj", "up_proj", "down_proj"),
-    )
+def _qwen3_obstacle(model: ModelConfig) -> str | None:
+    return _dense_obstacle(model) if model.qk_norm else "model.qk_norm=false"
 
 
 def _llama_fields(model: ModelConfig) -> dict[str, Any]:
@@ -38,8 +34,54 @@ def _llama_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _mistral_fields(model: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": None}
+    return {"sliding_window": model.sliding_window}
 
 
-LLAMA = Family("LlamaForCausalLM", LlamaConfig, _llama_obstacle, _mlp_entries, _llama_fields)
-MISTRAL = Family("MistralForCausalLM", MistralConfig, _dense_obstacle, _mlp_entries, _mistral_fields)
+def _read_window(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": fields.get("sliding_window")}
+
+
+def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
+    skip = model.window_attn_skip_freq
+    windowed = [
+        model.sliding_window is not None and not (skip and (layer + 1) % skip == 0) for layer in range(model.num_layers)
+    ]
+    return {
+        "attention_bias": False,
+        "use_sliding_window": model.sliding_window is not None,
+        "sliding_window": model.sliding_window,
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention" if here else "full_attention" for here in windowed],
+    }
+
+
+def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
+    full = [layer for layer, kind in enumerate(fields["layer_types"]) if kind == "full_attention"]
+    if len(full) == len(fields["layer_types"]):
+        return {"qk_norm": True}
+    # The first layer without a window tells the period; whether all others follow is seen by writing it again.
+    skip = full[0] + 1 if full else None
+    return {"qk_norm": True, "sliding_window": fields["sliding_window"], "window_attn_skip_freq": skip}
+
+
+LLAMA = Family(
+    "LlamaForCausalLM", LlamaConfig, PRE_NORM, _llama_obstacle, dense_entries, _llama_fields, lambda fields: {}
+)
+MISTRAL = Family(
+    "MistralForCausalLM",
+    MistralConfig,
+    PRE_NORM | {"sliding_window"},
+    _dense_obstacle,
+    dense_entries,
+    _mistral_fields,
+    _read_window,
+)
+QWEN3 = Family(
+    "Qwen3ForCausalLM",
+    Qwen3Config,
+    PRE_NORM | {"qk_norm", "sliding_window", "window_attn_skip_freq"},
+    _qwen3_obstacle,
+    dense_entries,
+    _qwen3_fields,
+    _read_qwen3,
+)

@@ -6,15 +6,16 @@ takes the top k logits and then the softmax. Both are `exp(z_e) / Σ_{chosen} ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import MixtralConfig
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.hf.families.base import Family, gated_mlp_entries, layer_names
+from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.entries import layer_names, routed_entries
+from sparsecod_megatron.hf.families.llama import PRE_NORM
 from sparsecod_megatron.hf.table import Entry
-from sparsecod_megatron.hf.transforms import same
 
 
 def _obstacle(model: ModelConfig) -> str | None:
@@ -27,19 +28,9 @@ def _obstacle(model: ModelConfig) -> str | None:
     return None
 
 
-def _expert_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-    our_layer, their_layer = layer_names(layer)
-    ours, theirs = f"{our_layer}.mlp", f"{their_layer}.block_sparse_moe"
-    experts, hidden = model.num_moe_experts or 0, model.hidden_size
-    yield Entry((f"{ours}.router.weight",), (f"{theirs}.gate.weight",), same((experts, hidden)))
-    for expert in range(experts):
-        yield from gated_mlp_entries(
-            f"{ours}.experts.local_experts.{expert}",
-            f"{theirs}.experts.{expert}",
-            ffn=model.expert_ffn_hidden_size,
-            hidden=hidden,
-            hf_names=("w1", "w3", "w2"),
-        )
+def _mlp_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
+    ours, theirs = layer_names(layer)
+    return routed_entries(model, f"{ours}.mlp", f"{theirs}.block_sparse_moe", hf_names=("w1", "w3", "w2"))
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
@@ -48,8 +39,20 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
         "num_local_experts": model.num_moe_experts,
         "num_experts_per_tok": model.moe_router_topk,
         "router_aux_loss_coef": model.moe_aux_loss_coeff,
-        "sliding_window": None,
+        "sliding_window": model.sliding_window,
     }
 
 
-MIXTRAL = Family("MixtralForCausalLM", MixtralConfig, _obstacle, _expert_entries, _fields)
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_moe_experts": fields["num_local_experts"],
+        "moe_router_topk": fields["num_experts_per_tok"],
+        "moe_ffn_hidden_size": fields["intermediate_size"],
+        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
+        "sliding_window": fields.get("sliding_window"),
+    }
+
+
+MIXTRAL = Family(
+    "MixtralForCausalLM", MixtralConfig, PRE_NORM | {"sliding_window"}, _obstacle, _mlp_entries, _fields, _read
+)

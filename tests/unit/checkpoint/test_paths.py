@@ -1,4 +1,4 @@
-"""Which checkpoint a path means."""
+"""Which checkpoint a path means, and what a run may go on from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsecod_megatron.checkpoint.paths import latest_step_dir, point_latest_to, resolve_step_dir, step_dir_name
+from sparsecod_megatron.checkpoint.paths import point_latest_to, resolve_step_dir, resume_candidates, step_dir_name
 from sparsecod_megatron.checkpoint.state import StateFile, TrainState, read_state, write_state
 from sparsecod_megatron.errors import CheckpointError
 
@@ -21,7 +21,7 @@ def step(run: Path, number: int) -> Path:
 
 
 def test_latest_and_names(tmp_path: Path) -> None:
-    assert latest_step_dir(tmp_path / "checkpoints") is None
+    assert resume_candidates(tmp_path / "checkpoints") == []
     first, second = step(tmp_path, 1), step(tmp_path, 12)
     point_latest_to(first)
     assert first.name == "step_00000001"
@@ -30,6 +30,34 @@ def test_latest_and_names(tmp_path: Path) -> None:
     point_latest_to(second)
     assert resolve_step_dir(tmp_path) == second
     assert resolve_step_dir(first) == first
+
+
+def test_candidates_are_latest_and_what_is_before_it(tmp_path: Path) -> None:
+    """A later step belongs to an attempt that is being redone; temporary and other names are none."""
+    checkpoints = tmp_path / "checkpoints"
+    steps = [step(tmp_path, number) for number in (1, 2, 100_000_000)]
+    for other in ("step_00000003.tmp-00ff00ff", "step_00000003.old-00ff00ff", "step_4", "notes"):
+        (checkpoints / other).mkdir()
+    assert resume_candidates(checkpoints) == steps[::-1]
+    point_latest_to(steps[1])
+    assert resume_candidates(checkpoints) == [steps[1], steps[0]]
+    assert not (checkpoints / "latest.tmp").exists()
+
+
+@pytest.mark.parametrize("content", ["step_00000009\n", "", "../../elsewhere\n", "\udcff\x00"])
+def test_a_pointer_to_nothing_falls_back(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    directory = step(tmp_path, 1)
+    (tmp_path / "checkpoints" / "latest").write_bytes(content.encode(errors="surrogateescape"))
+    with caplog.at_level("WARNING", logger="sparsecod"):
+        assert resolve_step_dir(tmp_path) == directory
+    assert "step_00000001" in caplog.text
+
+
+def test_what_is_gone_is_no_fresh_start(tmp_path: Path) -> None:
+    step(tmp_path, 12)
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000009\n")
+    with pytest.raises(CheckpointError, match="step_00000009"):
+        resume_candidates(tmp_path / "checkpoints")
 
 
 def test_state_round_trip(tmp_path: Path) -> None:
@@ -44,7 +72,8 @@ def test_state_round_trip(tmp_path: Path) -> None:
     [
         (None, "not a complete checkpoint"),
         ("{", "damaged"),
-        ('{"format": 1}', "damaged"),
+        ("[]", "damaged"),
+        ('{"format": 2}', "damaged"),
         ('{"format": 9}', "format 9"),
     ],
 )
@@ -53,10 +82,3 @@ def test_damaged_state(tmp_path: Path, content: str | None, part: str) -> None:
         (tmp_path / "state.json").write_text(content)
     with pytest.raises(CheckpointError, match=part):
         read_state(tmp_path)
-
-
-def test_latest_names_what_is_gone(tmp_path: Path) -> None:
-    step(tmp_path, 1)
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000009\n")
-    with pytest.raises(CheckpointError, match="step_00000009"):
-        resolve_step_dir(tmp_path)

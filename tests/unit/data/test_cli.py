@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,8 @@ def refused(capsys, arguments, output) -> str:
         (["--val-fraction", "0.99"], "holding out 9 of 9 documents leaves none"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--max-documents", "0"], "--max-documents 0: must be at least 1"),
+        (["--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
+        (["--max-tokens", "1", "--val-fraction", "0.3"], "--max-tokens 1: reached before any document of val"),
         (["--input", "missing.txt"], "missing.txt: no such file or directory"),
         (["--input", "hf:missing/dataset"], "hf:missing/dataset: cannot be loaded"),
     ],
@@ -67,6 +70,11 @@ def test_an_earlier_result_is_kept_unless_told_otherwise(capsys, source, tmp_pat
     capsys.readouterr()
     assert "exists already; choose another --output or add --overwrite" in refused(capsys, arguments, tmp_path / "out")
     assert main(["data", *arguments, "--output", str(tmp_path / "out"), "--overwrite"]) == 0
+
+
+def test_throughput_is_printed(capsys, source, tmp_path):
+    assert main(["data", "--input", str(source), *GOOD, "--output", str(tmp_path / "out"), "--max-tokens", "1e6"]) == 0
+    assert re.search(r"s of tokenizing with 1 processes: [\d,]+ tokens/s, [\d.]+ MB/s", capsys.readouterr().out)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

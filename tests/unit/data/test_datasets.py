@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +12,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from sparsecod_megatron.data.datasets import build_datasets
+from sparsecod_megatron.config.blend import parse_blend
+from sparsecod_megatron.data.datasets import build_dataset
 from sparsecod_megatron.errors import DataError
 
 SEQUENCE = 16
@@ -31,13 +35,11 @@ def documents(count: int, first: int = 1) -> list[list[int]]:
     return [[*range(start, start + length), 0] for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
 
 
-def build(train, val=None, *, cache, train_samples=20, val_samples=8, seed=1):
-    return build_datasets(
-        train_prefix=train,
-        val_prefix=val,
+def build(blend, *, cache, num_samples=20, seed=1):
+    return build_dataset(
+        parse_blend("data.train", blend),
+        num_samples=num_samples,
         seq_length=SEQUENCE,
-        train_samples=train_samples,
-        val_samples=val_samples,
         seed=seed,
         tokenizer=Tokenizer(),
         cache_dir=cache,
@@ -58,7 +60,7 @@ def samples(dataset) -> list[list[int]]:
 def test_one_epoch_visits_each_token_once_in_document_order(write_tokens, tmp_path):
     texts = documents(60)
     total = sum(map(len, texts))
-    dataset, _ = build(write_tokens(texts), cache=tmp_path / "cache", train_samples=(total - 1) // SEQUENCE)
+    dataset = build(write_tokens(texts), cache=tmp_path / "cache", num_samples=(total - 1) // SEQUENCE)
     seen = [token for sample in samples(dataset) for token in sample[:-1] if token]
     assert len(dataset) == (total - 1) // SEQUENCE
     assert len(seen) == len(set(seen))
@@ -71,7 +73,7 @@ def test_one_epoch_visits_each_token_once_in_document_order(write_tokens, tmp_pa
 
 def test_a_short_corpus_is_repeated(write_tokens, tmp_path):
     texts = documents(3)
-    dataset, _ = build(write_tokens(texts), cache=tmp_path / "cache", train_samples=50)
+    dataset = build(write_tokens(texts), cache=tmp_path / "cache", num_samples=50)
     got = samples(dataset)
     assert len(got) >= 50
     counts = np.bincount([token for sample in got for token in sample[:-1]])[1:]
@@ -81,27 +83,49 @@ def test_a_short_corpus_is_repeated(write_tokens, tmp_path):
 def test_the_seed_decides_the_order(write_tokens, tmp_path):
     prefix = write_tokens(documents(60))
     first, again, other = (
-        samples(build(prefix, cache=tmp_path / name, seed=seed)[0]) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        samples(build(prefix, cache=tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert first == again
     assert first != other
 
 
-def test_validation_is_its_own_files_or_nothing(write_tokens, tmp_path):
-    train, val = write_tokens(documents(20), name="a"), write_tokens(documents(20, first=1000), name="b")
-    left, right = build(train, val, cache=tmp_path / "cache")
-    assert max(max(sample) for sample in samples(left)) < 1000
-    assert min(token for sample in samples(right) for token in sample if token) >= 1000
-    assert len(right) >= 8
-    assert build(train, None, cache=tmp_path / "cache")[1] is None
-    assert build(train, val, cache=tmp_path / "cache", val_samples=0)[1] is None
+@pytest.mark.parametrize("few", [1, 15, 39, 40, 41, 90])
+def test_a_longer_dataset_only_goes_on_where_a_shorter_one_ends(write_tokens, tmp_path, few):
+    """So that raising train_steps of a run changes nothing of what it has seen; one epoch is about 20 samples."""
+    prefix, other = write_tokens(documents(20)), write_tokens(documents(5), name="other")
+    for blend in (prefix, [0.3, prefix, 0.7, other]):
+        long = samples(build(blend, cache=tmp_path / "cache", num_samples=200))
+        short = samples(build(blend, cache=tmp_path / "cache", num_samples=few))
+        assert few <= len(short)
+        assert short[:few] == long[:few]
 
 
-@pytest.mark.parametrize(("weights", "share"), [((), 0.75), (("0.2", "0.8"), 0.2)])
+def test_one_epoch_has_the_order_that_megatron_gives_it(write_tokens, tmp_path):
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    prefix = write_tokens(documents(60))
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=SEQUENCE,
+        blend=([prefix], None),
+        split="1",
+        path_to_cache=str(tmp_path / "theirs"),
+        tokenizer=SimpleNamespace(eod=0, vocab_size=500, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    theirs, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [10, 0, 0], lambda: True, config).build()
+    assert samples(build(prefix, cache=tmp_path / "ours", num_samples=10)) == samples(theirs)
+
+
+@pytest.mark.parametrize(("weights", "share"), [((), 0.75), ((0.2, 0.8), 0.2)])
 def test_a_blend_draws_by_tokens_or_by_weight_and_repeats(write_tokens, tmp_path, weights, share):
     prefixes = [write_tokens([[7] * 300], name="a"), write_tokens([[9] * 100], name="b")]
     blend = [part for pair in zip(weights, prefixes, strict=True) for part in pair] if weights else prefixes
-    dataset, _ = build(blend, cache=tmp_path / "cache", train_samples=200)
+    dataset = build(blend, cache=tmp_path / "cache", num_samples=200)
     assert len(dataset) >= 200
     drawn = np.mean([sample[0] == 7 for sample in samples(dataset)])
     assert drawn == pytest.approx(share, abs=0.01)
@@ -110,23 +134,45 @@ def test_a_blend_draws_by_tokens_or_by_weight_and_repeats(write_tokens, tmp_path
 def test_files_written_again_are_not_read_through_the_old_index(write_tokens, tmp_path):
     cache = tmp_path / "cache"
     build(write_tokens(documents(60)), cache=cache)
-    dataset, _ = build(write_tokens(documents(9)), cache=cache)
-    fresh, _ = build(write_tokens(documents(9)), cache=tmp_path / "fresh")
+    dataset = build(write_tokens(documents(9)), cache=cache)
+    fresh = build(write_tokens(documents(9)), cache=tmp_path / "fresh")
     assert samples(dataset) == samples(fresh)
 
 
-def test_the_index_is_kept_beside_the_files_by_default(write_tokens, tmp_path):
-    build(write_tokens(documents(20)), cache=None)
-    assert list((tmp_path / "index_cache").glob("*GPTDataset-train-sample_index.npy"))
+def test_a_killed_build_leaves_a_cache_that_the_next_one_uses(write_tokens, tmp_path):
+    prefix, cache = write_tokens(documents(60)), tmp_path / "cache"
+    program = (
+        "import os, numpy, test_datasets\n"
+        "save = numpy.save\n"
+        "def save_half(path, array, **options):\n"
+        "    save(path, array, **options)\n"
+        "    if 'shuffle' in path:\n"
+        "        os.truncate(path, 100)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "numpy.save = save_half\n"
+        f"test_datasets.build({prefix!r}, cache=test_datasets.Path({str(cache)!r}))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert samples(build(prefix, cache=cache)) == samples(build(prefix, cache=tmp_path / "fresh"))
+
+
+def test_an_index_is_built_once(write_tokens, tmp_path):
+    prefix, cache = write_tokens(documents(60)), tmp_path / "cache"
+    build(prefix, cache=cache)
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    build(prefix, cache=cache)
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+    assert len(before) == 4
 
 
 def test_unusable_files_and_caches_are_one_line(write_tokens, tmp_path):
     prefix = write_tokens(documents(20))
     with pytest.raises(DataError, match=r"absent\.idx: no such file"):
-        build([prefix, str(tmp_path / "absent"), prefix], cache=tmp_path)
-    with pytest.raises(DataError, match="weight 0.0; every weight must be above 0"):
-        build(["0", prefix, "1", prefix], cache=tmp_path)
-    with pytest.raises(DataError, match=r"tokens\.bin: cannot be written"):
+        build([prefix, str(tmp_path / "absent")], cache=tmp_path)
+    with pytest.raises(DataError, match="a share of 1e-09 is less than one sample in 1048576"):
+        build([1e-9, prefix, 1, write_tokens(documents(20), name="b")], cache=tmp_path)
+    with pytest.raises(DataError, match=r"tokens\.bin: the sample index cannot be written"):
         build(prefix, cache=Path(prefix + ".bin"))
     os.truncate(prefix + ".bin", 100)
     with pytest.raises(DataError, match=r"tokens\.bin: 100 bytes, but its \.idx file says"):
@@ -135,16 +181,25 @@ def test_unusable_files_and_caches_are_one_line(write_tokens, tmp_path):
 
 def _build_on_rank(rank: int, blends: list, directory: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
-    built = [samples(build(blend, blend, cache=Path(directory) / "cache")[part]) for blend in blends for part in (0, 1)]
-    torch.save(built, f"{directory}/{rank}.pt")
+    built = [samples(build(blend, cache=Path(directory) / "cache")) for blend in blends]
+    messages = []
+    for blend, cache in ((blends[0] + "-absent", Path(directory) / "cache"), (blends[0], Path(directory) / str(rank))):
+        try:
+            build(blend, cache=cache)
+        except DataError as error:
+            messages.append(str(error))
+    torch.save((built, messages), f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.dist
 def test_ranks_get_what_one_process_gets(write_tokens, tmp_path):
     one, two = write_tokens(documents(30), name="a"), write_tokens(documents(9), name="b")
-    blends = [one, ["0.5", one, "0.5", two]]
+    blends = [one, [0.5, one, 0.5, two]]
     torch.multiprocessing.spawn(_build_on_rank, (blends, str(tmp_path)), nprocs=2)
-    alone = [samples(build(blend, blend, cache=tmp_path / "alone")[part]) for blend in blends for part in (0, 1)]
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == alone
+    alone = [samples(build(blend, cache=tmp_path / "alone")) for blend in blends]
+    (first, (missing,)), (second, (missing_too, elsewhere)) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second == alone
+    assert missing == missing_too, "a mistake that one process finds is told by all"
+    assert "a-absent.idx: no such file" in missing
+    assert "not there on this node; set data.cache_dir to a directory that all nodes share" in elsewhere

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from sparsecod_megatron.data.integrity import TokenFiles, check_token_files, check_vocabulary
+from sparsecod_megatron.data.index_file import TokenFiles, check_entries, write_index
+from sparsecod_megatron.data.integrity import check_token_files, check_vocabulary
 from sparsecod_megatron.data.metadata import DatasetInfo, SplitInfo, write_info
 from sparsecod_megatron.errors import DataError
 
@@ -95,3 +99,52 @@ def test_the_tokenizer_decides_where_it_is_known(write_tokens, tmp_path):
         check_vocabulary(prefix, largest + 1)
         with pytest.raises(DataError, match=f"largest (token )?id is {largest}"):
             check_vocabulary(prefix, largest)
+
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+
+
+@given(lengths=LENGTHS, dtype=st.sampled_from([np.uint16, np.int32]), chunk=st.integers(1, 9))
+def test_the_index_is_the_one_that_megatron_writes(tmp_path_factory, lengths, dtype, chunk):
+    folder = tmp_path_factory.mktemp("index")
+    builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=dtype)
+    for length in lengths:
+        builder.add_document(np.ones(length, dtype=dtype), [length])
+    builder.finalize(str(folder / "theirs.idx"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("sparsecod_megatron.data.index_file._CHUNK", chunk)
+        write_index(folder / "ours.idx", np.array(lengths, dtype=np.int32), dtype)
+        check_entries(folder / "ours.idx")
+    assert (folder / "ours.idx").read_bytes() == (folder / "theirs.idx").read_bytes()
+
+
+@settings(max_examples=300)
+@given(flips=st.lists(st.integers(0, 8 * (34 + 12 * 3 + 8 * 4) - 1), min_size=1, max_size=6, unique=True))
+def test_flipped_bits_of_the_index_are_one_line_or_harmless(tmp_path_factory, flips):
+    prefix = tmp_path_factory.getbasetemp() / "flipped"
+    lengths = [len(document) for document in DOCUMENTS]
+    write_index(prefix.with_suffix(".idx"), np.array(lengths, dtype=np.int32), np.uint16)
+    prefix.with_suffix(".bin").write_bytes(np.concatenate(DOCUMENTS).astype(np.uint16).tobytes())
+    content = bytearray(prefix.with_suffix(".idx").read_bytes())
+    for bit in flips:
+        content[bit // 8] ^= 1 << (bit % 8)
+    prefix.with_suffix(".idx").write_bytes(content)
+    try:
+        check_token_files(prefix, 4)
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:  # only ends of documents may differ, and only so that each is still an end of a sequence
+        tokens = IndexedDataset(str(prefix))
+        assert [tokens[number].tolist() for number in range(len(tokens))] == DOCUMENTS
+        assert all(0 <= end <= 3 for end in tokens.document_indices)
+
+
+@settings(max_examples=100)
+@given(content=st.binary(max_size=200), whole_header=st.booleans())
+def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, whole_header):
+    prefix = tmp_path_factory.getbasetemp() / "random"
+    header = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + b"\x08" if whole_header else b""
+    prefix.with_suffix(".idx").write_bytes(header + content)
+    prefix.with_suffix(".bin").write_bytes(b"xxxxxxxx")
+    with pytest.raises(DataError, match=r"^[^\n]*random\.(idx|bin): [^\n]*$"):
+        check_token_files(prefix, 1)

@@ -1,20 +1,34 @@
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fcntl
 import gzip
 import hashlib
+import itertools
 import json
+import os
+import random
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from sparsecod_megatron.data.hub import spool_hub_dataset
 from sparsecod_megatron.data.metadata import DatasetInfo, SplitInfo, read_info, split_info, write_info
-from sparsecod_megatron.data.preprocess import PreprocessOptions, choose_held_out, preprocess
+from sparsecod_megatron.data.options import PreprocessOptions
+from sparsecod_megatron.data.preprocess import choose_held_out, preprocess
 from sparsecod_megatron.errors import DataError
 
 DOCUMENTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=60).filter(str.strip), min_size=1, max_size=12)
@@ -66,7 +80,7 @@ def test_token_files_decode_to_the_documents(write, texts):
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         prefix = directory / "out"
-        info = preprocess(PreprocessOptions(str(write(directory, texts)), "train:260", prefix))
+        info = preprocess(PreprocessOptions(str(write(directory, texts)), "train:260", prefix)).info
         assert decode(prefix, "train") == texts
         assert info.splits["train"].bytes == sum(len(text.encode()) for text in texts)
 
@@ -101,7 +115,7 @@ def test_the_result_is_the_same_for_any_number_of_workers(text_directory, tmp_pa
 
 
 def test_every_document_is_in_exactly_one_split(text_directory, tmp_path):
-    info = preprocess(PreprocessOptions(str(text_directory), "train:400", tmp_path / "out", val_fraction=0.25))
+    info = preprocess(PreprocessOptions(str(text_directory), "train:400", tmp_path / "out", val_fraction=0.25)).info
     train, val = decode(tmp_path / "out", "train"), decode(tmp_path / "out", "val")
     everything = [path.read_text(encoding="utf-8") for path in sorted(text_directory.iterdir())]
     assert (len(train), len(val)) == (9, 3)
@@ -160,17 +174,189 @@ def test_overwriting_replaces_the_whole_result(text_directory, tmp_path):
     assert read_info(output).vocab_size == len(AutoTokenizer.from_pretrained(f"{output}_tokenizer")) == 310
 
 
-def test_an_interruption_leaves_nothing(text_directory, tmp_path, monkeypatch):
+def result_files(output: Path) -> dict[str, bytes]:
+    """Content of everything below the output's folder, which must hold nothing else."""
+    paths = [path for path in sorted(output.parent.rglob("*")) if path.is_file()]
+    return {path.relative_to(output.parent).as_posix(): path.read_bytes() for path in paths}
+
+
+def interrupt_at_call(monkeypatch, owner: object, name: str, number: int) -> None:
+    """Make the `number`-th call of a method, counted from 1, end as Ctrl-C would in the middle of it."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def count_calls(monkeypatch, owner: object, name: str) -> list[None]:
+    """A list that grows by one with every call of a method."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("commit_interval_s", [0.0, 1e9])
+def test_an_interrupted_command_goes_on_to_the_same_bytes(text_directory, tmp_path, commit_interval_s):
+    """Interrupted at random documents, and at every rename that ends the command."""
     from sparsecod_megatron.data.writer import SplitWriter
 
-    output = tmp_path / "results" / "out"
-    add = SplitWriter.add
+    def options(folder: str) -> PreprocessOptions:
+        shared = {"val_fraction": 0.25, "commit_interval_s": commit_interval_s}
+        return PreprocessOptions(str(text_directory), "train:300", tmp_path / folder / "out", **shared)
 
-    def interrupted(self, tokens, num_bytes):
-        add(self, tokens, num_bytes)
-        raise KeyboardInterrupt
+    preprocess(options("whole"))
+    expected = result_files(tmp_path / "whole" / "out")
+    moments = [(SplitWriter, "add", number) for number in random.sample(range(1, 13), 3)]
+    moments += [(Path, "replace", -number) for number in range(2, 8)]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        renames = count_calls(monkeypatch, Path, "replace")
+        preprocess(options("counted"))
+    for owner, name, number in moments:
+        folder = f"{name}{number}"
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            interrupt_at_call(monkeypatch, owner, name, number if number > 0 else len(renames) + 1 + number)
+            with pytest.raises(KeyboardInterrupt):
+                preprocess(options(folder))
+        preprocess(options(folder))
+        assert result_files(tmp_path / folder / "out") == expected, (name, number)
 
-    monkeypatch.setattr(SplitWriter, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        preprocess(PreprocessOptions(str(text_directory), "train:300", output, workers=2))
-    assert list(output.parent.iterdir()) == []
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; an orphan that has ended may stay a zombie."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path):
+    """kill -9 at random documents; the next process re-uses what was committed, and no worker outlives its parent."""
+    texts = [f"document {number}: " + "the depth of residual streams " * (number % 50) for number in range(120)]
+    source = write_jsonl(tmp_path, texts)
+    preprocess(PreprocessOptions(str(source), "train:300", tmp_path / "whole" / "out", val_fraction=0.1))
+    program = (
+        "import sys; from pathlib import Path;"
+        "from sparsecod_megatron.data.options import PreprocessOptions;"
+        "from sparsecod_megatron.data.preprocess import preprocess;"
+        "preprocess(PreprocessOptions(sys.argv[1], 'train:300', Path(sys.argv[2]), int(sys.argv[3]), 0.1,"
+        " commit_interval_s=0.0))"
+    )
+    output = tmp_path / "killed" / "out"
+    command = [sys.executable, "-W", "ignore", "-c", f"if __name__ == '__main__': {program}", str(source), str(output)]
+    journal = output.parent / ".out.partial" / "journal.json"
+
+    def committed() -> int:
+        return json.loads(journal.read_text())["documents"] if journal.exists() else 0
+
+    for moment, workers in zip(sorted(random.sample(range(1, 110), 3)), ("1", "2", "2"), strict=True):
+        process = subprocess.Popen([*command, workers])
+        while committed() < moment and process.poll() is None:
+            time.sleep(0.002)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        before = committed()
+        assert moment <= before, "killed while at work"
+        deadline = time.monotonic() + 60
+        while any(map(alive, children)):
+            assert time.monotonic() < deadline, "a worker has outlived its parent"
+            time.sleep(0.05)
+    result = preprocess(PreprocessOptions(str(source), "train:300", output, val_fraction=0.1))
+    whole = tmp_path / "whole" / "out"
+    assert result_files(output) == result_files(whole)
+    assert result.tokens < sum(split.tokens for split in result.info.splits.values()), "nothing was taken over"
+
+
+def interrupted_output(text_directory, tmp_path, monkeypatch) -> PreprocessOptions:
+    """An output that a command left unfinished, and what it was asked for."""
+    from sparsecod_megatron.data.writer import SplitWriter
+
+    options = PreprocessOptions(str(text_directory), "train:300", tmp_path / "out", commit_interval_s=0)
+    with monkeypatch.context() as patch:
+        interrupt_at_call(patch, SplitWriter, "add", 5)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(options)
+    return options
+
+
+def test_another_command_does_not_go_on_with_unfinished_output(text_directory, tmp_path, monkeypatch):
+    options = interrupted_output(text_directory, tmp_path, monkeypatch)
+    with pytest.raises(DataError, match="unfinished output of a command with another tokenizer; run that one again"):
+        preprocess(dataclasses.replace(options, tokenizer="train:310"))
+    (text_directory / "00.txt").write_text("changed")
+    with pytest.raises(DataError, match="with another input files"):
+        preprocess(options)
+    info = preprocess(dataclasses.replace(options, tokenizer="train:310", overwrite=True)).info
+    assert info.vocab_size == 310
+    assert decode(tmp_path / "out", "train")[0] == "changed"
+
+
+def test_two_processes_do_not_write_one_output(text_directory, tmp_path, monkeypatch):
+    options = interrupted_output(text_directory, tmp_path, monkeypatch)
+    with (tmp_path / ".out.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="out: another process is writing it"):
+            preprocess(options)
+
+
+def test_a_full_disk_is_one_line_and_can_be_gone_on_with(text_directory, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = PreprocessOptions(str(text_directory), "train:300", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match=r"out: No space left on device; mend that and run the same command again"):
+            preprocess(options)
+    preprocess(options)
+    assert len(decode(tmp_path / "out", "train")) == 12
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_max_tokens_ends_with_the_document_that_reaches_it(text_directory, tmp_path, workers):
+    preprocess(PreprocessOptions(str(text_directory), "train:300", tmp_path / "all"))
+    tokens = IndexedDataset(str(tmp_path / "all_train"))  # its arrays live as long as it does
+    limit = int(tokens.sequence_lengths[:4].sum())
+    for max_tokens, count in ((limit, 4), (limit + 1, 5), (1, 1), (10**9, 12)):
+        output = tmp_path / f"first{max_tokens}-{workers}"
+        options = PreprocessOptions(str(text_directory), "train:300", output, workers=workers, max_tokens=max_tokens)
+        assert preprocess(options).info.splits["train"].documents == count
+        assert decode(output, "train") == decode(tmp_path / "all", "train")[:count]
+
+
+def test_a_directory_of_data_files_is_a_dataset(tmp_path):
+    """Streamed in one pass, and spooled where a tokenizer is learnt first."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = [f"text {number} of a dataset" for number in range(9)]
+    for part in range(3):
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": texts[3 * part : 3 * part + 3]}), folder / f"train-{part}.parquet"
+        )
+    preprocess(PreprocessOptions(f"hf:{folder}", "train:300", tmp_path / "a"))
+    preprocess(PreprocessOptions(f"hf:{folder}", str(tmp_path / "a_tokenizer"), tmp_path / "b", max_documents=7))
+    assert decode(tmp_path / "a", "train") == texts
+    assert decode(tmp_path / "b", "train") == texts[:7]
+
+
+def test_an_interrupted_download_goes_on_behind_its_last_whole_line(tmp_path):
+    texts = [f"text {number}" for number in range(9)]
+    name = write_hub(tmp_path, texts).removeprefix("hf:")
+    spool_hub_dataset(name, "text", None, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for size in random.sample(range(len(whole)), 4):
+        (tmp_path / "cut.jsonl").write_bytes(whole[:size])
+        spool_hub_dataset(name, "text", None, tmp_path / "cut.jsonl")
+        assert (tmp_path / "cut.jsonl").read_bytes() == whole

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sparsecod_megatron.data.preprocess import PreprocessOptions, preprocess
+from sparsecod_megatron.data.options import PreprocessOptions
+from sparsecod_megatron.data.preprocess import preprocess
 from sparsecod_megatron.errors import DataError
 from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus, read_documents
 

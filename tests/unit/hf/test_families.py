@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import FAMILIES, choose_family
-from sparsecod_megatron.hf.families.choose import BEYOND_KEYS, DEPENDENT_KEYS, SHAPE_KEYS, TRAINING_KEYS
+from sparsecod_megatron.hf.families.choose import DEPENDENT_KEYS, FEATURES, SHAPE_KEYS, TRAINING_KEYS
 from tests.helpers.reference_gpt import random_tensors
 from tests.unit.hf.models import MODELS, moe, tiny
 
@@ -92,7 +92,7 @@ def test_values_that_ours_has_no_parameter_for_are_refused(part: str) -> None:
 
 
 def test_every_key_of_the_configuration_is_accounted_for() -> None:
-    sets = (SHAPE_KEYS, TRAINING_KEYS, BEYOND_KEYS, DEPENDENT_KEYS)
+    sets = (SHAPE_KEYS, TRAINING_KEYS, FEATURES, DEPENDENT_KEYS)
     assert sorted(field.name for field in fields(ModelConfig)) == sorted(itertools.chain(*sets))
 
 
@@ -100,17 +100,22 @@ def test_every_key_of_the_configuration_is_accounted_for() -> None:
     "change",
     [
         {"activation": "relu2"},
-        {"normalization": "LayerNorm"},
         {"norm_placement": "post"},
-        {"layernorm_scaling": True},
+        {"final_norm": False},
         {"attention_output_gate": "headwise"},
-        {"sliding_window": 4},
+        {"embedding_norm": True},
     ],
 )
-def test_features_beyond_every_class_are_named(change: dict[str, object]) -> None:
+def test_features_beyond_the_stock_classes_are_named(change: dict[str, object]) -> None:
     ((key, value),) = change.items()
-    with pytest.raises(ConversionError, match=f"model.{key}: {value}"):
-        choose_family(tiny(**change))
+    assert choose_family(tiny(**change)).architecture == "SparsecodForCausalLM"
+    with pytest.raises(ConversionError, match=rf"LlamaForCausalLM: model\.{key}={str(value).lower()};"):
+        choose_family(tiny(**change), families=FAMILIES[:-1])
+
+
+def test_features_beyond_every_class_are_named() -> None:
+    with pytest.raises(ConversionError, match="SparsecodForCausalLM: model.normalization=LayerNorm"):
+        choose_family(tiny(normalization="LayerNorm"))
 
 
 def test_a_feature_the_families_have_not_heard_of_is_refused() -> None:
@@ -125,7 +130,7 @@ def test_a_feature_the_families_have_not_heard_of_is_refused() -> None:
 
 
 def test_what_stands_in_the_way_of_each_candidate_is_told() -> None:
-    llama, _, mixtral, _ = FAMILIES
+    llama, _, _, mixtral, *_ = FAMILIES
     model = moe(moe_shared_expert_intermediate_size=28)
     with pytest.raises(ConversionError, match=r"Llama.*num_moe_experts=5; Mixtral.*shared_expert_intermediate_size=28"):
         choose_family(model, families=(llama, mixtral))

@@ -82,11 +82,11 @@ def test_a_table_with_two_names_exchanged_does_not_pass(tmp_path: Path, monkeypa
     family = choose_family(model)
 
     def exchanged(model: ModelConfig, layer: int) -> object:
-        fc1, fc2 = family.layer_entries(model, layer)
+        fc1, fc2 = family.mlp_entries(model, layer)
         yield dataclasses.replace(fc1, hf=fc1.hf[::-1])
         yield fc2
 
-    broken = dataclasses.replace(family, layer_entries=exchanged)
+    broken = dataclasses.replace(family, mlp_entries=exchanged)
     monkeypatch.setattr("sparsecod_megatron.hf.export.choose_family", lambda model: broken)
     report = compare(model, tensors, export(model, tensors, tmp_path / "m"))
     with pytest.raises(ConversionError, match=r"max \|Δlogit\| .*first layer that differs: 0"):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecod_megatron.errors import ConversionError
-from sparsecod_megatron.hf.transforms import Transform, gate_up, query_key_value, same, scaled, zeros
+from sparsecod_megatron.hf.transforms import Transform, folded, gate_up, query_key_value, same, scaled, zeros
 
 SIZE = st.integers(1, 5)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -15,11 +15,8 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 @st.composite
 def transforms(draw: st.DrawFn) -> Transform:
     a, b, c, d = (draw(SIZE) for _ in range(4))
-    return draw(
-        st.sampled_from(
-            [same((a, b)), scaled((a, b), 2.0), scaled((a,), 0.25), gate_up(a, b), query_key_value(a * b, a, c, d)]
-        )
-    )
+    qkv = [query_key_value(a * b, a, c, d, gated=gated) for gated in (False, True)]
+    return draw(st.sampled_from([same((a, b)), scaled((a, b), 2.0), scaled((a,), 0.25), gate_up(a, b), *qkv]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -70,3 +67,19 @@ def test_zeros_come_from_nothing_and_refuse_to_vanish_when_they_are_not_zero() -
     made[1][0, 2] = float("nan")
     with pytest.raises(ConversionError, match="other than zero"):
         transform.to_megatron(made)
+
+
+def test_folding_rounds_once() -> None:
+    weight = torch.tensor([1.0, 3.0, -0.7])
+    factor = 3**-0.5
+    (found,) = folded((3,), factor).to_hf([weight])
+    assert torch.equal(found, (weight.double() * factor).float())
+    assert torch.equal(folded((3,), 1.0).to_hf([weight])[0], weight)
+
+
+def test_gates_stand_between_queries_and_key_of_their_group() -> None:
+    rows = torch.arange(2 * (2 + 2 + 2) * 1).unsqueeze(1).float()
+    query, key, value, gate = query_key_value(4, 2, 1, 1, gated=True).to_hf([rows])
+    assert query.flatten().tolist() == [0, 1, 6, 7]
+    assert gate.flatten().tolist() == [2, 3, 8, 9]
+    assert (key.flatten().tolist(), value.flatten().tolist()) == ([4, 10], [5, 11])

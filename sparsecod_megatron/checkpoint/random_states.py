@@ -1,0 +1,63 @@
+"""Every random generator of every rank, as JSON: torch, Megatron-Core's tracker, Python's and numpy's.
+
+Restored under the same layout they make a resumed run draw the numbers (dropout) that the straight run drew.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+RandomStates = list[dict[str, Any]]
+"""By rank."""
+
+
+def gather_random_states() -> RandomStates:
+    """All ranks' generators. Collective over all processes; the list is complete on rank 0 and empty elsewhere."""
+    first = dist.get_rank() == 0
+    states: list[Any] = [None] * dist.get_world_size() if first else []
+    dist.gather_object(_local_states(), states if first else None, dst=0)
+    return states
+
+
+def restore_random_states(states: RandomStates) -> None:
+    """Put this rank's generators where they were. Local.
+
+    Raises:
+        LookupError, TypeError, ValueError, RuntimeError: not what `gather_random_states` gave.
+    """
+    mine = states[dist.get_rank()]
+    torch.set_rng_state(_decode(mine["cpu"]))
+    if torch.cuda.is_available() and "cuda" in mine:
+        torch.cuda.set_rng_state(_decode(mine["cuda"]))
+    get_cuda_rng_tracker().set_states({name: _decode(text) for name, text in mine["tracker"].items()})
+    version, words, gauss = mine["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy_state = mine["numpy"]
+    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+
+
+def _local_states() -> dict[str, Any]:
+    local: dict[str, Any] = {"cpu": _encode(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        local["cuda"] = _encode(torch.cuda.get_rng_state())
+    local["tracker"] = {name: _encode(state) for name, state in get_cuda_rng_tracker().get_states().items()}
+    local["python"] = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    key = [int(word) for word in numpy_state["state"]["key"]]
+    local["numpy"] = {**numpy_state, "state": {**numpy_state["state"], "key": key}}
+    return local
+
+
+def _encode(state: torch.Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

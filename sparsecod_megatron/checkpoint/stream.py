@@ -1,0 +1,199 @@
+"""A checkpoint of any layout as single-process tensors, read from disk one at a time and never built into a model.
+
+Checkpoints hold what all layouts share: each parameter once, in pieces, with the layers (and experts) of one kind
+stacked under one key. This file finds the pieces of one tensor and puts them together.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, find_damage
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+from sparsecod_megatron.checkpoint.state import read_state
+from sparsecod_megatron.checkpoint.untrusted import read_metadata
+from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE, TOKENIZER_DIR
+
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
+STACKED_EXPERTS, EXPERT = "mlp.experts.experts.", "mlp.experts.local_experts.{}."
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies.
+
+    Attributes:
+        key: in the checkpoint.
+        index: layer and expert, as far as they are stacked under the key.
+    """
+
+    key: str
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StreamedCheckpoint:
+    """A checkpoint that is open for reading.
+
+    Attributes:
+        config: of the run that made it, as it was saved.
+        tensors: every parameter (and router bias) under its name in a single-process GPTModel of the local spec; each
+            access reads the tensor from disk.
+        step_dir: the checkpoint.
+        tokenizer_dir: HuggingFace tokenizer of the run, or None if there is none beside it.
+    """
+
+    config: RunConfig
+    tensors: Mapping[str, Tensor]
+    step_dir: Path
+    tokenizer_dir: Path | None
+
+
+@contextmanager
+def streamed_checkpoint(path: Path, *, digests: bool = True) -> Iterator[StreamedCheckpoint]:
+    """Open a checkpoint while the block runs. Local; needs no process group.
+
+    Args:
+        path: a run directory or one of its step directories.
+        digests: compare all files with their SHA-256 first; otherwise only presence and sizes.
+
+    Raises:
+        CheckpointError: no checkpoint at or under `path`.
+        DamagedCheckpoint: not as it was written (also while tensors are read).
+    """
+    step_dir = resolve_step_dir(path)
+    if damage := find_damage(step_dir, digests=digests):
+        raise DamagedCheckpoint(f"{step_dir}: damaged ({damage}); choose another step")
+    read_state(step_dir)
+    tokenizer_dir = step_dir.parent.parent / TOKENIZER_DIR
+    with ExitStack() as files:
+        yield StreamedCheckpoint(
+            config=load_config(step_dir / CONFIG_FILE),
+            tensors=CheckpointTensors(step_dir, files),
+            step_dir=step_dir,
+            tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+        )
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for and kept by nobody.
+
+    Args:
+        step_dir: the checkpoint.
+        files: closes the files that reading opens.
+    """
+
+    def __init__(self, step_dir: Path, files: ExitStack) -> None:
+        self._step_dir, self._files = step_dir, files
+        self._open: dict[str, BinaryIO] = {}
+        self._metadata = _index(step_dir)
+        self._places = dict(_places(self._metadata))
+        self._pieces = self._pieces_by_place()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """On CPU, in the type it was saved in.
+
+        Raises:
+            DamagedCheckpoint: a piece is absent or damaged.
+        """
+        place = self._places[name]
+        entry = self._metadata.state_dict_metadata[place.key]
+        assert isinstance(entry, TensorStorageMetadata), place
+        stacked = len(place.index)
+        shape = tuple(entry.size)[stacked:]
+        pieces = self._pieces.get(place, [])
+        if len(pieces) == 1:
+            return self._read(pieces[0]).reshape(shape)
+        whole, filled = torch.empty(shape, dtype=entry.properties.dtype), 0
+        for piece in pieces:
+            tensor = self._read(piece)[(0,) * stacked]
+            assert piece.offset is not None
+            where = tuple(
+                slice(start, start + size) for start, size in zip(piece.offset[stacked:], tensor.shape, strict=True)
+            )
+            whole[where] = tensor
+            filled += tensor.numel()
+        if filled != whole.numel():
+            raise DamagedCheckpoint(f"{self._step_dir}: {place.key} is incomplete; choose another step")
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _pieces_by_place(self) -> dict[Place, list[MetadataIndex]]:
+        """Pieces of each place; Megatron-Core writes one layer and one expert a piece."""
+        depth = {place.key: len(place.index) for place in self._places.values()}
+        pieces: dict[Place, list[MetadataIndex]] = {}
+        for index in self._metadata.storage_data:
+            if index.fqn in depth and index.offset is not None:
+                place = Place(index.fqn, tuple(index.offset[: depth[index.fqn]]))
+                pieces.setdefault(place, []).append(index)
+        return pieces
+
+    def _read(self, piece: MetadataIndex) -> Tensor:
+        stored = self._metadata.storage_data[piece]
+        try:
+            if stored.relative_path not in self._open:
+                file = (self._step_dir / stored.relative_path).open("rb")
+                self._open[stored.relative_path] = self._files.enter_context(file)
+            self._open[stored.relative_path].seek(stored.offset)
+            content = io.BytesIO(self._open[stored.relative_path].read(stored.length))
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise DamagedCheckpoint(
+                f"{self._step_dir / stored.relative_path}: {piece.fqn} cannot be read ({reason}); choose another step"
+            ) from error
+
+
+def _index(step_dir: Path) -> Metadata:
+    try:
+        return read_metadata(step_dir)
+    except (OSError, pickle.UnpicklingError) as error:
+        raise DamagedCheckpoint(
+            f"{step_dir}: its index cannot be read ({' '.join(str(error).split())[:200]}); choose another step"
+        ) from error
+
+
+def _places(metadata: Metadata) -> Iterator[tuple[str, Place]]:
+    """Name in the model and place of every weight."""
+    for key, entry in metadata.state_dict_metadata.items():
+        if key.startswith("optimizer.") or not isinstance(entry, TensorStorageMetadata):
+            continue
+        found = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key)
+        if found is None:
+            yield key, Place(key, ())
+            continue
+        numbered, rest = found.groups()
+        layers = range(entry.size[0]) if numbered is None else [int(numbered)]
+        for layer in layers:
+            above = (layer,) if numbered is None else ()
+            for name, expert in _expert_names(FUSED_NORMS.get(rest, rest), entry, len(above)):
+                yield f"decoder.layers.{layer}.{name}", Place(key, above + expert)
+
+
+def _expert_names(rest: str, entry: TensorStorageMetadata, axis: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if not rest.startswith(STACKED_EXPERTS):
+        yield rest, ()
+        return
+    for expert in range(entry.size[axis]):
+        yield EXPERT.format(expert) + rest.removeprefix(STACKED_EXPERTS), (expert,)

@@ -1,0 +1,84 @@
+"""Loading a checkpoint runs nothing that is written in it.
+
+torch's reader unpickles `.metadata`, and Megatron-Core's planner unpickles objects inside the shards; a pickle can call
+any function. Here `.metadata` may name only the classes that it is made of, and torch.load only restores tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from sparsecod_megatron.checkpoint.paths import METADATA_FILE
+
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "uint8"},
+    "collections": {"OrderedDict"},
+}
+"""What torch's and Megatron-Core's writers put into `.metadata`."""
+
+
+class _MetadataReader(pickle.Unpickler):
+    """Refuses, before it is looked up, every name that does not belong into `.metadata`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{METADATA_FILE} names {module}.{name}, which does not belong there")
+        return super().find_class(module, name)
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read `.metadata` without calling anything but its own classes. Local.
+
+    Raises:
+        OSError: it cannot be read.
+        pickle.UnpicklingError: it names something else, or is damaged.
+    """
+    content = (directory / METADATA_FILE).read_bytes()
+    try:
+        metadata = _MetadataReader(io.BytesIO(content)).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # of any kind: damaged bytes are arguments to the classes above
+        raise pickle.UnpicklingError(f"{METADATA_FILE}: {type(error).__name__}: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"{METADATA_FILE} holds a {type(metadata).__name__}")
+    return metadata
+
+
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """While the block runs, every torch.load of this process refuses to call functions, even where told to.
+
+    Source: torch.serialization.load; the planner asks for `weights_only=False` (checkpoint/default_planner.py).
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,123 @@
+"""`sparsecod import`: a HuggingFace directory as a run directory of ours, at step 0."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.config import RunConfig
+    from sparsecod_megatron.hf.source import HFSource
+
+HELP = (
+    "Make a run directory at step 0 from a HuggingFace model. Any layout trains on from it: "
+    "sparsecod train OUTPUT/config.yaml checkpoint.init_from=OUTPUT logging.run_dir=RUN data.prefix=PREFIX"
+)
+EXAMPLE = "sparsecod import --hf models/stories260K_hf --output runs/stories --config examples/configs/nano_dense.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `sparsecod import`."""
+    parser.add_argument("--hf", required=True, type=Path, help="model directory with config.json and safetensors")
+    parser.add_argument("--output", required=True, type=Path, help="run directory to make; must not exist or be empty")
+    parser.add_argument(
+        "--config", type=Path, default=None, help="configuration whose other sections to keep; the model is the file's"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read everything, then write everything."""
+    from sparsecod_megatron.backend import select_backend
+
+    select_backend()
+    from sparsecod_megatron.config import save_config
+    from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
+    from sparsecod_megatron.hf.directory import directory_in_the_making
+    from sparsecod_megatron.hf.source import open_model
+    from sparsecod_megatron.hf.tokenizer import has_tokenizer, load_tokenizer
+
+    source = open_model(args.hf)
+    config = run_config(source, args.config)
+    vocab_size = config.model.vocab_size or 0
+    tokenizer = load_tokenizer(args.hf, vocab_size=vocab_size) if has_tokenizer(args.hf) else None
+    with directory_in_the_making(args.output) as folder:
+        write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
+        save_config(config, folder / CONFIG_FILE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / TOKENIZER_DIR)
+    print(f"{args.output}  from {args.hf} ({source.family.architecture})")
+
+
+def run_config(source: HFSource, base: Path | None) -> RunConfig:
+    """The configuration of the imported run.
+
+    Args:
+        source: the model.
+        base: file whose other sections, and keys of the model that only training reads, are kept.
+    """
+    import json
+
+    from sparsecod_megatron.config import load_config
+    from sparsecod_megatron.hf.families.choose import TRAINING_KEYS
+
+    kept = TRAINING_KEYS - {"make_vocab_size_divisible_by"} if base else frozenset()
+    keys = {
+        field.name: getattr(source.model, field.name)
+        for field in dataclasses.fields(source.model)
+        if field.name not in kept | {"init_std", "preset"}
+    }
+    overrides = [f"model.{name}={json.dumps(value)}" for name, value in keys.items()]
+    return load_config(base, overrides if base else [*overrides, f"data.seq_length={source.seq_length}"])
+
+
+def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> Path:
+    """Write the weights as a checkpoint of step 0, through a trainer of one process.
+
+    Args:
+        source: the model.
+        config: of the run; its layout does not matter to the checkpoint.
+        checkpoints: folder to write the step directory into.
+    """
+    import torch
+
+    from sparsecod_megatron.backend import select_backend
+    from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
+    from sparsecod_megatron.model import unwrap
+    from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.train.setup import build_trainer
+
+    backend = select_backend()
+    config = _single_process(config)
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        trainer = build_trainer(config, backend, groups)
+        model = unwrap(trainer.models[0])
+        own = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.no_grad():
+            for name, tensor in source.tensors():
+                own[name].copy_(tensor)
+        trainer.optimizer.reload_model_params()
+        return save_checkpoint(
+            checkpoints,
+            config=config,
+            models=trainer.models,
+            optimizer=trainer.optimizer,
+            scheduler=trainer.scheduler,
+            state=TrainState(),
+            groups=groups,
+        )
+
+
+def _single_process(config: RunConfig) -> RunConfig:
+    """The same run on one process and in fp32, whose checkpoint every layout and precision loads."""
+    from sparsecod_megatron.config import ParallelConfig, PrecisionConfig
+
+    batch = dataclasses.replace(config.train, global_batch_size=1, rampup_batch_size=None, micro_batch_size=1)
+    return dataclasses.replace(
+        config,
+        parallel=ParallelConfig(),
+        precision=PrecisionConfig(dtype="fp32"),
+        train=batch,
+        megatron={},
+    )

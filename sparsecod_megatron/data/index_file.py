@@ -1,0 +1,115 @@
+"""Megatron's `.idx` file: where each sequence of a `.bin` file begins and ends.
+
+Written with NumPy from a file of lengths: Megatron's own writer keeps a Python list of them, which at a hundred million
+documents takes gigabytes and minutes. Read to be checked, before anything maps it.
+
+Layout, little endian: magic (9 bytes), version (uint64), token type (uint8), sequences and document ends (uint64 each),
+then int32 lengths in tokens, int64 offsets in bytes, int64 numbers of the sequences that documents end before.
+
+Source: `IndexedDataset` in megatron/core/datasets/indexed_dataset.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparsecod_megatron.errors import DataError
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_DTYPES: dict[int, type[np.integer]] = {4: np.int32, 5: np.int64, 8: np.uint16}
+_CHUNK = 1 << 22
+MAKE_AGAIN = "make it again with `sparsecod data`"
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """What an `.idx` file says of the pair: sequences, tokens, and the type of the stored ids."""
+
+    num_sequences: int
+    num_tokens: int
+    dtype: type[np.integer]
+
+
+def write_index(path: Path, lengths: np.ndarray, dtype: type[np.integer]) -> None:
+    """Write the index of documents of one sequence each, laid end to end.
+
+    Args:
+        path: the `.idx` file.
+        lengths: `[documents]` int32, in tokens; may be a memory map.
+        dtype: of the stored ids.
+    """
+    code = next(code for code, known in _DTYPES.items() if known is dtype)
+    with path.open("wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(lengths) + 1))
+        for start in range(0, len(lengths), _CHUNK):
+            stream.write(lengths[start : start + _CHUNK].astype("<i4").tobytes())
+        offset = 0
+        for start in range(0, len(lengths), _CHUNK):
+            ends = offset + np.cumsum(lengths[start : start + _CHUNK], dtype="<i8") * np.dtype(dtype).itemsize
+            stream.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for start in range(0, len(lengths) + 1, _CHUNK):
+            stream.write(np.arange(start, min(start + _CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
+
+
+def read_header(path: Path) -> tuple[TokenFiles, int]:
+    """Read the ends of the file: its header, and the last sequence, which tells the number of tokens.
+
+    Returns:
+        The facts, and the number of document ends.
+
+    Raises:
+        DataError: foreign, truncated or empty.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+            raise DataError(f"{path}: not a Megatron index file (begins with {header[:9]!r}); {MAKE_AGAIN}")
+        _, version, code, sequences, documents = _HEADER.unpack(header)
+        if version != _VERSION or code not in _DTYPES:
+            message = f"index version {version}, token type {code}"
+            raise DataError(f"{path}: {message}; supported are version 1 and types {sorted(_DTYPES)}: {MAKE_AGAIN}")
+        expected = _HEADER.size + 12 * sequences + 8 * documents
+        if size != expected:
+            raise DataError(f"{path}: {size} bytes, but its header says {expected}; it was cut short: {MAKE_AGAIN}")
+        if sequences == 0 or documents < 2:
+            raise DataError(f"{path}: no documents in it; {MAKE_AGAIN} from text that is not empty")
+        stream.seek(_HEADER.size + 4 * (sequences - 1))
+        (last_length,) = struct.unpack("<i", stream.read(4))
+        stream.seek(_HEADER.size + 12 * sequences - 8)
+        (last_offset,) = struct.unpack("<q", stream.read(8))
+    dtype = _DTYPES[code]
+    return TokenFiles(sequences, last_offset // np.dtype(dtype).itemsize + last_length, dtype), documents
+
+
+def check_entries(path: Path) -> None:
+    """Check that the sequences lie end to end and that documents end at sequences. Reads the whole file.
+
+    Raises:
+        DataError: an entry that contradicts another.
+    """
+    files, documents = read_header(path)
+    sequences, itemsize = files.num_sequences, np.dtype(files.dtype).itemsize
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    lengths = np.frombuffer(content, "<i4", sequences, _HEADER.size)
+    offsets = np.frombuffer(content, "<i8", sequences, _HEADER.size + 4 * sequences)
+    ends = np.frombuffer(content, "<i8", documents, _HEADER.size + 12 * sequences)
+    offset = 0
+    for start in range(0, sequences, _CHUNK):
+        sizes = lengths[start : start + _CHUNK].astype(np.int64) * itemsize
+        begins = np.concatenate([[offset], offset + np.cumsum(sizes)])
+        wrong = (sizes < 0) | (begins[:-1] != offsets[start : start + _CHUNK])
+        if wrong.any():
+            number = start + int(wrong.argmax())
+            message = f"sequence {number} has length {lengths[number]} and offset {offsets[number]}"
+            raise DataError(f"{path}: {message}, which do not follow from those before; it is damaged: {MAKE_AGAIN}")
+        offset = int(begins[-1])
+    if ends[0] != 0 or ends[-1] != sequences or (np.diff(ends) < 0).any():
+        raise DataError(f"{path}: its documents do not end at its {sequences} sequences; it is damaged: {MAKE_AGAIN}")

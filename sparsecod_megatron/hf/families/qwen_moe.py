@@ -1,0 +1,156 @@
+"""Mixtures of experts with a shared expert or without renormalised weights (Qwen2-MoE), or with QK-norm (Qwen3-MoE).
+
+Qwen2-MoE has three features that ours may lack; each is then set so that it computes exactly nothing:
+
+- The shared expert is multiplied by `sigmoid(w · x)`. `w = 0` makes that 0.5 everywhere, and doubling the down
+  projection takes it back: both are exact in binary floating point.
+- A shared expert is always there. Ours without one gets a narrow one of zeros.
+- q, k and v have biases: zeros. `qkv_bias` could switch them off, but readers of the format that do not know it would
+  leave the absent biases uninitialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import Qwen2MoeConfig, Qwen3MoeConfig
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.entries import (
+    PROJECTIONS,
+    dense_entries,
+    layer_names,
+    mlp_entries,
+    routed_entries,
+)
+from sparsecod_megatron.hf.families.llama import PRE_NORM
+from sparsecod_megatron.hf.table import Entry
+from sparsecod_megatron.hf.transforms import same, zeros
+
+EMPTY_SHARED_WIDTH = 16
+"""Width of the zero shared expert: narrow beside a real one, yet divisible by the sizes inference engines split by."""
+
+
+def _qwen2_obstacle(model: ModelConfig) -> str | None:
+    return None if model.is_moe else "model.num_moe_experts unset"
+
+
+def _qwen3_obstacle(model: ModelConfig) -> str | None:
+    if not model.is_moe:
+        return "model.num_moe_experts unset"
+    if not model.qk_norm:
+        return "model.qk_norm=false"
+    if model.moe_shared_expert_intermediate_size is not None:
+        return f"model.moe_shared_expert_intermediate_size={model.moe_shared_expert_intermediate_size}"
+    return None
+
+
+def _qwen2_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
+    yield _zero_biases(model, layer)
+    yield from _qwen3_entries(model, layer)
+    if model.is_moe_layer(layer):
+        yield from _shared_entries(model, *(f"{prefix}.mlp" for prefix in layer_names(layer)))
+
+
+def _qwen3_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
+    if not model.is_moe_layer(layer):
+        return dense_entries(model, layer)
+    ours, theirs = layer_names(layer)
+    return routed_entries(model, f"{ours}.mlp", f"{theirs}.mlp")
+
+
+def _zero_biases(model: ModelConfig, layer: int) -> Entry:
+    attention = f"{layer_names(layer)[1]}.self_attn"
+    sizes = [heads * model.head_dim for heads in (model.num_attention_heads, model.query_groups, model.query_groups)]
+    return Entry((), tuple(f"{attention}.{part}_proj.bias" for part in "qkv"), zeros(*((size,) for size in sizes)))
+
+
+def _shared_entries(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
+    hidden, width = model.hidden_size, model.moe_shared_expert_intermediate_size
+    shared, gate = f"{theirs}.shared_expert", (f"{theirs}.shared_expert_gate.weight",)
+    if model.moe_shared_expert_gate:
+        yield Entry((f"{ours}.shared_experts.gate_weight",), gate, same((1, hidden)))
+    else:
+        yield Entry((), gate, zeros((1, hidden)))
+    if width is not None:
+        factor = 1.0 if model.moe_shared_expert_gate else 2.0
+        yield from mlp_entries(f"{ours}.shared_experts", shared, ffn=width, hidden=hidden, down_factor=factor)
+        return
+    inward, outward = (EMPTY_SHARED_WIDTH, hidden), (hidden, EMPTY_SHARED_WIDTH)
+    yield Entry((), tuple(f"{shared}.{name}.weight" for name in PROJECTIONS), zeros(inward, inward, outward))
+
+
+def _routed_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_experts": model.num_moe_experts,
+        "num_experts_per_tok": model.moe_router_topk,
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "moe_intermediate_size": model.expert_ffn_hidden_size,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(model.moe_first_k_dense_layers)),
+    }
+
+
+def _read_routed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    dense = sorted(fields.get("mlp_only_layers") or [])
+    if dense != list(range(len(dense))) or fields["decoder_sparse_step"] != 1:
+        raise ConversionError(
+            f"config.json: mlp_only_layers {dense} with decoder_sparse_step {fields['decoder_sparse_step']} has no "
+            "counterpart; only layers from the first on can be dense"
+        )
+    return {
+        "num_moe_experts": fields.get("num_experts", fields.get("num_local_experts")),
+        "moe_router_topk": fields["num_experts_per_tok"],
+        "moe_router_pre_softmax": not fields["norm_topk_prob"],
+        "moe_ffn_hidden_size": fields["moe_intermediate_size"],
+        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
+        "moe_first_k_dense_layers": len(dense),
+    }
+
+
+def _qwen2_fields(model: ModelConfig) -> dict[str, Any]:
+    return _routed_fields(model) | {
+        "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or EMPTY_SHARED_WIDTH,
+        "qkv_bias": True,
+        "use_sliding_window": False,
+    }
+
+
+def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return _read_routed(fields) | {
+        "moe_shared_expert_intermediate_size": fields["shared_expert_intermediate_size"],
+        "moe_shared_expert_gate": True,
+    }
+
+
+def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
+    window = {"use_sliding_window": model.sliding_window is not None, "sliding_window": model.sliding_window}
+    return _routed_fields(model) | window | {"attention_bias": False}
+
+
+def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return _read_routed(fields) | {"qk_norm": True, "sliding_window": fields.get("sliding_window")}
+
+
+QWEN2_MOE = Family(
+    "Qwen2MoeForCausalLM",
+    Qwen2MoeConfig,
+    PRE_NORM | {"moe_shared_expert_gate", "moe_first_k_dense_layers"},
+    _qwen2_obstacle,
+    _qwen2_entries,
+    _qwen2_fields,
+    _read_qwen2,
+)
+QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    Qwen3MoeConfig,
+    PRE_NORM | {"qk_norm", "sliding_window", "moe_first_k_dense_layers"},
+    _qwen3_obstacle,
+    _qwen3_entries,
+    _qwen3_fields,
+    _read_qwen3,
+)

@@ -1,0 +1,43 @@
+"""Rotary embeddings and their scaling, in transformers' `rope_parameters` and in our keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.errors import ConversionError
+
+LLAMA3_RANGE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""What Megatron-Core's llama3 scaling is fixed to (models/common/embeddings/rotary_pos_embedding.py)."""
+
+
+def rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters` of a configuration."""
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
+    if model.rope_scaling != "none":
+        parameters |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rope_scaling in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = model.rope_original_max_position_embeddings
+    return parameters | (LLAMA3_RANGE if model.rope_scaling == "llama3" else {})
+
+
+def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys from `rope_parameters`; `rope_parameters` of the result says whether they express all of it.
+
+    Raises:
+        ConversionError: a kind of scaling, or a base, that ours has not.
+    """
+    kind, base = parameters["rope_type"], parameters["rope_theta"]
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ConversionError(
+            f"config.json: rope_type {kind!r} has no counterpart; only default, linear, llama3 and yarn import"
+        )
+    if base != int(base):
+        raise ConversionError(f"config.json: rope_theta {base} is no whole number, which model.rotary_base must be")
+    keys: dict[str, Any] = {"rotary_base": int(base)}
+    if kind != "default":
+        keys |= {"rope_scaling": kind, "rope_scaling_factor": float(parameters["factor"])}
+    if "original_max_position_embeddings" in parameters:
+        keys["rope_original_max_position_embeddings"] = int(parameters["original_max_position_embeddings"])
+    return keys

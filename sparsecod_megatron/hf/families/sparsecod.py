@@ -1,0 +1,90 @@
+"""Whatever no stock class expresses: the architecture of our own, `modeling_sparsecod.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.hf.configuration_sparsecod import SparsecodConfig
+from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.entries import dense_entries, layer_names, mlp_entries, routed_entries
+from sparsecod_megatron.hf.table import Entry
+from sparsecod_megatron.hf.transforms import same
+
+SAME_NAMES = (
+    "activation",
+    "norm_placement",
+    "mix_post_fraction",
+    "layernorm_scaling",
+    "final_norm",
+    "qk_norm",
+    "attention_output_gate",
+    "sliding_window",
+    "window_attn_skip_freq",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_router_topk_per_layer",
+    "moe_first_k_dense_layers",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_dtype",
+    "moe_router_enable_expert_bias",
+)
+"""Keys with one name in `model:` and in the architecture's configuration."""
+CODE = tuple(Path(__file__).parents[1] / f"{name}_sparsecod.py" for name in ("configuration", "modeling", "moe"))
+"""What loading without this package needs beside the weights."""
+AUTO_MAP = {
+    "AutoConfig": "configuration_sparsecod.SparsecodConfig",
+    "AutoModel": "modeling_sparsecod.SparsecodModel",
+    "AutoModelForCausalLM": "modeling_sparsecod.SparsecodForCausalLM",
+}
+
+
+def _mlp_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
+    if not model.is_moe_layer(layer):
+        yield from dense_entries(model, layer)
+        return
+    ours, theirs = (f"{prefix}.mlp" for prefix in layer_names(layer))
+    yield from routed_entries(model, ours, theirs)
+    if model.moe_router_enable_expert_bias:
+        bias = same((model.num_moe_experts or 0,))
+        yield Entry((f"{ours}.router.expert_bias",), (f"{theirs}.gate.expert_bias",), bias)
+    shared = model.moe_shared_expert_intermediate_size
+    if shared is not None:
+        names = (f"{ours}.shared_experts", f"{theirs}.shared_expert")
+        yield from mlp_entries(*names, ffn=shared, hidden=model.hidden_size, is_gated=model.is_gated)
+    if model.moe_shared_expert_gate:
+        gate = same((1, model.hidden_size))
+        yield Entry((f"{ours}.shared_experts.gate_weight",), (f"{theirs}.shared_expert_gate.weight",), gate)
+
+
+def _fields(model: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in SAME_NAMES} | {
+        "embedding_norm": model.has_embedding_norm,
+        "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
+        "auto_map": AUTO_MAP,
+    }
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in (*SAME_NAMES, "embedding_norm", "moe_ffn_hidden_size")}
+
+
+SPARSECOD = Family(
+    "SparsecodForCausalLM",
+    SparsecodConfig,
+    frozenset((*SAME_NAMES, "rope_scaling", "embedding_norm")),
+    lambda model: None,
+    _mlp_entries,
+    _fields,
+    _read,
+    folds_scaling=False,
+    code=CODE,
+)

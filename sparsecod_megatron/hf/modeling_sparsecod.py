@@ -1,0 +1,278 @@
+"""The `sparsecod` architecture: a causal language model with every variant of the model family.
+
+Copied as it is into an export, so it imports nothing of this package but its neighbours. With N a norm, f attention or
+MLP, and s = 1 / sqrt(layer + 1) under LayerNorm scaling (1 otherwise), a branch joins the residual stream as
+
+    pre              x + f(s · N(x))
+    post             N(x + f(x))
+    peri, sandwich   x + s · N'(f(N(x)))
+    mix              post in the first layers, pre in the others
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_sparsecod import SparsecodConfig
+from .moe_sparsecod import SparsecodMLP, SparsecodMoE
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class SparsecodRMSNorm(nn.Module):
+    """scale · weight · x / sqrt(mean(x²) + eps) over the last axis."""
+
+    def __init__(self, size: int, eps: float, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.scale = eps, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] → [..., size]."""
+        return self.scale * F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SparsecodRotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions, frequencies by transformers' rules for `rope_parameters`.
+
+    Frequencies are made when they are used: a buffer that no file holds would be lost where models load on `meta`.
+    """
+
+    def __init__(self, config: SparsecodConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """[batch, seq] → two of [batch, 1, seq, head_dim]."""
+        frequencies, factor = self._frequencies(positions.device)
+        angles = positions[:, None, :, None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (factor * angles.cos()).to(dtype), (factor * angles.sin()).to(dtype)
+
+    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        parameters = self.config.rope_parameters
+        if parameters["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
+        pairs = torch.arange(0, self.config.head_dim, 2, dtype=torch.float, device=device)
+        return parameters["rope_theta"] ** (-pairs / self.config.head_dim), 1.0
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn channel i with channel i + head_dim / 2; [batch, heads, seq, head_dim]."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with its weights: [batch, seq, heads, head_dim] and [batch, heads, seq, keys]."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class SparsecodAttention(nn.Module):
+    """Causal self-attention with grouped queries, optional norms of queries and keys, window and output gate."""
+
+    def __init__(self, config: SparsecodConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling, self.is_causal = config.head_dim**-0.5, True
+        self.sliding_window = config.sliding_window if config.is_windowed(layer_idx) else None
+        hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, width, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(width, hidden, bias=False)
+        gates = {"none": 0, "headwise": config.num_attention_heads, "elementwise": width}[config.attention_output_gate]
+        self.g_proj = nn.Linear(hidden, gates, bias=False) if gates else None
+        self.q_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: Cache | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[batch, seq, hidden] → the same, and attention weights where the implementation has them."""
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = rotate(self.q_norm(query).transpose(1, 2), rotation)
+        key, value = rotate(self.k_norm(key).transpose(1, 2), rotation), value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        output, weights = attend(self, query, key, value, mask, **options, **kwargs)
+        if self.g_proj is not None:
+            gate = torch.sigmoid(self.g_proj(x).float()).to(output.dtype)
+            output = output * gate.unflatten(-1, (self.config.num_attention_heads, -1))
+        return self.o_proj(output.flatten(start_dim=-2)), weights
+
+
+class SparsecodLayer(nn.Module):
+    """Attention and MLP, each joined to the residual stream as the placement of norms has it."""
+
+    def __init__(self, config: SparsecodConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.is_post_norm = config.is_post_norm(layer_idx)
+        has_branch_norm = config.norm_placement in ("peri", "sandwich")
+        scale = config.norm_scale(layer_idx)
+
+        def norm(present: bool, scale: float = 1.0) -> nn.Module | None:
+            return SparsecodRMSNorm(config.hidden_size, config.rms_norm_eps, scale) if present else None
+
+        self.self_attn = SparsecodAttention(config, layer_idx)
+        is_moe = config.is_moe_layer(layer_idx)
+        self.mlp = SparsecodMoE(config, layer_idx) if is_moe else SparsecodMLP(config, config.intermediate_size)
+        has_join_norm, before = self.is_post_norm or has_branch_norm, 1.0 if has_branch_norm else scale
+        self.input_layernorm = norm(not self.is_post_norm, before)
+        self.attention_join_norm = norm(has_join_norm, scale)
+        self.post_attention_layernorm = norm(not self.is_post_norm, before)
+        self.mlp_join_norm = norm(has_join_norm, scale)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: Cache | None, **kwargs: Any) -> Tensor:
+        """[batch, seq, hidden] → [batch, seq, hidden]."""
+
+        def attention(x: Tensor) -> Tensor:
+            return self.self_attn(x, rotation, mask, cache, **kwargs)[0]
+
+        x = self._joined(x, attention, self.input_layernorm, self.attention_join_norm)
+        return self._joined(x, self.mlp, self.post_attention_layernorm, self.mlp_join_norm)
+
+    def _joined(
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], before: nn.Module | None, join: nn.Module | None
+    ) -> Tensor:
+        output = branch(x if before is None else before(x))
+        if join is None:
+            return x + output
+        return join(x + output) if self.is_post_norm else x + join(output)
+
+
+class SparsecodPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every class of an architecture."""
+
+    config_class = SparsecodConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["SparsecodLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+
+class SparsecodModel(SparsecodPreTrainedModel):
+    """Embeddings, layers, final norm."""
+
+    def __init__(self, config: SparsecodConfig) -> None:
+        super().__init__(config)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, size, config.pad_token_id)
+        self.embedding_norm = SparsecodRMSNorm(size, eps) if config.embedding_norm else nn.Identity()
+        self.layers = nn.ModuleList(SparsecodLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = SparsecodRMSNorm(size, eps) if config.final_norm else nn.Identity()
+        self.rotary_emb = SparsecodRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Token ids or embeddings to the last hidden state [batch, seq, hidden].
+
+        `hidden_states` are the layers' inputs, and the output after the final norm, as everywhere in transformers.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(embedded.shape[1], device=embedded.device) + seen).unsqueeze(0)
+        masks = self._masks(embedded, attention_mask, past_key_values, position_ids)
+        rotation = self.rotary_emb(position_ids, embedded.dtype)
+        x, streams = self.embedding_norm(embedded), []
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            streams.append(x)
+            x = layer(x, rotation, masks[kind], past_key_values)
+        x = self.norm(x)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*streams, x) if wanted else None,
+        )
+
+    def _masks(
+        self, embedded: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
+    ) -> dict[str, Tensor | None]:
+        given = {"config": self.config, "inputs_embeds": embedded, "attention_mask": attention_mask}
+        given |= {"past_key_values": cache, "position_ids": position_ids}
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {kind: maker(**given) for kind, maker in makers.items() if kind in self.config.layer_types}
+
+
+class SparsecodForCausalLM(SparsecodPreTrainedModel, GenerationMixin):
+    """The model with its output layer."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SparsecodConfig) -> None:
+        super().__init__(config)
+        self.model = SparsecodModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Token ids to logits [batch, seq, vocabulary], and the next-token loss where labels are given."""
+        outputs = self.model(input_ids=input_ids, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )

@@ -1,0 +1,158 @@
+"""A HuggingFace directory as our model: its configuration in our keys, and its weights under our names, read lazily."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.families import FAMILIES, Family
+from sparsecod_megatron.hf.families.read import model_config
+
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+DERIVED = (".rotary_emb.inv_freq",)
+"""Ends of tensors that some files hold although the configuration says all about them."""
+
+
+@dataclass(frozen=True)
+class HFSource:
+    """A model directory, read but for its weights.
+
+    Attributes:
+        directory: where it lies.
+        model: its configuration in our keys, `vocab_size` set.
+        family: whose name table its files follow.
+        seq_length: longest sequence, in tokens.
+        files: its tensors under HuggingFace's names, each read when it is asked for.
+    """
+
+    directory: Path
+    model: ModelConfig
+    family: Family
+    seq_length: int
+    files: Mapping[str, Tensor]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Our names and tensors in table order, one entry in memory at a time.
+
+        Raises:
+            ConversionError: tensors missing, unknown, misshapen, unreadable or not finite; or values that ours has no
+                place for.
+        """
+        yield from self.family.table(self.model).to_megatron(self.files)
+
+
+def open_model(directory: Path) -> HFSource:
+    """Read a directory's configuration and find its weights. Local.
+
+    Args:
+        directory: with `config.json` and safetensors.
+
+    Raises:
+        ConversionError: no such directory, an unreadable or unknown configuration, a feature that ours has not, or
+            weight files that are missing or damaged.
+    """
+    config = _load_config(directory)
+    family = next((family for family in FAMILIES if type(config) is family.config_class), None)
+    if family is None:
+        known = ", ".join(family.architecture for family in FAMILIES)
+        raise ConversionError(
+            f"{directory / 'config.json'}: model_type {config.model_type!r} has no name table; models of {known} import"
+        )
+    model = model_config(config, family, where=directory / "config.json")
+    skipped = set() if model.untie_embeddings_and_output_weights else {"lm_head.weight"}
+    files = SafetensorsFiles(directory, skipped)
+    return HFSource(directory, model, family, int(config.max_position_embeddings), files)
+
+
+class SafetensorsFiles(Mapping[str, Tensor]):
+    """Tensors of one or several safetensors files, by name.
+
+    Args:
+        directory: their folder.
+        skipped: names to leave out.
+
+    Raises:
+        ConversionError: files missing, damaged, or not those that the index lists.
+    """
+
+    def __init__(self, directory: Path, skipped: set[str]) -> None:
+        self._directory = directory
+        self._files = {
+            name: filename
+            for name, filename in _weight_map(directory).items()
+            if name not in skipped and not name.endswith(DERIVED)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, in the type of the file.
+
+        Raises:
+            ConversionError: unreadable, no floating-point numbers, or not finite.
+        """
+        path = self._directory / self._files[name]
+        with _opened(path) as file:
+            tensor = file.get_tensor(name)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise ConversionError(f"{path}: {name} is of type {tensor.dtype}; dequantise the model first")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ConversionError(f"{path}: {name} holds NaN or infinity, so the file is damaged; get it again")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _load_config(directory: Path) -> PreTrainedConfig:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{directory}: has no config.json; give a HuggingFace model directory")
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # readers of many models raise what they like
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConversionError(f"{path}: transformers cannot read it ({reason}); get the file again") from error
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name to file name, as the files' own headers say; the index must agree."""
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        if not (directory / SINGLE_FILE).is_file():
+            raise ConversionError(f"{directory}: has no {SINGLE_FILE}; only safetensors import, save the model as such")
+        return dict.fromkeys(_names(directory / SINGLE_FILE), SINGLE_FILE)
+    try:
+        listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{index}: damaged ({type(error).__name__}: {error}); get the file again") from None
+    held = {filename: set(_names(directory / filename)) for filename in dict.fromkeys(listed.values())}
+    for name, filename in listed.items():
+        if name not in held[filename]:
+            raise ConversionError(f"{directory / filename}: lacks {name}, which {INDEX_FILE} lists; get the file again")
+    return listed
+
+
+def _names(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file, but the index lists it; get the missing shard")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path}: damaged ({' '.join(str(error).split())}); get the file again") from None

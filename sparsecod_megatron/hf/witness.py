@@ -1,0 +1,248 @@
+"""What each module of a model gives, ours and transformers' under the same names, to say which tensor is wrong.
+
+The pairs are found through the modules' meaning in Megatron-Core, not through the name tables: they are what the tables
+are checked by. Names are transformers': `layers.3.self_attn.q_proj`. Tensors are `[batch, seq, channels]`, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsecod_megatron.config import ModelConfig
+
+Outputs = dict[str, Tensor]
+Record = Callable[[str, Tensor], None]
+
+SUBSTANCE = {
+    "self_attn": "attention between its projections: rotary embedding, window, number of heads or gate",
+    "mlp.act": "the activation",
+}
+"""Witnesses that no single tensor decides, and what does."""
+
+
+@contextmanager
+def megatron_outputs(model: Any, config: ModelConfig) -> Iterator[Outputs]:
+    """Filled by a forward pass of a single-process GPTModel while the block runs; a second pass replaces the first."""
+    outputs: Outputs = {}
+
+    def record(name: str, value: Tensor) -> None:
+        # Megatron holds the sequence first, and adds the residual stream to some outputs in place.
+        outputs[name] = value.detach().transpose(0, 1).flatten(start_dim=2).float().clone()
+
+    hooks = _Hooks(record)
+    embedding = getattr(model, "embedding_norm", model.embedding)
+    hooks.after(embedding, "embed_tokens")
+    for index, layer in enumerate(model.decoder.layers):
+        _watch_megatron_layer(hooks, layer, f"layers.{index}", config)
+    hooks.after(getattr(model.decoder, "final_layernorm", None), "norm")
+    try:
+        yield outputs
+    finally:
+        hooks.remove()
+
+
+@contextmanager
+def transformers_outputs(model: Any) -> Iterator[Outputs]:
+    """The same of a causal language model of transformers."""
+    outputs: Outputs = {}
+
+    def record(name: str, value: Tensor) -> None:
+        outputs[name] = value.detach().flatten(start_dim=2).float()
+
+    hooks = _Hooks(record)
+    decoder = model.get_decoder()
+    norm = getattr(decoder, "embedding_norm", None)
+    hooks.after(decoder.embed_tokens if norm is None else norm, "embed_tokens")
+    for index, layer in enumerate(decoder.layers):
+        _watch_transformers_layer(hooks, layer, f"layers.{index}")
+    hooks.after(decoder.norm, "norm")
+    try:
+        yield outputs
+    finally:
+        hooks.remove()
+
+
+def first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerance: float) -> str | None:
+    """First name, in the order of computation, whose outputs are apart; None if none is.
+
+    Args:
+        expected: of ours.
+        found: of transformers'.
+        tolerance: largest difference, relative to the outputs' RMS where that is above 1.
+    """
+    for name in sorted(expected.keys() & found.keys(), key=_order):
+        ours, theirs = expected[name], found[name].to(expected[name].device)
+        if ours.shape != theirs.shape:
+            return name
+        scale = max(1.0, float(ours.square().mean().sqrt()))
+        if not float((ours - theirs).abs().max()) <= tolerance * scale:
+            return name
+    return None
+
+
+def described(name: str) -> str:
+    """`layer 3: model.layers.3.self_attn.q_proj.weight`, or what it is that no tensor decides."""
+    prefix = name.split(".")
+    if name == "embed_tokens":
+        return "the embeddings: model.embed_tokens.weight"
+    if name == "norm":
+        return "after the last layer: model.norm.weight"
+    inside = ".".join(prefix[2:])
+    what = SUBSTANCE.get(inside, f"model.{name}.weight" if inside else "the sum of its branches")
+    return f"layer {prefix[1]}: {what}"
+
+
+class _Hooks:
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._handles: list[Any] = []
+
+    def after(self, module: nn.Module | None, name: str) -> None:
+        """Record a module's output, if the model has the module and it has a weight to be wrong."""
+        self.with_output(module, lambda output: self.record(name, output))
+
+    def with_output(self, module: nn.Module | None, use: Callable[[Tensor], None]) -> None:
+        """Call with a module's output, the first of several."""
+        if module is not None and any(True for _ in module.parameters()):
+
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                use(output[0] if isinstance(output, tuple) else output)
+
+            self._handles.append(module.register_forward_hook(hook))
+
+    def with_input(self, module: nn.Module | None, use: Callable[[Tensor], None]) -> None:
+        """Call with a module's first input."""
+        if module is not None:
+
+            def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                use(inputs[0])
+
+            self._handles.append(module.register_forward_pre_hook(hook))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _watch_megatron_layer(hooks: _Hooks, layer: Any, at: str, config: ModelConfig) -> None:
+    attention, record = layer.self_attention, hooks.record
+    hooks.after(layer.input_layernorm, f"{at}.input_layernorm")
+
+    def split(output: Tensor) -> None:
+        heads, groups = config.num_attention_heads, config.query_groups
+        has_gate = config.attention_output_gate == "elementwise"
+        per_group = heads // groups
+        slots = output.unflatten(-1, (groups, -1, config.head_dim))
+        first_key = per_group * (2 if has_gate else 1)
+        record(f"{at}.self_attn.q_proj", slots[..., :per_group, :].flatten(start_dim=2))
+        record(f"{at}.self_attn.k_proj", slots[..., first_key, :].flatten(start_dim=2))
+        record(f"{at}.self_attn.v_proj", slots[..., first_key + 1, :].flatten(start_dim=2))
+        if has_gate:
+            record(f"{at}.self_attn.g_proj", slots[..., per_group:first_key, :].flatten(start_dim=2))
+
+    hooks.with_output(attention.linear_qkv, split)
+    hooks.after(getattr(attention, "linear_gate", None), f"{at}.self_attn.g_proj")
+    hooks.after(attention.q_layernorm, f"{at}.self_attn.q_norm")
+    hooks.after(attention.k_layernorm, f"{at}.self_attn.k_norm")
+    hooks.with_input(attention.linear_proj, lambda x: record(f"{at}.self_attn", x))
+    hooks.after(attention.linear_proj, f"{at}.self_attn.o_proj")
+    hooks.after(getattr(layer.self_attn_bda, "norm", None), f"{at}.attention_join_norm")
+    hooks.after(layer.pre_mlp_layernorm, f"{at}.post_attention_layernorm")
+    if config.is_moe_layer(int(at.split(".")[1])):
+        hooks.with_input(layer.mlp, lambda x: _record_megatron_experts(record, layer.mlp, x, f"{at}.mlp"))
+    else:
+        _watch_megatron_mlp(hooks, layer.mlp, f"{at}.mlp", config)
+    hooks.after(getattr(layer.mlp_bda, "norm", None), f"{at}.mlp_join_norm")
+    hooks.after(layer, at)
+
+
+def _watch_megatron_mlp(hooks: _Hooks, mlp: Any, at: str, config: ModelConfig) -> None:
+    def split(output: Tensor) -> None:
+        gate, up = output.chunk(2, dim=-1) if config.is_gated else (None, output)
+        hooks.record(f"{at}.up_proj", up)
+        if gate is not None:
+            hooks.record(f"{at}.gate_proj", gate)
+
+    hooks.with_output(mlp.linear_fc1, split)
+    hooks.with_input(mlp.linear_fc2, lambda x: hooks.record(f"{at}.act", x))
+    hooks.after(mlp.linear_fc2, f"{at}.down_proj")
+
+
+def _record_megatron_experts(record: Record, moe: Any, x: Tensor, at: str) -> None:
+    """Router logits, every routed expert on every token, and the shared expert with its gate."""
+    record(f"{at}.gate", F.linear(x, moe.router.weight))
+    for index, expert in enumerate(moe.experts.local_experts):
+        record(f"{at}.experts.{index}", expert(x)[0])
+    if moe.shared_experts is not None:
+        record(f"{at}.shared_expert", moe.shared_experts(x))
+
+
+def _watch_transformers_layer(hooks: _Hooks, layer: Any, at: str) -> None:
+    attention, record = layer.self_attn, hooks.record
+    for name in ("input_layernorm", "post_attention_layernorm", "attention_join_norm", "mlp_join_norm"):
+        hooks.after(getattr(layer, name, None), f"{at}.{name}")
+    for name in ("q_proj", "k_proj", "v_proj", "g_proj", "q_norm", "k_norm", "o_proj"):
+        hooks.after(getattr(attention, name, None), f"{at}.self_attn.{name}")
+    hooks.with_input(attention.o_proj, lambda x: record(f"{at}.self_attn", x))
+    if hasattr(layer.mlp, "experts"):
+        hooks.with_input(layer.mlp, lambda x: _record_transformers_experts(record, layer.mlp, x, f"{at}.mlp"))
+    else:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            hooks.after(getattr(layer.mlp, name, None), f"{at}.mlp.{name}")
+        hooks.with_input(layer.mlp.down_proj, lambda x: record(f"{at}.mlp.act", x))
+    hooks.after(layer, at)
+
+
+def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -> None:
+    record(f"{at}.gate", F.linear(x, moe.gate.weight))
+    if getattr(moe, "shared_expert", None) is not None:
+        gate = moe.shared_expert_gate
+        record(f"{at}.shared_expert", moe.shared_expert(x) * (1.0 if gate is None else torch.sigmoid(gate(x))))
+    experts = moe.experts
+    if isinstance(experts, nn.ModuleList):
+        for index, expert in enumerate(experts):
+            record(f"{at}.experts.{index}", expert(x))
+        return
+    for index in range(len(experts.gate_up_proj)):
+        gate, up = F.linear(x, experts.gate_up_proj[index]).chunk(2, dim=-1)
+        record(f"{at}.experts.{index}", F.linear(experts.act_fn(gate) * up, experts.down_proj[index]))
+
+
+_STAGES = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.g_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "self_attn",
+    "self_attn.o_proj",
+    "attention_join_norm",
+    "post_attention_layernorm",
+    "mlp.gate",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.act",
+    "mlp.down_proj",
+    "mlp.experts",
+    "mlp.shared_expert",
+    "mlp_join_norm",
+    "",
+)
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Embedding, layers stage by stage, final norm."""
+    if not name.startswith("layers."):
+        return (-1 if name == "embed_tokens" else torch.iinfo(torch.int64).max, 0, 0)
+    _, layer, *inside = name.split(".")
+    if inside[:2] == ["mlp", "experts"]:
+        return int(layer), _STAGES.index("mlp.experts"), int(inside[2])
+    return int(layer), _STAGES.index(".".join(inside)), 0

@@ -1,0 +1,123 @@
+"""Which weights each process steps: slices for statistics of parameters, every element on one process.
+
+Under the distributed optimizer each data-parallel rank owns a slice of the master weights and of the reduced gradient,
+else (Muon) the first of them owns all; tensor- and expert-parallel ranks hold different ones, and what tensor-parallel
+ranks hold alike (norms, router) is left to the first of them, as in Megatron-Core's own gradient norm. So a sum over
+processes counts every element once.
+
+Source: Megatron-Core optimizer/distrib_optimizer.py (slices), optimizer/optimizer.py (whole) and
+tensor_parallel/layers.py (replicas).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor
+
+from sparsecod_megatron.errors import ConfigError
+
+_Held: TypeAlias = tuple[torch.nn.Parameter, Tensor, tuple[int, int]]
+"""A parameter, the fp32 weights that this process holds of it, and their span in the flattened parameter."""
+
+
+@dataclass(frozen=True)
+class OwnedSlices:
+    """What one optimizer of this process owns of the layers' parameters, without replicas.
+
+    Attributes:
+        optimizer: steps the master weights.
+        layers: layer of each slice, as a row of the sums.
+        rows: the same on the device, [slices].
+        parameters: the model's, whole.
+        spans: (start, end) of each slice in its flattened parameter.
+        masters: fp32 weights of each slice, end − start of them in any shape.
+    """
+
+    optimizer: torch.optim.Optimizer
+    layers: list[int]
+    rows: Tensor
+    parameters: list[torch.nn.Parameter]
+    spans: list[tuple[int, int]]
+    masters: list[Tensor]
+
+    def gradients(self) -> list[Tensor]:
+        """This step's reduced gradient of each slice, views of the data-parallel buffers."""
+        pairs = zip(self.parameters, self.spans, strict=True)
+        return [parameter.main_grad.view(-1)[start:end] for parameter, (start, end) in pairs]  # type: ignore[attr-defined]
+
+
+def owned_slices(models: Sequence[GPTModel], optimizer: ChainedOptimizer, *, key: str) -> list[OwnedSlices]:
+    """What this process owns of its layers, one entry an optimizer of the chain. Local.
+
+    Args:
+        models: the GPTModel chunks of this rank, without wrappers; their layers, in order, are the rows.
+        optimizer: the optimizers over them.
+        key: of the configuration, that asks for it.
+
+    Raises:
+        ConfigError: the optimizer keeps the master weights to itself.
+    """
+    layers = [layer for model in models for layer in model.decoder.layers]
+    rows = {parameter: row for row, layer in enumerate(layers) for parameter in layer.parameters()}
+    device = next(models[0].parameters()).device
+    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    return [_owned_slices(part, rows, models[0].pg_collection, device, key) for part in parts]
+
+
+def _owned_slices(
+    part: MegatronOptimizer,
+    rows: Mapping[torch.nn.Parameter, int],
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    key: str,
+) -> OwnedSlices:
+    if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+        raise ConfigError(
+            f"megatron.use_precision_aware_optimizer: true hides the master weights that {key} reads; "
+            f"set it to false, or {key}.interval to 0"
+        )
+    held = _sharded_masters(part) if isinstance(part, DistributedOptimizer) else _whole_masters(part, groups)
+    owned = [
+        entry for entry in held if entry[0] in rows and param_is_not_tensor_parallel_duplicate(entry[0], groups.tp)
+    ]
+    layers = [rows[parameter] for parameter, _, _ in owned]
+    return OwnedSlices(
+        optimizer=part.optimizer,
+        layers=layers,
+        rows=torch.tensor(layers, dtype=torch.int64, device=device),
+        parameters=[parameter for parameter, _, _ in owned],
+        spans=[span for _, _, span in owned],
+        masters=[master for _, master, _ in owned],
+    )
+
+
+def _sharded_masters(part: DistributedOptimizer) -> Iterator[_Held]:
+    """What this data-parallel rank steps."""
+    models = [*part.model_fp32_groups, *part.model_float16_groups]
+    masters = [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups]
+    for parameter, master in zip(itertools.chain(*models), itertools.chain(*masters), strict=True):
+        span = part._get_model_param_range_map(parameter)["param"]
+        yield parameter, master, (span.start, span.end)
+
+
+def _whole_masters(part: MegatronOptimizer, groups: ProcessGroupCollection) -> Iterator[_Held]:
+    """What every data-parallel rank steps alike, on the first of them."""
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        models = [*part.float16_groups, *part.fp32_from_fp32_groups]
+        masters = [*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups]
+    else:
+        models = masters = [part.get_parameters()]
+    for parameter, master in zip(itertools.chain(*models), itertools.chain(*masters), strict=True):
+        is_expert_parallel = not getattr(parameter, "allreduce", True)
+        if (groups.expt_dp if is_expert_parallel else groups.dp_cp).rank() == 0:
+            yield parameter, master, (0, parameter.numel())

@@ -1,0 +1,73 @@
+"""Where a run's weights, optimizer and progress come from: a checkpoint to go on from, others' weights, or nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState, load_latest, load_weights
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+from sparsecod_megatron.train.setup import Trainer
+
+logger = logging.getLogger("sparsecod")
+
+
+def checkpoint_saver(trainer: Trainer, checkpoints: Path) -> CheckpointSaver:
+    """What saves this run into `checkpoints`. Collective over all processes."""
+    return CheckpointSaver(checkpoints, **_parts(trainer))
+
+
+def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
+    """Load what the run starts with. Collective over all processes.
+
+    Args:
+        trainer: filled with the checkpoint's tensors.
+        resume_from: step directories of this run, the preferred one first; without one the run starts at step 0, from
+            `checkpoint.init_from` if that is set.
+
+    Raises:
+        CheckpointError: absent, all damaged, or of another model.
+    """
+    config = trainer.config
+    if resume_from:
+        state = load_latest(resume_from, **_parts(trainer))
+        logger.info("resumed from step %d of %s", state.step, config.logging.run_dir)
+        return state
+    if config.checkpoint.init_from is not None:
+        source = resolve_step_dir(Path(config.checkpoint.init_from))
+        load_weights(source, config=config, models=trainer.models, groups=trainer.groups)
+        trainer.optimizer.reload_model_params()
+    return TrainState()
+
+
+def roll_back(trainer: Trainer, state: TrainState, candidates: Sequence[Path]) -> int:
+    """Take weights, optimizer and random states from a checkpoint. Collective over all processes.
+
+    Step, schedule and data position stay: the batches since the checkpoint are skipped, and the run still ends after
+    as many steps, on the data that was indexed for them.
+
+    Args:
+        trainer: of the run.
+        state: progress of the run; its `optimizer_steps` become the checkpoint's.
+        candidates: step directories of this run, the preferred one first.
+
+    Returns:
+        The checkpoint's step.
+
+    Raises:
+        CheckpointError: all damaged.
+    """
+    scheduler, steps = trainer.scheduler, trainer.scheduler.num_steps
+    earlier = load_latest(candidates, **_parts(trainer))
+    # Loading adds the checkpoint's steps to those that the schedule has done.
+    scheduler.num_steps = steps
+    scheduler.step(increment=0)
+    state.optimizer_steps = earlier.optimizer_steps
+    return earlier.step
+
+
+def _parts(trainer: Trainer) -> dict[str, Any]:
+    """What saving and loading take of a trainer."""
+    return {name: getattr(trainer, name) for name in ("config", "models", "optimizer", "scheduler", "groups")}

@@ -1,0 +1,261 @@
+"""Whatever ends a process, the run goes on from its last checkpoint as if nothing had; what went wrong is said once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.dist import faults_worker
+from tests.dist.conftest import Bench
+from tests.dist.test_layouts import series
+from tests.helpers.cli import read_jsonl, torchrun
+from tests.helpers.training import small_trainer
+
+pytestmark = pytest.mark.dist
+
+FAULTY = Path(__file__).parent / "faulty"
+OVERRIDES = (
+    "train.train_steps=40",
+    "train.spike_window=8",
+    "checkpoint.save_interval=3",
+    "statistics.variance.interval=0",
+    "statistics.moments.interval=0",
+    "statistics.norms.interval=0",
+)
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def straight(bench: Bench) -> Path:
+    """Forty steps on two processes that nothing disturbs."""
+    return bench.train("undisturbed", *OVERRIDES, nproc=2)
+
+
+def arguments(bench: Bench, name: str, *overrides: str) -> list[str]:
+    return ["train", str(bench.config), f"logging.run_dir={bench.directory / name}", *OVERRIDES, *overrides]
+
+
+@contextlib.contextmanager
+def started(
+    arguments: list[str], *, environment: dict[str, str] | None = None, program: str = "sparsecod_megatron"
+) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process of its own, which does not outlive the block, nor do the ranks that it starts."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", program, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (environment or {}),
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    child.kill()
+        process.wait()
+
+
+def until(condition: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float = 120.0) -> Any:
+    """What the condition returns once it is true of the running process."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.002)
+    return value
+
+
+def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Processes of the run by rank; those that saving or loading starts are not among them."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                found[int(child.environ().get("RANK", -1))] = child
+    found.pop(-1, None)
+    return found
+
+
+def steps(run: Path) -> int:
+    """Last step that metrics.jsonl tells of."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    with contextlib.suppress(ValueError):
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    return 0
+
+
+def saving(run: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    folder = run / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return any(not re.fullmatch(r"step_\d+|latest", name) for name in names)
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    """Every number of every step, and what the judge of updates remembers, bit for bit."""
+    for field in ("step", "loss", "grad_norm", "lr", "tokens"):
+        np.testing.assert_array_equal(series(run, field), series(straight, field), err_msg=field)
+    states = [
+        json.loads((folder / "checkpoints/step_00000040/state.json").read_text())["train"] for folder in (run, straight)
+    ]
+    assert states[0] == states[1]
+    assert len(states[0]["monitor"]["window"]["loss"]) == 8
+
+
+def test_killed_at_any_moment_resumes_by_itself(bench: Bench, straight: Path) -> None:
+    """Five kills of random ranks at random moments, one before the first checkpoint, one while one is written."""
+    chance, run = random.Random(5), bench.directory / "killed"
+    with started(arguments(bench, "killed", "--nproc", "2", "--max-restarts", str(KILLS))) as process:
+        for kill in range(KILLS):
+            until(lambda: len(ranks(process)) == 2, process)
+            victim, pid = chance.choice(list(ranks(process).items()))
+            begin, distance = steps(run), 1 if kill == 0 else chance.randint(2, 6)
+            until(lambda: steps(run) != begin, process)  # noqa: B023 - called at once
+            begin = steps(run)
+            until(lambda: steps(run) >= begin + distance - 1, process)  # noqa: B023
+            if kill == 1:
+                until(lambda: saving(run), process)
+            else:
+                time.sleep(chance.uniform(0, 0.1))
+            pid.kill()
+            until(lambda: all(other.pid != pid.pid for other in ranks(process).values()), process)  # noqa: B023
+            assert victim in (0, 1)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    told = re.findall(r"rank [01] was killed by SIGKILL; restart (\d) of 5", errors)
+    assert told == ["1", "2", "3", "4", "5"] and "Traceback" not in errors
+    assert_same_run(run, straight)
+
+
+def test_torchruns_own_restart(bench: Bench, straight: Path) -> None:
+    run = bench.directory / "elastic"
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "sparsecod_megatron"]
+    with started([*options, *arguments(bench, "elastic")], program="torch.distributed.run") as process:
+        until(lambda: steps(run) >= 5, process)
+        ranks(process)[1].kill()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_same_run(run, straight)
+
+
+def test_one_rank_raising_is_told_once_and_soon(bench: Bench) -> None:
+    run, path = bench.directory / "raising", os.environ.get("PYTHONPATH", "")
+    environment = {"PYTHONPATH": f"{FAULTY}{os.pathsep}{path}"}
+    with started(arguments(bench, "raising", "--nproc", "2"), environment=environment) as process:
+        until(lambda: steps(run) >= 2, process)
+        ranks(process)[1].send_signal(signal.SIGALRM)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        elapsed = time.monotonic() - began
+    assert process.returncode == 1, errors
+    assert errors.splitlines()[-1] == "sparsecod train: rank 1 failed: RuntimeError: broken on purpose"
+    assert errors.count("Traceback") == 1 and "Connection" not in errors
+    assert elapsed < 20
+
+
+def test_a_hung_step_says_which(bench: Bench) -> None:
+    """Rank 1 is stopped; rank 0, waiting for it, names step and phase and leaves its stacks."""
+    run = bench.directory / "hung"
+    with started(arguments(bench, "hung", "train.step_timeout_s=4", "--nproc", "2")) as process:
+        until(lambda: steps(run) >= 2, process)
+        stopped = ranks(process)[1]
+        stopped.suspend()
+        until(lambda: "has not ended" in (run / "log.txt").read_text(), process)
+        until(lambda: 0 not in ranks(process) or ranks(process)[0].status() == psutil.STATUS_ZOMBIE, process)
+        stopped.resume()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert errors.splitlines()[-1] == "sparsecod train: rank 0 exited with status 3; see its output above"
+    phases = "forward and backward|optimizer|statistics|save|step boundary"
+    assert re.search(rf"rank 0: step \d+: ({phases}) has not ended after 4 s \(train.step_timeout_s\)", errors)
+    log = (run / "log.txt").read_text()
+    assert re.search(rf"rank 0, step \d+, ({phases}):", log) and "in _step" in log
+
+
+def test_a_signal_to_one_rank_stops_all(bench: Bench, straight: Path) -> None:
+    """Slurm's warning, where it reaches a single rank: saved, exit 0, and the same command goes on."""
+    run = bench.directory / "warned"
+    with started(arguments(bench, "warned", "--nproc", "2")) as process:
+        until(lambda: steps(run) >= 4, process)
+        ranks(process)[1].send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped_at = steps(run)
+    assert (run / f"checkpoints/step_{stopped_at:08d}").is_dir() and stopped_at < 40
+    assert f"asked to stop at step {stopped_at}" in errors
+    bench.train("warned", *OVERRIDES, nproc=2)
+    assert_same_run(run, straight)
+
+
+def test_a_signal_before_the_first_step(bench: Bench) -> None:
+    with started(arguments(bench, "unborn", "--nproc", "2")) as process:
+        until(lambda: len(ranks(process)) == 2, process)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1].startswith("sparsecod train: ended by SIGTERM before")
+
+
+def test_a_disk_that_fills_up_costs_no_state(bench: Bench, straight: Path) -> None:
+    """No file grows beyond 200 kB, as checkpoints do: one line, the last one stands, the same command goes on."""
+    run = bench.directory / "full"
+    with started(arguments(bench, "full", "--nproc", "2")) as process:
+        until(lambda: (run / "checkpoints/latest").exists(), process)
+        for rank in ranks(process).values():
+            rank.rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors and "File too large" in errors.splitlines()[-1]
+    left = (run / "checkpoints/latest").read_text().strip()
+    assert (run / "checkpoints" / left / "state.json").exists() and left != "step_00000040"
+    bench.train("full", *OVERRIDES, nproc=2)
+    assert_same_run(run, straight)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, Any]:
+    """What the worker found on two data-parallel ranks."""
+    output = tmp_path_factory.mktemp("faults") / "found.json"
+    torchrun(repo_root / "tests/dist/faults_worker.py", output, nproc=2)
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def test_a_loss_that_is_no_number_on_one_rank_is_skipped_on_all(two_ranks: dict[str, Any]) -> None:
+    usual = {"diverged": False, "update": True, "changed": True, "finite": True}
+    skipped = {"diverged": True, "update": False, "changed": False, "finite": True}
+    assert two_ranks["verdicts"] == [[usual, skipped, usual]] * 2
+
+
+def test_gradient_spikes_of_two_ranks_are_those_of_one(two_ranks: dict[str, Any]) -> None:
+    """The distributed optimizer's halves count every element once."""
+    with small_trainer(*faults_worker.RUN) as trainer:
+        expected = faults_worker.spikes(trainer)
+    assert expected[0] == [{}] * 3 == two_ranks["spikes"][0]
+    assert any(layer["spike_frac"] > 0 for layers in expected[1:] for layer in layers)
+    for ours, theirs in zip(two_ranks["spikes"][1:], expected[1:], strict=True):
+        for layer, other in zip(ours, theirs, strict=True):
+            assert layer["spike_frac"] == pytest.approx(other["spike_frac"], rel=0.02, abs=1e-4)
+            assert layer["spike_max"] == pytest.approx(other["spike_max"], rel=1e-2)
+
+
+def test_metrics_of_a_killed_run_are_whole(bench: Bench, straight: Path) -> None:
+    """No line twice, none missing, none torn."""
+    assert [record["step"] for record in read_jsonl(bench.directory / "killed" / "metrics.jsonl")] == list(range(1, 41))

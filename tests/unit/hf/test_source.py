@@ -1,0 +1,183 @@
+"""HuggingFace directories, written by transformers itself, as our models; and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf import export_model
+from sparsecod_megatron.hf.source import open_model
+from tests.helpers.reference_gpt import forward
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-yarn": LlamaConfig(**SIZES, rope_parameters=YARN),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=5),
+    "qwen3": Qwen3Config(**SIZES),
+    "qwen3-window": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[0]),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),
+}
+
+
+def save(config: PreTrainedConfig, folder: Path, **options: object) -> Path:
+    """A random model, its norms away from 1 and its biases zero."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_import_and_export_give_the_same_tensors(name: str, tmp_path: Path) -> None:
+    folder = save(CONFIGS[name], tmp_path / "theirs")
+    source = open_model(folder)
+    tensors = dict(source.tensors())
+    back = export_model(
+        source.model,
+        tensors,
+        tmp_path / "ours",
+        seq_length=source.seq_length,
+        dtype=torch.float32,
+        tokenizer_dir=None,
+    )
+    expected, found = (load_file(path / "model.safetensors") for path in (folder, back))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert json.loads((back / "config.json").read_text())["architectures"] == type(
+        AutoModelForCausalLM.from_config(CONFIGS[name])
+    ).__name__.split(",")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_import_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    folder = save(CONFIGS[name], tmp_path / "m")
+    source = open_model(folder)
+    tokens = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+        found, _ = forward(source.model, dict(source.tensors()), tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+REFUSED = {
+    "attention_bias True": LlamaConfig(**SIZES, attention_bias=True),
+    "hidden_act 'gelu'": LlamaConfig(**SIZES, hidden_act="gelu"),
+    "has no name table": Qwen2Config(**{key: SIZES[key] for key in SIZES if key != "head_dim"}),
+    "rope_type 'dynamic'": LlamaConfig(**SIZES, rope_parameters=YARN | {"rope_type": "dynamic"}),
+    "rope_theta 0.5": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 0.5}),
+    "mlp_only_layers \\[1\\]": Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]),
+    "layer_types": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_ours_cannot_say_is_refused_by_name(message: str, tmp_path: Path) -> None:
+    REFUSED[message].save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match=message) as caught:
+        open_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def rewritten(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return rewritten
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda folder: flip(folder / "config.json", 0, 0), "config.json: transformers cannot read it"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+    "flipped header length": (lambda folder: flip(folder / "model.safetensors", 6, 7), "damaged"),
+    "flipped header": (lambda folder: flip(folder / "model.safetensors", 9, 5), "damaged"),
+    "truncated": (lambda folder: truncate(folder / "model.safetensors"), "damaged"),
+    "missing tensor": (rewrite(lambda tensors: tensors.pop(NORM)), f"lacks layer 1: {NORM}"),
+    "unknown tensor": (rewrite(lambda tensors: tensors.update(extra=torch.ones(1))), "has extra"),
+    "wrong shape": (rewrite(lambda tensors: tensors.update({NORM: torch.ones(31)})), rf"{NORM}: shape \[31\]"),
+    "not finite": (rewrite(lambda tensors: tensors[NORM].fill_(float("inf"))), f"{NORM} holds NaN or infinity"),
+    "quantised": (rewrite(lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int8)})), "dequantise"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_directory_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    damage, message = DAMAGES[name]
+    folder = save(CONFIGS["llama"], tmp_path / "m")
+    damage(folder)
+    with pytest.raises(ConversionError, match=message) as caught:
+        dict(open_model(folder).tensors())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama"], tmp_path / "m", max_shard_size="20KB")
+    assert dict(open_model(folder).tensors())
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ConversionError, match=f"{shard.name}: no such file, but the index lists it"):
+        open_model(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ConversionError, match="index.json: damaged"):
+        open_model(folder)
+
+
+def test_biases_with_values_are_refused(tmp_path: Path) -> None:
+    folder = save(CONFIGS["qwen2-moe"], tmp_path / "m")
+    rewrite(lambda tensors: tensors["model.layers.2.self_attn.k_proj.bias"].fill_(0.1))(folder)
+    with pytest.raises(ConversionError, match="layer 2: .*bias.*: holds values other than zero"):
+        dict(open_model(folder).tensors())

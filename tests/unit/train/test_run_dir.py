@@ -1,0 +1,58 @@
+"""A run directory that cannot be written is refused; one that an early end left behind is taken up again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.config import load_config, save_config
+from sparsecod_megatron.errors import ConfigError
+
+select_backend()
+from sparsecod_megatron.train.run_dir import refuse_foreign_run, refuse_unwritable  # noqa: E402
+
+
+def test_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match=r"logging.run_dir: .*notes/run cannot be written \(Not a directory"):
+        refuse_unwritable(tmp_path / "notes" / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        refuse_unwritable(tmp_path / "run")
+
+
+def test_a_file_system_that_takes_no_files() -> None:
+    if not Path("/proc/self").is_dir():
+        pytest.skip("no /proc")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        refuse_unwritable(Path("/proc/self/run"))
+
+
+def test_asking_leaves_nothing(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def left_behind(run: Path, *overrides: str) -> None:
+    """What a run leaves that ended before its first checkpoint."""
+    save_config(load_config(None, [f"logging.run_dir={run}", *overrides]), run / "config.yaml")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def test_the_same_command_starts_over(tmp_path: Path) -> None:
+    left_behind(tmp_path)
+    refuse_foreign_run(tmp_path, load_config(None, [f"logging.run_dir={tmp_path}"]), resuming=False)
+
+
+@pytest.mark.parametrize("override", ["checkpoint.resume=false", "optimizer.lr=0.1"])
+def test_another_command_does_not(override: str, tmp_path: Path) -> None:
+    left_behind(tmp_path)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        refuse_foreign_run(tmp_path, load_config(None, [f"logging.run_dir={tmp_path}", override]), resuming=False)
