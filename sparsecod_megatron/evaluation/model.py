@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import sparsecod_megatron.hf  # noqa: F401  (registers the sparsecod architecture)
 from sparsecod_megatron.errors import CheckpointError, ConfigError
 
 

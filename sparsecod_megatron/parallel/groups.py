@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from sparsecod_megatron.config import RunConfig, data_parallel_size
 
@@ -51,10 +52,14 @@ def world(*, communication: str, device: torch.device, timeout_s: float = 1800.0
     timeout = datetime.timedelta(seconds=timeout_s)
     device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ:
-        dist.init_process_group(communication, timeout=timeout, device_id=device_id)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt_{_attempt()}", store)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(communication, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        store, rank, size = dist.HashStore(), 0, 1
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        communication, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+    )
     try:
         yield
     except BaseException:
@@ -63,6 +68,18 @@ def world(*, communication: str, device: torch.device, timeout_s: float = 1800.0
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """Which start of the ranks this is: torchrun's store outlives them, and with it the addresses of those that died.
+
+    Agents of several nodes count on their own, each the failures of its node; there, torchrun needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to restart, which gives every start a store of its own.
+
+    Source: torch/distributed/elastic/rendezvous/dynamic_rendezvous.py, `next_rendezvous`.
+    """
+    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.dist.conftest import Bench
-from tests.dist.layouts import TP2
+from tests.dist.layouts import SP, TP2
 from tests.dist.test_layouts import series
 from tests.helpers.cli import sparsecod
 
@@ -64,7 +64,7 @@ def test_layers_of_several_kinds_resume_under_another_layout(variant: tuple[str,
     """Saved by one process, gone on with by one (bitwise) and by two (to 1e-5)."""
     name = variant[-1].replace("=", "-")
     straight = bench.train(name, *variant)
-    for nproc, layout in ((1, ()), (2, (TP2,))):
+    for nproc, layout in ((1, ()), (2, (TP2, SP))):
         run = bench.directory / f"{name}-{nproc}"
         shutil.copytree(straight, run)
         (run / "checkpoints" / "latest").write_text("step_00000010\n")

@@ -34,7 +34,7 @@ def stopped_copy(reference: Path, target: Path) -> Path:
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
 WALL_CLOCK = ("tokens_per_s", "tflops", "step_time_s")
-LAYOUTS = {"dp2": (), "tp2": (TP2,)}
+LAYOUTS = {"dp2": (), "tp2-sp": (TP2, SP)}
 
 
 @pytest.fixture(scope="module")
