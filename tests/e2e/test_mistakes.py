@@ -112,7 +112,7 @@ def test_damaged_checkpoint(world: Path) -> None:
     shutil.copytree(world / "run", copy)
     for path in copy.rglob("*.distcp"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert "cannot be loaded" in train(world, f"checkpoint.init_from={copy}")
+    assert "damaged" in train(world, f"checkpoint.init_from={copy}")
 
 
 def test_export_of_nothing_and_over_something(world: Path, tmp_path: Path) -> None:
