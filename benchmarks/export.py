@@ -39,15 +39,7 @@ def write_checkpoint(folder: Path, hidden_size: int) -> None:
     config = load_config(None, [*overrides, "model.num_attention_heads=8", "precision.dtype=fp32"])
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         trainer = build_trainer(config, backend, groups)
-        save_checkpoint(
-            folder,
-            config=config,
-            models=trainer.models,
-            optimizer=trainer.optimizer,
-            scheduler=trainer.scheduler,
-            state=TrainState(),
-            groups=groups,
-        )
+        save_checkpoint(folder, state=TrainState(), **trainer.parts)
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype, *, digests: bool) -> None:

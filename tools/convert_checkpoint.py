@@ -71,13 +71,13 @@ def _copy_step(source: Path, run: Path, sizes: dict[str, int]) -> None:
 
     select_backend()
     from sparsecod_megatron.checkpoint import resolve_step_dir
-    from sparsecod_megatron.checkpoint.paths import point_latest_to
+    from sparsecod_megatron.checkpoint.paths import point_latest_to, tokenizer_dir
     from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
     from sparsecod_megatron.hf.directory import directory_in_the_making
 
     step = resolve_step_dir(source)
-    tokenizer = step.parent.parent / TOKENIZER_DIR
+    tokenizer = tokenizer_dir(step)
     with directory_in_the_making(run) as folder:
         copied = folder / CHECKPOINTS_DIR / step.name
         shutil.copytree(step, copied)
@@ -86,7 +86,7 @@ def _copy_step(source: Path, run: Path, sizes: dict[str, int]) -> None:
                 pass
         shutil.copyfile(step / CONFIG_FILE, folder / CONFIG_FILE)
         _set_layout(folder, sizes)
-        if tokenizer.is_dir():
+        if tokenizer is not None:
             shutil.copytree(tokenizer, folder / TOKENIZER_DIR)
         point_latest_to(copied)
 

@@ -87,6 +87,16 @@ def find_damage(directory: Path, *, digests: bool, share: tuple[int, int] = (0, 
     return None
 
 
+def require_undamaged(directory: Path, *, digests: bool) -> None:
+    """Refuse a damaged checkpoint. Local.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, incomplete or (with `digests`) not what was written.
+    """
+    if damage := find_damage(directory, digests=digests):
+        raise DamagedCheckpoint(f"{directory}: damaged ({damage}); choose another step")
+
+
 def check_files(directory: Path, *, digests: bool) -> None:
     """Refuse a damaged checkpoint, on all ranks alike; each hashes a share. Collective over all processes.
 

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
+from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, TOKENIZER_DIR
 from sparsecod_megatron.errors import CheckpointError
 
 STATE_FILE = "state.json"
@@ -82,3 +82,9 @@ def resolve_step_dir(path: Path) -> Path:
     raise CheckpointError(
         f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_… directories"
     )
+
+
+def tokenizer_dir(step_dir: Path) -> Path | None:
+    """HuggingFace tokenizer of the run that a step directory belongs to, or None if there is none beside it."""
+    folder = step_dir.parent.parent / TOKENIZER_DIR
+    return folder if folder.is_dir() else None

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, find_damage
-from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, require_undamaged
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir, tokenizer_dir
 from sparsecod_megatron.checkpoint.state import read_state
 from sparsecod_megatron.checkpoint.untrusted import read_metadata
 from sparsecod_megatron.config import RunConfig, load_config
-from sparsecod_megatron.config.run_files import CONFIG_FILE, TOKENIZER_DIR
+from sparsecod_megatron.config.run_files import CONFIG_FILE
 
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -78,16 +78,14 @@ def streamed_checkpoint(path: Path, *, digests: bool = True) -> Iterator[Streame
         DamagedCheckpoint: not as it was written (also while tensors are read).
     """
     step_dir = resolve_step_dir(path)
-    if damage := find_damage(step_dir, digests=digests):
-        raise DamagedCheckpoint(f"{step_dir}: damaged ({damage}); choose another step")
+    require_undamaged(step_dir, digests=digests)
     read_state(step_dir)
-    tokenizer_dir = step_dir.parent.parent / TOKENIZER_DIR
     with ExitStack() as files:
         yield StreamedCheckpoint(
             config=load_config(step_dir / CONFIG_FILE),
             tensors=CheckpointTensors(step_dir, files),
             step_dir=step_dir,
-            tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+            tokenizer_dir=tokenizer_dir(step_dir),
         )
 
 

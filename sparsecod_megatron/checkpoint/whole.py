@@ -1,4 +1,4 @@
-"""A checkpoint of any layout as one unsharded model in one process: for export, evaluation and analysis."""
+"""A checkpoint of any layout as one unsharded model in one process: the reference that exports are compared with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from sparsecod_megatron.backend import Backend
-from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, find_damage
+from sparsecod_megatron.checkpoint.manifest import require_undamaged
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig, load_config
-from sparsecod_megatron.config.run_files import CONFIG_FILE, TOKENIZER_DIR
+from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
 from sparsecod_megatron.parallel import running_processes
 
@@ -28,17 +28,11 @@ class WholeModel:
         config: of the run that made the checkpoint, with the layout of one process and fp32 weights.
         model: in evaluation mode, on the backend's device.
         step_dir: the checkpoint.
-        tokenizer_dir: HuggingFace tokenizer of the run, or None if the run directory is gone.
     """
 
     config: RunConfig
     model: GPTModel
     step_dir: Path
-    tokenizer_dir: Path | None
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Weights by Megatron-Core's module names."""
-        return {name: tensor.detach() for name, tensor in self.model.named_parameters()}
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -59,28 +53,21 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
         CheckpointError: no checkpoint, or one that cannot be read.
     """
     step_dir = resolve_step_dir(path)
-    if damage := find_damage(step_dir, digests=False):
-        raise DamagedCheckpoint(f"{step_dir}: damaged ({damage}); choose another step")
+    require_undamaged(step_dir, digests=False)
     config = load_config(step_dir / CONFIG_FILE)
-    batch = replace(config.train, global_batch_size=1, rampup_batch_size=None, micro_batch_size=1)
-    config = replace(
-        config,
-        parallel=ParallelConfig(),
-        precision=PrecisionConfig(dtype="fp32"),
-        train=batch,
-        megatron=_shape_only(config),
-    )
+    config = replace(single_process(config), megatron=_shape_only(config))
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         megatron = transformer_config(config, transformer_engine=False)
         models = build_model(config, megatron, groups, device=backend.device, transformer_engine=False)
         load_weights(step_dir, config=config, models=models, groups=groups)
-        tokenizer_dir = step_dir.parent.parent / TOKENIZER_DIR
-        yield WholeModel(
-            config=config,
-            model=unwrap(models[0]).eval(),
-            step_dir=step_dir,
-            tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
-        )
+        yield WholeModel(config, unwrap(models[0]).eval(), step_dir)
+
+
+def single_process(config: RunConfig) -> RunConfig:
+    """The same run on one process and in fp32, whose checkpoint every layout and precision loads."""
+    batch = replace(config.train, global_batch_size=1, rampup_batch_size=None, micro_batch_size=1)
+    parallel, precision = ParallelConfig(), PrecisionConfig(dtype="fp32")
+    return replace(config, parallel=parallel, precision=precision, train=batch, megatron={})
 
 
 def _shape_only(config: RunConfig) -> dict[str, object]:

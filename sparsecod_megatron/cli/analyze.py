@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.errors import CheckpointError, ConfigError
+from sparsecod_megatron.cli.hf_model import add_model_options, device, huggingface_directory, names
+from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparsecod_megatron.analysis.analyze import Analysis
@@ -40,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens of a sequence (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sample and intervals (default 0)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of weights and computation (default float32)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add_model_options(parser)
     parser.add_argument(
         "--memory-gib", type=float, default=2.0, metavar="G", help="for a micro-batch's activations (default 2)"
     )
@@ -86,12 +78,12 @@ def _analyze(args: argparse.Namespace) -> None:
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
     from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
 
-    scores = find_scores([name for name in map(str.strip, args.scores.split(",")) if name])
+    scores = find_scores(names(args.scores))
     dataset_prefix(args.data)  # a wrong path should not wait for the model
-    with _model_directory(args.model) as directory:
+    with huggingface_directory(args.model) as directory:
         tokenizer = load_tokenizer(directory)
         corpus = read_corpus(args.data, tokenizer)
-        model = load_model(directory, dtype=args.dtype, device=args.device or _default_device())
+        model = load_model(directory, dtype=args.dtype, device=device(args.device))
     context = make_context(
         model,
         corpus.tokens,
@@ -105,35 +97,6 @@ def _analyze(args: argparse.Namespace) -> None:
     files = write_analysis(analysis, args.output)
     _print(analysis)
     print(f"wrote {args.output}: {len(files)} files")
-
-
-@contextlib.contextmanager
-def _model_directory(path: Path) -> Iterator[Path]:
-    """The model as a HuggingFace directory; a training checkpoint is exported into a temporary one."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a HuggingFace model directory or a training run")
-    if (path / "config.json").is_file():
-        yield path
-        return
-    import torch
-
-    from sparsecod_megatron.backend import select_backend
-
-    backend = select_backend()
-    from sparsecod_megatron.checkpoint.whole import whole_model
-    from sparsecod_megatron.hf import export_model
-
-    with tempfile.TemporaryDirectory(prefix="sparsecod-analyze-") as folder:
-        with whole_model(path, backend) as source:
-            directory = export_model(
-                source.config.model,
-                source.tensors(),
-                Path(folder) / "hf",
-                seq_length=source.config.data.seq_length,
-                dtype=torch.float32,
-                tokenizer_dir=source.tokenizer_dir,
-            )
-        yield directory
 
 
 def _compare(first: Path, second: Path, output: Path) -> None:
@@ -163,9 +126,3 @@ def _shown(value: Any) -> str:
             return _shown(value.get("value"))
         return f"{_shown(value['value'])} [{_shown(value['low'])}, {_shown(value['high'])}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsecod_megatron.cli.hf_model import add_model_options, device, names
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,13 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: --seq-length, no overlap)"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of weights and computation (default float32)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add_model_options(parser)
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of bootstrap, few-shot and continuation task (default 0)"
     )
@@ -73,8 +68,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SparsecodError: arguments, model or data that cannot be used.
     """
-    names = [name for name in map(str.strip, (args.tasks or "").split(",")) if name]
-    _check(args, names)
+    tasks = names(args.tasks)
+    _check(args, tasks)
 
     from sparsecod_megatron.evaluation.continuation_task import write_continuation_task
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_documents
@@ -90,33 +85,33 @@ def run(args: argparse.Namespace) -> None:
         dataset_prefix(args.perplexity)  # a wrong path should not wait for the model
     tokenizer = load_tokenizer(args.model)
     include_paths = [args.include_path] if args.include_path else []
-    builtin = bool(names)
+    builtin = bool(tasks)
     if args.continuation_task:
         documents = read_documents(args.continuation_task, tokenizer)
         task_folder = write_continuation_task(
             documents, output / "tasks", name=CONTINUATION_TASK, num_questions=args.questions, seed=args.seed
         )
         include_paths.append(task_folder)
-        names.append(CONTINUATION_TASK)
-    loaded = load_tasks(names, include_paths=include_paths, builtin=builtin) if names else None
-    model = load_model(args.model, dtype=args.dtype, device=args.device or _default_device())
+        tasks.append(CONTINUATION_TASK)
+    loaded = load_tasks(tasks, include_paths=include_paths, builtin=builtin) if tasks else None
+    model = load_model(args.model, dtype=args.dtype, device=device(args.device))
     perplexity = _perplexity(args, model, tokenizer) if args.perplexity else None
-    tasks = None
+    scores = None
     if loaded is not None:
-        tasks = run_tasks(model, tokenizer, loaded, limit=args.limit, batch_size=args.batch_size, seed=args.seed)
-    settings = {**vars(args), "tasks": names, "device": model.device.type, "output": output}
-    print(write_report(output, settings, perplexity, tasks), end="")
+        scores = run_tasks(model, tokenizer, loaded, limit=args.limit, batch_size=args.batch_size, seed=args.seed)
+    settings = {**vars(args), "tasks": tasks, "device": model.device.type, "output": output}
+    print(write_report(output, settings, perplexity, scores), end="")
     print(f"wrote {output / 'results.json'} and {output / 'results.md'}")
 
 
-def _check(args: argparse.Namespace, names: list[str]) -> None:
-    if not (names or args.perplexity or args.continuation_task):
+def _check(args: argparse.Namespace, tasks: list[str]) -> None:
+    if not (tasks or args.perplexity or args.continuation_task):
         raise ConfigError("nothing to run; give --perplexity, --tasks or --continuation-task")
     for option in ("limit", "batch_size", "seq_length", "stride", "questions"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {value}: must be at least 1")
-    if args.include_path and not names:
+    if args.include_path and not tasks:
         raise ConfigError(f"--include-path {args.include_path}: has no effect without --tasks; name the tasks to run")
 
 
@@ -144,9 +139,3 @@ def _perplexity(
         seed=args.seed,
         num_bytes=corpus.num_bytes,
     )
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

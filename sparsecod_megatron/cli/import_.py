@@ -84,12 +84,13 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
 
     from sparsecod_megatron.backend import select_backend
     from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
+    from sparsecod_megatron.checkpoint.whole import single_process
     from sparsecod_megatron.model import unwrap
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
 
     backend = select_backend()
-    config = _single_process(config)
+    config = single_process(config)
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         trainer = build_trainer(config, backend, groups)
         model = unwrap(trainer.models[0])
@@ -98,26 +99,4 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
             for name, tensor in source.tensors():
                 own[name].copy_(tensor)
         trainer.optimizer.reload_model_params()
-        return save_checkpoint(
-            checkpoints,
-            config=config,
-            models=trainer.models,
-            optimizer=trainer.optimizer,
-            scheduler=trainer.scheduler,
-            state=TrainState(),
-            groups=groups,
-        )
-
-
-def _single_process(config: RunConfig) -> RunConfig:
-    """The same run on one process and in fp32, whose checkpoint every layout and precision loads."""
-    from sparsecod_megatron.config import ParallelConfig, PrecisionConfig
-
-    batch = dataclasses.replace(config.train, global_batch_size=1, rampup_batch_size=None, micro_batch_size=1)
-    return dataclasses.replace(
-        config,
-        parallel=ParallelConfig(),
-        precision=PrecisionConfig(dtype="fp32"),
-        train=batch,
-        megatron={},
-    )
+        return save_checkpoint(checkpoints, state=TrainState(), **trainer.parts)

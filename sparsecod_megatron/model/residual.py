@@ -6,6 +6,7 @@ with a norm. Source: Megatron-Core fusions/fused_bias_dropout.py, transformer/tr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ BranchAndBias = tuple[Tensor, Tensor | None]
 Join = Callable[[BranchAndBias, Tensor, float], Tensor]
 
 
-class NormedJoin(torch.nn.Module):
+class NormedJoin(torch.nn.Module, ABC):
     """Base of the joins below.
 
     Args:
@@ -40,9 +41,9 @@ class NormedJoin(torch.nn.Module):
 
         return join
 
+    @abstractmethod
     def join(self, branch: Tensor, residual: Tensor) -> Tensor:
         """Both [S_local, B, H] → the new residual stream."""
-        raise NotImplementedError
 
 
 class PostNorm(NormedJoin):

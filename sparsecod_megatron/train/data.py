@@ -24,7 +24,7 @@ from sparsecod_megatron.train.setup import Trainer
 
 
 def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
-    """Check the token files against model and tokenizer, and fill in the vocabulary size. Local; reads headers only.
+    """Check the token files against model and tokenizer, and fill in the vocabulary size. Local; reads the index files.
 
     Args:
         config: its model.vocab_size is set if it was None.

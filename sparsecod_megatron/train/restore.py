@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState, load_latest, load_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
@@ -16,7 +15,7 @@ logger = logging.getLogger("sparsecod")
 
 def checkpoint_saver(trainer: Trainer, checkpoints: Path) -> CheckpointSaver:
     """What saves this run into `checkpoints`. Collective over all processes."""
-    return CheckpointSaver(checkpoints, **_parts(trainer))
+    return CheckpointSaver(checkpoints, **trainer.parts)
 
 
 def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
@@ -32,7 +31,7 @@ def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
     """
     config = trainer.config
     if resume_from:
-        state = load_latest(resume_from, **_parts(trainer))
+        state = load_latest(resume_from, **trainer.parts)
         logger.info("resumed from step %d of %s", state.step, config.logging.run_dir)
         return state
     if config.checkpoint.init_from is not None:
@@ -60,14 +59,9 @@ def roll_back(trainer: Trainer, state: TrainState, candidates: Sequence[Path]) -
         CheckpointError: all damaged.
     """
     scheduler, steps = trainer.scheduler, trainer.scheduler.num_steps
-    earlier = load_latest(candidates, **_parts(trainer))
-    # Loading adds the checkpoint's steps to those that the schedule has done.
+    earlier = load_latest(candidates, **trainer.parts)
+    # Loading put the schedule back to the checkpoint's step.
     scheduler.num_steps = steps
     scheduler.step(increment=0)
     state.optimizer_steps = earlier.optimizer_steps
     return earlier.step
-
-
-def _parts(trainer: Trainer) -> dict[str, Any]:
-    """What saving and loading take of a trainer."""
-    return {name: getattr(trainer, name) for name in ("config", "models", "optimizer", "scheduler", "groups")}

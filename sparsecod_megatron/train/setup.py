@@ -49,6 +49,11 @@ class Trainer:
         return global_batch_size // (self.config.train.micro_batch_size * self.groups.dp.size())
 
     @property
+    def parts(self) -> dict[str, Any]:
+        """What saving and loading a checkpoint take of it, by their keyword."""
+        return {name: getattr(self, name) for name in ("config", "models", "optimizer", "scheduler", "groups")}
+
+    @property
     def is_first_rank(self) -> bool:
         """Whether this process writes the run's files."""
         return torch.distributed.get_rank() == 0

@@ -64,11 +64,6 @@ def layout_config(layout: Layout) -> RunConfig:
     return load_config(None, [*RUN, *MODELS[layout.model], *layout.overrides, "train.seed=7"])
 
 
-def parts(trainer: Trainer) -> dict[str, Any]:
-    """What saving and loading need."""
-    return {name: getattr(trainer, name) for name in ("config", "models", "optimizer", "scheduler", "groups")}
-
-
 def continued(
     config: RunConfig, backend: Backend, groups: ProcessGroups, source: Path, copy: Path | None = None
 ) -> list[dict[str, Any]]:
@@ -89,9 +84,9 @@ def continued(
     from sparsecod_megatron.train.step import train_step
 
     trainer = build_trainer(config, backend, groups)
-    state = load_checkpoint(source, **parts(trainer))
+    state = load_checkpoint(source, **trainer.parts)
     if copy is not None:
-        save_checkpoint(copy, state=state, **parts(trainer))
+        save_checkpoint(copy, state=state, **trainer.parts)
     group = ParameterNormsGroup([unwrap(model) for model in trainer.models], trainer.optimizer)
     collector = StatisticsCollector(
         {"norms": group}, {"norms": 1}, num_layers=config.model.num_layers, device=backend.device

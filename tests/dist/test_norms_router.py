@@ -13,20 +13,11 @@ from sparsecod_megatron.backend import select_backend
 from tests.dist.layouts import Layout
 from tests.dist.norms_router_worker import ALL_LAYOUTS, MODELS, STEPS, layout_config, statistics
 from tests.helpers.cli import torchrun
-from tests.helpers.training import fresh_router_losses
+from tests.helpers.training import ROUTER_FIELDS, fresh_router_losses
 
 pytestmark = pytest.mark.dist
 
 NORMS = {"grad_norm", "param_norm", "update_ratio"}
-ROUTER = {
-    "tokens_per_expert",
-    "load_entropy",
-    "load_max_over_mean",
-    "dropped_frac",
-    "mean_topk_prob",
-    "aux_loss",
-    "z_loss",
-}
 
 
 def single_process(model: str, checkpoint: Path) -> list[list[dict[str, Any]]]:
@@ -41,15 +32,7 @@ def single_process(model: str, checkpoint: Path) -> list[list[dict[str, Any]]]:
         running_processes(config, communication=backend.communication, device=backend.device) as groups,
     ):
         trainer, _ = statistics(config, backend, groups, None)
-        save_checkpoint(
-            checkpoint,
-            config=config,
-            models=trainer.models,
-            optimizer=trainer.optimizer,
-            scheduler=trainer.scheduler,
-            state=TrainState(),
-            groups=groups,
-        )
+        save_checkpoint(checkpoint, state=TrainState(), **trainer.parts)
         return statistics(config, backend, groups, resolve_step_dir(checkpoint))[1]
 
 
@@ -72,7 +55,7 @@ def test_layout_equals_one_process(layout: Layout, collected: dict[str, list[lis
     assert len(ours) == len(theirs) == STEPS
     for step, (our_layers, their_layers) in enumerate(zip(ours, theirs, strict=True)):
         for index, (layer, expected) in enumerate(zip(our_layers, their_layers, strict=True)):
-            assert set(layer) == set(expected) == (NORMS | ROUTER if layout.model == "moe" else NORMS)
+            assert set(layer) == set(expected) == (NORMS | ROUTER_FIELDS if layout.model == "moe" else NORMS)
             for name, value in expected.items():
                 rtol = 0.0 if name == "tokens_per_expert" else 1e-5
                 where = f"step {step}, layer {index}, {name}"

@@ -14,7 +14,7 @@ from sparsecod_megatron.backend import select_backend
 from tests.dist.conftest import MODELS as BENCH_MODELS
 from tests.dist.conftest import Bench
 from tests.dist.layouts import PP2, VPP2, Layout
-from tests.dist.optimizers_worker import BLOCKWISE, LAYOUTS, MODELS, continued, layout_config, parts
+from tests.dist.optimizers_worker import BLOCKWISE, LAYOUTS, MODELS, continued, layout_config
 from tests.dist.test_layouts import series
 from tests.helpers.cli import read_jsonl, torchrun
 from tests.helpers.training import fresh_router_losses, trainer_batches
@@ -55,7 +55,7 @@ def two_steps(model: str, folder: Path) -> Path:
         data = trainer_batches(trainer)
         for _ in range(2):
             train_step(trainer, data)
-        return save_checkpoint(folder, state=TrainState(step=2, optimizer_steps=2), **parts(trainer))
+        return save_checkpoint(folder, state=TrainState(step=2, optimizer_steps=2), **trainer.parts)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from sparsecod_megatron.metrics import Statistics, StatisticsGroup
     from sparsecod_megatron.train.setup import Trainer
 
+ROUTER_FIELDS = {
+    "tokens_per_expert",
+    "load_entropy",
+    "load_max_over_mean",
+    "dropped_frac",
+    "mean_topk_prob",
+    "aux_loss",
+    "z_loss",
+}
+"""Of every layer that routes, written down by hand."""
+
 
 @contextlib.contextmanager
 def small_trainer(*overrides: str) -> Iterator[Trainer]:

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 DROPOUT = ("model.num_layers=2", "model.hidden_dropout=0.2", "model.attention_dropout=0.1")
 
 
-def parts(trainer: Trainer) -> dict[str, Any]:
-    """What saving and loading take of a trainer."""
-    return {name: getattr(trainer, name) for name in ("config", "models", "optimizer", "scheduler", "groups")}
-
-
 @pytest.fixture
 def trainer() -> Iterator[Trainer]:
     with small_trainer("model.num_layers=2") as trainer:
@@ -45,7 +40,7 @@ def test_an_asynchronous_save_is_that_of_its_moment(tmp_path: Path) -> None:
     for asynchronous in (False, True):
         folder = tmp_path / str(asynchronous)
         setting = f"checkpoint.async_save={str(asynchronous).lower()}"
-        with small_trainer(*DROPOUT, setting) as trainer, CheckpointSaver(folder, **parts(trainer)) as saver:
+        with small_trainer(*DROPOUT, setting) as trainer, CheckpointSaver(folder, **trainer.parts) as saver:
             data = trainer_batches(trainer)
             losses[asynchronous] = []
             for step in range(1, 5):
@@ -57,7 +52,7 @@ def test_an_asynchronous_save_is_that_of_its_moment(tmp_path: Path) -> None:
             first, second = sorted(folder.glob("step_*"))
             assert (folder / "latest").read_text() == second.name + "\n"
             if asynchronous:
-                load_checkpoint(first, **parts(trainer))
+                load_checkpoint(first, **trainer.parts)
                 rest = trainer_batches(trainer)
                 next(rest[0]), next(rest[0])  # the batches of step 1
                 assert [train_step(trainer, rest).loss for _ in range(3)] == losses[True][1:]
@@ -74,10 +69,10 @@ def test_step_0_continues_as_if_it_had_not_been_saved(tmp_path: Path) -> None:
         data = trainer_batches(trainer)
         expected = [train_step(trainer, data).loss for _ in range(2)]
     with small_trainer("model.num_layers=2") as trainer:
-        saved = save_checkpoint(tmp_path, state=TrainState(), **parts(trainer))
+        saved = save_checkpoint(tmp_path, state=TrainState(), **trainer.parts)
         data = trainer_batches(trainer)
         assert [train_step(trainer, data).loss for _ in range(2)] == expected
-        assert load_checkpoint(saved, **parts(trainer)) == TrainState()
+        assert load_checkpoint(saved, **trainer.parts) == TrainState()
         data = trainer_batches(trainer)
         assert [train_step(trainer, data).loss for _ in range(2)] == expected
 
@@ -102,7 +97,7 @@ def test_a_save_that_takes_too_long(
 
     section = trainer.config.checkpoint
     section.async_save = True
-    with CheckpointSaver(tmp_path, **parts(trainer)) as saver:
+    with CheckpointSaver(tmp_path, **trainer.parts) as saver:
         saver.save(TrainState(step=1))
         saver.wait()
         before = set(psutil.Process().children(recursive=True))
@@ -136,7 +131,7 @@ def test_a_writer_that_dies_commits_nothing(trainer: Trainer, tmp_path: Path, mo
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(failing_write))
     with (
         pytest.raises(CheckpointError, match="step_00000001: not saved"),
-        CheckpointSaver(tmp_path, **parts(trainer)) as saver,
+        CheckpointSaver(tmp_path, **trainer.parts) as saver,
     ):
         saver.save(TrainState(step=1))
     assert list(tmp_path.iterdir()) == []
@@ -148,7 +143,7 @@ def test_the_next_run_deletes_what_a_crash_left(trainer: Trainer, tmp_path: Path
     left = tmp_path / "step_00000005.tmp-12345678"
     left.mkdir()
     (left / "__0_0.distcp").write_bytes(b"half")
-    CheckpointSaver(tmp_path, **parts(trainer))
+    CheckpointSaver(tmp_path, **trainer.parts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +152,7 @@ def test_an_unwritable_folder_is_one_line(trainer: Trainer, tmp_path: Path) -> N
 
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match=r"step_00000001: not saved \(Not a directory"):
-        save_checkpoint(tmp_path / "checkpoints", state=TrainState(step=1), **parts(trainer))
+        save_checkpoint(tmp_path / "checkpoints", state=TrainState(step=1), **trainer.parts)
 
 
 def test_random_states_of_every_generator(tmp_path: Path) -> None:

@@ -13,19 +13,9 @@ from hypothesis import strategies as st
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.config.parameters import count_parameters
 from sparsecod_megatron.errors import ConfigError
+from tests.helpers.megatron import SMALL
 from tests.helpers.meta import meta_model
 from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
-
-SMALL = (
-    "model.num_layers=3",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=48",
-    "model.num_attention_heads=4",
-    "model.num_query_groups=2",
-    "model.vocab_size=64",
-    "precision.dtype=fp32",
-    "data.seq_length=16",
-)
 
 VARIANTS = {**{f"dense-{name}": keys for name, keys in DENSE.items()}}
 VARIANTS |= {f"moe-{name}": (*MOE_SHAPE, *keys) for name, keys in MOE.items()}

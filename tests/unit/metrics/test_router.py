@@ -12,21 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.helpers.megatron import megatron_model, run_forward
-from tests.helpers.training import fresh_router_losses
+from tests.helpers.training import ROUTER_FIELDS, fresh_router_losses
 
 EXPERTS, TOPK, LAYERS = 5, 2, 3
 # Without the data-parallel wrapper there is no buffer for the fused weight gradient.
 PLAIN = "megatron.gradient_accumulation_fusion=false"
 MOE = (PLAIN, f"model.num_moe_experts={EXPERTS}", f"model.moe_router_topk={TOPK}", "model.moe_ffn_hidden_size=24")
-FIELDS = {
-    "tokens_per_expert",
-    "load_entropy",
-    "load_max_over_mean",
-    "dropped_frac",
-    "mean_topk_prob",
-    "aux_loss",
-    "z_loss",
-}
 LIMITED = ("model.moe_expert_capacity_factor=0.75",)
 SIGMOID = ("model.moe_router_score_function=sigmoid", "model.moe_router_enable_expert_bias=true")
 
@@ -119,7 +110,7 @@ def by_hand(
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert set(ours) == set(theirs) == FIELDS
+    assert set(ours) == set(theirs) == ROUTER_FIELDS
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-12, err_msg=name)
 

@@ -30,11 +30,6 @@ MODELS = {
 VECTOR_OR_END = re.compile(r"norm|word_embeddings|output_layer")
 
 
-def parts(trainer: Any) -> dict[str, Any]:
-    """What saving and loading need."""
-    return {name: getattr(trainer, name) for name in ("config", "models", "optimizer", "scheduler", "groups")}
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_matrices_are_muons_and_the_rest_adams(model: str) -> None:
     with small_trainer(*MODELS[model], *MUON) as trainer:
@@ -89,10 +84,10 @@ def test_resumes_bitwise(model: str, dtype: str, tmp_path: Path) -> None:
     with small_trainer(*settings) as trainer:
         data = trainer_batches(trainer)
         losses(trainer, data, 2)
-        saved = save_checkpoint(tmp_path, state=TrainState(step=2, optimizer_steps=2), **parts(trainer))
+        saved = save_checkpoint(tmp_path, state=TrainState(step=2, optimizer_steps=2), **trainer.parts)
         expected, final = losses(trainer, data, 3), weights(trainer)
     with small_trainer(*settings, "train.seed=7") as trainer:
-        load_checkpoint(saved, **parts(trainer))
+        load_checkpoint(saved, **trainer.parts)
         data = trainer_batches(trainer)
         skipped = 2 * trainer.num_microbatches(4)
         for _ in range(skipped):

@@ -154,17 +154,13 @@ def test_mup_rates_survive_a_checkpoint(tmp_path: Path) -> None:
 
     settings = (*MOE, "model.mup_base_hidden_size=8", "optimizer.no_weight_decay=[]")
 
-    def parts(trainer: Any) -> dict[str, Any]:
-        names = ("config", "models", "optimizer", "scheduler", "groups")
-        return {name: getattr(trainer, name) for name in names}
-
     with small_trainer(*settings) as trainer:
         train_step(trainer, trainer_batches(trainer))
         rates = [(group["max_lr"], group["min_lr"]) for group in trainer.optimizer.param_groups]
-        saved = save_checkpoint(tmp_path, state=TrainState(step=1, optimizer_steps=1), **parts(trainer))
+        saved = save_checkpoint(tmp_path, state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
     assert len(set(rates)) == 2
     with small_trainer(*settings, "train.seed=7") as trainer:
-        load_checkpoint(saved, **parts(trainer))
+        load_checkpoint(saved, **trainer.parts)
         assert [(group["max_lr"], group["min_lr"]) for group in trainer.optimizer.param_groups] == rates
 
 

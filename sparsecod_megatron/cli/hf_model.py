@@ -1,0 +1,71 @@
+"""What commands that run a HuggingFace model share: its options, and a training run taken for a model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparsecod_megatron.errors import CheckpointError
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Declare --dtype and --device."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and computation (default float32)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+
+
+def names(text: str | None) -> list[str]:
+    """What stands between the commas."""
+    return [name for name in map(str.strip, (text or "").split(",")) if name]
+
+
+def device(asked: str | None) -> str:
+    """Where to compute: what --device says, or cuda where there is one."""
+    import torch
+
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def huggingface_directory(path: Path) -> Iterator[Path]:
+    """The model as a HuggingFace directory while the block runs; a checkpoint is exported into a temporary one.
+
+    Args:
+        path: HuggingFace directory, training run, or one of its step directories.
+
+    Raises:
+        CheckpointError: neither a model nor a checkpoint.
+        ConversionError: a checkpoint that HuggingFace cannot express.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a HuggingFace model directory or a training run")
+    if (path / "config.json").is_file():
+        yield path
+        return
+    import torch
+
+    from sparsecod_megatron.backend import select_backend
+
+    select_backend()
+    from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
+    from sparsecod_megatron.hf import export_model
+
+    with tempfile.TemporaryDirectory(prefix="sparsecod-") as folder:
+        with streamed_checkpoint(path, digests=False) as source:
+            directory = export_model(
+                source.config.model,
+                source.tensors,
+                Path(folder) / "hf",
+                seq_length=source.config.data.seq_length,
+                dtype=torch.float32,
+                tokenizer_dir=source.tokenizer_dir,
+            )
+        yield directory
