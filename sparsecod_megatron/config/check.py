@@ -7,6 +7,7 @@ divergence).
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,12 +79,15 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 
 def _bounds(section: Any, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(type(section))
     for item in dataclasses.fields(section):
         value, key, limits = getattr(section, item.name), prefix + item.name, item.metadata
         if dataclasses.is_dataclass(value):
             yield from _bounds(value, f"{key}.")
         elif value is None:
             continue
+        elif strangers := _strangers(value, hints[item.name]):
+            yield f"{key}: {strangers[0]!r} cannot be an entry of this list; give single values"
         elif "entries" in limits:
             unknown = [entry for entry in value if entry not in limits["entries"]]
             if unknown:
@@ -94,6 +98,12 @@ def _bounds(section: Any, prefix: str = "") -> Iterator[str]:
             yield f"{key}: {value} is below {limits['minimum']}; raise it"
         elif "maximum" in limits and not value <= limits["maximum"]:
             yield f"{key}: {value} is above {limits['maximum']}; lower it"
+
+
+def _strangers(value: Any, hint: Any) -> list[Any]:
+    """Entries of a typed list that are not of its type, which OmegaConf lets through when they are lists."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is list]
+    return [entry for entry in value if not isinstance(entry, typing.get_args(kinds[0]))] if kinds else []
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:
@@ -114,6 +124,8 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     train = config.train
     if train.exit_step is not None and train.exit_step > train.train_steps:
         yield f"train.exit_step: {train.exit_step} is after train.train_steps={train.train_steps}; lower or remove it"
+    if config.evaluation.interval and not config.evaluation.tasks:
+        yield f"evaluation.tasks: none, but evaluation.interval={config.evaluation.interval}; name some, e.g. [paper]"
     if config.data.train is not None and config.data.tokenizer is None:
         yield "data.tokenizer: not set; give the directory that `sparsecod data` wrote beside the token files"
     for name in ("train", "validation"):

@@ -66,17 +66,14 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; give the path of a YAML configuration (see examples/configs)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a readable UTF-8 YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); fix the file") from None
+    content = _parse(text, where=str(path), fix="fix the file")
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -84,14 +81,26 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return content
 
 
+def _parse(text: str, *, where: str, fix: str) -> Any:
+    """One YAML document as plain values, numbers like `1e-4` among them."""
+    try:
+        return _floats(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark and "\n" in text else ""
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{where}{line}: not valid YAML ({problem}); {fix}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deep, or an anchor that holds itself; write the values out") from None
+    except ValueError as error:  # what looks like a date or a number to YAML and is none
+        raise ConfigError(f"{where}: not valid YAML ({_first_line(error)}); {fix}") from None
+
+
 def _parse_override(override: str) -> dict[Any, Any]:
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         raise ConfigError(f"override {override!r}: not of the form section.key=value, e.g. optimizer.lr=3e-4")
-    try:
-        content: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    content = _parse(value, where=f"override {override!r}", fix="quote the value")
     for name in reversed(key.split(".")):
         content = {name: content}
     return content
@@ -124,12 +133,12 @@ def _create(content: dict[Any, Any], *, where: str) -> DictConfig:
     """Typed later, by the merge; checked here to consist of sections."""
     for section, kind in typing.get_type_hints(RunConfig).items():
         value = content.get(section, {})
-        if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
+        if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and not isinstance(value, dict):
             raise ConfigError(
                 f"{where}: {section}: {value!r} is not a section; write keys under it, as in examples/configs"
             )
     try:
-        return OmegaConf.create(_floats(content))
+        return OmegaConf.create(content)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}; fix the value") from None
 
@@ -154,14 +163,14 @@ def _merge(base: Any, update: DictConfig, *, where: str) -> Any:
     except ValidationError as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{where}: {key}{_first_line(error)}; give a value of that type") from None
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{where}: {_first_line(error)}; fix the value") from None
 
 
 def _suggest(key: str) -> str:
     """Names the nearest key, or where a Megatron field goes."""
     section, _, leaf = key.rpartition(".")
-    known = _keys(RunConfig)
+    known = known_keys()
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [
         other for other in known if other.rpartition(".")[2] == leaf
     ]
@@ -171,12 +180,13 @@ def _suggest(key: str) -> str:
     return f"keys of {section or 'the file'}: {', '.join(siblings)}; other Megatron fields go under `megatron:`"
 
 
-def _keys(schema: type, prefix: str = "") -> list[str]:
+def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all sections and keys, those below `megatron` excepted."""
     keys = []
     for name, kind in typing.get_type_hints(schema).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(kind):
-            keys.extend(_keys(cast(type, kind), f"{prefix}{name}."))
+            keys.extend(known_keys(cast(type, kind), f"{prefix}{name}."))
     return keys
 
 

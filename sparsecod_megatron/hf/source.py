@@ -61,14 +61,18 @@ def open_model(directory: Path) -> HFSource:
         ConversionError: no such directory, an unreadable or unknown configuration, a feature that ours has not, or
             weight files that are missing or damaged.
     """
-    config = _load_config(directory)
+    config, path = _load_config(directory), directory / "config.json"
     family = next((family for family in FAMILIES if type(config) is family.config_class), None)
     if family is None:
         known = ", ".join(family.architecture for family in FAMILIES)
-        raise ConversionError(
-            f"{directory / 'config.json'}: model_type {config.model_type!r} has no name table; models of {known} import"
-        )
-    model = model_config(config, family, where=directory / "config.json")
+        raise ConversionError(f"{path}: model_type {config.model_type!r} has no name table; models of {known} import")
+    try:
+        model = model_config(config, family, where=path)
+    except ConversionError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConversionError(f"{path}: holds what no model can have ({reason}); get the file again") from error
     skipped = set() if model.untie_embeddings_and_output_weights else {"lm_head.weight"}
     files = SafetensorsFiles(directory, skipped)
     return HFSource(directory, model, family, int(config.max_position_embeddings), files)
@@ -135,8 +139,11 @@ def _weight_map(directory: Path) -> dict[str, str]:
         return dict.fromkeys(_names(directory / SINGLE_FILE), SINGLE_FILE)
     try:
         listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        strange = [name for name in listed.values() if name != Path(name).name]
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{index}: damaged ({type(error).__name__}: {error}); get the file again") from None
+    if strange:
+        raise ConversionError(f"{index}: lists {strange[0]!r}, which is no file's name; get the file again")
     held = {filename: set(_names(directory / filename)) for filename in dict.fromkeys(listed.values())}
     for name, filename in listed.items():
         if name not in held[filename]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def _data_parallel(
 def _connect(megatron: TransformerConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Give the schedules the functions they call: gradient reduction, loss scale, and delayed synchronisation."""
     megatron.finalize_model_grads_func = finalize_model_grads
-    megatron.grad_scale_func = optimizer.scale_loss
+    megatron.grad_scale_func = _loss_scale(optimizer)
 
     def one_or_list(functions: list[Any]) -> Any:
         return functions[0] if len(functions) == 1 else functions
@@ -118,3 +119,22 @@ def _connect(megatron: TransformerConfig, models: list[DistributedDataParallel],
         megatron.no_sync_func = one_or_list([model.no_sync for model in models])
     if models[0].ddp_config.overlap_param_gather and len(models) > 1:
         megatron.param_sync_func = one_or_list([model.start_param_sync for model in models])
+
+
+def _loss_scale(optimizer: MegatronOptimizer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`optimizer.scale_loss`, without keeping the optimizer alive.
+
+    Its fp32 shards are views with an autograd graph, which hides a cycle through the model's configuration from the
+    garbage collector: a second trainer in one process would find the first one's process groups still running, each
+    with threads that wake a hundred times a second.
+
+    Source: Megatron-Core optimizer/distrib_optimizer.py, `_build_model_and_main_param_groups`.
+    """
+    method = weakref.WeakMethod(optimizer.scale_loss)
+
+    def scale(loss: torch.Tensor) -> torch.Tensor:
+        bound = method()
+        assert bound is not None, "the optimizer is gone"
+        return bound(loss)
+
+    return scale
