@@ -8,6 +8,7 @@ from sparsecod_megatron.config.presets import preset_names
 from sparsecod_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     IntervalConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "GATED_ACTIVATIONS",
     "CheckpointConfig",
     "DataConfig",
+    "EvaluationConfig",
     "InitStdConfig",
     "IntervalConfig",
     "LoggingConfig",

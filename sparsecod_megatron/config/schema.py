@@ -208,6 +208,24 @@ class CheckpointConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """lm-eval tasks on the running model, as `sparsecod eval` scores a checkpoint; see docs/EVALUATION.md."""
+
+    interval: int = at_least(0, 0)
+    """Steps between evaluations, each of a checkpoint that is saved for it; 0 never evaluates."""
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks, groups or tags; `paper` stands for the paper's tasks."""
+    include_path: str | None = None
+    """Folder with more task YAML files."""
+    limit: int | None = at_least(1, None)
+    """Questions of each task; None asks all."""
+    batch_size: int = at_least(1, 8)
+    """Requests of a forward pass."""
+    timeout_s: float = at_least(0, 0.0)
+    """Longest that an evaluation may take, in place of `train.step_timeout_s`; 0 waits."""
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases; `mode: offline` writes locally and needs no account."""
 
@@ -241,6 +259,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     backend: str = choice("auto", "cpu", "cuda")
     megatron: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,6 @@ from tests.helpers.training import trainer_batches
 
 if TYPE_CHECKING:
     from sparsecod_megatron.parallel import ProcessGroups
-    from sparsecod_megatron.train.setup import Trainer
 
 STEPS = 3
 RUN = (

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def sparsecod(*arguments: str | Path, check: bool = True, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
     """Run `sparsecod ARGUMENTS`.
@@ -50,6 +52,7 @@ def torchrun(
         capture_output=True,
         text=True,
         timeout=timeout_s,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},  # workers import from tests
         stdin=subprocess.DEVNULL,
     )
     assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"

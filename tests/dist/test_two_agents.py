@@ -1,0 +1,83 @@
+"""Two nodes on loopback, started as examples/slurm/run_node.sh does: one dies, comes back, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.dist.conftest import Bench
+from tests.dist.test_layouts import series
+from tests.helpers.cli import read_jsonl
+
+pytestmark = pytest.mark.dist
+
+OVERRIDES = ("train.train_steps=40", "checkpoint.save_interval=4", "statistics.moments.interval=0")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@contextlib.contextmanager
+def node(bench: Bench, run: Path, port: int, log: Path, *, host: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """One agent with one rank, all of which is gone after the block; the host holds the store of the rendezvous."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+    command += ["--rdzv-id=two-agents", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    command += [f"--rdzv-conf=is_host={host},keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
+    command += ["--local-addr=127.0.0.1", "-m", "sparsecod_megatron", "train", str(bench.config), *OVERRIDES]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            [*command, f"logging.run_dir={run}"], stdout=stream, stderr=stream, env=environment, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        end_node(process)
+
+
+def end_node(process: subprocess.Popen[bytes]) -> None:
+    """As when the power fails: agent and ranks at once, nobody told."""
+    if process.poll() is None:
+        for part in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def until(condition: Callable[[], bool], log: Path, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(420)
+def test_a_node_that_dies_and_returns(bench: Bench, tmp_path: Path) -> None:
+    straight = bench.train("two-agents-straight", *OVERRIDES, nproc=2)
+    run, port, log = tmp_path / "run", free_port(), tmp_path / "log"
+    steps = run / "metrics.jsonl"
+    with node(bench, run, port, log, host=True) as first:
+        with node(bench, run, port, log, host=False) as second:
+            until(lambda: steps.exists() and len(read_jsonl(steps)) >= 6, log)
+            end_node(second)
+        assert first.poll() is None
+        with node(bench, run, port, log, host=False) as second:
+            assert first.wait(timeout=240) == 0, log.read_text()[-4000:]
+            assert second.wait(timeout=60) == 0, log.read_text()[-4000:]
+    assert "resumed from step" in log.read_text()
+    for field in ("step", "loss", "grad_norm", "tokens"):
+        np.testing.assert_array_equal(series(run, field), series(straight, field), err_msg=field)
