@@ -6,6 +6,8 @@ Restored under the same layout they make a resumed run draw the numbers (dropout
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,20 @@ def restore_random_states(states: RandomStates) -> None:
     Raises:
         LookupError, TypeError, ValueError, RuntimeError: not what `gather_random_states` gave.
     """
-    mine = states[dist.get_rank()]
+    _restore(states[dist.get_rank()])
+
+
+@contextmanager
+def unchanged_random_states() -> Iterator[None]:
+    """Put this rank's generators back, after the block, where they were before it. Local."""
+    states = _local_states()
+    try:
+        yield
+    finally:
+        _restore(states)
+
+
+def _restore(mine: dict[str, Any]) -> None:
     torch.set_rng_state(_decode(mine["cpu"]))
     if torch.cuda.is_available() and "cuda" in mine:
         torch.cuda.set_rng_state(_decode(mine["cuda"]))

@@ -6,7 +6,6 @@ stacked under one key. This file finds the pieces of one tensor and puts them to
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -14,12 +13,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, require_undamaged
+from sparsecod_megatron.checkpoint.mapped import map_tensor
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir, tokenizer_dir
 from sparsecod_megatron.checkpoint.state import read_state
 from sparsecod_megatron.checkpoint.untrusted import read_metadata
@@ -153,10 +154,8 @@ class CheckpointTensors(Mapping[str, Tensor]):
             if stored.relative_path not in self._open:
                 file = (self._step_dir / stored.relative_path).open("rb")
                 self._open[stored.relative_path] = self._files.enter_context(file)
-            self._open[stored.relative_path].seek(stored.offset)
-            content = io.BytesIO(self._open[stored.relative_path].read(stored.length))
-            return torch.load(content, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            return map_tensor(self._open[stored.relative_path], stored.offset, stored.length)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise DamagedCheckpoint(
                 f"{self._step_dir / stored.relative_path}: {piece.fqn} cannot be read ({reason}); choose another step"

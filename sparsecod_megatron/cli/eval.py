@@ -1,23 +1,28 @@
-"""`sparsecod eval`: perplexity and lm-eval tasks of a HuggingFace model directory."""
+"""`sparsecod eval`: perplexity and lm-eval tasks of one model, or of several side by side."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsecod_megatron.cli.hf_model import add_model_options, device, names
+from sparsecod_megatron.cli.hf_model import add_model_options, device, huggingface_directory, names
+from sparsecod_megatron.cli.launch import launch, run_rank
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsecod_megatron.evaluation.perplexity import PerplexityResult
+    from sparsecod_megatron.evaluation.harness import LoadedTasks
+    from sparsecod_megatron.evaluation.perplexity import ScoredWindows
+    from sparsecod_megatron.evaluation.ranks import Ranks
+    from sparsecod_megatron.evaluation.result import ModelResult
 
-HELP = "Score a HuggingFace model directory: perplexity on held-out text, lm-eval tasks, or both."
-EXAMPLE = (
-    "sparsecod eval --model runs/dense/hf --perplexity data/x_val --continuation-task data/x_val --tasks arc_easy,piqa"
-)
+HELP = "Score models: lm-eval tasks, perplexity on held-out text, or both; several models are compared in one table."
+EXAMPLE = "sparsecod eval --model runs/dense runs/moe --perplexity data/x_val --tasks arc_easy,piqa --output compared"
 LONGEST_DEFAULT_TOKENS = 2048
 CONTINUATION_TASK = "true_continuation"
 
@@ -25,13 +30,18 @@ CONTINUATION_TASK = "true_continuation"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="model and tokenizer, as `sparsecod export` writes"
+        "--model",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="HuggingFace directories, or training runs or step directories, which are exported for the while",
     )
-    what = parser.add_argument_group("what to run, at least one")
+    what = parser.add_argument_group("what to run (default: --tasks paper)")
     what.add_argument(
         "--perplexity", type=Path, metavar="PREFIX_OR_TEXT", help="held-out dataset prefix or UTF-8 text file"
     )
-    what.add_argument("--tasks", metavar="A,B", help="lm-eval tasks or groups, comma-separated")
+    what.add_argument("--tasks", metavar="A,B", help="lm-eval tasks or groups; `paper` stands for the paper's")
     what.add_argument(
         "--continuation-task",
         type=Path,
@@ -47,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a forward pass (default 8)")
     parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the work, with the same result (default 1)",
+    )
+    parser.add_argument(
         "--seq-length",
         type=int,
         metavar="N",
@@ -59,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of bootstrap, few-shot and continuation task (default 0)"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="results.json and results.md (default: MODEL/eval)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="results.json and results.md (default, of one model: DIR/eval)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,58 +87,141 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SparsecodError: arguments, model or data that cannot be used.
     """
-    tasks = names(args.tasks)
+    tasks = _tasks(args)
     _check(args, tasks)
+    if args.nproc > 1 and "RANK" not in os.environ:
+        launch(["eval", *_arguments(args)], nproc=args.nproc)
+        return
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars, once is enough
+    run_rank(lambda: _evaluate(args, tasks))
 
-    from sparsecod_megatron.evaluation.continuation_task import write_continuation_task
-    from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_documents
-    from sparsecod_megatron.evaluation.files import check_writable
-    from sparsecod_megatron.evaluation.harness import load_tasks, run_tasks
-    from sparsecod_megatron.evaluation.model import check_model_directory, load_model, load_tokenizer
-    from sparsecod_megatron.evaluation.report import write_report
 
-    check_model_directory(args.model)
-    output = args.output or args.model / "eval"
-    check_writable(output)
-    if args.perplexity:
-        dataset_prefix(args.perplexity)  # a wrong path should not wait for the model
-    tokenizer = load_tokenizer(args.model)
-    include_paths = [args.include_path] if args.include_path else []
-    builtin = bool(tasks)
-    if args.continuation_task:
-        documents = read_documents(args.continuation_task, tokenizer)
-        task_folder = write_continuation_task(
-            documents, output / "tasks", name=CONTINUATION_TASK, num_questions=args.questions, seed=args.seed
-        )
-        include_paths.append(task_folder)
-        tasks.append(CONTINUATION_TASK)
-    loaded = load_tasks(tasks, include_paths=include_paths, builtin=builtin) if tasks else None
-    model = load_model(args.model, dtype=args.dtype, device=device(args.device))
-    perplexity = _perplexity(args, model, tokenizer) if args.perplexity else None
-    scores = None
-    if loaded is not None:
-        scores = run_tasks(model, tokenizer, loaded, limit=args.limit, batch_size=args.batch_size, seed=args.seed)
-    settings = {**vars(args), "tasks": tasks, "device": model.device.type, "output": output}
-    print(write_report(output, settings, perplexity, scores), end="")
-    print(f"wrote {output / 'results.json'} and {output / 'results.md'}")
+def _tasks(args: argparse.Namespace) -> list[str]:
+    """Names of the tasks to run; the paper's, where nothing else was asked for."""
+    tasks = names(args.tasks)
+    if args.tasks is not None and not tasks:
+        raise ConfigError(f"--tasks {args.tasks!r}: names no task; give some, or leave it out for the paper's")
+    if not (tasks or args.perplexity or args.continuation_task):
+        from sparsecod_megatron.evaluation.paper_tasks import PAPER
+
+        return [PAPER]
+    return tasks
 
 
 def _check(args: argparse.Namespace, tasks: list[str]) -> None:
-    if not (tasks or args.perplexity or args.continuation_task):
-        raise ConfigError("nothing to run; give --perplexity, --tasks or --continuation-task")
-    for option in ("limit", "batch_size", "seq_length", "stride", "questions"):
+    for option in ("limit", "batch_size", "seq_length", "stride", "questions", "nproc"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {value}: must be at least 1")
     if args.include_path and not tasks:
         raise ConfigError(f"--include-path {args.include_path}: has no effect without --tasks; name the tasks to run")
+    for index, model in enumerate(args.model):
+        if model in args.model[:index]:
+            raise ConfigError(f"--model {model}: given twice; name each model once")
+    if len(args.model) > 1 and args.output is None:
+        raise ConfigError(f"--output: not given, and {len(args.model)} models have no folder in common; give one")
 
 
-def _perplexity(
-    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> PerplexityResult:
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """The command line of one rank."""
+    given = ["--model", *map(str, args.model)]
+    for name, value in vars(args).items():
+        if name not in ("model", "nproc") and value is not None:
+            given.append(f"--{name.replace('_', '-')}={value}")
+    return given
+
+
+def _evaluate(args: argparse.Namespace, tasks: list[str]) -> None:
+    from sparsecod_megatron.evaluation.corpus import dataset_prefix
+    from sparsecod_megatron.evaluation.files import check_writable
+    from sparsecod_megatron.evaluation.model import load_tokenizer
+    from sparsecod_megatron.evaluation.ranks import running_ranks
+    from sparsecod_megatron.evaluation.report import write_report
+
+    output = args.output or args.model[0] / "eval"
+    check_writable(output)
+    if args.perplexity:
+        dataset_prefix(args.perplexity)  # a wrong path should not wait for the model
+    with running_ranks() as ranks, contextlib.ExitStack() as exports:
+        directories = ranks.from_first(
+            lambda: [exports.enter_context(huggingface_directory(path)) for path in args.model]
+        )
+        tokenizers = [load_tokenizer(directory) for directory in directories]
+        loaded = _load_tasks(args, tasks, tokenizers[0], output, ranks)
+        results = [
+            _measure(args, str(path), directory, tokenizer, loaded, ranks)
+            for path, directory, tokenizer in zip(args.model, directories, tokenizers, strict=True)
+        ]
+        if ranks.is_first:
+            model = str(args.model[0]) if len(args.model) == 1 else list(map(str, args.model))
+            settings = {**vars(args), "model": model, "tasks": tasks, "device": device(args.device), "output": output}
+            del settings["nproc"]  # changes no number
+            print(write_report(output, settings, results), end="")
+            print(f"wrote {output / 'results.json'} and {output / 'results.md'}")
+
+
+def _load_tasks(
+    args: argparse.Namespace, tasks: list[str], tokenizer: PreTrainedTokenizerBase, output: Path, ranks: Ranks
+) -> LoadedTasks | None:
+    from sparsecod_megatron.evaluation.continuation_task import write_continuation_task
+    from sparsecod_megatron.evaluation.corpus import read_documents
+    from sparsecod_megatron.evaluation.harness import load_tasks
+
+    include_paths, builtin = [args.include_path] if args.include_path else [], bool(tasks)
+    if args.continuation_task:
+        made = ranks.from_first(
+            lambda: write_continuation_task(
+                read_documents(args.continuation_task, tokenizer),
+                output / "tasks",
+                name=CONTINUATION_TASK,
+                num_questions=args.questions,
+                seed=args.seed,
+            )
+        )
+        include_paths.append(made)
+        tasks.append(CONTINUATION_TASK)
+    return load_tasks(tasks, include_paths=include_paths, builtin=builtin) if tasks else None
+
+
+def _measure(
+    args: argparse.Namespace,
+    name: str,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedTasks | None,
+    ranks: Ranks,
+) -> ModelResult:
+    """Everything that was asked for, of one model."""
+    import torch
+
+    from sparsecod_megatron.compression.compress import round_inputs_as_written
+    from sparsecod_megatron.evaluation.harness import run_tasks
+    from sparsecod_megatron.evaluation.model import load_model
+    from sparsecod_megatron.evaluation.perplexity import summary
+    from sparsecod_megatron.evaluation.result import ModelResult
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    model = load_model(directory, dtype=args.dtype, device=device(args.device))
+    round_inputs_as_written(model, directory)
+    perplexity = windows = scores = None
+    if args.perplexity:
+        windows, num_bytes = _score_text(args, model, tokenizer, ranks)
+        perplexity = summary(windows, seed=args.seed, num_bytes=num_bytes)
+    if loaded is not None:
+        progress = ranks.is_first and sys.stderr.isatty()
+        options = {"limit": args.limit, "batch_size": args.batch_size, "seed": args.seed}
+        scores = run_tasks(model, tokenizer, loaded, ranks=ranks, progress=progress, **options)
+    return ModelResult(name, perplexity, windows, scores)
+
+
+def _score_text(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
+) -> tuple[ScoredWindows, int]:
+    """Losses of the held-out text's windows, and its bytes."""
     from sparsecod_megatron.evaluation.corpus import read_corpus
-    from sparsecod_megatron.evaluation.perplexity import perplexity
+    from sparsecod_megatron.evaluation.perplexity import score_windows
 
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_TOKENS
     seq_length = args.seq_length or min(longest, LONGEST_DEFAULT_TOKENS)
@@ -130,12 +232,7 @@ def _perplexity(
     stride = args.stride or seq_length
     max_tokens = None if args.limit is None else seq_length + (args.limit - 1) * stride
     corpus = read_corpus(args.perplexity, tokenizer, max_tokens=max_tokens)
-    return perplexity(
-        model,
-        corpus.tokens,
-        seq_length=seq_length,
-        stride=stride,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_bytes=corpus.num_bytes,
+    windows = score_windows(
+        model, corpus.tokens, seq_length=seq_length, stride=stride, batch_size=args.batch_size, ranks=ranks
     )
+    return windows, corpus.num_bytes

@@ -59,7 +59,7 @@ def huggingface_directory(path: Path) -> Iterator[Path]:
     from sparsecod_megatron.hf import export_model
 
     with tempfile.TemporaryDirectory(prefix="sparsecod-") as folder:
-        with streamed_checkpoint(path, digests=False) as source:
+        with streamed_checkpoint(path) as source:
             directory = export_model(
                 source.config.model,
                 source.tensors,

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -178,3 +178,22 @@ def report_to_launcher(error: BaseException) -> bool:
 
     get_error_handler().record_exception(error)
     return True
+
+
+def run_rank(action: Callable[[], None]) -> None:
+    """Do what this process does, be it a rank or alone; a rank that fails ends at once, its error in the agent's hands.
+
+    Raises:
+        BaseException: what `action` raises, where no agent started this process.
+    """
+    try:
+        action()
+    except BaseException as error:
+        if isinstance(error, SystemExit) or not report_to_launcher(error):
+            raise
+        # At once: the end of an ordinary exit may wait for peers that wait for this rank.
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, SparsecodError) else 1)

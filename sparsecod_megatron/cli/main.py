@@ -25,7 +25,8 @@ COMMANDS = {
     "train": "pretrain a model from a YAML file, on one process or many",
     "export": "write a training checkpoint as a HuggingFace model directory",
     "import": "make a run directory at step 0 from a HuggingFace model directory",
-    "eval": "perplexity and lm-eval tasks of a HuggingFace model directory",
+    "eval": "perplexity and lm-eval tasks of one model, or of several side by side",
+    "compress": "2:4 sparsity or 8-bit quantisation of a HuggingFace model directory",
     "analyze": "how a trained model uses its depth; --compare of two models",
     "report": "plot layer statistics of one or more runs",
 }

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
-import sys
 
-import psutil
-
-from sparsecod_megatron.cli.launch import report_to_launcher
-from sparsecod_megatron.errors import SparsecodError
+from sparsecod_megatron.cli.launch import launch, run_rank
 
 HELP = "Pretrain a model. Under torchrun or Slurm this process is one rank; --nproc N starts N ranks on this machine."
 EXAMPLE = "sparsecod train examples/configs/nano_dense.yaml data.prefix=data/stdlib train.train_steps=200 --nproc 2"
@@ -40,30 +35,22 @@ def run(args: argparse.Namespace) -> None:
     is_rank = "RANK" in os.environ
     data_parallel_size(config, world_size=int(os.environ["WORLD_SIZE"]) if is_rank else args.nproc)
     if args.nproc > 1 and not is_rank:
-        from sparsecod_megatron.cli.launch import launch
-
         launch(["train", args.config, *args.overrides], nproc=args.nproc, max_restarts=args.max_restarts)
         return
     from sparsecod_megatron.backend import select_backend
 
-    _show_log(is_first=os.environ.get("RANK", "0") == "0")
-    backend = select_backend(config.backend, precision=config.precision)
-    from sparsecod_megatron.train import run_training
+    is_first = os.environ.get("RANK", "0") == "0"
+    _show_log(is_first=is_first)
 
-    if not is_rank:
-        run_training(config, backend)
-        return
-    try:
-        run_training(config, backend)
-    except BaseException as error:
-        if isinstance(error, SystemExit) or not report_to_launcher(error):
-            raise
-        # At once: the end of an ordinary exit may wait for peers that wait for this rank.
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, SparsecodError) else 1)
+    def train() -> None:
+        backend = select_backend(config.backend, precision=config.precision)
+        from sparsecod_megatron.cli.task_evaluation import task_evaluator
+        from sparsecod_megatron.train import run_training
+
+        asked = config.evaluation.interval > 0 and is_first
+        run_training(config, backend, task_evaluator(config.evaluation, backend.device.type) if asked else None)
+
+    run_rank(train)
 
 
 def _show_log(*, is_first: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -21,13 +22,19 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
         device: `cpu` or `cuda`.
 
     Raises:
-        CheckpointError: no such folder, no `config.json`, unreadable weights, or weights that the architecture needs
-            and the folder lacks (transformers would fill them with random numbers).
+        CheckpointError: no such folder, no `config.json`, unreadable weights, weights that the architecture needs
+            and the folder lacks (transformers would fill them with random numbers), or ModelOpt's quantised weights
+            (transformers would take them without their scales).
         ConfigError: `cuda` where there is none.
     """
     check_model_directory(directory)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    if _for_engines(directory):
+        raise CheckpointError(
+            f"{directory}: 8-bit weights for inference engines, whose scales transformers leaves out; give the folder "
+            "above, which `sparsecod compress` wrote"
+        )
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -75,3 +82,12 @@ def check_model_directory(directory: Path) -> None:
         raise CheckpointError(
             f"--model {directory}: has no config.json; give a HuggingFace model directory, as `sparsecod export` writes"
         )
+
+
+def _for_engines(directory: Path) -> bool:
+    """Whether ModelOpt wrote the directory for inference engines; damage to config.json is found by transformers."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "modelopt"
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sparsecod_megatron.errors import CheckpointError, ConfigError, DataError
+from sparsecod_megatron.evaluation.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +50,23 @@ class PerplexityResult:
     loss_stderr: float | None
     loss_low: float | None
     loss_high: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredWindows:
+    """What a model was found to pay for each window of a stream.
+
+    Attributes:
+        sums: Σ loss in nats, float64 `[windows]`.
+        counts: tokens scored, float64 `[windows]`.
+        seq_length: tokens of context and target that the model sees at most.
+        stride: tokens from one window to the next.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    seq_length: int
+    stride: int
 
 
 class Window(NamedTuple):
@@ -100,6 +119,32 @@ def perplexity(
         num_bytes: UTF-8 bytes of the text of `tokens[1:]`, for bits per byte.
 
     Raises:
+        SparsecodError: as `score_windows` does.
+    """
+    windows = score_windows(model, tokens, seq_length=seq_length, stride=stride, batch_size=batch_size)
+    return summary(windows, seed=seed, num_bytes=num_bytes)
+
+
+def score_windows(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    seq_length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    ranks: Ranks | None = None,
+) -> ScoredWindows:
+    """Score a token stream window by window. Collective over the ranks.
+
+    Args:
+        model: as `perplexity` takes it, as are `tokens`, `seq_length`, `stride` and `batch_size`.
+        tokens: integer `[tokens]`.
+        seq_length: inputs of a window.
+        stride: distance between windows' starts.
+        batch_size: windows of a forward pass.
+        ranks: processes that share the work; None is this one alone. Their number does not change the result.
+
+    Raises:
         DataError: fewer than two tokens, or a token id outside the model's vocabulary.
         ConfigError: a stride outside 1 … `seq_length`.
         CheckpointError: the model's loss is not a finite number.
@@ -109,23 +154,35 @@ def perplexity(
         raise ConfigError(f"--stride {stride}: must be 1 to --seq-length {seq_length}, or tokens would go unscored")
     _check_tokens(tokens, model.config.get_text_config().vocab_size)
     windows = plan_windows(len(tokens), seq_length, stride)
-    sums = _score(model, tokens, windows, batch_size)
+    sums = _score(model, tokens, windows, batch_size, ranks or Ranks())
     if not np.isfinite(sums).all():
         window = windows[int(np.flatnonzero(~np.isfinite(sums))[0])]
         where = f"tokens {window.first} to {window.end}"
         raise CheckpointError(f"the model's loss on {where} is not finite; its weights or activations overflow")
     counts = np.array([window.end + 1 - window.first for window in windows], dtype=np.float64)
-    loss = float(sums.sum() / counts.sum())
-    stderr, low, high = _bootstrap(sums, counts, seed)
+    return ScoredWindows(sums, counts, seq_length, stride)
+
+
+def summary(windows: ScoredWindows, *, seed: int = 0, num_bytes: int | None = None) -> PerplexityResult:
+    """What the windows' losses say together.
+
+    Args:
+        windows: of one stream.
+        seed: of the bootstrap over windows.
+        num_bytes: UTF-8 bytes of the scored text, for bits per byte.
+    """
+    total, num_tokens = float(windows.sums.sum()), windows.counts.sum()
+    loss = float(total / num_tokens)
+    stderr, low, high = _bootstrap(windows.sums, windows.counts, seed)
     return PerplexityResult(
         loss=loss,
         perplexity=exp(loss),
-        bits_per_byte=float(sums.sum()) / math.log(2) / num_bytes if num_bytes else None,
-        num_tokens=int(counts.sum()),
+        bits_per_byte=total / math.log(2) / num_bytes if num_bytes else None,
+        num_tokens=int(num_tokens),
         num_bytes=num_bytes,
-        num_windows=len(windows),
-        seq_length=seq_length,
-        stride=stride,
+        num_windows=len(windows.sums),
+        seq_length=windows.seq_length,
+        stride=windows.stride,
         loss_stderr=stderr,
         loss_low=low,
         loss_high=high,
@@ -149,8 +206,9 @@ def _check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-@torch.inference_mode()
-def _score(model: PreTrainedModel, tokens: torch.Tensor, windows: list[Window], batch_size: int) -> np.ndarray:
+def _score(
+    model: PreTrainedModel, tokens: torch.Tensor, windows: list[Window], batch_size: int, ranks: Ranks
+) -> np.ndarray:
     """Σ loss of each window in nats, float64 `[windows]`.
 
     Only the last window can be shorter than the others; it runs alone, so nothing is ever padded.
@@ -159,19 +217,25 @@ def _score(model: PreTrainedModel, tokens: torch.Tensor, windows: list[Window], 
     batches = [windows[i : min(i + batch_size, num_full)] for i in range(0, num_full, batch_size)]
     if num_full < len(windows):
         batches.append(windows[num_full:])
-    sums: list[float] = []
-    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None):
-        inputs = torch.stack([tokens[window.start : window.end] for window in batch]).to(model.device)
-        logits = model(input_ids=inputs, use_cache=False).logits
-        losses = []
-        for row, window in zip(
-            logits, batch, strict=True
-        ):  # row by row: a float32 copy of the batch's logits can be huge
-            targets = tokens[window.first : window.end + 1].to(model.device)
-            scored = row[window.first - window.start - 1 :].float()
-            losses.append(F.cross_entropy(scored, targets, reduction="none").double().sum())
-        sums.extend(torch.stack(losses).tolist())
-    return np.array(sums, dtype=np.float64)
+
+    def work(own: Sequence[list[Window]]) -> list[list[float]]:
+        bar = tqdm(own, desc="perplexity", unit="batch", disable=None if ranks.is_first else True)
+        return [_score_batch(model, tokens, batch) for batch in bar]
+
+    return np.array([loss for losses in ranks.deal(batches, work) for loss in losses], dtype=np.float64)
+
+
+@torch.inference_mode()
+def _score_batch(model: PreTrainedModel, tokens: torch.Tensor, batch: list[Window]) -> list[float]:
+    """Σ loss of each window of one forward pass."""
+    inputs = torch.stack([tokens[window.start : window.end] for window in batch]).to(model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits
+    losses = []
+    for row, window in zip(logits, batch, strict=True):  # row by row: a float32 copy of the batch's logits can be huge
+        targets = tokens[window.first : window.end + 1].to(model.device)
+        scored = row[window.first - window.start - 1 :].float()
+        losses.append(F.cross_entropy(scored, targets, reduction="none").double().sum())
+    return torch.stack(losses).tolist()
 
 
 def _bootstrap(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float | None, float | None, float | None]:

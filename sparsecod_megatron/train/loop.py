@@ -27,17 +27,19 @@ from sparsecod_megatron.train.setup import Trainer, build_trainer
 from sparsecod_megatron.train.signals import stop_on_signals
 from sparsecod_megatron.train.statistics import statistics_collector
 from sparsecod_megatron.train.step import StepResult, evaluate, train_step
+from sparsecod_megatron.train.task_evaluation import Evaluator, TaskEvaluation
 from sparsecod_megatron.train.watchdog import Watchdog
 
 logger = logging.getLogger("sparsecod")
 
 
-def run_training(config: RunConfig, backend: Backend) -> None:
+def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None = None) -> None:
     """Train from the configuration to its last step. Collective: every process of the run calls it.
 
     Args:
         config: a checked run.
         backend: the selected backend.
+        evaluate: what evaluates a checkpoint; needed on rank 0 where `evaluation.interval` is not 0.
 
     Raises:
         SparsecodError: configuration, data or checkpoint that cannot be used; before anything is written.
@@ -62,7 +64,7 @@ def run_training(config: RunConfig, backend: Backend) -> None:
         recorder = RunDirectory(run_dir, config, last_step=state.step) if trainer.is_first_rank else None
         try:
             with checkpoint_saver(trainer, checkpoints) as saver:
-                _Loop(trainer, data, state, recorder, checkpoints, saver).run()
+                _Loop(trainer, data, state, recorder, checkpoints, saver, evaluate).run()
         finally:
             if recorder is not None:
                 recorder.close()
@@ -79,6 +81,7 @@ class _Loop:
         recorder: RunDirectory | None,
         checkpoints: Path,
         saver: CheckpointSaver,
+        evaluate: Evaluator | None,
     ) -> None:
         self.trainer, self.data, self.state = trainer, data, state
         self.recorder, self.checkpoints, self.saver = recorder, checkpoints, saver
@@ -93,6 +96,7 @@ class _Loop:
             log_path=Path(config.logging.run_dir) / LOG_FILE,
             rank=dist.get_rank(),
         )
+        self.tasks = TaskEvaluation(config.evaluation, evaluate, saver, self.watchdog)
 
     def run(self) -> None:
         """Train to the last step, then save."""
@@ -141,11 +145,15 @@ class _Loop:
         last = step == self.last_step
         if config.train.eval_interval and (_due(step, config.train.eval_interval) or last):
             record.update(self._validate())
-        notable = {"validation_loss", "spike", "diverged"} & record.keys()
+        evaluated = config.evaluation.interval and (_due(step, config.evaluation.interval) or last)
+        if evaluated:
+            record.update(self.tasks.run(self.state))
+            self.saved_step = step
+        notable = {"validation_loss", "spike", "diverged"} & record.keys() or evaluated
         if _due(step, config.logging.log_interval) or step == 1 or last or notable:
             self._log(record)
         self.saver.poll()
-        if _due(step, config.checkpoint.save_interval):
+        if _due(step, config.checkpoint.save_interval) and self.saved_step != step:
             self._save()
         return record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -89,14 +90,14 @@ def test_continuation_task_is_made_and_run(model_dir: Path, dataset: Path, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing to run; give --perplexity, --tasks or --continuation-task"),
-        (["--tasks", " , "], "nothing to run"),
+        (["--tasks", " , "], "--tasks ' , ': names no task"),
         (["--perplexity", "absent"], "absent: no such text file"),
         (["--perplexity", "{text}", "--seq-length", "512"], "--seq-length 512: the model takes at most 256"),
         (["--perplexity", "{text}", "--seq-length", "8", "--stride", "9"], "--stride 9: must be 1 to --seq-length 8"),
         (["--perplexity", "{text}", "--limit", "0"], "--limit 0: must be at least 1"),
         (["--perplexity", "{text}", "--batch-size", "-1"], "--batch-size -1: must be at least 1"),
         (["--perplexity", "{text}", "--include-path", "."], "--include-path .: has no effect without --tasks"),
+        (["--perplexity", "{text}", "--nproc", "0"], "--nproc 0: must be at least 1"),
         (["--continuation-task", "{text}"], "0 passages of 64 words"),
     ],
 )
@@ -111,6 +112,65 @@ def test_mistakes_are_one_line_and_leave_nothing(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sparsecod eval: ")]
     assert len(error) == 1 and message in error[0]
     assert not (model_dir / "eval").exists()
+
+
+def test_without_anything_asked_for_the_papers_tasks_are_run(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Offline, that is one line, which says what is missing."""
+    pytest.importorskip("lm_eval")
+    assert main(["eval", "--model", str(model_dir), "--device", "cpu"]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sparsecod eval: ")]
+    assert len(error) == 1 and "task 'mmlu': its data cannot be loaded" in error[0] and "cais/mmlu" in error[0]
+
+
+def test_models_are_compared(
+    model_dir: Path, make_llama: Callable[..., LlamaForCausalLM], dataset: Path, tmp_path: Path
+) -> None:
+    """Identical models differ by nothing; the others' differences are those of their own results."""
+    same, other = tmp_path / "same", tmp_path / "other"
+    shutil.copytree(model_dir, same)
+    shutil.copytree(model_dir, other)
+    make_llama(num_hidden_layers=1).save_pretrained(other)
+    arguments = ["--perplexity", str(dataset), "--limit", "20", "--seq-length", "32", "--device", "cpu"]
+    models = [str(model_dir), str(same), str(other)]
+    assert main(["eval", "--model", *models, *arguments, "--output", str(tmp_path / "compared")]) == 0
+    compared = json.loads((tmp_path / "compared" / "results.json").read_text(encoding="utf-8"))
+    assert list(compared["models"]) == models
+    losses = [compared["models"][model]["perplexity"]["loss"] for model in models]
+    found = {(row["model"], row["metric"]): row for row in compared["differences"]}
+    assert losses[0] == losses[1] != losses[2]
+    assert (found[str(same), "loss"]["value"], found[str(same), "loss"]["stderr"]) == (0, 0)
+    assert found[str(other), "loss"]["value"] == losses[2] - losses[0] and found[str(other), "loss"]["paired"]
+    assert main(["eval", "--model", str(other), *arguments]) == 0
+    alone = json.loads((other / "eval" / "results.json").read_text(encoding="utf-8"))
+    assert alone["perplexity"] == compared["models"][str(other)]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (["{model}", "{model}"], "given twice"),
+        (["{model}", "absent"], "--output: not given, and 2 models have no folder in common"),
+        (["absent"], "absent: no such folder"),
+        (["."], ".: no checkpoint here"),
+    ],
+)
+def test_models_that_cannot_be_used(
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    models: list[str],
+    message: str,
+) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("some text", encoding="utf-8")
+    monkeypatch.chdir(source.parent)
+    filled = [model.format(model=model_dir) for model in models]
+    assert main(["eval", "--model", *filled, "--perplexity", str(source), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
 
 
 def test_tokens_of_another_tokenizer(

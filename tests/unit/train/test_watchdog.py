@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_a_hung_phase(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = (tmp_path / "log.txt").read_text()
     assert log.startswith("rank 3, step 8, statistics:\n")
     assert "waiting_for_a_rank_that_never_comes" in log and "_watch" in log
+
+
+def test_a_phase_with_a_limit_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Longer than the others' without being ended, and ended by its own, under its own key."""
+    watchdog, statuses, ended = watched(tmp_path / "log.txt", 0.1)
+    with caplog.at_level(logging.CRITICAL, logger="sparsecod"), watchdog.watching():
+        watchdog.enter(7, "evaluation", timeout_s=math.inf, key="evaluation.timeout_s")
+        assert not ended.wait(0.5)
+        watchdog.enter(8, "evaluation", timeout_s=0.2, key="evaluation.timeout_s")
+        assert ended.wait(60)
+    assert statuses == [HUNG_STATUS]
+    assert "step 8: evaluation has not ended after 0.2 s (evaluation.timeout_s)" in caplog.text
 
 
 def test_phases_that_end_are_left_alone(tmp_path: Path) -> None:

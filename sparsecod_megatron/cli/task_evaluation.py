@@ -1,0 +1,47 @@
+"""lm-eval's tasks on the checkpoints of a run that is training: `sparsecod eval` as a function that the loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsecod_megatron.cli.hf_model import huggingface_directory
+from sparsecod_megatron.config import EvaluationConfig
+
+
+def task_evaluator(section: EvaluationConfig, device: str) -> Callable[[Path], dict[str, float]]:
+    """Load the tasks, so that what they lack is found before training, and return what evaluates a step directory.
+
+    The numbers are those of `sparsecod eval` with the same tasks and limit: float32, one process.
+
+    Args:
+        section: what to evaluate.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        A function from a step directory to `task/NAME/METRIC` and, where there is a standard error,
+        `task/NAME/METRIC_stderr`.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a task is unknown.
+        DataError: a task's data cannot be loaded.
+    """
+    from sparsecod_megatron.evaluation.harness import load_tasks, run_tasks
+    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+
+    include_paths = [Path(section.include_path)] if section.include_path else []
+    loaded = load_tasks(section.tasks, include_paths=include_paths)
+
+    def evaluate(step_dir: Path) -> dict[str, float]:
+        with huggingface_directory(step_dir) as directory:
+            tokenizer = load_tokenizer(directory)
+            model = load_model(directory, dtype="float32", device=device)
+        result = run_tasks(model, tokenizer, loaded, limit=section.limit, batch_size=section.batch_size)
+        values = {}
+        for row in result.metrics:
+            values[f"task/{row.task}/{row.metric}"] = row.value
+            if row.stderr is not None:
+                values[f"task/{row.task}/{row.metric}_stderr"] = row.stderr
+        return values
+
+    return evaluate
