@@ -52,7 +52,7 @@ done
 
 step "7/7 Variance by depth, dense against mixture of experts"
 run report "$OUTPUT/dense" "$OUTPUT/moe" --output "$OUTPUT/variance_by_depth.png"
-run report "$OUTPUT/dense" "$OUTPUT/moe" --output "$OUTPUT/report.html"
+run report "$OUTPUT"/{dense,moe,dense-depth,moe-depth} --output "$OUTPUT/report.html"
 
 step "What was learnt"
 bash tools/run_in_venv.sh python3 - "$OUTPUT" <<'PYTHON'
@@ -77,6 +77,6 @@ Everything lies in $OUTPUT:
   dense-eval/ moe-eval/           results.json and results.md
   dense-depth/ moe-depth/         scores.json, a CSV a score, plots/
   variance_by_depth.png           the plot
-  report.html                     every curve, offline by double click
+  report.html                     every curve and score, offline by double click
 Next: examples/configs/ holds the paper's models; sparsecod train CONFIG a.b=c --nproc N trains them.
 END

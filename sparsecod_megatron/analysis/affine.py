@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsecod_megatron.analysis.share import Share
+
 RIDGE = 1e-6
 """Added to every channel's variance, as a share of it: enough for channels that repeat each other, and invisible in the
 fit of a block that really is affine. Relative to each channel, because a few channels of a residual stream are
@@ -55,6 +57,11 @@ class AffineFit:
         self._products.addmm_(x.T, both)
         self._sums += both.sum(dim=0)
         self.num_tokens += len(x)
+
+    def reduce(self, share: Share) -> None:
+        """Count the tokens of all processes. Collective over them."""
+        self._products, self._sums = share.total(self._products), share.total(self._sums)
+        self.num_tokens = int(share.total(torch.tensor(self.num_tokens)))
 
     def solve(self) -> AffineMap:
         """The least-squares map, with `RIDGE`; float32."""

@@ -8,17 +8,16 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsecod_megatron.analysis.directory import PLOTS_FOLDER, SCORES_FILE
 from sparsecod_megatron.analysis.plots import draw
+from sparsecod_megatron.analysis.products import fast_products
 from sparsecod_megatron.analysis.report.output import replacing
 from sparsecod_megatron.analysis.scores.base import Result, Score
 from sparsecod_megatron.analysis.scores.context import Context
-
-SCORES_FILE = "scores.json"
-PLOTS_FOLDER = "plots"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ def analyze(context: Context, scores: Sequence[Score], *, settings: dict[str, An
         ConfigError: the sample is too small for a score.
         ConversionError: the architecture does not let a score be computed.
     """
-    results = {score.name: score.run(context) for score in scores}
+    with fast_products():
+        results = {score.name: score.run(context) for score in scores}
     facts = {
         "architecture": type(context.model).__name__,
         "block_list": context.layers.name,
@@ -92,7 +92,7 @@ def _as_json(analysis: Analysis) -> dict[str, Any]:
             "warnings": list(result.warnings),
             "tables": result.tables,
             "per_sequence": result.per_sequence,
-            "figures": [figure.name for figure in result.figures],
+            "figures": [{"kind": figure.kind, **asdict(figure)} for figure in result.figures],
         }
         for name, result in analysis.results.items()
     }

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsecod_megatron.analysis.analyze import SCORES_FILE
+from sparsecod_megatron.analysis.directory import load_analyses
 from sparsecod_megatron.analysis.intervals import mean_interval
-from sparsecod_megatron.errors import ConfigError, DataError
+from sparsecod_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ def compare(first: Path, second: Path) -> list[Difference]:
         DataError: a directory without a readable `scores.json`.
         ConfigError: the two were measured on different sequences, or share no score.
     """
-    ours, theirs = _read(first), _read(second)
+    (ours,), (theirs,) = load_analyses([first]), load_analyses([second])
     for key in ("num_samples", "seq_length", "seed", "sample_sha256"):
-        one, other = ours["settings"].get(key), theirs["settings"].get(key)
+        one, other = ours.settings.get(key), theirs.settings.get(key)
         if one != other:
             raise ConfigError(
                 f"--compare {first} {second}: measured on different sequences ({key} {one} and {other}); analyse both "
                 "with the same --data, --samples, --seq-length, --seed and tokenizer"
             )
-    seed = ours["settings"]["seed"]
+    seed = ours.settings["seed"]
     found = [
         difference
-        for score in ours["scores"]
-        if score in theirs["scores"]
-        for difference in _differences(score, ours["scores"][score], theirs["scores"][score], seed)
+        for score in ours.scores
+        if score in theirs.scores
+        for difference in _differences(score, ours.scores[score], theirs.scores[score], seed)
     ]
     if not found:
         raise ConfigError(f"--compare {first} {second}: no score is in both; analyse both with the same --scores")
@@ -94,16 +94,3 @@ def _differences(score: str, ours: dict[str, Any], theirs: dict[str, Any], seed:
             Difference(score, name, first, second, second - first, interval.low, interval.high, separated, len(pairs))
         )
     return found
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    path = directory / SCORES_FILE
-    if not path.is_file():
-        raise DataError(f"{directory}: no {SCORES_FILE} in it; give a directory that `sparsecod analyze` wrote")
-    try:
-        analysis = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); analyse the model again") from None
-    if not isinstance(analysis, dict) or not {"settings", "scores"} <= analysis.keys():
-        raise DataError(f"{path}: has no settings and scores; analyse the model again")
-    return analysis

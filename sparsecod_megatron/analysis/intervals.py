@@ -121,7 +121,8 @@ def wilson(successes: int, trials: int) -> Interval:
     spread = 1 + Z_95**2 / trials
     middle = (share + Z_95**2 / (2 * trials)) / spread
     half = Z_95 / spread * math.sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    # The ends that are exact by definition are not left to rounding.
+    return Interval(share, middle - half if successes else 0.0, middle + half if successes < trials else 1.0)
 
 
 def _weighted_sums(weights: Array, values: Array) -> Array:

@@ -80,9 +80,7 @@ def token_jacobians(apart: IsolatedBlock, rows: Tensor, positions: Tensor) -> Te
     return jacobian
 
 
-def estimated_numbers(
-    apart: IsolatedBlock, rows: Tensor, positions: Tensor, *, num_probes: int, generator: torch.Generator
-) -> TokenJacobians:
+def estimated_numbers(apart: IsolatedBlock, rows: Tensor, positions: Tensor, signs: Tensor) -> TokenJacobians:
     """Deviation and diagonal mean from random signs `v`: `‖J−I‖²_F = E‖Jᵀv − v‖²` and `tr J = E vᵀJᵀv`.
 
     Source: M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
@@ -91,21 +89,21 @@ def estimated_numbers(
         apart: the block, checked.
         rows: [b] sequences of the micro-batch.
         positions: [b, p] places of the tokens in each.
-        num_probes: random vectors for each token, at least two.
-        generator: on the CPU.
+        signs: [probes, b, p, d] ±1, at least two probes.
     """
     hidden = apart.hidden[rows[:, None], positions]
-    size = hidden.shape[-1]
+    num_probes, size = len(signs), hidden.shape[-1]
     copies = min(num_probes, max(1, TOKENS_AT_ONCE // positions.numel()))
     tokens, after = _variants(apart, rows, positions, copies)
     squares, traces = [], []
     for start in range(0, num_probes, copies):
-        signs = torch.randint(2, (copies, *hidden.shape), generator=generator).to(hidden) * 2 - 1
-        (gradient,) = torch.autograd.grad(after, tokens, signs.view(tokens.shape), retain_graph=True)
-        back, signs = gradient.view_as(signs).double(), signs.double()
         wanted = min(copies, num_probes - start)
-        squares.append(((back - signs) ** 2).sum(dim=-1)[:wanted] / size)
-        traces.append((back * signs).sum(dim=-1)[:wanted] / size)
+        direction = torch.zeros(copies, *hidden.shape).to(hidden)
+        direction[:wanted] = signs[start : start + wanted]
+        (gradient,) = torch.autograd.grad(after, tokens, direction.view(tokens.shape), retain_graph=True)
+        back, forth = gradient.view_as(direction)[:wanted].double(), direction[:wanted].double()
+        squares.append(((back - forth) ** 2).sum(dim=-1) / size)
+        traces.append((back * forth).sum(dim=-1) / size)
     samples = torch.cat(squares)
     mean = samples.mean(dim=0)
     variance = samples.var(dim=0) / num_probes

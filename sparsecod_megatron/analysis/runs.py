@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from sparsecod_megatron.analysis.directory import short_names
 from sparsecod_megatron.config import IntervalConfig, RunConfig, load_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE, METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.errors import DataError
@@ -76,22 +77,16 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         if path in resolved[:index]:
             raise DataError(f"{paths[index]}: given twice; name each run once")
         _check_run_directory(paths[index])
-    return [_load_run(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
+    return [_load_run(path, name) for path, name in zip(paths, short_names(resolved), strict=True)]
 
 
 def _check_run_directory(path: Path) -> None:
     for name in (CONFIG_FILE, METRICS_FILE, STATISTICS_FILE):
         if not (path / name).is_file():
-            raise DataError(f"{path}: not a run directory (no {name} in it); give one that `sparsecod train` wrote")
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as it takes to tell all of them apart."""
-    for depth in range(1, max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+            raise DataError(
+                f"{path}: not a run directory (no {name} in it); give one that `sparsecod train` or `sparsecod "
+                "analyze` wrote"
+            )
 
 
 def _load_run(path: Path, name: str) -> Run:

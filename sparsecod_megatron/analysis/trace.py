@@ -6,6 +6,7 @@ An intervention at block `s` then starts from `h_s` and runs only what comes aft
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,14 +39,12 @@ class Trace:
         labels: [B, T] the next tokens.
         hidden: [L + 1] of [B, T, d]: `h_0 … h_L`.
         calls: [L] what each block was called with.
-        losses: [B] mean cross entropy in nats, float64 on the CPU.
     """
 
     tokens: Tensor
     labels: Tensor
     hidden: list[Tensor]
     calls: list[Call]
-    losses: Tensor
 
 
 class Replay:
@@ -62,7 +61,7 @@ class Replay:
 
     @torch.no_grad()
     def trace(self, tokens: Tensor, labels: Tensor) -> Trace:
-        """Run the whole model once.
+        """Run the model once, up to its last block: not every score needs the head.
 
         Args:
             tokens: [B, T] inputs.
@@ -80,14 +79,21 @@ class Replay:
             hidden.append(after)
             named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             calls.append(Call(args[1:], named, isinstance(output, tuple)))
+            if len(calls) == len(self.layers):
+                raise _AllBlocksRan
 
         hooks = [block.register_forward_hook(note, with_kwargs=True) for block in self.layers.blocks]
         try:
-            logits = self.model(input_ids=tokens, use_cache=False).logits
+            with contextlib.suppress(_AllBlocksRan):
+                self.model(input_ids=tokens, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return Trace(tokens, labels, hidden, calls, sequence_losses(logits, labels))
+        return Trace(tokens, labels, hidden, calls)
+
+    def losses(self, trace: Trace) -> Tensor:
+        """[B] cross entropy of the unchanged model, mean over tokens in nats, float64 on the CPU."""
+        return self.losses_after(trace, (), trace.hidden[-1])
 
     def run_block(self, trace: Trace, layer: int, hidden: Tensor) -> Tensor:
         """Block `layer` with its own mask and angles on hidden states [B, T, d]."""
@@ -132,6 +138,10 @@ class Replay:
         with swapped(self.layers.blocks, answers):
             logits: Tensor = self.model(input_ids=trace.tokens, use_cache=False).logits
         return logits
+
+
+class _AllBlocksRan(Exception):
+    """Ends a forward pass before the head."""
 
 
 class _Answer(nn.Module):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparsecod_megatron.analysis.analyze import Analysis
+    from sparsecod_megatron.analysis.share import Share
 
 HELP = "Measure how a trained model uses its depth, or compare two models measured on the same text."
 EXAMPLE = (
@@ -18,6 +22,19 @@ EXAMPLE = (
     "  sparsecod analyze --compare analysis/dense analysis/moe --output comparison"
 )
 DEFAULT_SCORES = "causal,permutation,usefulness,jacobian,similarity,skip,lens"
+OF_EVERY_RANK = (
+    "data",
+    "scores",
+    "samples",
+    "seq_length",
+    "seed",
+    "dtype",
+    "device",
+    "memory_gib",
+    "compat",
+    "output",
+)
+"""What each process of --nproc is told, besides the model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sample and intervals (default 0)")
     add_model_options(parser)
     parser.add_argument(
-        "--memory-gib", type=float, default=2.0, metavar="G", help="for a micro-batch's activations (default 2)"
+        "--memory-gib", type=float, default=2.0, metavar="G", help="for a process's micro-batch (default 2)"
+    )
+    parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="processes on this machine, each with a share of the sample"
     )
     parser.add_argument(
         "--compat", choices=("reference",), help="also compute the reference code's own numbers, named ref_*"
@@ -68,10 +88,29 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.model is None or args.data is None:
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
-    _analyze(args)
+    if args.nproc < 1:
+        raise ConfigError(f"--nproc {args.nproc}: must be at least 1")
+    if args.nproc > 1 and "RANK" not in os.environ:
+        from sparsecod_megatron.cli.launch import launch
+
+        launch(_rank_arguments(args), nproc=args.nproc)
+        return
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # before the library is imported
+    from sparsecod_megatron.analysis.share import sharing
+
+    with sharing() as share:
+        _analyze(args, share)
 
 
-def _analyze(args: argparse.Namespace) -> None:
+def _rank_arguments(args: argparse.Namespace) -> list[str]:
+    """The same command for a process of --nproc."""
+    given = {option: getattr(args, option) for option in OF_EVERY_RANK}
+    options = [f"--{option.replace('_', '-')}={value}" for option, value in given.items() if value is not None]
+    return ["analyze", *options, "--", str(args.model)]
+
+
+def _analyze(args: argparse.Namespace, share: Share) -> None:
     from sparsecod_megatron.analysis.analyze import analyze, write_analysis
     from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
@@ -80,10 +119,10 @@ def _analyze(args: argparse.Namespace) -> None:
 
     scores = find_scores(names(args.scores))
     dataset_prefix(args.data)  # a wrong path should not wait for the model
-    with huggingface_directory(args.model) as directory:
+    with _shared_directory(args.model, share) as directory:
         tokenizer = load_tokenizer(directory)
         corpus = read_corpus(args.data, tokenizer)
-        model = load_model(directory, dtype=args.dtype, device=device(args.device))
+        model = load_model(directory, dtype=args.dtype, device=_place(args.device))
     context = make_context(
         model,
         corpus.tokens,
@@ -92,11 +131,30 @@ def _analyze(args: argparse.Namespace) -> None:
         seed=args.seed,
         memory_gib=args.memory_gib,
         reference=args.compat == "reference",
+        share=share,
     )
     analysis = analyze(context, scores, settings={"model": str(args.model), "data": str(args.data)})
-    files = write_analysis(analysis, args.output)
-    _print(analysis)
-    print(f"wrote {args.output}: {len(files)} files")
+    if share.rank == 0:
+        files = write_analysis(analysis, args.output)
+        _print(analysis)
+        print(f"wrote {args.output}: {len(files)} files")
+
+
+@contextlib.contextmanager
+def _shared_directory(path: Path, share: Share) -> Iterator[Path]:
+    """The model as one HuggingFace directory for all processes; the first makes it, and waits for the others to read.
+
+    Collective over all processes.
+    """
+    with huggingface_directory(path) if share.rank == 0 else contextlib.nullcontext(path) as directory:
+        yield share.first(directory)
+        share.wait()
+
+
+def _place(asked: str | None) -> str:
+    """Where to compute; each process of several takes the GPU of its number."""
+    kind = device(asked)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and "LOCAL_RANK" in os.environ else kind
 
 
 def _compare(first: Path, second: Path, output: Path) -> None:

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sparsecod_megatron.analysis.directory import AnalysisDirectory
 from sparsecod_megatron.analysis.report.output import replacing
 from sparsecod_megatron.analysis.report.payload import report_payload
 from sparsecod_megatron.analysis.runs import Run
@@ -30,40 +31,43 @@ SCRIPTS = (
     "data.js",
     "table.js",
     "line_chart.js",
+    "bar_chart.js",
     "heat_map.js",
     "figure.js",
     "depth_views.js",
     "router_view.js",
     "training_view.js",
+    "scores_view.js",
     "app.js",
 )
 SHOWN_NAMES = 3
 
 
-def write_report(runs: Sequence[Run], output: Path) -> None:
-    """Write the page of one or more runs.
+def write_report(runs: Sequence[Run], output: Path, *, analyses: Sequence[AnalysisDirectory] = ()) -> None:
+    """Write the page of one or more runs and analyses.
 
     Args:
         runs: in the order of the page.
+        analyses: likewise.
         output: the HTML file; replaced whole.
 
     Raises:
         ConfigError: `output` cannot be written.
     """
-    page = report_page(runs)
+    page = report_page(runs, analyses)
     with replacing(output) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
-def report_page(runs: Sequence[Run]) -> str:
-    """The page's text; the same runs always give the same text."""
+def report_page(runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = ()) -> str:
+    """The page's text; the same runs and analyses always give the same text."""
     script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS) + "})();"
     style = "\n".join(_asset(name) for name in STYLES)
     parts = {
-        "title": html.escape(_title(runs)),
+        "title": html.escape(_title([*(run.name for run in runs), *(analysis.name for analysis in analyses)])),
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}",
         "style": style,
-        "data": embedded_json(report_payload(runs)),
+        "data": embedded_json(report_payload(runs, analyses)),
         "script": script,
     }
     page = _asset("page.html")
@@ -79,10 +83,9 @@ def embedded_json(value: Any) -> str:
     return text
 
 
-def _title(runs: Sequence[Run]) -> str:
-    names = ", ".join(run.name for run in runs[:SHOWN_NAMES])
-    more = f" and {len(runs) - SHOWN_NAMES} more" if len(runs) > SHOWN_NAMES else ""
-    return f"{names}{more}"
+def _title(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"{', '.join(names[:SHOWN_NAMES])}{more}"
 
 
 def _asset(name: str) -> str:

@@ -9,6 +9,10 @@ const CARD_FACTS = [
   "Tokens",
   "Last loss",
   "Last validation loss",
+  "Architecture",
+  "Text",
+  "Sequences",
+  "Tokens a sequence",
 ];
 const MAX_PINS = 4;
 
@@ -26,8 +30,11 @@ function runKey(run) {
   return svg("svg", { class: "line-key", width: 26, height: 10, "aria-hidden": "true" }, line);
 }
 
+/** Runs, then analyses: the order of colours, cards and toggles. */
+const SUBJECTS = [...RUNS, ...ANALYSES];
+
 function fillHeader() {
-  for (const [index, run] of RUNS.entries()) {
+  for (const [index, run] of SUBJECTS.entries()) {
     const facts = run.facts.filter(([name]) => CARD_FACTS.includes(name));
     const entries = facts.map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value)));
     const head = html(
@@ -37,21 +44,33 @@ function fillHeader() {
       html("strong", {}, run.name),
       html("span", { class: "kind" }, run.kind),
     );
-    const card = html("article", { class: "card", "aria-label": `Run ${run.name}` }, head, html("dl", {}, ...entries));
+    const card = html("article", { class: "card", "aria-label": `${index < RUNS.length ? "Run" : "Analysis"} ${run.name}` }, head, html("dl", {}, ...entries));
     byId("cards").append(card);
   }
   const notes = RUNS.flatMap((run) =>
     run.notes.map((note) => html("li", {}, html("strong", {}, run.name), ` ${note}.`)),
   );
-  if (notes.length) byId("notes").append(html("ul", { class: "notice", "aria-label": "Notes on the files" }, ...notes));
-  const rows = RUNS[0].facts.map(([name], index) => [name, ...RUNS.map((run) => run.facts[index][1])]);
-  byId("facts").append(
-    makeTable({ caption: "What each run is and how far it came", head: ["", ...RUNS.map((run) => run.name)], rows }),
+  const warnings = ANALYSES.flatMap((analysis) =>
+    analysis.warnings.map(({ score, text }) =>
+      html("li", {}, html("strong", {}, `${analysis.name} · ${score}`), ` ${text}.`),
+    ),
   );
+  const label = "Notes on the files and warnings of the analyses";
+  if (notes.length || warnings.length)
+    byId("notes").append(html("ul", { class: "notice", "aria-label": label }, ...notes, ...warnings));
+  fillFacts("facts", "What each run is and how far it came", RUNS);
+  fillFacts("score-facts", "What each analysis was measured with", ANALYSES);
+  for (const id of ["axis-choice", "training", "runs"]) byId(id).hidden = RUNS.length === 0;
+}
+
+function fillFacts(id, caption, subjects) {
+  if (!subjects.length) return;
+  const rows = subjects[0].facts.map(([name], index) => [name, ...subjects.map((subject) => subject.facts[index][1])]);
+  byId(id).append(makeTable({ caption, head: ["", ...subjects.map((subject) => subject.name)], rows }));
 }
 
 function fillRunToggles() {
-  for (const [index, run] of RUNS.entries()) {
+  for (const [index, run] of SUBJECTS.entries()) {
     const button = html(
       "button",
       { type: "button", class: "run-toggle", "aria-pressed": "true" },
@@ -173,6 +192,7 @@ function fillViewTools() {
 function rebuild() {
   buildDepth();
   buildRouter();
+  buildScores();
   buildTraining();
   buildAll(openStatistic);
   syncPosition();

@@ -2,10 +2,11 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
+const ANALYSES = DATA.analyses;
 
 const state = {
   axis: "steps", // or "tokens"
-  hidden: new Set(), // indices of runs
+  hidden: new Set(), // indices of runs, then of analyses
   statistic: Object.keys(DATA.fields).find((name) => RUNS.some((run) => run.layers[name])) ?? null,
   log: {}, // by field or metric name, where it differs from the field's own
   position: Infinity, // on the axis; charts show each run at its last point up to here

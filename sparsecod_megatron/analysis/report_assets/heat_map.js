@@ -4,12 +4,12 @@
  * Draw into `host`, `width` pixels wide.
  * spec: {label, height, x: {title, domain, whole}, columns: [{from, to, name}], rows, value(column, row),
  *        text(value, column, row), color(value), key: {low, high, color(share)}, mark (optional position)}.
- * Rows count upwards from 0.
+ * Rows count upwards from 0 and are layers, unless `rowLabel` says what they are.
  */
 function drawHeatMap(host, width, spec) {
   const frame = makeFrame({ width, height: spec.height }, spec.x, {
     domain: [-0.5, spec.rows - 0.5],
-    title: "layer",
+    title: spec.rowLabel ?? "layer",
     whole: true,
   });
   const ratio = window.devicePixelRatio || 1;
@@ -83,7 +83,7 @@ function readCells(frame, spec, outline) {
     );
     const rows = [
       {
-        name: `layer ${active.row}`,
+        name: `${spec.rowLabel ?? "layer"} ${active.row}`,
         value: spec.text(value, active.column, active.row),
         color: value === null ? null : spec.color(value),
       },

@@ -4,7 +4,8 @@ const TOOLTIP_ROWS = 8;
 
 /**
  * Draw into `host`, `width` pixels wide.
- * spec: {label, height, x: {title, whole}, y: {title, log}, series, formatX}, with optional x.domain and y.domain.
+ * spec: {label, height, x: {title, whole}, y: {title, log}, series, formatX}, with optional x.domain, y.domain and
+ *       line, a threshold to compare with.
  * series: [{name, color, dash, faint, thin, dots, xs, ys}], xs increasing, null in ys is a gap.
  */
 function drawLineChart(host, width, spec) {
@@ -16,7 +17,7 @@ function drawLineChart(host, width, spec) {
   const yDomain =
     spec.y.domain ??
     extent(
-      spec.series.flatMap((series) => series.ys),
+      [...spec.series.flatMap((series) => series.ys), spec.line],
       spec.y.log,
     );
   if (!yDomain) {
@@ -33,6 +34,7 @@ function drawLineChart(host, width, spec) {
   const lines = spec.series.map((series) =>
     drawSeries(frame, series, series.xs.length < 2 || (series.dots && width / series.xs.length > 9)),
   );
+  drawReferenceLine(frame, spec.line);
   const cursor = svg("line", {
     class: "cursor",
     y1: MARGIN.top,

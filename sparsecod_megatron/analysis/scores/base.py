@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from sparsecod_megatron.analysis.scores.context import Context
@@ -49,6 +49,8 @@ class HeatMap:
     column_label: str
     diverging: bool = False
 
+    kind: ClassVar = "heat_map"
+
 
 @dataclass(frozen=True)
 class Bars:
@@ -70,6 +72,8 @@ class Bars:
     high: Sequence[Number] = ()
     line: float | None = None
 
+    kind: ClassVar = "bars"
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -89,6 +93,8 @@ class Lines:
     x_label: str
     y_label: str
     line: float | None = None
+
+    kind: ClassVar = "lines"
 
 
 Figure = HeatMap | Bars | Lines

@@ -28,8 +28,8 @@ class Causal:
         num_layers = len(context.layers)
         if num_layers < 2:
             raise ConfigError("--scores causal: the model has one block, so none comes after another; leave it out")
-        parts = [_effects(context.replay, trace) for trace in context.traces("all", title=self.name)]
-        change, size, largest = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+        batches = (_effects(context.replay, trace) for trace in context.traces("all", title=self.name))
+        change, size, largest = (column.numpy() for column in context.collect("all", batches))
         seed = context.seed
         pairs = ratio_of_sums(change, size[:, None, :], seed=seed)
         upper = np.triu_indices(num_layers, k=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsecod_megatron.analysis.layers import Layers, find_layers
+from sparsecod_megatron.analysis.share import Share, joined
 from sparsecod_megatron.analysis.trace import Replay, Trace
 from sparsecod_megatron.errors import ConfigError, DataError
 
@@ -36,6 +37,7 @@ class Context:
         seed: of every random choice.
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
+        share: the sequences that this process runs.
     """
 
     model: PreTrainedModel
@@ -44,10 +46,11 @@ class Context:
     seed: int
     memory_gib: float = 2.0
     reference: bool = False
+    share: Share = Share()
 
     @property
     def num_sequences(self) -> int:
-        """N."""
+        """N, of all processes together."""
         return len(self.windows)
 
     @property
@@ -92,6 +95,11 @@ class Context:
         half = self.num_sequences // 2
         return self.windows[:half] if part == "fit" else self.windows[half:]
 
+    def own(self, part: Part) -> Tensor:
+        """This process's windows of a part."""
+        windows = self.part(part)
+        return windows[self.share.places(len(windows))]
+
     @property
     def micro_batch(self) -> int:
         """Sequences of a pass whose hidden states, logits and block activations fit `memory_gib`."""
@@ -102,23 +110,42 @@ class Context:
         return int(max(1, min(MAX_SEQUENCES, self.memory_gib * 2**30 // num_bytes)))
 
     def batches(self, part: Part, *, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches in the sample's order: tokens [B, T] and labels [B, T], on the CPU.
+        """This process's micro-batches in the sample's order: tokens [B, T] and labels [B, T], on the CPU.
 
         Args:
             part: which windows.
             title: of the progress bar.
         """
-        windows = self.part(part)
+        windows = self.own(part)
         with tqdm(total=len(windows), desc=title, unit="seq", leave=False, disable=None) as bar:
             for batch in windows.split(self.micro_batch):
                 yield batch[:, :-1], batch[:, 1:]
                 bar.update(len(batch))
 
     def traces(self, part: Part, *, title: str) -> Iterator[Trace]:
-        """The unchanged model on each micro-batch, one at a time, so that memory does not grow with the sample."""
+        """The unchanged model on each of `batches`, one at a time, so that memory does not grow with the sample."""
         replay = self.replay
         for tokens, labels in self.batches(part, title=title):
             yield replay.trace(tokens, labels)
+
+    def collect(self, part: Part, found: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Results of every micro-batch as tensors of all sequences, those of all processes in the sample's order.
+
+        They are filled in place: small tensors kept from batch to batch would lie between the large temporary ones and
+        break up the memory that the next batch needs.
+
+        Args:
+            part: which windows.
+            found: of each of this process's micro-batches, tensors [B, ...] of the same shapes but for B, on the CPU.
+        """
+        columns: tuple[Tensor, ...] = ()
+        filled = 0
+        for batch in found:
+            columns = columns or tuple(entry.new_empty(len(self.own(part)), *entry.shape[1:]) for entry in batch)
+            for column, entry in zip(columns, batch, strict=True):
+                column[filled : filled + len(entry)] = entry
+            filled += len(batch[0])
+        return joined(self.share.gather([columns]))
 
     @property
     def _text(self):  # type: ignore[no-untyped-def]  # transformers' configurations are not typed
@@ -134,6 +161,7 @@ def make_context(
     seed: int,
     memory_gib: float = 2.0,
     reference: bool = False,
+    share: Share | None = None,
 ) -> Context:
     """Draw the sample and find the blocks.
 
@@ -147,15 +175,22 @@ def make_context(
         seed: of the draw and of every later choice.
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
+        share: which process this is of how many; None for a single one.
 
     Raises:
-        ConfigError: a size below one, or more positions than the model has.
+        ConfigError: a size below one, more positions than the model has, or more processes than half the windows.
         DataError: too few tokens, or a token id that the model has no row for.
         ConversionError: the model is no stack of blocks.
     """
     for option, value in (("samples", num_samples), ("seq-length", seq_length)):
         if value < 1:
             raise ConfigError(f"--{option} {value}: must be at least 1")
+    share = share or Share()
+    if share.size > max(1, num_samples // 2):
+        raise ConfigError(
+            f"--nproc {share.size}: each process needs a sequence of either half of --samples {num_samples}; "
+            f"give at least {2 * share.size} samples"
+        )
     if memory_gib <= 0:
         raise ConfigError(f"--memory-gib {memory_gib}: must be above 0")
     text = model.config.get_text_config()
@@ -171,7 +206,7 @@ def make_context(
             "this model's tokenizer"
         )
     model.eval().requires_grad_(False)
-    return Context(model, find_layers(model), windows, seed, memory_gib, reference)
+    return Context(model, find_layers(model), windows, seed, memory_gib, reference, share)
 
 
 def draw_windows(tokens: Tensor, *, num_samples: int, seq_length: int, seed: int) -> Tensor:

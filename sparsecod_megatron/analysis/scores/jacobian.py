@@ -27,7 +27,8 @@ TOKENS_PER_SEQUENCE = 8
 LARGEST_EXACT = 512
 """Widest residual stream whose whole Jacobians are taken: their cost grows with d³."""
 NUM_PROBES = 32
-NUMBERS = tuple(field.name for field in fields(TokenJacobians) if field.name != "deviation_variance")
+NUMBERS = tuple(field.name for field in fields(TokenJacobians))
+SHOWN = tuple(name for name in NUMBERS if name != "deviation_variance")
 
 
 class Jacobian:
@@ -55,26 +56,40 @@ class Jacobian:
     def run(self, context: Context) -> Result:
         """Compute the numbers of every block, as means over tokens."""
         exact = context.hidden_size <= LARGEST_EXACT if self.exact is None else self.exact
-        generator = context.generator()
         num_tokens = context.num_sequences * context.seq_length
-        totals = torch.zeros(len(context.layers), context.hidden_size, context.hidden_size, dtype=torch.float64)
-        batches: list[list[TokenJacobians]] = []
+        size = context.hidden_size if context.reference else 0
+        totals = torch.zeros(len(context.layers), size, size, dtype=torch.float64)
+        (numbers,) = context.collect("all", self._batches(context, totals, exact=exact))
+        if not context.reference:
+            return self._result(context, numbers.numpy(), [], exact=exact)
+        totals = context.share.total(totals)
+        reference = [reference_deviation(total, num_tokens) for total in totals]
+        return self._result(context, numbers.numpy(), reference, exact=exact)
+
+    def _batches(self, context: Context, totals: Tensor, *, exact: bool) -> Iterator[tuple[Tensor]]:
+        """Of each micro-batch `NUMBERS` [B, L, numbers], means over a sequence's tokens; NaN where not estimated.
+
+        Args:
+            context: the model and the sample.
+            totals: [L, d, d], to which the reference's sums are added if they are wanted.
+            exact: whether to take whole Jacobians.
+        """
+        places = self.draw_positions(context.num_sequences, context.seq_length, context.generator())
+        first = context.share.places(context.num_sequences).start
         for trace in context.traces("all", title=self.name):
-            positions = self.draw_positions(len(trace.tokens), context.seq_length, generator).to(context.device)
-            batches.append([])
+            sequences = range(first, first + len(trace.tokens))
+            positions, first = places[sequences].to(context.device), sequences.stop
+            layers = []
             for layer in range(len(context.layers)):
-                parts = self._blocks(context, trace, layer, positions, exact=exact, generator=generator)
-                batches[-1].append(_joined(list(parts)))
+                parts = self._blocks(context, trace, layer, positions, signs_of=None if exact else sequences)
+                layers.append(torch.cat([_means(part) for part in parts]))
                 if context.reference:
                     totals[layer] += summed_jacobian(context.replay, trace, layer).cpu()
-        layers = [_joined(list(batch)) for batch in zip(*batches, strict=True)]
-        return self._result(
-            context, layers, [reference_deviation(total, num_tokens) for total in totals] if context.reference else []
-        )
+            yield (torch.stack(layers, dim=1),)
 
-    def draw_positions(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
-        """[batch, p] different places in each sequence of `length` tokens."""
-        return torch.rand(batch, length, generator=generator).argsort(dim=1)[:, : self.tokens_per_sequence]
+    def draw_positions(self, num_sequences: int, length: int, generator: torch.Generator) -> Tensor:
+        """[num_sequences, p] different places in each sequence of `length` tokens."""
+        return torch.rand(num_sequences, length, generator=generator).argsort(dim=1)[:, : self.tokens_per_sequence]
 
     def _blocks(
         self,
@@ -83,37 +98,52 @@ class Jacobian:
         layer: int,
         positions: Tensor,
         *,
-        exact: bool,
-        generator: torch.Generator,
+        signs_of: range | None,
     ) -> Iterator[TokenJacobians]:
-        """Numbers of one block for as many sequences at a time as whole Jacobians fit the memory."""
-        bytes_per_sequence = 4 * positions.shape[1] * context.hidden_size * (4 * context.hidden_size if exact else 64)
+        """Numbers of one block for as many sequences at a time as fit the memory.
+
+        Args:
+            context: the model and the sample.
+            trace: the micro-batch.
+            layer: the block.
+            positions: [B, p] places in each sequence.
+            signs_of: the sequences' numbers in the sample, to estimate; None takes whole Jacobians.
+        """
+        floats_per_channel = 4 * context.hidden_size if signs_of is None else 64
+        bytes_per_sequence = 4 * positions.shape[1] * context.hidden_size * floats_per_channel
         at_once = max(1, int(context.memory_gib * 2**30 // bytes_per_sequence))
         with isolated(context.model, trace, context.layers.blocks[layer], layer) as apart:
             everything = torch.arange(len(positions), device=positions.device)
             apart.check(everything, positions)
             for rows in everything.split(at_once):
-                if exact:
+                if signs_of is None:
                     yield exact_numbers(apart, rows, positions[rows])
                 else:
-                    yield estimated_numbers(
-                        apart, rows, positions[rows], num_probes=self.num_probes, generator=generator
-                    )
+                    signs = [self._signs(context, layer, signs_of[row], positions.shape[1]) for row in rows.tolist()]
+                    yield estimated_numbers(apart, rows, positions[rows], torch.stack(signs, dim=1))
 
-    def _result(self, context: Context, layers: list[TokenJacobians], reference: list[float]) -> Result:
-        exact = layers[0].spectral is not None
-        names = NUMBERS if exact else ("deviation", "diagonal_mean")
-        # [N, L] of each number: the mean over a sequence's tokens.
-        columns = {name: _column(layers, name) for name in names}
+    def _signs(self, context: Context, layer: int, sequence: int, num_places: int) -> Tensor:
+        """[probes, p, d] of ±1 in int8, the same for a sequence whichever micro-batch or process it is in."""
+        seed = np.random.SeedSequence([context.seed, layer, sequence]).generate_state(1)
+        shape = (self.num_probes, num_places, context.hidden_size)
+        drawn = torch.randint(2, shape, generator=torch.Generator().manual_seed(int(seed[0])), dtype=torch.int8)
+        return drawn * 2 - 1
+
+    def _result(self, context: Context, numbers: Array, reference: list[float], *, exact: bool) -> Result:
+        """From `NUMBERS` [N, L, numbers] and the reference's number of each layer, if wanted."""
+        names = SHOWN if exact else ("deviation", "diagonal_mean")
+        columns = {name: numbers[:, :, NUMBERS.index(name)] for name in names}
+        num_tokens = context.num_sequences * min(self.tokens_per_sequence, context.seq_length)
+        variances = numbers[:, :, NUMBERS.index("deviation_variance")].mean(axis=0) / num_tokens
         estimates = {name: mean_interval(column, seed=context.seed) for name, column in columns.items()}
         rows = []
-        for layer, numbers in enumerate(layers):
+        for layer in range(len(context.layers)):
             row: dict[str, Any] = {"layer": layer}
             for name in names:
                 value, low, high = estimates[name].at(layer)
                 row |= {name: value, f"{name}_low": low, f"{name}_high": high}
             if not exact:
-                row["deviation_stderr"] = float(numbers.deviation_variance.mean() / numbers.deviation.numel()) ** 0.5
+                row["deviation_stderr"] = float(variances[layer]) ** 0.5
             if reference:
                 row["ref_jacobian"] = reference[layer]
             rows.append(row)
@@ -122,14 +152,14 @@ class Jacobian:
         values |= {f"jacobian_{name}": float(columns[name].mean()) for name in names[1:]}
         if reference:
             values["ref_jacobian"] = float(np.mean(reference))
-        intervals = [estimates["deviation"].at(layer) for layer in range(len(layers))]
+        intervals = [estimates["deviation"].at(layer) for layer in range(len(rows))]
         return Result(
             values=values,
             tables={self.name: rows},
             per_sequence={"jacobian_deviation": columns["deviation"].mean(axis=1).tolist()},
             figures=(_bars(intervals),),
             num_sequences=context.num_sequences,
-            num_tokens=context.num_sequences * min(self.tokens_per_sequence, context.seq_length),
+            num_tokens=num_tokens,
         )
 
 
@@ -144,16 +174,8 @@ def _bars(intervals: list[Interval]) -> Bars:
     )
 
 
-def _column(layers: list[TokenJacobians], name: str) -> Array:
-    column: Array = torch.stack([getattr(numbers, name).mean(dim=1) for numbers in layers], dim=1).numpy()
-    return column
-
-
-def _joined(parts: list[TokenJacobians]) -> TokenJacobians:
-    """One object for all sequences, on the CPU."""
-
-    def join(name: str) -> Tensor | None:
-        columns = [getattr(part, name) for part in parts]
-        return None if columns[0] is None else torch.cat([column.cpu() for column in columns])
-
-    return TokenJacobians(**{field.name: join(field.name) for field in fields(TokenJacobians)})  # type: ignore[arg-type]
+def _means(part: TokenJacobians) -> Tensor:
+    """[b, numbers] means over tokens in float64 on the CPU, NaN for what was not estimated."""
+    columns = [getattr(part, name) for name in NUMBERS]
+    absent = torch.full_like(part.deviation, torch.nan)
+    return torch.stack([absent if column is None else column for column in columns], dim=-1).mean(dim=1).cpu()

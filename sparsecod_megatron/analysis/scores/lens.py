@@ -32,8 +32,8 @@ class Lens:
 
     def run(self, context: Context) -> Result:
         """Compute the curves over depth and where they cross."""
-        parts = [_curves(context.replay, trace) for trace in context.traces("all", title=self.name)]
-        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        batches = (_curves(context.replay, trace) for trace in context.traces("all", title=self.name))
+        columns = (column.numpy() for column in context.collect("all", batches))
         curves = dict(zip(("kl", "top5_overlap", "residual_cosine"), columns, strict=True))
         depths = {
             "effective_depth_kl": (_kl_depth, curves["kl"]),
@@ -64,7 +64,7 @@ class Lens:
 
 
 @torch.no_grad()
-def _curves(replay: Replay, trace: Trace) -> tuple[Array, Array, Array]:
+def _curves(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
     """Of one micro-batch, each [B, L]: KL to the final prediction, top-5 overlap with it, cosine of `Δ_l` and `h_l`."""
     final = replay.logits(trace, trace.hidden[-1])
     divergences, overlaps, cosines = [], [], []
@@ -74,7 +74,7 @@ def _curves(replay: Replay, trace: Trace) -> tuple[Array, Array, Array]:
         divergences.append(torch.stack([pair[0] for pair in pairs]))
         overlaps.append(torch.stack([pair[1] for pair in pairs]))
         cosines.append(F.cosine_similarity((after - before).float(), before.float(), dim=-1).double().mean(dim=1))
-    kl, overlap, cosine = (torch.stack(column, dim=1).cpu().numpy() for column in (divergences, overlaps, cosines))
+    kl, overlap, cosine = (torch.stack(column, dim=1).cpu() for column in (divergences, overlaps, cosines))
     return kl, overlap, cosine
 
 

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsecod_megatron.analysis.intervals import Array, bootstrap, finite, ratio_of_sums
 from sparsecod_megatron.analysis.scores.base import HeatMap, Number, Result
@@ -25,9 +26,9 @@ class Permutation:
         if num_layers < 2:
             raise ConfigError("--scores permutation: the model has one block, so there is no pair; leave it out")
         pairs = list(combinations(range(num_layers), 2))
-        parts = [_swaps(context.replay, trace, pairs) for trace in context.traces("all", title=self.name)]
-        base = np.concatenate([part[0] for part in parts])
-        change = np.concatenate([part[1] for part in parts]) - base[:, None]
+        batches = (_swaps(context.replay, trace, pairs) for trace in context.traces("all", title=self.name))
+        base, swapped = (column.numpy() for column in context.collect("all", batches))
+        change = swapped - base[:, None]
 
         def means(weights: Array) -> Array:
             relative = (weights @ change) / (weights @ base)[:, None]
@@ -77,11 +78,11 @@ class Permutation:
         )
 
 
-def _swaps(replay: Replay, trace: Trace, pairs: list[tuple[int, int]]) -> tuple[Array, Array]:
+def _swaps(replay: Replay, trace: Trace, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Losses of one micro-batch: [B] unchanged and [B, pairs] with the pair swapped."""
     num_layers = len(trace.calls)
     losses = []
     for lower, upper in pairs:
         order = [upper, *range(lower + 1, upper), lower, *range(upper + 1, num_layers)]
         losses.append(replay.losses_after(trace, order, trace.hidden[lower]))
-    return trace.losses.numpy(), torch.stack(losses, dim=1).numpy()
+    return replay.losses(trace), torch.stack(losses, dim=1)

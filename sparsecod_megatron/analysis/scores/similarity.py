@@ -62,13 +62,13 @@ def _collect(context: Context) -> tuple[Array, Tensor, Array]:
     """One pass: sums of activations [groups, L, d], kept tokens [L, n, d] float64, and each one's group [n]."""
     num_layers, size = len(context.layers), context.hidden_size
     num_sequences, length = context.num_sequences, context.seq_length
-    num_groups = min(MAX_GROUPS, num_sequences)
+    num_groups, own = min(MAX_GROUPS, num_sequences), context.share.places(num_sequences)
     sums = torch.zeros(num_groups, num_layers, size, dtype=torch.float64)
     wanted = torch.randperm(num_sequences * length, generator=context.generator())[:CKA_TOKENS].sort().values
     if len(wanted) < 2:
         raise ConfigError("--seq-length 1 --samples 1: similarity compares tokens; give more of them")
-    kept = torch.empty(num_layers, len(wanted), size, dtype=torch.float64)
-    first = filled = 0
+    kept = torch.zeros(num_layers, len(wanted), size, dtype=torch.float64)
+    first, filled = own.start, int((wanted < own.start * length).sum())
     for trace in context.traces("all", title="similarity"):
         batch = len(trace.tokens)
         groups = torch.arange(first, first + batch) % num_groups
@@ -77,6 +77,7 @@ def _collect(context: Context) -> tuple[Array, Tensor, Array]:
             sums[:, layer].index_add_(0, groups, hidden.double().sum(dim=1).cpu())
             kept[layer, filled : filled + len(here)] = hidden.flatten(0, 1)[here.to(hidden.device)].double().cpu()
         first, filled = first + batch, filled + len(here)
+    sums, kept = context.share.total(sums), context.share.total(kept)
     return sums.numpy(), kept, ((wanted // length) % num_groups).numpy()
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from sparsecod_megatron.analysis.intervals import Array, finite, mean_interval, ratio_of_sums
+from sparsecod_megatron.analysis.intervals import finite, mean_interval, ratio_of_sums
 from sparsecod_megatron.analysis.scores.base import Bars, Result
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.trace import Replay, Trace
@@ -24,8 +24,8 @@ class Skip:
 
     def run(self, context: Context) -> Result:
         """Compute both for every block, and their means over blocks."""
-        parts = [_skips(context.replay, trace) for trace in context.traces("all", title=self.name)]
-        base, skipped, influence = (np.concatenate(column) for column in zip(*parts, strict=True))
+        batches = (_skips(context.replay, trace) for trace in context.traces("all", title=self.name))
+        base, skipped, influence = (column.numpy() for column in context.collect("all", batches))
         change, seed = skipped - base[:, None], context.seed
         losses = ratio_of_sums(change, base[:, None], seed=seed)
         turns = mean_interval(influence, seed=seed)
@@ -50,10 +50,18 @@ class Skip:
                 "block_influence": influence.mean(axis=1).tolist(),
             },
             figures=(
-                _bars("skip_loss", "Relative change of the loss without a block", rows, "low", "high"),
+                _bars(
+                    "skip_loss",
+                    "Relative change of the loss without a block",
+                    "(loss without − loss) / loss",
+                    rows,
+                    "low",
+                    "high",
+                ),
                 _bars(
                     "block_influence",
-                    "1 − cosine of a block's input and output",
+                    "Turn between a block's input and output",
+                    "1 − cosine",
                     rows,
                     "influence_low",
                     "influence_high",
@@ -72,13 +80,13 @@ class Skip:
         )
 
 
-def _bars(name: str, title: str, rows: list[dict[str, float | None]], low: str, high: str) -> Bars:
+def _bars(name: str, title: str, y_label: str, rows: list[dict[str, float | None]], low: str, high: str) -> Bars:
     columns = {key: [row[key] for row in rows] for key in (name, low, high)}
-    return Bars(name, title, columns[name], title, low=columns[low], high=columns[high], line=0.0)
+    return Bars(name, title, columns[name], y_label, low=columns[low], high=columns[high], line=0.0)
 
 
 @torch.no_grad()
-def _skips(replay: Replay, trace: Trace) -> tuple[Array, Array, Array]:
+def _skips(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
     """Of one micro-batch: losses [B], losses without each block [B, L], block influence [B, L]."""
     num_layers = len(trace.calls)
     skipped = [
@@ -88,4 +96,4 @@ def _skips(replay: Replay, trace: Trace) -> tuple[Array, Array, Array]:
         1 - F.cosine_similarity(before.float(), after.float(), dim=-1).double().mean(dim=1).cpu()
         for before, after in pairwise(trace.hidden)
     ]
-    return trace.losses.numpy(), torch.stack(skipped, dim=1).numpy(), torch.stack(influence, dim=1).numpy()
+    return replay.losses(trace), torch.stack(skipped, dim=1), torch.stack(influence, dim=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsecod_megatron.analysis.affine import AffineFit, AffineMap
 from sparsecod_megatron.analysis.intervals import Array, Estimate, bootstrap, finite, ratio_of_sums, wilson
@@ -29,7 +30,7 @@ class _Losses:
 
     base: Array
     affine: Array
-    transposed: Array | None
+    transposed: Array | None = None
 
 
 class Usefulness:
@@ -40,14 +41,9 @@ class Usefulness:
     def run(self, context: Context) -> Result:
         """Fit on one half of the sequences, score on the other."""
         maps = list(_fits(context))
-        parts = [_replaced(context, maps, trace) for trace in context.traces("held_out", title=f"{self.name}: scoring")]
-        losses = _Losses(
-            np.concatenate([part.base for part in parts]),
-            np.concatenate([part.affine for part in parts]),
-            np.concatenate([part.transposed for part in parts if part.transposed is not None])
-            if context.reference
-            else None,
-        )
+        traces = context.traces("held_out", title=f"{self.name}: scoring")
+        columns = context.collect("held_out", (_replaced(context, maps, trace) for trace in traces))
+        losses = _Losses(*(column.numpy() for column in columns))
         return _result(self.name, context, losses)
 
 
@@ -61,20 +57,23 @@ def _fits(context: Context) -> Iterator[AffineMap]:
         for trace in context.traces("fit", title="usefulness: fitting"):
             for layer, fit in fits.items():
                 fit.add(trace.hidden[layer], trace.hidden[layer + 1])
-        yield from (fit.solve() for fit in fits.values())
+        for fit in fits.values():
+            fit.reduce(context.share)
+            yield fit.solve()
 
 
-def _replaced(context: Context, maps: list[AffineMap], trace: Trace) -> _Losses:
+def _replaced(context: Context, maps: list[AffineMap], trace: Trace) -> tuple[Tensor, ...]:
+    """Of one micro-batch, what `_Losses` holds."""
     replay = context.replay
+    kinds = [maps, [affine.transposed() for affine in maps]] if context.reference else [maps]
+    replaced = [
+        torch.stack([_loss_with(replay, trace, layer, affine) for layer, affine in enumerate(kind)], dim=1)
+        for kind in kinds
+    ]
+    return (replay.losses(trace), *replaced)
 
-    def losses(kind: list[AffineMap]) -> Array:
-        return torch.stack([_loss_with(replay, trace, layer, kind[layer]) for layer in range(len(kind))], dim=1).numpy()
 
-    transposed = losses([affine.transposed() for affine in maps]) if context.reference else None
-    return _Losses(trace.losses.numpy(), losses(maps), transposed)
-
-
-def _loss_with(replay: Replay, trace: Trace, layer: int, affine: AffineMap) -> torch.Tensor:
+def _loss_with(replay: Replay, trace: Trace, layer: int, affine: AffineMap) -> Tensor:
     """[B] losses with block `layer` replaced."""
     return replay.losses_after(trace, range(layer + 1, len(trace.calls)), affine(trace.hidden[layer]))
 

@@ -77,7 +77,7 @@ class ThresholdSearch:
             low = max(low, level) if value <= cett else low
         for level, value in self._known.items():
             high = min(high, level) if level > low and value > cett else high
-        if self._at(high) <= cett:
+        if self._at(high) <= cett * (1 + _TOLERANCE):  # all neurons together lose 1, but for rounding
             return float(self._levels[high])
         while high - low > 1:
             middle = (low + high) // 2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.share import Share, joined
 from sparsecod_megatron.analysis.sparsity.cett import NeuronSample
 from sparsecod_megatron.analysis.sparsity.neurons import NeuronSite, Observer
 from sparsecod_megatron.analysis.trace import sequence_losses
@@ -37,18 +38,22 @@ class Capture:
         """Keep what there is room for."""
         self._room = min(len(activations), self._max_rows - sum(map(len, self._activations)))
         self._activations.append(activations[: self._room].clone())
-        self._experts.append(torch.full((self._room,), expert, device=activations.device))
+        self._experts.append(torch.full((self._room,), expert))
         return activations
 
     def output(self, output: Tensor) -> None:
         """Keep the norms of the same rows' outputs."""
         self._norms.append(torch.linalg.vector_norm(output[: self._room].float(), dim=-1))
 
-    def sample(self) -> NeuronSample | None:
-        """What was kept; None where no row came by."""
-        if not any(map(len, self._activations)):
+    def sample(self, share: Share) -> NeuronSample | None:
+        """The first rows of all processes; None where no row came by. Collective over the processes."""
+        kept = [part for part in zip(self._activations, self._norms, self._experts, strict=True) if len(part[0])]
+        rows = share.gather([tuple(column.cpu() for column in part) for part in kept])
+        if not rows:
             return None
-        return NeuronSample(torch.cat(self._activations), torch.cat(self._experts), torch.cat(self._norms), self._site)
+        device = self._site.down(0).device
+        activations, norms, experts = (column[: self._max_rows].to(device) for column in joined(rows))
+        return NeuronSample(activations, experts, norms, self._site)
 
 
 class Cut:
@@ -57,7 +62,7 @@ class Cut:
     Args:
         epsilon: threshold; a negative one cuts nothing.
         seq_length: tokens of a sequence.
-        num_sequences: of the whole pass.
+        num_sequences: of this process's whole pass.
     """
 
     def __init__(self, epsilon: float, seq_length: int, num_sequences: int) -> None:
@@ -103,7 +108,7 @@ def run_cut(context: Context, sites: Sequence[NeuronSite], epsilons: Sequence[fl
         sites: of the model.
         epsilons: one threshold a site.
     """
-    num_sequences = len(context.part("held_out"))
+    num_sequences = len(context.own("held_out"))
     cuts = [Cut(epsilon, context.seq_length, num_sequences) for epsilon in epsilons]
     losses: list[Tensor] = []
     done = 0
@@ -114,7 +119,9 @@ def run_cut(context: Context, sites: Sequence[NeuronSite], epsilons: Sequence[fl
             tokens, labels = tokens.to(context.device), labels.to(context.device)
             losses.append(sequence_losses(context.model(input_ids=tokens, use_cache=False).logits, labels))
             done += len(tokens)
-    return CutPass(epsilons, torch.cat(losses), torch.stack([cut.counts for cut in cuts]))
+    counts = torch.stack([cut.counts for cut in cuts])
+    share = context.share
+    return CutPass(epsilons, torch.cat(share.gather(losses)), torch.cat(share.gather([counts]), dim=1))
 
 
 @torch.no_grad()
@@ -130,7 +137,7 @@ def capture(context: Context, sites: Sequence[NeuronSite], max_rows: int = MAX_R
     with _observing(sites, captures):
         for tokens, _ in context.batches("fit", title="neurons"):
             context.model(input_ids=tokens.to(context.device), use_cache=False)
-    return [found.sample() for found in captures]
+    return [found.sample(context.share) for found in captures]
 
 
 @contextmanager

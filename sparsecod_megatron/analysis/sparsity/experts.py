@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sparsecod_megatron.analysis.intervals import Estimate, mean_interval, ratio_of_sums
 from sparsecod_megatron.analysis.scores.base import HeatMap, Result
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.share import Share
 from sparsecod_megatron.analysis.sparsity.routing import ExpertLayer, find_experts, watching
 
 
@@ -40,6 +41,12 @@ class Choices:
         self._slots.append(used.view(-1, self._seq_length, self._num_experts).sum(1))
         self.together += used.t() @ used
         self.num_tokens += len(used)
+
+    def reduce(self, share: Share) -> None:
+        """Count the choices of all processes. Collective over them."""
+        self._slots = share.gather(self._slots)
+        self.together = share.total(self.together)
+        self.num_tokens = int(share.total(torch.tensor(self.num_tokens)))
 
     @property
     def slots(self) -> Tensor:
@@ -98,24 +105,27 @@ class Experts:
 
 @torch.no_grad()
 def _measure(context: Context, layers: Sequence[ExpertLayer], choices: Sequence[Choices]) -> list[Tensor]:
-    """Fill the choices; loss increases `[sequences, experts]` of each mixture."""
+    """Fill the choices; loss increases `[sequences, experts]` of each mixture, all of all processes."""
     replay, num_blocks = context.replay, len(context.layers)
     increases: list[list[Tensor]] = [[] for _ in layers]
-    total = context.num_sequences * sum(layer.num_experts for layer in layers)
+    total = len(context.own("all")) * sum(layer.num_experts for layer in layers)
     with tqdm(total=total, desc="experts", unit="removal", leave=False, disable=None) as bar:
         for tokens, labels in context.batches("all", title="experts"):
             with watching(layers, choices):
                 trace = replay.trace(tokens, labels)
+            whole = replay.losses(trace)
             for layer, found, parts in zip(layers, choices, increases, strict=True):
                 used = found.slots[-len(tokens) :].sum(0)
                 part = torch.zeros(len(tokens), layer.num_experts, dtype=torch.float64)
                 for expert in used.nonzero().flatten().tolist():
                     with layer.without(expert):
                         losses = replay.losses_after(trace, range(layer.layer, num_blocks), trace.hidden[layer.layer])
-                    part[:, expert] = losses - trace.losses
+                    part[:, expert] = losses - whole
                 parts.append(part)
                 bar.update(len(tokens) * layer.num_experts)
-    return [torch.cat(parts) for parts in increases]
+    for found in choices:
+        found.reduce(context.share)
+    return [torch.cat(context.share.gather(parts)) for parts in increases]
 
 
 def _usage(choices: Choices, seed: int) -> Estimate:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.share import Share
 from sparsecod_megatron.analysis.sparsity.matrices import Matrix
 from sparsecod_megatron.analysis.sparsity.wasserstein import distance_to_normal
 
@@ -34,9 +35,10 @@ class _Outputs:
         self._rows.append(rows[:, chosen].float())
         self._count += len(rows)
 
-    def samples(self) -> Tensor | None:
-        """`[rows, neurons]`; None with too few rows."""
-        return torch.cat(self._rows) if self._count >= MIN_ROWS else None
+    def samples(self, share: Share) -> Tensor | None:
+        """The first rows of all processes `[rows, neurons]`; None if too few. Collective over the processes."""
+        rows = share.gather([part.cpu() for part in self._rows])
+        return torch.cat(rows)[:MAX_ROWS] if sum(map(len, rows)) >= MIN_ROWS else None
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def normality_rows(context: Context, matrices: Sequence[Matrix]) -> list[dict[st
 
 
 def _row(outputs: _Outputs, context: Context) -> dict[str, Any] | None:
-    samples = outputs.samples()
+    samples = outputs.samples(context.share)
     if samples is None:
         return None
     distances = distance_to_normal(samples)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsecod_megatron.analysis.scores.context import Context, make_context
 
@@ -34,9 +38,22 @@ FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", SIZES | {"n_inner": 24}, "transformer.h"),
     "gemma": ("Gemma", "GemmaConfig", GROUPED | {"head_dim": 8}, "model.layers"),
 }
-# Blocks of two kinds (sliding and full attention), and in Gemma 2 a cap on attention scores and on logits.
+# Blocks of two kinds (sliding and full attention, dense and mixture), and in Gemma 2 a cap on attention and logits.
 MIXED_FAMILIES = {
     "gemma2": ("Gemma2", "Gemma2Config", GROUPED | {"head_dim": 8, "sliding_window": 5}, "model.layers"),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        "Qwen2MoeConfig",
+        GROUPED
+        | {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "mlp_only_layers": [0],
+        },
+        "model.layers",
+    ),
     "gemma3": ("Gemma3", "Gemma3TextConfig", GROUPED | {"head_dim": 8, "sliding_window": 5}, "model.layers"),
 }
 ALL_FAMILIES = FAMILIES | MIXED_FAMILIES
@@ -52,6 +69,23 @@ def tiny(family: str, **changes: int) -> PreTrainedModel:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
+
+
+def save(folder: Path, family: str) -> Path:
+    """That model on disk, with a tokenizer of words `w0`, `w1` and so on."""
+    vocabulary = {"<end>": 0} | {f"w{number}": number + 1 for number in range(VOCAB_SIZE - 1)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    tiny(family).save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path) -> Path:
+    """3,000 random words of that tokenizer."""
+    letters = np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, size=3000)
+    path.write_text(" ".join(f"w{letter}" for letter in letters), encoding="utf-8")
+    return path
 
 
 def tokens(count: int = 4000, seed: int = 5) -> torch.Tensor:

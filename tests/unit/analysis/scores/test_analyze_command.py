@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sparsecod_megatron.cli.main import main
-from tests.unit.analysis.scores.families import VOCAB_SIZE, tiny
+from tests.unit.analysis.scores.families import save, write_text
 
 SIZES = ["--samples", "6", "--seq-length", "12", "--device", "cpu"]
 DEPTH_SCORES = ["causal", "permutation", "usefulness", "jacobian", "similarity", "skip", "lens"]
@@ -21,19 +19,7 @@ DEPTH_SCORES = ["causal", "permutation", "usefulness", "jacobian", "similarity",
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    letters = np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, size=3000)
-    path = tmp_path_factory.mktemp("text") / "held_out.txt"
-    path.write_text(" ".join(f"w{letter}" for letter in letters), encoding="utf-8")
-    return path
-
-
-def save(folder: Path, family: str) -> Path:
-    vocabulary = {"<end>": 0} | {f"w{number}": number + 1 for number in range(VOCAB_SIZE - 1)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-    tiny(family).save_pretrained(folder)
-    return folder
+    return write_text(tmp_path_factory.mktemp("text") / "held_out.txt")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +44,7 @@ def test_all_depth_scores(llama: Path, text: Path, tmp_path: Path, capsys: pytes
         assert rows[0][next(iter(rows[0]))] == str(first)
         assert score["figures"] and score["num_sequences"] in (3, 6)
         for figure in score["figures"]:
-            assert image.imread(output / "plots" / f"{figure}.png").std() > 0.01
+            assert image.imread(output / "plots" / f"{figure['name']}.png").std() > 0.01
     values = {name: value for score in written["scores"].values() for name, value in score["values"].items()}
     assert {"ref_permutation", "ref_useful_share", "ref_jacobian"} <= values.keys()
     assert f"{values['causal']['value']:.4g} [" in shown and "warning: the affine maps" in shown
@@ -101,6 +87,7 @@ def test_compare_pairs_the_sequences(
     [
         (["{model}"], "nothing to analyse; give MODEL_DIR and --data, or --compare A B"),
         (["{model}", "--data", "absent"], "absent: no such text file"),
+        (["{model}", "--data", "{text}", "--nproc", "0"], "--nproc 0: must be at least 1"),
         (["{model}", "--data", "{text}"], "--seq-length 128: the model takes at most 64"),
         (["absent", "--data", "{text}"], "absent: no such folder"),
         (["{model}", "--data", "{text}", "--scores", "causal,depth"], "--scores depth: no such score"),

@@ -77,11 +77,13 @@ def test_cett_follows_its_definition() -> None:
 def test_watching_changes_nothing_and_captures_what_the_site_puts_out(family: str) -> None:
     context = sample(tiny_model(family))
     sites = sites_of(context)
-    expected = context.replay.trace(*_held_out(context)).losses
+    expected = context.replay.losses(context.replay.trace(*_held_out(context)))
     found = run_cut(context, sites, [-1.0] * len(sites))
     torch.testing.assert_close(found.losses, expected, rtol=1e-5, atol=1e-5)
     assert found.counts[..., 0].sum() == 0
-    torch.testing.assert_close(context.replay.trace(*_held_out(context)).losses, expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        context.replay.losses(context.replay.trace(*_held_out(context))), expected, rtol=0, atol=0
+    )
     for captured in capture(context, sites):
         assert captured is not None
         biased = family in ("gpt2", "gpt_neox", "gpt_oss")  # biases are part of FFN(x), not of any neuron

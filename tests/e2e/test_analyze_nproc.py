@@ -1,0 +1,41 @@
+"""`sparsecod analyze --nproc 2` on the command line: every score, the same numbers as one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsecod_megatron.analysis.scores.registry import SCORES
+from sparsecod_megatron.cli.main import main
+from tests.helpers.cli import sparsecod
+from tests.unit.analysis.scores.families import save, write_text
+
+pytestmark = pytest.mark.e2e
+
+
+def numbers(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of nested lists and objects by its path."""
+    if isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for key, item in entries for name, leaf in numbers(item, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    model, text = save(tmp_path / "model", "qwen2_moe"), write_text(tmp_path / "text.txt")
+    command = ["analyze", str(model), "--data", str(text), "--samples", "7", "--seq-length", "32", "--device", "cpu"]
+    command += ["--scores", ",".join(SCORES), "--compat", "reference"]
+    sparsecod(*command, "--output", tmp_path / "two", "--nproc", "2")
+    assert main([*command, "--output", str(tmp_path / "one")]) == 0
+    one, two = (json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8")) for name in ("one", "two"))
+    assert list(one["scores"]) == list(SCORES)
+    expected, found = numbers(one), numbers(two)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        close = pytest.approx(value, rel=1e-6, abs=1e-6) if isinstance(value, float) else value
+        assert found[name] == close, name
+    files = [{path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two")]
+    assert files[0] == files[1]
