@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import sparsecod
+from tests.helpers.cli import sparsecod, sparsecod_ranks
 from tests.helpers.text import write_corpus
 
 CONFIG = """
@@ -57,7 +57,7 @@ class Bench:
     def train(self, name: str, *overrides: str, nproc: int = 1) -> Path:
         """Train into a run directory called `name` and return it; a directory that exists already is resumed."""
         run = self.directory / name
-        sparsecod("train", self.config, f"logging.run_dir={run}", *overrides, "--nproc", str(nproc))
+        sparsecod_ranks("train", self.config, f"logging.run_dir={run}", *overrides, nproc=nproc)
         return run
 
 

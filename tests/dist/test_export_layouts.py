@@ -8,7 +8,7 @@ import pytest
 
 from tests.dist.conftest import Bench
 from tests.dist.layouts import LAYOUTS
-from tests.helpers.cli import sparsecod, torchrun
+from tests.helpers.cli import sparsecod, script_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -36,7 +36,7 @@ def relaid(bench: Bench, reference: dict[str, Path], repo_root: Path) -> Path:
     """The trained weights, saved again under every layout."""
     folder = bench.directory / "relaid"
     script = repo_root / "tests" / "dist" / "relayout_worker.py"
-    torchrun(script, *(f"{model}={run}" for model, run in reference.items()), folder, nproc=4)
+    script_ranks(script, *(f"{model}={run}" for model, run in reference.items()), folder, nproc=4)
     return folder
 
 

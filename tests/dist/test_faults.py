@@ -22,7 +22,7 @@ import pytest
 from tests.dist import faults_worker
 from tests.dist.conftest import Bench
 from tests.dist.test_layouts import series
-from tests.helpers.cli import read_jsonl, torchrun
+from tests.helpers.cli import read_jsonl, script_ranks
 from tests.helpers.training import small_trainer
 
 pytestmark = pytest.mark.dist
@@ -233,7 +233,7 @@ def test_a_disk_that_fills_up_costs_no_state(bench: Bench, straight: Path) -> No
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, Any]:
     """What the worker found on two data-parallel ranks."""
     output = tmp_path_factory.mktemp("faults") / "found.json"
-    torchrun(repo_root / "tests/dist/faults_worker.py", output, nproc=2)
+    script_ranks(repo_root / "tests/dist/faults_worker.py", output, nproc=2)
     found: dict[str, Any] = json.loads(output.read_text())
     return found
 

@@ -11,7 +11,7 @@ from sparsecod_megatron.planning.layout import layout_of
 from sparsecod_megatron.planning.memory import rank_memory
 from tests.dist.layouts import Layout
 from tests.dist.memory_worker import LAYOUTS, layout_config
-from tests.helpers.cli import torchrun
+from tests.helpers.cli import script_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 def measured(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, list[dict[str, int]]]:
     """{part: bytes} by layout and rank, and the rank's pipeline `stage`."""
     file = tmp_path_factory.mktemp("memory") / "measured.json"
-    torchrun(repo_root / "tests/dist/memory_worker.py", file, nproc=4)
+    script_ranks(repo_root / "tests/dist/memory_worker.py", file, nproc=4)
     content: dict[str, list[dict[str, int]]] = json.loads(file.read_text())
     return content
 

@@ -12,7 +12,7 @@ import pytest
 from sparsecod_megatron.backend import select_backend
 from tests.dist.layouts import Layout
 from tests.dist.norms_router_worker import ALL_LAYOUTS, MODELS, STEPS, layout_config, statistics
-from tests.helpers.cli import torchrun
+from tests.helpers.cli import script_ranks
 from tests.helpers.training import ROUTER_FIELDS, fresh_router_losses
 
 pytestmark = pytest.mark.dist
@@ -44,7 +44,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict
     folder = tmp_path_factory.mktemp("norms-router")
     single = {model: single_process(model, folder / model) for model in MODELS}
     sources = (f"{model}={resolve_step_dir(folder / model)}" for model in MODELS)
-    torchrun(repo_root / "tests/dist/norms_router_worker.py", *sources, folder / "collected.json", nproc=4)
+    script_ranks(repo_root / "tests/dist/norms_router_worker.py", *sources, folder / "collected.json", nproc=4)
     return single | json.loads((folder / "collected.json").read_text())
 
 

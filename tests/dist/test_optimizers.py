@@ -16,7 +16,7 @@ from tests.dist.conftest import Bench
 from tests.dist.layouts import PP2, VPP2, Layout
 from tests.dist.optimizers_worker import BLOCKWISE, LAYOUTS, MODELS, continued, layout_config
 from tests.dist.test_layouts import series
-from tests.helpers.cli import read_jsonl, torchrun
+from tests.helpers.cli import read_jsonl, script_ranks
 from tests.helpers.training import fresh_router_losses, trainer_batches
 
 pytestmark = pytest.mark.dist
@@ -73,7 +73,7 @@ def single(folder: Path) -> dict[str, Records]:
 def collected(folder: Path, single: dict[str, Records], repo_root: Path) -> dict[str, Records]:
     """By layout, the same steps; the checkpoint as that layout saved it is in FOLDER/LAYOUT."""
     sources = [f"{model}={next((folder / model).glob('step_*'))}" for model in MODELS]
-    torchrun(repo_root / "tests/dist/optimizers_worker.py", *sources, folder, nproc=4)
+    script_ranks(repo_root / "tests/dist/optimizers_worker.py", *sources, folder, nproc=4)
     return json.loads((folder / "collected.json").read_text())
 
 

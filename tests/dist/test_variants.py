@@ -11,7 +11,7 @@ import pytest
 
 from sparsecod_megatron.backend import select_backend
 from tests.dist.variants_worker import CASES, Case, train
-from tests.helpers.cli import torchrun
+from tests.helpers.cli import script_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 def spread(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, Any]:
     """All cases on two processes."""
     output = tmp_path_factory.mktemp("variants") / "runs.json"
-    torchrun(repo_root / "tests/dist/variants_worker.py", output, nproc=2)
+    script_ranks(repo_root / "tests/dist/variants_worker.py", output, nproc=2)
     return json.loads(output.read_text())
 
 

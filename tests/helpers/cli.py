@@ -1,49 +1,68 @@
 """Commands in processes of their own.
 
-Importing torch and Megatron-Core takes seconds; one server imports them once and forks a process for every command.
+Importing torch and Megatron-Core takes seconds; one server imports them once and forks a process for every command and
+rank. What torchrun itself does is the matter of the tests that start it: faults, stops, two agents, the quickstart.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["tests.helpers.imported"])
+INHERITED = ("TORCHELASTIC", "RANK", "WORLD", "LOCAL_RANK", "MASTER")
+"""What a command must not find in its environment: it would take itself for a rank of something else."""
 
 
-def sparsecod(*arguments: str | Path, check: bool = True, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """Run `sparsecod ARGUMENTS` in a process of its own, forked from one that has imported the libraries already.
+class _Started:
+    """A forked process and what it prints.
 
     Args:
-        arguments: the command line.
-        check: fail, showing the output, unless the exit status is 0.
-        timeout_s: after this long the command is killed.
+        action: given the arguments, returns the exit status.
+        arguments: of the command.
+        environment: added to this process's.
+        folder: for the output.
     """
-    command = [*map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        process = FORK_SERVER.Process(target=run_command, args=(command, _environment(), Path.cwd(), stdout, stderr))
-        process.start()
-        process.join(timeout_s)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(command, timeout_s, stdout.read_text(), stderr.read_text())
-        result = subprocess.CompletedProcess(command, process.exitcode, stdout.read_text(), stderr.read_text())
-    assert not check or result.returncode == 0, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result
+
+    def __init__(
+        self, action: Callable[[list[str]], int], arguments: list[str], environment: Mapping[str, str], folder: Path
+    ) -> None:
+        self.arguments = arguments
+        self._stdout, self._stderr = folder / "stdout", folder / "stderr"
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(INHERITED)}
+        task = (action, arguments, inherited | dict(environment), Path.cwd(), self._stdout, self._stderr)
+        self.process: ForkServerProcess = FORK_SERVER.Process(target=_be, args=task)
+        self.process.start()
+
+    def result(self) -> subprocess.CompletedProcess[str]:
+        """Of a process that has ended."""
+        assert self.process.exitcode is not None
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in (self._stdout, self._stderr))
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, stdout, stderr)
 
 
-def run_command(command: list[str], environment: dict[str, str], folder: Path, stdout: Path, stderr: Path) -> None:
+def _be(
+    action: Callable[[list[str]], int],
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    stdout: Path,
+    stderr: Path,
+) -> None:
     """Be the process of one command."""
     os.environ.clear()
     os.environ.update(environment)
@@ -52,10 +71,8 @@ def run_command(command: list[str], environment: dict[str, str], folder: Path, s
         with path.open("wb") as stream:
             os.dup2(stream.fileno(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    from sparsecod_megatron.cli.main import main
-
     try:
-        sys.exit(main(command))
+        sys.exit(action(arguments))
     except Exception:
         traceback.print_exc()
         sys.exit(1)
@@ -63,32 +80,86 @@ def run_command(command: list[str], environment: dict[str, str], folder: Path, s
         sys.stdout.flush()
 
 
-def _environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "RANK", "WORLD"))}
+def _sparsecod(arguments: list[str]) -> int:
+    from sparsecod_megatron.cli.main import main
+
+    return main(arguments)
 
 
-def torchrun(
+def _script(arguments: list[str]) -> int:
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+    return 0
+
+
+def sparsecod(*arguments: str | Path, check: bool = True, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Run `sparsecod ARGUMENTS`.
+
+    Args:
+        arguments: the command line.
+        check: fail, showing the output, unless the exit status is 0.
+        timeout_s: after this long the command is killed.
+    """
+    return _run(_sparsecod, [*map(str, arguments)], [{}], check=check, timeout_s=timeout_s)
+
+
+def sparsecod_ranks(*arguments: str | Path, nproc: int, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Run `sparsecod ARGUMENTS` as `nproc` ranks; fails, showing the output, unless all exit with 0."""
+    return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=True, timeout_s=timeout_s)
+
+
+def script_ranks(
     script: Path, *arguments: str | Path, nproc: int, timeout_s: float = 300.0
 ) -> subprocess.CompletedProcess[str]:
     """Run a worker script as `nproc` ranks; fails, showing the output, unless all exit with 0."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={nproc}",
-            str(script),
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},  # workers import from tests
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    return _run(_script, [*map(str, (script, *arguments))], _ranks(nproc), check=True, timeout_s=timeout_s)
+
+
+def _ranks(nproc: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its ranks, and a store that the first one holds."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
+    return [shared | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+
+
+def _run(
+    action: Callable[[list[str]], int],
+    arguments: list[str],
+    environments: list[dict[str, str]],
+    *,
+    check: bool,
+    timeout_s: float,
+) -> subprocess.CompletedProcess[str]:
+    """Processes side by side; the result is that of the first to fail, or else of the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for rank, environment in enumerate(environments):
+            own = Path(folder, str(rank))
+            own.mkdir()
+            started.append(_Started(action, arguments, environment, own))
+        failed = _first_to_fail(started, time.monotonic() + timeout_s)
+        result = (failed or started[0]).result()
+    assert result.returncode >= 0 or failed is None, f"killed, or not done in {timeout_s} s\n{result.stderr[-8000:]}"
+    text = f"exit {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    assert not check or result.returncode == 0, text
     return result
+
+
+def _first_to_fail(started: list[_Started], deadline: float) -> _Started | None:
+    """Wait for all; where one fails or time is up, the others are killed."""
+    failed = None
+    while failed is None and any(each.process.exitcode is None for each in started):
+        multiprocessing.connection.wait([each.process.sentinel for each in started], timeout=0.05)
+        failed = next((each for each in started if each.process.exitcode), None)
+        if failed is None and time.monotonic() > deadline:
+            failed = next(each for each in started if each.process.exitcode is None)
+    for each in started:
+        if failed is not None:
+            each.process.kill()
+        each.process.join()
+    return failed
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,163 @@
+"""`sparsecod compress`: 2:4 sparsity or 8-bit quantisation of a trained model, and what it costs in perplexity."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsecod_megatron.cli.hf_model import add_model_options, device, huggingface_directory
+from sparsecod_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sparsecod_megatron.compression.compress import Compression
+    from sparsecod_megatron.evaluation.result import ModelResult
+
+HELP = "Compress a trained model with NVIDIA ModelOpt: 2:4 sparsity or 8-bit quantisation; perplexity before and after."
+EXAMPLE = "sparsecod compress --model runs/dense --method sparsegpt24 --data data/x_val --output compressed/dense"
+METHODS = "sparse24 (2:4 by magnitude), sparsegpt24 (2:4 by SparseGPT), fp8, int8 (weights and layer inputs)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="HuggingFace model directory, or a training run"
+    )
+    parser.add_argument("--method", required=True, help=METHODS)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PREFIX_OR_TEXT",
+        help="dataset prefix or UTF-8 text file: its end for perplexity, sequences drawn from the rest for calibration",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model directory to write")
+    parser.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="calibration sequences drawn (default 128)"
+    )
+    parser.add_argument("--held-out", type=int, default=128, metavar="N", help="sequences for perplexity (default 128)")
+    parser.add_argument("--seq-length", type=int, default=256, metavar="T", help="tokens of a sequence (default 256)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sample and intervals (default 0)")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="sequences of a forward pass (default 4)"
+    )
+    add_model_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace a model directory that is there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compress, write the directory and print the table.
+
+    Raises:
+        SparsecodError: arguments, model or data that cannot be used, or nothing that could be compressed.
+    """
+    from sparsecod_megatron.compression.compress import check_method, compress, write_model
+
+    check_method(args.method)
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
+
+    from sparsecod_megatron.compression.calibration import split_text
+    from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
+    from sparsecod_megatron.evaluation.files import check_writable
+    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+    from sparsecod_megatron.hf.directory import directory_in_the_making
+
+    check_writable(args.output)
+    dataset_prefix(args.data)  # a wrong path should not wait for the model
+    with (
+        huggingface_directory(args.model) as directory,
+        directory_in_the_making(args.output, overwrite=args.overwrite) as folder,
+    ):
+        tokenizer = load_tokenizer(directory)
+        model = load_model(directory, dtype=args.dtype, device=device(args.device))
+        text = split_text(
+            read_corpus(args.data, tokenizer).tokens,
+            num_samples=args.samples,
+            num_held_out=args.held_out,
+            seq_length=args.seq_length,
+            vocab_size=model.config.get_text_config().vocab_size,
+            seed=args.seed,
+        )
+        before = _score(args, "before", model, text.held_out)
+        compression = compress(model, args.method, text.calibration, batch_size=args.batch_size)
+        after = _score(args, "after", compression.scored, text.held_out)
+        write_model(compression, tokenizer, directory, folder)
+        report = _report(args, compression, before, after)
+        (folder / "compression.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+    _print(compression, report)
+    print(f"wrote {args.output}")
+
+
+def _score(args: argparse.Namespace, name: str, model: PreTrainedModel, tokens: Tensor) -> ModelResult:
+    from sparsecod_megatron.evaluation.perplexity import score_windows, summary
+    from sparsecod_megatron.evaluation.result import ModelResult
+
+    windows = score_windows(model, tokens, seq_length=args.seq_length, batch_size=args.batch_size)
+    return ModelResult(name, perplexity=summary(windows, seed=args.seed), windows=windows)
+
+
+def _report(
+    args: argparse.Namespace, compression: Compression, before: ModelResult, after: ModelResult
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from sparsecod_megatron import __version__
+    from sparsecod_megatron.compression.matrices import compressed_fraction
+    from sparsecod_megatron.compression.modelopt import modelopt_version
+    from sparsecod_megatron.evaluation.result import differences
+
+    assert before.perplexity is not None and after.perplexity is not None
+    settings = ("model", "method", "data", "samples", "held_out", "seq_length", "seed", "batch_size", "dtype")
+    return {
+        "settings": {name: getattr(args, name) for name in settings},
+        "before": asdict(before.perplexity),
+        "after": asdict(after.perplexity),
+        "differences": [asdict(difference) for difference in differences(before, after)],
+        "compressed_fraction": compressed_fraction(compression.matrices),
+        "matrices": [asdict(matrix) for matrix in compression.matrices],
+        "warnings": compression.warnings,
+        "versions": {
+            "sparsecod_megatron": __version__,
+            "modelopt": modelopt_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _print(compression: Compression, report: dict[str, Any]) -> None:
+    kinds = defaultdict(list)
+    for matrix in compression.matrices:
+        if matrix.compressed:
+            kinds[matrix.kind].append(matrix)
+    width = max(map(len, kinds))
+    print(f"{'matrices':{width}}  count      weights   zeros  error (largest)")
+    for kind, rows in kinds.items():
+        errors, weights = [row.relative_error for row in rows], sum(row.num_weights for row in rows)
+        zeros = sum(row.zeros * row.num_weights for row in rows) / weights
+        error = f"{sum(errors) / len(errors):.4f} ({max(errors):.4f})"
+        print(f"{kind:{width}}  {len(rows):5d}  {weights:11,d}  {zeros:6.2%}  {error}")
+    print(f"compressed: {report['compressed_fraction']:.2%} of the weights outside embeddings and output layer")
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
+    for name in ("before", "after"):
+        print(f"perplexity {name:6}  {_shown(report[name])}")
+    for row in report["differences"]:
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.3g} (standard error over the same windows)"
+        print(f"{row['metric']:10} change  {row['value']:+.4g}{error}")
+
+
+def _shown(result: dict[str, Any]) -> str:
+    if result["loss_low"] is None:
+        return f"{result['perplexity']:.3f} on {result['num_tokens']} tokens"
+    low, high = math.exp(result["loss_low"]), math.exp(result["loss_high"])
+    return f"{result['perplexity']:.3f} [{low:.3f}, {high:.3f}] on {result['num_tokens']} tokens"

@@ -1,0 +1,132 @@
+"""`sparsecod compress` as a user types it, on a tiny model saved to disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsecod_megatron.cli.main import main
+from sparsecod_megatron.compression.compress import round_inputs_as_written
+from sparsecod_megatron.errors import CheckpointError
+from sparsecod_megatron.evaluation.corpus import read_corpus
+from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+from sparsecod_megatron.evaluation.perplexity import perplexity
+from tests.unit.compression.models import VOCAB_SIZE, save, tiny
+
+SIZES = ["--samples", "6", "--held-out", "4", "--seq-length", "12", "--device", "cpu"]
+modelopt = pytest.mark.skipif(
+    importlib.util.find_spec("modelopt") is None, reason="needs nvidia-modelopt (the extra `modelopt`)"
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    letters = np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, size=300)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{letter}" for letter in letters), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny("llama"), tmp_path_factory.mktemp("llama"))
+
+
+@modelopt
+def test_report_holds_what_the_written_model_scores(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "compressed"
+    arguments = ["compress", "--model", str(llama), "--data", str(text), "--output", str(output), *SIZES]
+    assert main([*arguments, "--method", "sparse24"]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((output / "compression.json").read_text(encoding="utf-8"))
+    held_out = read_corpus(text, load_tokenizer(llama)).tokens[-4 * 12 - 1 :]
+    for folder, name in ((llama, "before"), (output, "after")):
+        scored = perplexity(load_model(folder, dtype="float32", device="cpu"), held_out, seq_length=12, batch_size=4)
+        assert report[name]["loss"] == pytest.approx(scored.loss, abs=1e-6)
+        assert report[name]["loss_low"] == pytest.approx(scored.loss_low, abs=1e-6)
+        assert f"perplexity {name:6}  {math.exp(scored.loss):.3f} [" in shown
+    change = {row["metric"]: row["value"] for row in report["differences"]}
+    assert change["loss"] == pytest.approx(report["after"]["loss"] - report["before"]["loss"])
+    assert report["settings"]["samples"] == 6 and report["settings"]["data"] == str(text)
+    assert report["compressed_fraction"] == 1 and report["warnings"] == []
+    assert {"modelopt", "torch", "transformers", "sparsecod_megatron"} == report["versions"].keys()
+    assert re.search(r"model\.layers\.\*\.mlp\.up_proj +2 +3,072 +50\.00%", shown)
+    written = (output / "model.safetensors").read_bytes()
+    assert main([*arguments, "--method", "fp8"]) == 2
+    assert "is not empty; give a new directory, or ask to overwrite it" in capsys.readouterr().err
+    assert (output / "model.safetensors").read_bytes() == written
+    assert main([*arguments, "--method", "fp8", "--overwrite"]) == 0
+    assert "modelopt" not in capsys.readouterr().err.lower()
+    with pytest.raises(CheckpointError, match="8-bit weights for inference engines"):
+        load_model(output / "engine", dtype="float32", device="cpu")
+
+
+@modelopt
+def test_eval_rounds_the_inputs_of_a_quantised_model(llama: Path, text: Path, tmp_path: Path) -> None:
+    output, common = tmp_path / "compressed", ["--seq-length", "12", "--batch-size", "4", "--device", "cpu"]
+    arguments = ["--model", str(llama), "--data", str(text), "--output", str(output), *SIZES]
+    assert main(["compress", *arguments, "--method", "int8"]) == 0
+    assert main(["eval", "--model", str(output), "--perplexity", str(text), *common]) == 0
+    found = json.loads((output / "eval" / "results.json").read_text(encoding="utf-8"))["perplexity"]["loss"]
+    model, corpus = load_model(output, dtype="float32", device="cpu"), read_corpus(text, load_tokenizer(output))
+    losses = [perplexity(model, corpus.tokens, seq_length=12).loss]
+    assert round_inputs_as_written(model, output)
+    losses.append(perplexity(model, corpus.tokens, seq_length=12).loss)
+    assert found == pytest.approx(losses[1], abs=1e-6) and abs(found - losses[0]) > 1e-4
+
+
+@modelopt
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--method": "int4"}, "--method int4: no such method; use sparse24, sparsegpt24, fp8, int8"),
+        ({"--model": "absent"}, "absent: no such folder"),
+        ({"--model": "{empty}"}, "no checkpoint"),
+        ({"--data": "absent"}, "absent: no such text file"),
+        ({"--samples": "1000"}, "need 12049; give more text"),
+        ({"--samples": "0"}, "--samples 0: must be at least 1"),
+        ({"--batch-size": "0"}, "--batch-size 0: must be at least 1"),
+        ({"--model": "{odd}"}, "no linear layer was compressed: rows and columns must be multiples of 8 and 16"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    message: str,
+) -> None:
+    places = {"empty": tmp_path / "empty", "odd": tmp_path / "odd"}
+    places["empty"].mkdir()
+    odd = {"hidden_size": 20, "intermediate_size": 44, "num_attention_heads": 2, "num_key_value_heads": 1}
+    if "{odd}" in changes.values():
+        save(tiny("llama", **odd), places["odd"])
+    output = tmp_path / "out"
+    options = {"--model": str(llama), "--method": "sparse24", "--data": str(text), "--output": str(output)}
+    options |= dict(zip(SIZES[::2], SIZES[1::2], strict=True))
+    options |= {option: value.format(**places) for option, value in changes.items()}
+    assert main(["compress", *(part for pair in options.items() for part in pair)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sparsecod compress: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not output.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_without_modelopt_the_extra_is_named(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "modelopt" else found(name, *rest)
+    )
+    arguments = ["--model", str(llama), "--data", str(text), "--output", str(tmp_path / "out"), "--method", "fp8"]
+    assert main(["compress", *arguments]) == 2
+    assert "pip install 'sparsecod_megatron[modelopt]'" in capsys.readouterr().err
