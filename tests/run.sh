@@ -12,6 +12,6 @@ in_venv() { bash tools/run_in_venv.sh python3 -m "$@"; }
 
 in_venv ruff check --quiet . || { echo "tests/run.sh: ruff found the problems above; pytest was not started" >&2; exit 1; }
 in_venv mypy --no-error-summary || { echo "tests/run.sh: mypy found the problems above; pytest was not started" >&2; exit 1; }
-# Whole files go to each of two processes, so that what a file sets up is set up once.
-[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadfile
+# Whole files go to each of two processes, so that what a file sets up is set up once; the long ones (dist, e2e) come first.
+[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 in_venv pytest -q "$@"
