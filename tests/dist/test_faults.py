@@ -25,7 +25,7 @@ from tests.dist.test_layouts import series
 from tests.helpers.cli import read_jsonl, script_ranks
 from tests.helpers.training import small_trainer
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 FAULTY = Path(__file__).parent / "faulty"
 OVERRIDES = (
@@ -71,7 +71,7 @@ def started(
         process.wait()
 
 
-def until(condition: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float = 120.0) -> Any:
+def until(condition: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float = 300.0) -> Any:
     """What the condition returns once it is true of the running process."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -137,7 +137,7 @@ def test_killed_at_any_moment_resumes_by_itself(bench: Bench, straight: Path) ->
             pid.kill()
             until(lambda: all(other.pid != pid.pid for other in ranks(process).values()), process)  # noqa: B023
             assert victim in (0, 1)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     told = re.findall(r"rank [01] was killed by SIGKILL; restart (\d) of 5", errors)
     assert told == ["1", "2", "3", "4", "5"] and "Traceback" not in errors
@@ -150,7 +150,7 @@ def test_torchruns_own_restart(bench: Bench, straight: Path) -> None:
     with started([*options, *arguments(bench, "elastic")], program="torch.distributed.run") as process:
         until(lambda: steps(run) >= 5, process)
         ranks(process)[1].kill()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert_same_run(run, straight)
 
@@ -162,29 +162,29 @@ def test_one_rank_raising_is_told_once_and_soon(bench: Bench) -> None:
         until(lambda: steps(run) >= 2, process)
         ranks(process)[1].send_signal(signal.SIGALRM)
         began = time.monotonic()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
         elapsed = time.monotonic() - began
     assert process.returncode == 1, errors
     assert errors.splitlines()[-1] == "sparsecod train: rank 1 failed: RuntimeError: broken on purpose"
     assert errors.count("Traceback") == 1 and "Connection" not in errors
-    assert elapsed < 20
+    assert elapsed < 60
 
 
 def test_a_hung_step_says_which(bench: Bench) -> None:
     """Rank 1 is stopped; rank 0, waiting for it, names step and phase and leaves its stacks."""
     run = bench.directory / "hung"
-    with started(arguments(bench, "hung", "train.step_timeout_s=4", "--nproc", "2")) as process:
+    with started(arguments(bench, "hung", "train.step_timeout_s=15", "--nproc", "2")) as process:
         until(lambda: steps(run) >= 2, process)
         stopped = ranks(process)[1]
         stopped.suspend()
         until(lambda: "has not ended" in (run / "log.txt").read_text(), process)
         until(lambda: 0 not in ranks(process) or ranks(process)[0].status() == psutil.STATUS_ZOMBIE, process)
         stopped.resume()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
     assert process.returncode == 1, errors
     assert errors.splitlines()[-1] == "sparsecod train: rank 0 exited with status 3; see its output above"
     phases = "forward and backward|optimizer|statistics|save|step boundary"
-    assert re.search(rf"rank 0: step \d+: ({phases}) has not ended after 4 s \(train.step_timeout_s\)", errors)
+    assert re.search(rf"rank 0: step \d+: ({phases}) has not ended after 15 s \(train.step_timeout_s\)", errors)
     log = (run / "log.txt").read_text()
     assert re.search(rf"rank 0, step \d+, ({phases}):", log) and "in _step" in log
 
@@ -195,7 +195,7 @@ def test_a_signal_to_one_rank_stops_all(bench: Bench, straight: Path) -> None:
     with started(arguments(bench, "warned", "--nproc", "2")) as process:
         until(lambda: steps(run) >= 4, process)
         ranks(process)[1].send_signal(signal.SIGUSR1)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     stopped_at = steps(run)
     assert (run / f"checkpoints/step_{stopped_at:08d}").is_dir() and stopped_at < 40
@@ -208,7 +208,7 @@ def test_a_signal_before_the_first_step(bench: Bench) -> None:
     with started(arguments(bench, "unborn", "--nproc", "2")) as process:
         until(lambda: len(ranks(process)) == 2, process)
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
     assert process.returncode == 128 + signal.SIGTERM
     assert errors.splitlines()[-1].startswith("sparsecod train: ended by SIGTERM before")
 
@@ -220,7 +220,7 @@ def test_a_disk_that_fills_up_costs_no_state(bench: Bench, straight: Path) -> No
         until(lambda: (run / "checkpoints/latest").exists(), process)
         for rank in ranks(process).values():
             rank.rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
     assert process.returncode == 2, errors
     assert re.search(r"step_\d+: not saved .*; the checkpoints before it stay$", errors.splitlines()[-1])
     left = (run / "checkpoints/latest").read_text().strip()

@@ -58,14 +58,14 @@ def end_node(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def until(condition: Callable[[], bool], log: Path, timeout_s: float = 120.0) -> None:
+def until(condition: Callable[[], bool], log: Path, timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 def test_a_node_that_dies_and_returns(bench: Bench, tmp_path: Path) -> None:
     straight = bench.train("two-agents-straight", *OVERRIDES, nproc=2)
     run, port, log = tmp_path / "run", free_port(), tmp_path / "log"
@@ -76,8 +76,8 @@ def test_a_node_that_dies_and_returns(bench: Bench, tmp_path: Path) -> None:
             end_node(second)
         assert first.poll() is None
         with node(bench, run, port, log, host=False) as second:
-            assert first.wait(timeout=240) == 0, log.read_text()[-4000:]
-            assert second.wait(timeout=60) == 0, log.read_text()[-4000:]
+            assert first.wait(timeout=500) == 0, log.read_text()[-4000:]
+            assert second.wait(timeout=120) == 0, log.read_text()[-4000:]
     assert "resumed from step" in log.read_text()
     for field in ("step", "loss", "grad_norm", "tokens"):
         np.testing.assert_array_equal(series(run, field), series(straight, field), err_msg=field)

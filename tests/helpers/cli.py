@@ -92,7 +92,7 @@ def _script(arguments: list[str]) -> int:
     return 0
 
 
-def sparsecod(*arguments: str | Path, check: bool = True, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+def sparsecod(*arguments: str | Path, check: bool = True, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run `sparsecod ARGUMENTS`.
 
     Args:
@@ -103,13 +103,13 @@ def sparsecod(*arguments: str | Path, check: bool = True, timeout_s: float = 300
     return _run(_sparsecod, [*map(str, arguments)], [{}], check=check, timeout_s=timeout_s)
 
 
-def sparsecod_ranks(*arguments: str | Path, nproc: int, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+def sparsecod_ranks(*arguments: str | Path, nproc: int, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run `sparsecod ARGUMENTS` as `nproc` ranks; fails, showing the output, unless all exit with 0."""
     return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=True, timeout_s=timeout_s)
 
 
 def script_ranks(
-    script: Path, *arguments: str | Path, nproc: int, timeout_s: float = 300.0
+    script: Path, *arguments: str | Path, nproc: int, timeout_s: float = 600.0
 ) -> subprocess.CompletedProcess[str]:
     """Run a worker script as `nproc` ranks; fails, showing the output, unless all exit with 0."""
     return _run(_script, [*map(str, (script, *arguments))], _ranks(nproc), check=True, timeout_s=timeout_s)
