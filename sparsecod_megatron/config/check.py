@@ -6,10 +6,7 @@ divergence).
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from collections.abc import Iterator
-from typing import Any
 
 from sparsecod_megatron.config.blend import blend_problems
 from sparsecod_megatron.config.check_batch import division_problems, ramp_problems
@@ -18,7 +15,7 @@ from sparsecod_megatron.config.check_layout import layout_problems
 from sparsecod_megatron.config.check_model import model_problems
 from sparsecod_megatron.config.check_optimizer import optimizer_problems
 from sparsecod_megatron.config.check_precision import precision_problems
-from sparsecod_megatron.config.fields import indivisible
+from sparsecod_megatron.config.fields import bound_problems, indivisible
 from sparsecod_megatron.config.schema import CheckpointConfig, RunConfig
 from sparsecod_megatron.errors import ConfigError
 
@@ -66,7 +63,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 
 def _problems(config: RunConfig) -> Iterator[str]:
-    yield from _bounds(config)
+    yield from bound_problems(config)
     yield from model_problems(config)
     yield from layout_problems(config)
     yield from precision_problems(config)
@@ -76,34 +73,6 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _run_problems(config)
     yield from fault_problems(config)
     yield from _checkpoint_problems(config.checkpoint)
-
-
-def _bounds(section: Any, prefix: str = "") -> Iterator[str]:
-    hints = typing.get_type_hints(type(section))
-    for item in dataclasses.fields(section):
-        value, key, limits = getattr(section, item.name), prefix + item.name, item.metadata
-        if dataclasses.is_dataclass(value):
-            yield from _bounds(value, f"{key}.")
-        elif value is None:
-            continue
-        elif strangers := _strangers(value, hints[item.name]):
-            yield f"{key}: {strangers[0]!r} cannot be an entry of this list; give single values"
-        elif "entries" in limits:
-            unknown = [entry for entry in value if entry not in limits["entries"]]
-            if unknown:
-                yield f"{key}: {unknown[0]!r} is not one of {', '.join(limits['entries'])}; choose among these"
-        elif "choices" in limits and value not in limits["choices"]:
-            yield f"{key}: {value!r} is not one of {', '.join(limits['choices'])}; choose one of these"
-        elif "minimum" in limits and not value >= limits["minimum"]:
-            yield f"{key}: {value} is below {limits['minimum']}; raise it"
-        elif "maximum" in limits and not value <= limits["maximum"]:
-            yield f"{key}: {value} is above {limits['maximum']}; lower it"
-
-
-def _strangers(value: Any, hint: Any) -> list[Any]:
-    """Entries of a typed list that are not of its type, which OmegaConf lets through when they are lists."""
-    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is list]
-    return [entry for entry in value if not isinstance(entry, typing.get_args(kinds[0]))] if kinds else []
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:

@@ -1,7 +1,9 @@
-"""How a key says in the schema which values it takes: `check.py` reads these bounds and choices."""
+"""How a key says in the schema which values it takes, and what is said of one that is out of bounds."""
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from collections.abc import Iterator
 from dataclasses import field
 from typing import Any
@@ -31,3 +33,32 @@ def indivisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
     """The problem, if there is one, of a value that another must divide."""
     if value % by:
         yield f"{key}: {value} is not divisible by {by_key}={by}; change one of them"
+
+
+def bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
+    """The values of a section, and of the sections in it, that their fields do not allow."""
+    hints = typing.get_type_hints(type(section))
+    for item in dataclasses.fields(section):
+        value, key, limits = getattr(section, item.name), prefix + item.name, item.metadata
+        if dataclasses.is_dataclass(value):
+            yield from bound_problems(value, f"{key}.")
+        elif value is None:
+            continue
+        elif strangers := _strangers(value, hints[item.name]):
+            yield f"{key}: {strangers[0]!r} cannot be an entry of this list; give single values"
+        elif "entries" in limits:
+            unknown = [entry for entry in value if entry not in limits["entries"]]
+            if unknown:
+                yield f"{key}: {unknown[0]!r} is not one of {', '.join(limits['entries'])}; choose among these"
+        elif "choices" in limits and value not in limits["choices"]:
+            yield f"{key}: {value!r} is not one of {', '.join(limits['choices'])}; choose one of these"
+        elif "minimum" in limits and not value >= limits["minimum"]:
+            yield f"{key}: {value} is below {limits['minimum']}; raise it"
+        elif "maximum" in limits and not value <= limits["maximum"]:
+            yield f"{key}: {value} is above {limits['maximum']}; lower it"
+
+
+def _strangers(value: Any, hint: Any) -> list[Any]:
+    """Entries of a typed list that are not of its type, which OmegaConf lets through when they are lists."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is list]
+    return [entry for entry in value if not isinstance(entry, typing.get_args(kinds[0]))] if kinds else []

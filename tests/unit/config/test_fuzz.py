@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsecod_megatron.config import load_config, save_config
-from sparsecod_megatron.config.load import known_keys
+from sparsecod_megatron.config.schema import RunConfig
+from sparsecod_megatron.config.typed import known_keys
 from sparsecod_megatron.errors import ConfigError
 
 SCALARS = (
@@ -27,7 +28,7 @@ SCALARS = (
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
 )
-KEYS = st.sampled_from(sorted(known_keys()))
+KEYS = st.sampled_from(sorted(known_keys(RunConfig)))
 
 
 @pytest.fixture(scope="module")

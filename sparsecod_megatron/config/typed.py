@@ -1,0 +1,176 @@
+"""Typed values from YAML and `a.b=c` overrides: what a run's file and a study's file have in common.
+
+OmegaConf merges and types; this file turns its exceptions into one line that names the key, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from sparsecod_megatron.errors import ConfigError
+
+Schema = TypeVar("Schema")
+
+
+class Update(NamedTuple):
+    """Keys that replace those before them.
+
+    Attributes:
+        where: what they came from, for messages.
+        content: sections as plain values.
+    """
+
+    where: str
+    content: dict[Any, Any]
+
+
+def read_updates(path: str | Path | None, overrides: Sequence[str]) -> list[Update]:
+    """A file's keys, then each override's.
+
+    Args:
+        path: a YAML file; None reads none.
+        overrides: `a.b=c` strings, in order; values are parsed as YAML.
+
+    Raises:
+        ConfigError: unreadable file, or text that is no YAML.
+    """
+    updates = [] if path is None else [Update(str(path), _read_yaml(Path(path)))]
+    return updates + [Update(f"override {override!r}", _parse_override(override)) for override in overrides]
+
+
+def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
+    """The schema's defaults with the updates over them, each of the type its field has.
+
+    Args:
+        schema: a dataclass of dataclasses.
+        updates: in order; later ones win.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a required key that is missing.
+    """
+    merged: Any = OmegaConf.structured(schema)
+    for where, content in updates:
+        merged = _merge(schema, merged, _create(schema, content, where=where), where=where)
+    try:
+        return cast(Schema, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        where = updates[0].where if updates else "defaults"
+        raise ConfigError(f"{where}: {error.full_key}: {_first_line(error)}; fix the value") from None
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; give the path of a YAML configuration (see examples/configs)"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a readable UTF-8 YAML file") from None
+    content = _parse(text, where=str(path), fix="fix the file")
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not sections; start with `model:`, `train:`, …")
+    return content
+
+
+def _parse(text: str, *, where: str, fix: str) -> Any:
+    """One YAML document as plain values, numbers like `1e-4` among them."""
+    try:
+        return _floats(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark and "\n" in text else ""
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{where}{line}: not valid YAML ({problem}); {fix}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deep, or an anchor that holds itself; write the values out") from None
+    except ValueError as error:  # what looks like a date or a number to YAML and is none
+        raise ConfigError(f"{where}: not valid YAML ({_first_line(error)}); {fix}") from None
+
+
+def _parse_override(override: str) -> dict[Any, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise ConfigError(f"override {override!r}: not of the form section.key=value, e.g. optimizer.lr=3e-4")
+    content = _parse(value, where=f"override {override!r}", fix="quote the value")
+    for name in reversed(key.split(".")):
+        content = {name: content}
+    return content
+
+
+def _create(schema: type, content: dict[Any, Any], *, where: str) -> DictConfig:
+    """Typed later, by the merge; checked here to consist of sections."""
+    for section, kind in typing.get_type_hints(schema).items():
+        value = content.get(section, {})
+        if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and not isinstance(value, dict):
+            raise ConfigError(
+                f"{where}: {section}: {value!r} is not a section; write keys under it, as in examples/configs"
+            )
+    try:
+        return OmegaConf.create(content)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_first_line(error)}; fix the value") from None
+
+
+def _floats(content: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; every user means the number."""
+    if isinstance(content, dict):
+        return {str(key): _floats(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_floats(value) for value in content]
+    if isinstance(content, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", content):
+        return float(content)
+    return content
+
+
+def _merge(schema: type, base: Any, update: DictConfig, *, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, update)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        raise ConfigError(f"{where}: unknown key {key!r}; {_suggest(schema, key)}") from None
+    except ValidationError as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{where}: {key}{_first_line(error)}; give a value of that type") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{where}: {_first_line(error)}; fix the value") from None
+
+
+def _suggest(schema: type, key: str) -> str:
+    """Names the nearest key, or where a Megatron field goes."""
+    section, _, leaf = key.rpartition(".")
+    known = known_keys(schema)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [
+        other for other in known if other.rpartition(".")[2] == leaf
+    ]
+    if near:
+        return f"did you mean {near[0]!r}?"
+    siblings = sorted(other for other in known if other.rpartition(".")[0] == section)
+    megatron = "; other Megatron fields go under `megatron:`" if "megatron" in known else ""
+    return f"keys of {section or 'the file'}: {', '.join(siblings)}{megatron}"
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted names of all sections and keys, those below `megatron` excepted."""
+    keys = []
+    for name, kind in typing.get_type_hints(schema).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            keys.extend(known_keys(cast(type, kind), f"{prefix}{name}."))
+    return keys
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
