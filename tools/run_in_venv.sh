@@ -14,7 +14,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 UNFINISHED="$ROOT/.venv.unfinished"
 TORCH="torch==2.13.0"
-EXTRAS="eval,wandb,tensorboard,modelopt,dev"
+EXTRAS="eval,wandb,tensorboard,modelopt,docs,dev"
 STAMP_NAME="sparsecod_megatron.stamp"
 
 note() { printf 'run_in_venv.sh: %s\n' "$*" >&2; }

@@ -37,7 +37,7 @@ def report_payload(runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = 
         `fields` and `metrics`: what is known of each name, in the page's order.
         `runs`: each with `name`, `kind`, `facts`, `notes`, and series by name in `metrics`, `layers`, `vectors`.
         A series is `steps` and `tokens` [points], `total` points before thinning, and `values`: [points] of a metric,
-        [layers][points] of a layer statistic, [points][layers][entries] of a vector; null where no number is finite.
+        [layers, points] of a layer statistic, [points, layers, entries] of a vector; null where no number is finite.
         `analyses`: see `analyses_payload`.
     """
     layer_rows = sum(series.values.shape[1] for run in runs for series in run.layers.values())

@@ -37,7 +37,7 @@ class HeatMap:
 
     Attributes:
         name: file name without suffix.
-        values: [rows][columns]; None is left blank.
+        values: [rows, columns]; None is left blank.
         diverging: colours that part at zero, for signed values.
         row_label: what a row is; `column_label` likewise.
     """

@@ -1,0 +1,197 @@
+"""What the documentation says holds: its code runs, its commands parse, its links exist, its lists are complete."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sparsecod_megatron.cli import main as cli
+from sparsecod_megatron.config import data_parallel_size, load_config
+from sparsecod_megatron.errors import ConfigError
+from tests.dist.layouts import LAYOUTS
+from tests.unit.test_packaging import tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "sparsecod_megatron"
+FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+SHELL_ENDS = ("|", "&&", ";", ">", "done", "&")
+needs_mkdocs = pytest.mark.skipif(
+    importlib.util.find_spec("mkdocstrings") is None, reason="mkdocs is not installed here (pip install -e '.[docs]')"
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced code of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def pages_with(language: str) -> Any:
+    """Parametrizes a test over the pages that have such code."""
+    pages = [page for page in PAGES if blocks(page, language)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+# ---------------------------------------------------------------- code
+
+
+@pages_with("python")
+def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page follow from each other."""
+    monkeypatch.chdir(ROOT)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pages_with("yaml")
+def test_yaml_loads(page: Path, tmp_path: Path) -> None:
+    """Every one is a part of a run's configuration, without unknown keys."""
+    for block in blocks(page, "yaml"):
+        assert isinstance(yaml.safe_load(block), dict)
+        file = tmp_path / "config.yaml"
+        file.write_text(block)
+        load_config(file)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Arguments of every `sparsecod` command: of bash blocks, and of indented lines that are no synopsis."""
+    text = "\n".join(blocks(page, "bash"))
+    text += "\n".join(re.findall(r"^ {4}(sparsecod (?:[^\n[|]*\\\n)*[^\n[|]*)$", page.read_text(), re.MULTILINE))
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for index, word in enumerate(words):
+            if word == "sparsecod" or (word == "sparsecod_megatron" and words[index - 1] == "-m"):
+                rest = words[index + 1 :]
+                end = next((at for at, other in enumerate(rest) if other in SHELL_ENDS), len(rest))
+                yield rest[:end]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))], ids=lambda page: page.name)
+def test_commands_parse(page: Path) -> None:
+    """By the real parsers; a configuration of examples/ also takes the overrides, and fits the processes."""
+    for arguments in commands(page):
+        if arguments == ["--help"]:
+            continue
+        module = cli._load(arguments[0])
+        parser = argparse.ArgumentParser(prog=" ".join(arguments), exit_on_error=False)
+        module.add_arguments(parser)
+        parsed = parser.parse_args(arguments[1:])
+        if arguments[0] in ("train", "plan") and parsed.config.startswith("examples/"):
+            config = load_config(ROOT / parsed.config, [word for word in parsed.overrides if "$" not in word])
+            processes = parsed.gpus if arguments[0] == "plan" else parsed.nproc
+            if processes > 1:
+                data_parallel_size(config, processes)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page: Path) -> None:
+    """Files that commands and `code` name, modules below the package, and targets of links with their headings."""
+    text = page.read_text()
+    named = "\n".join([*blocks(page, "bash"), *re.findall(r"`([^`\n]+)`", text)])
+    for path in re.findall(r"(?<![\w/.])(?:examples|tools|tests|benchmarks|docs)/[\w./-]*[\w/]", named):
+        assert list(ROOT.glob(f"{path}*")), f"{page.name}: {path}"
+    for path in re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w/]+\.py", text):
+        assert (PACKAGE / path).exists(), f"{page.name}: {path}"
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        file, _, heading = target.partition("#")
+        found = page.parent / file if file else page
+        assert found.exists(), f"{page.name}: {target}"
+        if heading:
+            assert heading in anchors(found), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as links name them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+# ---------------------------------------------------------------- lists
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without its header."""
+    section = (DOCS / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    expected = {("", canonicalize_name(Requirement(line).name)) for line in project["dependencies"]}
+    for extra, lines in project["optional-dependencies"].items():
+        expected |= {(extra, canonicalize_name(Requirement(line).name)) for line in lines}
+    cells = [row[0] for row in table("ARCHITECTURE.md", "Dependencies")]
+    named = set()
+    for cell in cells:
+        for part in re.findall(r"[^()]+(?:\(`\w+`\))?", cell):
+            extra = re.search(r"\(`(\w+)`\)", part)
+            names = part.partition("(")[0].replace(",", " ").split()
+            named |= {(extra.group(1) if extra else "", canonicalize_name(name)) for name in names}
+    assert named == expected
+
+
+def test_every_variable_of_a_cluster_is_explained() -> None:
+    script = (ROOT / "examples/slurm/environment.sh").read_text()
+    names = set(re.findall(r'(?:: "\${|export )(\w+)(?::=|=)', script)) | {"SOCKET_IFNAME"}
+    named = "".join(row[0] for row in table("how-to/train-on-a-cluster.md", "Environment"))
+    assert len(names) > 10
+    assert not [name for name in names if f"`{name}`" not in named and not name.startswith("NCCL_SOCKET")]
+
+
+def test_picture_and_table_show_every_folder() -> None:
+    picture = (DOCS / "architecture.svg").read_text()
+    assert sorted(row[0].strip("`/") for row in table("ARCHITECTURE.md", "Layers")) == FOLDERS
+    assert all(f">{folder}</text>" in picture for folder in FOLDERS)
+
+
+def test_every_tested_layout_is_named() -> None:
+    page = (DOCS / "PARALLELISM.md").read_text()
+    assert not [layout.name for layout in LAYOUTS if f"`{layout.name}`" not in page]
+
+
+@pytest.mark.parametrize("row", table("PARALLELISM.md", "Refused"), ids=lambda row: row[0])
+def test_refused(row: list[str]) -> None:
+    kind, code, _ = row[0].split("`")
+    model = "nano_moe" if kind.startswith("experts") else "nano_dense"
+    with pytest.raises(ConfigError, match="; "):
+        data_parallel_size(load_config(ROOT / f"examples/configs/{model}.yaml", code.split()), int(row[1]))
+
+
+# ---------------------------------------------------------------- the site
+
+
+@needs_mkdocs
+def test_api_has_every_public_module() -> None:
+    """As the interpreter finds them: whatever defines a public function or class."""
+    found = {
+        module for modules in runpy.run_path(str(DOCS / "api_pages.py"))["folders"]().values() for module in modules
+    }
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        public = re.search(r"^(def|class) [a-zA-Z]", path.read_text(), re.MULTILINE)
+        assert name in found or not public or path.stem.startswith("_"), name
+
+
+@needs_mkdocs
+@pytest.mark.slow
+def test_site_builds(tmp_path: Path) -> None:
+    """Without a warning: every page is in the navigation, every cross-reference of a docstring leads somewhere."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config as load_site
+
+    build(load_site(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
+    assert 'id="sparsecod_megatron.metrics.variance.VarianceGroup"' in (tmp_path / "site/api/metrics.html").read_text()
