@@ -1,17 +1,22 @@
-# The CUDA environment: NGC's PyTorch (torch, Transformer Engine 2.x and NCCL built for Hopper) with this package beside them.
+# The CUDA environment: NGC's PyTorch (torch 2.10, CUDA 13.1, NCCL, Transformer Engine 2.x and apex, built for Hopper) with this
+# package beside them. Everything is pinned: the base by its tag, what the results depend on by examples/ngc/requirements.txt.
 #     bash examples/ngc/build_image.sh
 ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
 
-# The base image's own Python is the environment: nothing of its torch or Transformer Engine is replaced.
+# The base image's own Python is the environment: nothing of its torch or Transformer Engine is replaced. What a cluster needs
+# besides is in examples/slurm/environment.sh and not here, where it would win over what a job sets.
 ENV SPARSECOD_PYTHON=python3 \
     PIP_BREAK_SYSTEM_PACKAGES=1 \
-    PIP_NO_CACHE_DIR=1 \
-    CUDA_DEVICE_MAX_CONNECTIONS=1
+    PIP_NO_CACHE_DIR=1
 
 WORKDIR /workspace/sparsecod_megatron
 COPY . .
-RUN bash tools/run_in_venv.sh sparsecod --help >/dev/null \
+# The pins first and alone, so that run_in_venv.sh finds them there and adds only what they need. NGC's PIP_CONSTRAINT names
+# every version it was built with, far more than has to stay.
+RUN PIP_CONSTRAINT='' pip install --no-deps --requirement examples/ngc/requirements.txt \
+    && bash tools/run_in_venv.sh sparsecod --help >/dev/null \
+    && python3 examples/ngc/check_image.py \
     && chmod -R a+rX .
 
 # Runs as any user (docker run --user): caches go where everybody may write.

@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# One node's share of train.sbatch: torchrun with one rank a GPU, meeting the other nodes at MASTER_ADDR:MASTER_PORT.
+# One node's share of a run: torchrun with one rank a GPU, meeting the other nodes at MASTER_ADDR:MASTER_PORT. train.sbatch
+# starts it on every node; alone (examples/ngc) it is the only one.
+#     bash examples/slurm/run_node.sh CONFIG.yaml [a.b=c ...]
 #
-# torchrun starts its ranks in sessions of their own, which a signal to the job step does not reach, and dies of SIGUSR1
-# itself. So it is started with that signal ignored, and this shell hands the signal to the ranks.
+# torchrun starts its ranks in sessions of their own, which a signal to the job step does not reach, dies of SIGUSR1 itself,
+# and kills ranks 30 seconds after SIGTERM, saved or not. So it ignores these signals, and this shell hands them to the ranks,
+# which save a checkpoint and end.
 set -euo pipefail
-
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # keeps communication ahead of the matrix multiplications it overlaps with
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # every restart meets at a store of its own, without the dead ranks' addresses
+# shellcheck source=/dev/null
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 (
-    trap '' USR1
+    trap '' USR1 TERM INT
     exec bash tools/run_in_venv.sh torchrun \
-        --nnodes "$SLURM_NNODES" --nproc-per-node "${GPUS_PER_NODE:-8}" --max-restarts "${MAX_RESTARTS:-3}" \
-        --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
+        --nnodes "${SLURM_NNODES:-1}" --nproc-per-node "${GPUS_PER_NODE:-8}" --max-restarts "${MAX_RESTARTS:-3}" \
+        --signals-to-handle SIGHUP,SIGQUIT \
+        --rdzv-id "${SLURM_JOB_ID:-alone}.${SLURM_RESTART_COUNT:-0}" --rdzv-backend c10d \
+        --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-0}" \
         -m sparsecod_megatron train "$@"
 ) &
 torchrun=$!
-trap 'pkill -USR1 -P "$torchrun" || true' USR1
+trap 'pkill -USR1 -P "$torchrun" || true' USR1 TERM INT
 
 status=0
 wait "$torchrun" || status=$?
