@@ -1,0 +1,160 @@
+"""One cell from nothing to its numbers: trained, exported, scored, evaluated; what is done already is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsecod_megatron.checkpoint import resolve_step_dir, step_dir_name
+from sparsecod_megatron.config import load_config, save_config
+from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE
+from sparsecod_megatron.errors import ConfigError, SparsecodError
+from sparsecod_megatron.evaluation.files import write_text
+from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
+from sparsecod_megatron.studies.metrics import cell_metrics
+from sparsecod_megatron.studies.scoring import evaluate, export, score
+
+RESULT_FILE = "result.json"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
+
+
+def run_cell(study: Study, cell: Cell) -> None:
+    """Do what is still to be done of a cell, `result.json` last.
+
+    Raises:
+        SparsecodError: a stage that refuses its input; the cell's folder holds what came before.
+        RuntimeError: the training failed otherwise; its words are on stderr.
+    """
+    if is_done(study, cell):
+        return
+    model = cell.directory / MODEL_FOLDER
+    if not (model / "config.json").is_file():
+        _write_config(cell)
+        _train(cell, nproc=study.config.launch.nproc)
+        if _diverged(cell):
+            write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": True, "metrics": {}}))
+            return
+        export(cell.directory / RUN_FOLDER, model)
+        if not study.config.keep_checkpoints:
+            shutil.rmtree(cell.directory / RUN_FOLDER / CHECKPOINTS_DIR)
+    score(study.config.scores, cell.config, model, cell.directory / ANALYSIS_FOLDER)
+    evaluate(study.config.evaluation, cell.config, model, cell.directory / EVALUATION_FOLDER)
+    metrics = cell_metrics(
+        cell.config,
+        run=cell.directory / RUN_FOLDER,
+        analysis=cell.directory / ANALYSIS_FOLDER,
+        evaluation=cell.directory / EVALUATION_FOLDER,
+    )
+    write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": False, "metrics": metrics}))
+
+
+def is_done(study: Study, cell: Cell) -> bool:
+    """Whether the cell has its result, of this run, these scores and this evaluation.
+
+    Raises:
+        ConfigError: what lies there was trained or measured otherwise.
+    """
+    path = cell.directory / RESULT_FILE
+    if not path.is_file():
+        return False
+    if read_result(cell)["measured"] != _measured(study):
+        raise ConfigError(
+            f"{path}: was measured with other `scores` or `evaluation`; to measure again, delete it with the "
+            f"{ANALYSIS_FOLDER} and {EVALUATION_FOLDER} beside it, or give another --output"
+        )
+    _check_unchanged(cell)
+    return True
+
+
+def read_result(cell: Cell) -> dict[str, Any]:
+    """`result.json` of a finished cell."""
+    content: dict[str, Any] = json.loads((cell.directory / RESULT_FILE).read_text(encoding="utf-8"))
+    return content
+
+
+def trained_run(cell: Cell) -> Path:
+    """The cell's run directory."""
+    return cell.directory / RUN_FOLDER
+
+
+def _write_config(cell: Cell) -> None:
+    _check_unchanged(cell)
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    save_config(cell.config, cell.directory / CONFIG_FILE)
+
+
+def _check_unchanged(cell: Cell) -> None:
+    path = cell.directory / CONFIG_FILE
+    if path.is_file() and load_config(path) != cell.config:
+        raise ConfigError(
+            f"{path}: the study now gives this cell another run; give another --output, or delete the cell"
+        )
+
+
+def _train(cell: Cell, *, nproc: int) -> None:
+    """Train in processes of its own, which leave memory and settings of this one alone."""
+    if _is_trained(cell):
+        return
+    command = [sys.executable, "-m", "sparsecod_megatron", "train", str(cell.directory / CONFIG_FILE)]
+    with _leaving_signals_to_the_training():
+        status = subprocess.run([*command, "--nproc", str(nproc)], stdout=subprocess.DEVNULL).returncode
+    if _is_trained(cell) or (status == 2 and _diverged(cell)):
+        return
+    if status == 2:
+        raise SparsecodError(f"cell {cell.name}: the training was refused, for the reason above")
+    if status == 0:
+        raise SparsecodError(f"cell {cell.name}: asked to stop; the same command goes on from there")
+    raise RuntimeError(f"cell {cell.name}: the training ended with status {status}; see its output above")
+
+
+@contextlib.contextmanager
+def _leaving_signals_to_the_training() -> Iterator[None]:
+    """While the block runs, a signal to the process group only stops the training, which saves; this process waits."""
+    previous = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _is_trained(cell: Cell) -> bool:
+    run = trained_run(cell)
+    last = run / CHECKPOINTS_DIR / step_dir_name(cell.config.train.train_steps)
+    return last.is_dir() and resolve_step_dir(run) == last
+
+
+def _diverged(cell: Cell) -> bool:
+    path = trained_run(cell) / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return bool(lines) and bool(json.loads(lines[-1]).get("diverged"))
+
+
+def _result(study: Study, cell: Cell) -> dict[str, Any]:
+    return {"cell": cell.name, "labels": dict(cell.labels), "seed": cell.seed, "measured": _measured(study)}
+
+
+def _measured(study: Study) -> dict[str, Any]:
+    """What changes a cell's numbers besides its run."""
+    scores, held_out = study.config.scores, study.config.evaluation
+    return {
+        "scores": {
+            "names": scores.names,
+            "samples": scores.samples,
+            "seq_length": scores.seq_length,
+            "seed": scores.seed,
+        },
+        "evaluation": {"windows": held_out.windows, "tasks": held_out.tasks, "limit": held_out.limit},
+    }
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"

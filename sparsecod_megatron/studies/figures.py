@@ -1,0 +1,78 @@
+"""A study's figures: each metric over the first axis, a line for every place on the others; variance by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS, STYLE
+from sparsecod_megatron.analysis.report.output import replacing
+from sparsecod_megatron.studies.grid import Labels, Study, place_name
+from sparsecod_megatron.studies.table import Row, Table
+
+FIGURES_FOLDER = "figures"
+DPI = 160
+
+
+def draw_figures(study: Study, table: Table) -> list[Path]:
+    """Write one picture a column that was measured, and one of the residual variance by depth.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    drawn = []
+    for metric in study.config.columns:
+        if any(metric in row.metrics for row in table.rows):
+            drawn.append(study.output / FIGURES_FOLDER / f"{metric.replace('/', '_')}.png")
+            _draw(drawn[-1], metric, study, table)
+    return drawn
+
+
+def _draw(path: Path, metric: str, study: Study, table: Table) -> None:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        labels = list(dict.fromkeys(row.labels[0][1] for row in table.rows)) if study.config.grid else [""]
+        others = list(dict.fromkeys(row.labels[1:] for row in table.rows))
+        for index, other in enumerate(others):
+            rows = [row for row in table.rows if row.labels[1:] == other and metric in row.metrics]
+            _draw_line(axes, metric, rows, labels, table, index, place_name(other))
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlabel(study.config.grid[0].name if study.config.grid else "")
+        axes.set_ylabel(metric)
+        axes.set_title(study.config.name, loc="left")
+        if len(others) > 1:
+            axes.legend()
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=DPI, metadata={})
+
+
+def _draw_line(
+    axes: Axes, metric: str, rows: Sequence[Row], labels: Sequence[str], table: Table, index: int, name: str
+) -> None:
+    """Means with intervals, joined, and a dot a seed beside them."""
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    places = np.array([labels.index(row.labels[0][1]) if row.labels else 0 for row in rows], dtype=np.float64)
+    means = [row.metrics[metric] for row in rows]
+    values = np.array([mean.value for mean in means])
+    ends = np.array(
+        [
+            (0.0, 0.0) if mean.low is None or mean.high is None else (mean.value - mean.low, mean.high - mean.value)
+            for mean in means
+        ]
+    ).T
+    axes.errorbar(places, values, yerr=ends, color=color, marker=marker, capsize=2, linewidth=1.2, label=name)
+    for place, row in zip(places, rows, strict=True):
+        seeds = [metrics[metric] for metrics in _of(row.labels, table) if metric in metrics]
+        axes.plot([place + 0.06] * len(seeds), seeds, ".", color=color, alpha=0.5, markersize=3)
+
+
+def _of(labels: Labels, table: Table) -> list[dict[str, float]]:
+    return [dict(metrics) for metrics in table.results[labels].values()]

@@ -1,0 +1,82 @@
+"""One cell's numbers by name, from the files that training, analysis and evaluation wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsecod_megatron.analysis.directory import SCORES_FILE
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.parameters import count_parameters
+from sparsecod_megatron.config.run_files import METRICS_FILE, STATISTICS_FILE
+from sparsecod_megatron.planning.vocabulary import with_vocabulary
+
+SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
+"""What a cell costs, known before it runs."""
+
+
+def cell_sizes(config: RunConfig) -> dict[str, float]:
+    """The numbers of `SIZES`; operations by the convention `full` of config/flops.py."""
+    completed, _ = with_vocabulary(config)
+    count = count_parameters(completed.model)
+    tokens = config.train.train_steps * config.train.global_batch_size * config.data.seq_length
+    flops = tokens * flops_per_token(completed.model, config.data.seq_length)
+    return dict(zip(SIZES, (count.total, count.active, tokens, flops), strict=True))
+
+
+def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Path) -> dict[str, float]:
+    """Every number of a cell that is finite.
+
+    `SIZES`; `loss`, `perplexity` and `bits_per_byte` of held-out text; `SCORE/VALUE` of every score; `TASK/METRIC` of
+    every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where a task has none; `out_var_first`,
+    `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's; and the median
+    `tokens_per_s`.
+    """
+    found: dict[str, Any] = {
+        **cell_sizes(config),
+        **_variances(run / STATISTICS_FILE),
+        **dict(_scores(analysis / SCORES_FILE)),
+        **dict(_evaluated(evaluation / "results.json")),
+    }
+    speeds = sorted(record["tokens_per_s"] for record in _lines(run / METRICS_FILE) if "tokens_per_s" in record)
+    found["tokens_per_s"] = speeds[len(speeds) // 2] if speeds else None
+    return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _variances(path: Path) -> dict[str, float | None]:
+    collected = [record["layers"] for record in _lines(path) if "out_var" in record["layers"][0]]
+    if not collected:
+        return {}
+    first, last = (layer["out_var"] for layer in (collected[-1][0], collected[-1][-1]))
+    growth = last / first if first and last is not None else None
+    return {"out_var_first": first, "out_var_last": last, "out_var_growth": growth}
+
+
+def _scores(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        return
+    for score, result in json.loads(path.read_text(encoding="utf-8"))["scores"].items():
+        for name, value in result["values"].items():
+            yield f"{score}/{name}", value.get("value") if isinstance(value, dict) else value
+
+
+def _evaluated(path: Path) -> Iterator[tuple[str, Any]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    text = content.get("perplexity") or {}
+    yield from ((name, text.get(name)) for name in ("loss", "perplexity", "bits_per_byte"))
+    tasks: dict[str, dict[str, float]] = {}
+    for row in content.get("tasks") or []:
+        yield f"{row['task']}/{row['metric']}", row["value"]
+        tasks.setdefault(row["task"], {})[row["metric"]] = row["value"]
+    accuracies = [rows.get("acc_norm", rows.get("acc")) for rows in tasks.values()]
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    if known:
+        yield "task_mean", sum(known) / len(known)

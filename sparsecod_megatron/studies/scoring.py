@@ -1,0 +1,117 @@
+"""What is done with a trained cell: exported, its depth scores and sparsity, held-out text and tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
+
+
+def export(run: Path, output: Path) -> None:
+    """Write a run's last checkpoint as a HuggingFace directory in fp32.
+
+    Raises:
+        SparsecodError: a checkpoint that is missing, damaged, or that HuggingFace cannot express.
+    """
+    import torch
+
+    from sparsecod_megatron.backend import select_backend
+    from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
+    from sparsecod_megatron.hf import export_model
+
+    select_backend()
+    with streamed_checkpoint(run) as source:
+        export_model(
+            source.config.model,
+            source.tensors,
+            output,
+            seq_length=source.config.data.seq_length,
+            dtype=torch.float32,
+            tokenizer_dir=source.tokenizer_dir,
+        )
+
+
+def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, output: Path) -> None:
+    """Write the analysis directory of an exported model; nothing where it is there or no score is asked for.
+
+    The sample is drawn from the first validation source.
+
+    Raises:
+        SparsecodError: scores, data or model that cannot be used.
+    """
+    from sparsecod_megatron.analysis.analyze import analyze, write_analysis
+    from sparsecod_megatron.analysis.directory import is_analysis
+    from sparsecod_megatron.analysis.scores.context import make_context
+    from sparsecod_megatron.analysis.scores.registry import find_scores
+    from sparsecod_megatron.evaluation.corpus import read_corpus
+    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+
+    if not settings.names or is_analysis(output):
+        return
+    scores = find_scores(settings.names)
+    source = held_out_text(config)
+    corpus = read_corpus(source, load_tokenizer(model_directory))
+    context = make_context(
+        load_model(model_directory, dtype="float32", device=_device()),
+        corpus.tokens,
+        num_samples=settings.samples,
+        seq_length=settings.seq_length,
+        seed=settings.seed,
+        memory_gib=settings.memory_gib,
+    )
+    analysis = analyze(context, scores, settings={"model": str(model_directory), "data": str(source)})
+    write_analysis(analysis, output)
+
+
+def evaluate(settings: HeldOutConfig, config: RunConfig, model_directory: Path, output: Path) -> None:
+    """Write the evaluation directory of an exported model; nothing where it is there.
+
+    Raises:
+        SparsecodError: tasks, data or model that cannot be used.
+    """
+    from sparsecod_megatron.evaluation.corpus import read_corpus
+    from sparsecod_megatron.evaluation.harness import load_tasks, run_tasks
+    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+    from sparsecod_megatron.evaluation.perplexity import score_windows, summary
+    from sparsecod_megatron.evaluation.report import write_report
+    from sparsecod_megatron.evaluation.result import ModelResult
+
+    if (output / "results.json").is_file():
+        return
+    tokenizer = load_tokenizer(model_directory)
+    model = load_model(model_directory, dtype="float32", device=_device())
+    source, length = held_out_text(config), config.data.seq_length
+    max_tokens = None if settings.windows is None else settings.windows * length
+    corpus = read_corpus(source, tokenizer, max_tokens=max_tokens)
+    windows = score_windows(model, corpus.tokens, seq_length=length, batch_size=settings.batch_size)
+    tasks = None
+    if settings.tasks:
+        folders = [Path(settings.include_path)] if settings.include_path else []
+        loaded = load_tasks(settings.tasks, include_paths=folders)
+        tasks = run_tasks(model, tokenizer, loaded, limit=settings.limit, batch_size=settings.batch_size)
+    name = str(model_directory)
+    result = ModelResult(name, summary(windows, num_bytes=corpus.num_bytes), windows, tasks)
+    write_report(output, {"model": name, "perplexity": str(source), "tasks": settings.tasks}, [result])
+
+
+def held_out_text(config: RunConfig) -> Path:
+    """Token files of the run's first validation source.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    validation = config.data.validation
+    sources = (
+        [entry for entry in validation if isinstance(entry, str)] if isinstance(validation, list) else [validation]
+    )
+    if not sources or not isinstance(sources[0], str):
+        raise ConfigError("data.validation: not set; a study scores held-out text: set run.data.prefix=PREFIX")
+    return Path(sources[0])
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,170 @@
+"""A study's one table: a row a place of the grid, means over seeds with intervals, and the claims' verdicts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from sparsecod_megatron.evaluation.files import write_text
+from sparsecod_megatron.studies.cell import is_done, read_result
+from sparsecod_megatron.studies.claims import Results, Verdict, judge
+from sparsecod_megatron.studies.grid import Cell, Labels, Study
+from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
+
+PLAIN = ("parameters_total", "parameters_active", "tokens")
+"""Columns that come first; the same for all seeds."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place of the grid.
+
+    Attributes:
+        labels: axis → label.
+        sizes: of `PLAIN`.
+        metrics: means over the seeds that have the metric.
+        num_seeds: cells that are done.
+        num_diverged: of those, cells whose training diverged.
+    """
+
+    labels: Labels
+    sizes: dict[str, float]
+    metrics: dict[str, Mean]
+    num_seeds: int
+    num_diverged: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, the results that they are of, and the verdicts."""
+
+    rows: list[Row]
+    results: Results
+    verdicts: list[Verdict]
+
+
+def make_table(study: Study) -> Table:
+    """Of the cells that are done.
+
+    Raises:
+        ConfigError: a cell that was run or measured otherwise than the study says.
+    """
+    done = [cell for cell in study.cells if is_done(study, cell)]
+    results: dict[Labels, dict[int, dict[str, float]]] = {}
+    diverged: dict[Labels, int] = {}
+    for cell in done:
+        result = read_result(cell)
+        results.setdefault(cell.labels, {})[cell.seed] = result["metrics"]
+        diverged[cell.labels] = diverged.get(cell.labels, 0) + bool(result["diverged"])
+    rows = [_row(labels, of_seed, diverged[labels]) for labels, of_seed in results.items()]
+    return Table(rows, results, [judge(claim, results) for claim in study.config.claims])
+
+
+def write_table(study: Study, table: Table, *, command: str) -> str:
+    """Write `table.md`, `table.csv` and `table.json` into the study's directory.
+
+    Args:
+        study: what was asked for.
+        table: what was found.
+        command: that made it.
+
+    Returns:
+        The Markdown.
+    """
+    text = _markdown(study, table, command)
+    write_text(study.output / "table.md", text)
+    write_text(study.output / "table.csv", _csv(study, table))
+    content = {
+        "study": study.config.name,
+        "command": command,
+        "rows": [asdict(row) | {"labels": dict(row.labels)} for row in table.rows],
+        "cells": [
+            {"labels": dict(labels), "seed": seed, "metrics": metrics}
+            for labels, of_seed in table.results.items()
+            for seed, metrics in of_seed.items()
+        ],
+        "claims": [asdict(verdict) for verdict in table.verdicts],
+    }
+    write_text(study.output / "table.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return text
+
+
+def markdown_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def shown(mean: Mean | None) -> str:
+    """A mean with its interval, for people."""
+    if mean is None:
+        return "–"
+    interval = "" if mean.low is None or mean.high is None else f" [{_number(mean.low)}, {_number(mean.high)}]"
+    return f"{_number(mean.value)}{interval}"
+
+
+def amount(value: float) -> str:
+    """A count with its unit: 6.3M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _row(labels: Labels, of_seed: Mapping[int, Mapping[str, float]], num_diverged: int) -> Row:
+    names = dict.fromkeys(name for metrics in of_seed.values() for name in metrics)
+    means = {
+        name: mean_over_seeds([metrics[name] for metrics in of_seed.values() if name in metrics]) for name in names
+    }
+    sizes = {name: means[name].value for name in PLAIN if name in means}
+    return Row(labels, sizes, means, len(of_seed), num_diverged)
+
+
+def _markdown(study: Study, table: Table, command: str) -> str:
+    config = study.config
+    axes = [axis.name for axis in config.grid]
+    header = [*axes, "parameters", "active", "tokens", *config.columns, "seeds"]
+    rows = [
+        [
+            *(label for _, label in row.labels),
+            *(amount(row.sizes[name]) if name in row.sizes else "–" for name in PLAIN),
+            *(shown(row.metrics.get(name)) for name in config.columns),
+            f"{row.num_seeds}" + (f", {row.num_diverged} diverged" if row.num_diverged else ""),
+        ]
+        for row in table.rows
+    ]
+    text = f"# {config.name}\n\n{config.question}\n\n`{command}`\n\n{markdown_grid(header, rows)}"
+    text += "\nMeans over seeds, with Student's 95 % interval where there are two seeds or more.\n"
+    if table.verdicts:
+        claims = [
+            [verdict.claim.text, verdict.claim.published or "–", verdict.claim.metric, shown(verdict.difference)]
+            + [f"**{verdict.verdict}**"]
+            for verdict in table.verdicts
+        ]
+        header = ["claim", "published", "metric", "difference or slope [95 %], above 0 as claimed", "here"]
+        text += f"\n{markdown_grid(header, claims)}"
+    return text
+
+
+def _csv(study: Study, table: Table) -> str:
+    """Every metric of every place: mean, ends of the interval, seeds."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    axes = [axis.name for axis in study.config.grid]
+    writer.writerow([*axes, "metric", "mean", "low", "high", "seeds"])
+    for row in table.rows:
+        for name, mean in row.metrics.items():
+            writer.writerow([*(label for _, label in row.labels), name, mean.value, mean.low, mean.high, mean.count])
+    return stream.getvalue()
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def unfinished(study: Study) -> list[Cell]:
+    """Cells that have no result yet."""
+    return [cell for cell in study.cells if not is_done(study, cell)]

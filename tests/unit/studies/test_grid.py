@@ -1,0 +1,87 @@
+"""From a study's file to its cells: every combination, each a complete run, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.studies import Study, load_study
+from tests.unit.studies.conftest import WriteStudy
+
+
+def test_every_combination_with_every_seed(small_study: Study, tmp_path: Path) -> None:
+    names = [cell.name for cell in small_study.cells]
+    assert names[:3] == [f"depth=2,decay=none,seed={seed}" for seed in (1, 2, 3)]
+    assert len(set(names)) == len(names) == 2 * 2 * 3
+    for cell in small_study.cells:
+        labels = dict(cell.labels)
+        assert cell.config.model.num_layers == int(labels["depth"])
+        assert cell.config.optimizer.weight_decay == {"none": 0, "some": 1}[labels["decay"]]
+        assert cell.config.train.seed == cell.seed
+        assert cell.config.logging.run_dir == str(tmp_path / "out/cells" / cell.name / "run")
+        assert cell.config.train.train_steps == 10
+
+
+def test_the_grid_wins_over_run_which_wins_over_base(write_study: WriteStudy, tmp_path: Path) -> None:
+    path = write_study(run={"model.num_layers": 6, "optimizer": {"lr": 0.5}})
+    study = load_study(path, tmp_path / "out", ["run.optimizer.lr=0.25", "seeds=[7]"])
+    assert [cell.config.model.num_layers for cell in study.cells] == [2, 2, 4, 4]
+    assert {cell.config.optimizer.lr for cell in study.cells} == {0.25}
+    assert {cell.seed for cell in study.cells} == {7}
+
+
+def test_a_study_without_grid_is_its_base(write_study: WriteStudy, tmp_path: Path) -> None:
+    study = load_study(write_study(grid=[], seeds=[5]), tmp_path)
+    assert [cell.name for cell in study.cells] == ["seed=5"]
+
+
+AXIS: dict[str, Any] = {"name": "depth", "key": "model.num_layers", "values": [2, 4]}
+CLAIM: dict[str, Any] = {"text": "so", "metric": "loss"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": None, "gird": []}, r"study.yaml: unknown key 'gird'; did you mean 'grid'\?"),
+        ({"base": "no.yaml"}, r"no.yaml: no such file"),
+        ({"seeds": []}, r"seeds: \[\]; give one or more"),
+        ({"seeds": [1, 1]}, r"seeds: \[1, 1\]; give one or more, each once"),
+        ({"grid": [AXIS, AXIS]}, "two axes have one name"),
+        ({"grid": [{"name": "a"}]}, "give either key and values, or cells"),
+        ({"grid": [{**AXIS, "cells": {"x": {}}}]}, "give either key and values, or cells"),
+        ({"grid": [{**AXIS, "values": []}]}, "no cells"),
+        ({"grid": [{**AXIS, "values": [2, 2]}]}, "a value is given twice"),
+        ({"grid": [{"name": "a/b", "cells": {"x": {}}}]}, "'a/b' names folders"),
+        ({"grid": [{"name": "a", "cells": {"x y": {}}}]}, "'x y' names folders"),
+        ({"grid": [{"name": "a", "cells": {"x": 3}}]}, "x: 3 is no set of changes"),
+        ({"grid": [{"name": "a", "cells": {"x": {"model.depth": 3}}}]}, "cell a=x: .*unknown key 'model.depth'"),
+        ({"grid": [{**AXIS, "values": [0]}]}, "cell depth=0: model.num_layers: 0 is below 1"),
+        ({"grid": [{**AXIS, "key": "model.num_layer"}]}, "did you mean 'model.num_layers'"),
+        ({"budget": {"match": "flops"}}, "study.yaml: budget.match: 'flops' is not one of tokens, compute"),
+        ({"budget": {"tokens": 10}}, "budget.tokens: 10 are less than half a step of 64"),
+        ({"budget": {"reference": {"depth": "3"}}}, r"budget.reference: depth=3 is not in the grid \(depth: 2|4"),
+        ({"claims": [CLAIM]}, r"claims\[0\]: give higher and lower, or one of"),
+        ({"claims": [{**CLAIM, "higher": {"depth": "2"}}]}, r"claims\[0\]: give higher and lower"),
+        ({"claims": [{**CLAIM, "rises_along": "width"}]}, r"claims\[0\]: 'width' is no axis"),
+        (
+            {"claims": [{**CLAIM, "higher": {"depth": "2"}, "lower": {"depth": "9"}}]},
+            r"claims\[0\].lower: depth=9 is not in the grid",
+        ),
+        ({"launch": {"slots": 0}}, "launch.slots: 0 is below 1"),
+        ({"scores": {"samples": "many"}}, "scores.samples"),
+    ],
+)
+def test_a_mistake_is_one_line(keys: dict[str, Any], message: str, write_study: WriteStudy, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load_study(write_study(**keys), tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_cell_is_told_the_others(small_study: Study) -> None:
+    with pytest.raises(ConfigError, match=r"--cell x: no such cell; one of depth=2,decay=none,seed=1"):
+        small_study.cell("x")
+    assert small_study.cell("depth=4,decay=some,seed=3") is small_study.cells[-1]
