@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.share import Share
+from sparsecod_megatron.parallel.processes import Processes
 
 RIDGE = 1e-6
 """Added to every channel's variance, as a share of it: enough for channels that repeat each other, and invisible in the
@@ -58,10 +58,10 @@ class AffineFit:
         self._sums += both.sum(dim=0)
         self.num_tokens += len(x)
 
-    def reduce(self, share: Share) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Count the tokens of all processes. Collective over them."""
-        self._products, self._sums = share.total(self._products), share.total(self._sums)
-        self.num_tokens = int(share.total(torch.tensor(self.num_tokens)))
+        self._products, self._sums = processes.total(self._products), processes.total(self._sums)
+        self.num_tokens = int(processes.total(torch.tensor(self.num_tokens)))
 
     def solve(self) -> AffineMap:
         """The least-squares map, with `RIDGE`; float32."""

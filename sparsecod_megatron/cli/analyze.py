@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.hf_model import add_model_options, device, huggingface_directory, names
+from sparsecod_megatron.cli.hf_model import add_model_options, device, names, shared_directory
+from sparsecod_megatron.cli.launch import share_work
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparsecod_megatron.analysis.analyze import Analysis
-    from sparsecod_megatron.analysis.share import Share
+    from sparsecod_megatron.parallel.processes import Processes
 
 HELP = "Measure how a trained model uses its depth, or compare two models measured on the same text."
 EXAMPLE = (
@@ -22,19 +20,6 @@ EXAMPLE = (
     "  sparsecod analyze --compare analysis/dense analysis/moe --output comparison"
 )
 DEFAULT_SCORES = "causal,permutation,usefulness,jacobian,similarity,skip,lens"
-OF_EVERY_RANK = (
-    "data",
-    "scores",
-    "samples",
-    "seq_length",
-    "seed",
-    "dtype",
-    "device",
-    "memory_gib",
-    "compat",
-    "output",
-)
-"""What each process of --nproc is told, besides the model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,29 +73,10 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.model is None or args.data is None:
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
-    if args.nproc < 1:
-        raise ConfigError(f"--nproc {args.nproc}: must be at least 1")
-    if args.nproc > 1 and "RANK" not in os.environ:
-        from sparsecod_megatron.cli.launch import launch
-
-        launch(_rank_arguments(args), nproc=args.nproc)
-        return
-    if os.environ.get("RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"  # before the library is imported
-    from sparsecod_megatron.analysis.share import sharing
-
-    with sharing() as share:
-        _analyze(args, share)
+    share_work(args, lambda processes: _analyze(args, processes))
 
 
-def _rank_arguments(args: argparse.Namespace) -> list[str]:
-    """The same command for a process of --nproc."""
-    given = {option: getattr(args, option) for option in OF_EVERY_RANK}
-    options = [f"--{option.replace('_', '-')}={value}" for option, value in given.items() if value is not None]
-    return ["analyze", *options, "--", str(args.model)]
-
-
-def _analyze(args: argparse.Namespace, share: Share) -> None:
+def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     from sparsecod_megatron.analysis.analyze import analyze, write_analysis
     from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
@@ -119,10 +85,10 @@ def _analyze(args: argparse.Namespace, share: Share) -> None:
 
     scores = find_scores(names(args.scores))
     dataset_prefix(args.data)  # a wrong path should not wait for the model
-    with _shared_directory(args.model, share) as directory:
+    with shared_directory(args.model, processes) as directory:
         tokenizer = load_tokenizer(directory)
         corpus = read_corpus(args.data, tokenizer)
-        model = load_model(directory, dtype=args.dtype, device=_place(args.device))
+        model = load_model(directory, dtype=args.dtype, device=device(args.device))
     context = make_context(
         model,
         corpus.tokens,
@@ -131,30 +97,13 @@ def _analyze(args: argparse.Namespace, share: Share) -> None:
         seed=args.seed,
         memory_gib=args.memory_gib,
         reference=args.compat == "reference",
-        share=share,
+        processes=processes,
     )
     analysis = analyze(context, scores, settings={"model": str(args.model), "data": str(args.data)})
-    if share.rank == 0:
+    if processes.is_first:
         files = write_analysis(analysis, args.output)
         _print(analysis)
         print(f"wrote {args.output}: {len(files)} files")
-
-
-@contextlib.contextmanager
-def _shared_directory(path: Path, share: Share) -> Iterator[Path]:
-    """The model as one HuggingFace directory for all processes; the first makes it, and waits for the others to read.
-
-    Collective over all processes.
-    """
-    with huggingface_directory(path) if share.rank == 0 else contextlib.nullcontext(path) as directory:
-        yield share.first(directory)
-        share.wait()
-
-
-def _place(asked: str | None) -> str:
-    """Where to compute; each process of several takes the GPU of its number."""
-    kind = device(asked)
-    return f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and "LOCAL_RANK" in os.environ else kind
 
 
 def _compare(first: Path, second: Path, output: Path) -> None:

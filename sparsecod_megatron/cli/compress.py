@@ -150,13 +150,14 @@ def _print(compression: Compression, report: dict[str, Any]) -> None:
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     for name in ("before", "after"):
-        print(f"perplexity {name:6}  {_shown(report[name])}")
+        print(f"perplexity {name:6}  {_perplexity_text(report[name])}")
     for row in report["differences"]:
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.3g} (standard error over the same windows)"
         print(f"{row['metric']:10} change  {row['value']:+.4g}{error}")
 
 
-def _shown(result: dict[str, Any]) -> str:
+def _perplexity_text(result: dict[str, Any]) -> str:
+    """With its interval, which is that of the loss, raised to the exponent; and of how many tokens."""
     if result["loss_low"] is None:
         return f"{result['perplexity']:.3f} on {result['num_tokens']} tokens"
     low, high = math.exp(result["loss_low"]), math.exp(result["loss_high"])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.hf_model import add_model_options, device, huggingface_directory, names
-from sparsecod_megatron.cli.launch import launch, run_rank
+from sparsecod_megatron.cli.hf_model import add_model_options, device, names, shared_directory
+from sparsecod_megatron.cli.launch import share_work
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
     from sparsecod_megatron.evaluation.harness import LoadedTasks
     from sparsecod_megatron.evaluation.perplexity import ScoredWindows
-    from sparsecod_megatron.evaluation.ranks import Ranks
     from sparsecod_megatron.evaluation.result import ModelResult
+    from sparsecod_megatron.parallel.processes import Processes
 
 HELP = "Score models: lm-eval tasks, perplexity on held-out text, or both; several models are compared in one table."
 EXAMPLE = "sparsecod eval --model runs/dense runs/moe --perplexity data/x_val --tasks arc_easy,piqa --output compared"
@@ -89,12 +88,7 @@ def run(args: argparse.Namespace) -> None:
     """
     tasks = _tasks(args)
     _check(args, tasks)
-    if args.nproc > 1 and "RANK" not in os.environ:
-        launch(["eval", *_arguments(args)], nproc=args.nproc)
-        return
-    if os.environ.get("RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars, once is enough
-    run_rank(lambda: _evaluate(args, tasks))
+    share_work(args, lambda processes: _evaluate(args, tasks, processes))
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:
@@ -110,7 +104,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace, tasks: list[str]) -> None:
-    for option in ("limit", "batch_size", "seq_length", "stride", "questions", "nproc"):
+    for option in ("limit", "batch_size", "seq_length", "stride", "questions"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {value}: must be at least 1")
@@ -123,54 +117,48 @@ def _check(args: argparse.Namespace, tasks: list[str]) -> None:
         raise ConfigError(f"--output: not given, and {len(args.model)} models have no folder in common; give one")
 
 
-def _arguments(args: argparse.Namespace) -> list[str]:
-    """The command line of one rank."""
-    given = ["--model", *map(str, args.model)]
-    for name, value in vars(args).items():
-        if name not in ("model", "nproc") and value is not None:
-            given.append(f"--{name.replace('_', '-')}={value}")
-    return given
-
-
-def _evaluate(args: argparse.Namespace, tasks: list[str]) -> None:
+def _evaluate(args: argparse.Namespace, tasks: list[str], processes: Processes) -> None:
     from sparsecod_megatron.evaluation.corpus import dataset_prefix
     from sparsecod_megatron.evaluation.files import check_writable
     from sparsecod_megatron.evaluation.model import load_tokenizer
-    from sparsecod_megatron.evaluation.ranks import running_ranks
     from sparsecod_megatron.evaluation.report import write_report
 
     output = args.output or args.model[0] / "eval"
     check_writable(output)
     if args.perplexity:
         dataset_prefix(args.perplexity)  # a wrong path should not wait for the model
-    with running_ranks() as ranks, contextlib.ExitStack() as exports:
-        directories = ranks.from_first(
-            lambda: [exports.enter_context(huggingface_directory(path)) for path in args.model]
-        )
+    with contextlib.ExitStack() as exports:
+        directories = [exports.enter_context(shared_directory(path, processes)) for path in args.model]
         tokenizers = [load_tokenizer(directory) for directory in directories]
-        loaded = _load_tasks(args, tasks, tokenizers[0], output, ranks)
+        loaded = _load_tasks(args, tasks, tokenizers[0], output, processes)
         results = [
-            _measure(args, str(path), directory, tokenizer, loaded, ranks)
+            _measure(args, str(path), directory, tokenizer, loaded, processes)
             for path, directory, tokenizer in zip(args.model, directories, tokenizers, strict=True)
         ]
-        if ranks.is_first:
-            model = str(args.model[0]) if len(args.model) == 1 else list(map(str, args.model))
-            settings = {**vars(args), "model": model, "tasks": tasks, "device": device(args.device), "output": output}
-            del settings["nproc"]  # changes no number
-            print(write_report(output, settings, results), end="")
-            print(f"wrote {output / 'results.json'} and {output / 'results.md'}")
+    if processes.is_first:
+        print(write_report(output, _settings(args, tasks, output), results), end="")
+        print(f"wrote {output / 'results.json'} and {output / 'results.md'}")
+
+
+def _settings(args: argparse.Namespace, tasks: list[str], output: Path) -> dict[str, Any]:
+    """What was run, without what changes no number."""
+    given = {name: value for name, value in vars(args).items() if name not in ("nproc", "command_line")}
+    model = str(args.model[0]) if len(args.model) == 1 else list(map(str, args.model))
+    ran = [*tasks, CONTINUATION_TASK] if args.continuation_task else tasks
+    return given | {"model": model, "tasks": ran, "device": device(args.device), "output": output}
 
 
 def _load_tasks(
-    args: argparse.Namespace, tasks: list[str], tokenizer: PreTrainedTokenizerBase, output: Path, ranks: Ranks
+    args: argparse.Namespace, tasks: list[str], tokenizer: PreTrainedTokenizerBase, output: Path, processes: Processes
 ) -> LoadedTasks | None:
+    """The named tasks, and the one made of --continuation-task, with their data."""
     from sparsecod_megatron.evaluation.continuation_task import write_continuation_task
     from sparsecod_megatron.evaluation.corpus import read_documents
     from sparsecod_megatron.evaluation.harness import load_tasks
 
     include_paths, builtin = [args.include_path] if args.include_path else [], bool(tasks)
     if args.continuation_task:
-        made = ranks.from_first(
+        made = processes.from_first(
             lambda: write_continuation_task(
                 read_documents(args.continuation_task, tokenizer),
                 output / "tasks",
@@ -180,7 +168,7 @@ def _load_tasks(
             )
         )
         include_paths.append(made)
-        tasks.append(CONTINUATION_TASK)
+        tasks = [*tasks, CONTINUATION_TASK]
     return load_tasks(tasks, include_paths=include_paths, builtin=builtin) if tasks else None
 
 
@@ -190,34 +178,30 @@ def _measure(
     directory: Path,
     tokenizer: PreTrainedTokenizerBase,
     loaded: LoadedTasks | None,
-    ranks: Ranks,
+    processes: Processes,
 ) -> ModelResult:
     """Everything that was asked for, of one model."""
-    import torch
-
     from sparsecod_megatron.compression.compress import round_inputs_as_written
     from sparsecod_megatron.evaluation.harness import run_tasks
     from sparsecod_megatron.evaluation.model import load_model
     from sparsecod_megatron.evaluation.perplexity import summary
     from sparsecod_megatron.evaluation.result import ModelResult
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     model = load_model(directory, dtype=args.dtype, device=device(args.device))
     round_inputs_as_written(model, directory)
     perplexity = windows = scores = None
     if args.perplexity:
-        windows, num_bytes = _score_text(args, model, tokenizer, ranks)
+        windows, num_bytes = _score_text(args, model, tokenizer, processes)
         perplexity = summary(windows, seed=args.seed, num_bytes=num_bytes)
     if loaded is not None:
-        progress = ranks.is_first and sys.stderr.isatty()
+        progress = processes.is_first and sys.stderr.isatty()
         options = {"limit": args.limit, "batch_size": args.batch_size, "seed": args.seed}
-        scores = run_tasks(model, tokenizer, loaded, ranks=ranks, progress=progress, **options)
+        scores = run_tasks(model, tokenizer, loaded, processes=processes, progress=progress, **options)
     return ModelResult(name, perplexity, windows, scores)
 
 
 def _score_text(
-    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> tuple[ScoredWindows, int]:
     """Losses of the held-out text's windows, and its bytes."""
     from sparsecod_megatron.evaluation.corpus import read_corpus
@@ -233,6 +217,6 @@ def _score_text(
     max_tokens = None if args.limit is None else seq_length + (args.limit - 1) * stride
     corpus = read_corpus(args.perplexity, tokenizer, max_tokens=max_tokens)
     windows = score_windows(
-        model, corpus.tokens, seq_length=seq_length, stride=stride, batch_size=args.batch_size, ranks=ranks
+        model, corpus.tokens, seq_length=seq_length, stride=stride, batch_size=args.batch_size, processes=processes
     )
     return windows, corpus.num_bytes

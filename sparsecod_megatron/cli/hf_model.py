@@ -1,14 +1,19 @@
-"""What commands that run a HuggingFace model share: its options, and a training run taken for a model."""
+"""What commands that run a HuggingFace model share: its options, its place, and a training run taken for a model."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsecod_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.parallel.processes import Processes
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +33,11 @@ def names(text: str | None) -> list[str]:
 
 
 def device(asked: str | None) -> str:
-    """Where to compute: what --device says, or cuda where there is one."""
+    """Where to compute: what --device says, or cuda where there is one; of several GPUs each process takes its own."""
     import torch
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -69,3 +76,14 @@ def huggingface_directory(path: Path) -> Iterator[Path]:
                 tokenizer_dir=source.tokenizer_dir,
             )
         yield directory
+
+
+@contextlib.contextmanager
+def shared_directory(path: Path, processes: Processes) -> Iterator[Path]:
+    """`huggingface_directory` for all processes: the first makes it, and keeps it until the others leave the block too.
+
+    Collective over all processes.
+    """
+    with contextlib.ExitStack() as export:
+        yield processes.from_first(lambda: export.enter_context(huggingface_directory(path)))
+        processes.wait()

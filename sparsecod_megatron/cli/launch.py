@@ -1,7 +1,8 @@
-"""Starts N ranks of a command on this machine with torchrun's own agent, and passes their first error on."""
+"""Commands on several processes: started here by torchrun's own agent, or by others; their first error is passed on."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -12,11 +13,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from sparsecod_megatron.errors import SparsecodError
+from sparsecod_megatron.errors import ConfigError, SparsecodError
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.parallel.processes import Processes
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _REPORT = "TORCHELASTIC_ERROR_FILE"
@@ -38,10 +42,14 @@ class RanksFailed(Exception):
 
 
 class Stopped(Exception):
-    """A signal ended the ranks before they could save, or while they did."""
+    """A signal ended the command before its work was done.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name} before the ranks had saved and stopped")
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int, state: str = "before the ranks had saved and stopped") -> None:
+        super().__init__(f"ended by {signal.Signals(number).name} {state}")
         self.signal = number
 
 
@@ -178,6 +186,44 @@ def report_to_launcher(error: BaseException) -> bool:
 
     get_error_handler().record_exception(error)
     return True
+
+
+def is_rank() -> bool:
+    """Whether torchrun or `launch` started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process, alone or the first of several, writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def share_work(args: argparse.Namespace, work: Callable[[Processes], None]) -> None:
+    """Start the command on --nproc processes, or, where this is one of them or alone, do its work.
+
+    Args:
+        args: with `nproc`, and the `command_line` that `main` was given.
+        work: what each process does, connected with the others.
+
+    Raises:
+        ConfigError: --nproc is below 1.
+        BaseException: what `launch` and `work` raise.
+    """
+    if args.nproc < 1:
+        raise ConfigError(f"--nproc {args.nproc}: must be at least 1")
+    if args.nproc > 1 and not is_rank():
+        launch(args.command_line, nproc=args.nproc)
+        return
+    if not is_first():
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries, which are imported later; once is enough
+
+    def connected() -> None:
+        from sparsecod_megatron.parallel.processes import connected_processes
+
+        with connected_processes() as processes:
+            work(processes)
+
+    run_rank(connected)
 
 
 def run_rank(action: Callable[[], None]) -> None:

@@ -28,7 +28,8 @@ COMMANDS = {
     "eval": "perplexity and lm-eval tasks of one model, or of several side by side",
     "compress": "2:4 sparsity or 8-bit quantisation of a HuggingFace model directory",
     "analyze": "how a trained model uses its depth; --compare of two models",
-    "report": "plot layer statistics of one or more runs",
+    "study": "run a grid of configurations and make one table of their scores",
+    "report": "an HTML page, or a figure, of what runs and analyses measured",
 }
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,8 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    args = parser.parse_intermixed_args(arguments[1:])  # overrides may stand behind options
+    if "nproc" in args:
+        args.command_line = arguments  # which every process of a launch is given again
     try:
-        module.run(parser.parse_args(arguments[1:]))
+        module.run(args)
     except SparsecodError as error:
         if not report_to_launcher(error):
             print(f"sparsecod {command}: {' '.join(str(error).split())}", file=sys.stderr)

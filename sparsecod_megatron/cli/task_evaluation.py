@@ -12,7 +12,8 @@ from sparsecod_megatron.config import EvaluationConfig
 def task_evaluator(section: EvaluationConfig, device: str) -> Callable[[Path], dict[str, float]]:
     """Load the tasks, so that what they lack is found before training, and return what evaluates a step directory.
 
-    The numbers are those of `sparsecod eval` with the same tasks and limit: float32, one process.
+    The numbers are those of `sparsecod eval` with the same tasks and limit: float32, one process. What that does for
+    quantised directories is not needed: a checkpoint of a run is none.
 
     Args:
         section: what to evaluate.

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 
-from sparsecod_megatron.cli.launch import launch, run_rank
+from sparsecod_megatron.cli.launch import is_first, is_rank, launch, run_rank
 
 HELP = "Pretrain a model. Under torchrun or Slurm this process is one rank; --nproc N starts N ranks on this machine."
 EXAMPLE = "sparsecod train examples/configs/nano_dense.yaml data.prefix=data/stdlib train.train_steps=200 --nproc 2"
@@ -32,30 +32,28 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.config import data_parallel_size, load_config
 
     config = load_config(args.config, args.overrides)
-    is_rank = "RANK" in os.environ
-    data_parallel_size(config, world_size=int(os.environ["WORLD_SIZE"]) if is_rank else args.nproc)
-    if args.nproc > 1 and not is_rank:
-        launch(["train", args.config, *args.overrides], nproc=args.nproc, max_restarts=args.max_restarts)
+    data_parallel_size(config, world_size=int(os.environ["WORLD_SIZE"]) if is_rank() else args.nproc)
+    if args.nproc > 1 and not is_rank():
+        launch(args.command_line, nproc=args.nproc, max_restarts=args.max_restarts)
         return
     from sparsecod_megatron.backend import select_backend
 
-    is_first = os.environ.get("RANK", "0") == "0"
-    _show_log(is_first=is_first)
+    _show_log()
 
     def train() -> None:
-        backend = select_backend(config.backend, precision=config.precision)
+        backend = select_backend(config.backend, precision=config.precision, cpu_kernels=config.cpu_kernels)
         from sparsecod_megatron.cli.task_evaluation import task_evaluator
         from sparsecod_megatron.train import run_training
 
-        asked = config.evaluation.interval > 0 and is_first
+        asked = config.evaluation.interval > 0 and is_first()
         run_training(config, backend, task_evaluator(config.evaluation, backend.device.type) if asked else None)
 
     run_rank(train)
 
 
-def _show_log(*, is_first: bool) -> None:
+def _show_log() -> None:
     logger = logging.getLogger("sparsecod")
-    logger.setLevel(logging.INFO if is_first else logging.ERROR)
+    logger.setLevel(logging.INFO if is_first() else logging.ERROR)
     logger.propagate = False
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -18,7 +18,7 @@ import torch
 
 from sparsecod_megatron.errors import ConfigError, DataError
 from sparsecod_megatron.evaluation.paper_tasks import PAPER, PAPER_TASKS
-from sparsecod_megatron.evaluation.ranks import Ranks
+from sparsecod_megatron.parallel.processes import Processes
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -125,10 +125,10 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     progress: bool = False,
 ) -> HarnessResult:
-    """Evaluate tasks. Collective over the ranks, each of which gets the whole result.
+    """Evaluate tasks. Collective over the processes, each of which gets the whole result.
 
     Args:
         model: a causal LM on its device; its `max_position_embeddings` bounds the prompt.
@@ -137,7 +137,7 @@ def run_tasks(
         limit: documents of each task; None scores all.
         batch_size: requests of a forward pass.
         seed: of few-shot sampling, bootstrap and generation.
-        ranks: processes that share the work; None is this one alone. Their number does not change the result.
+        processes: those that share the work; None is this one alone. Their number does not change the result.
         progress: show lm-eval's bars.
     """
     import lm_eval
@@ -154,7 +154,9 @@ def run_tasks(
     np.random.seed(seed)
     torch.manual_seed(seed)
     with _quietly():
-        shared = SharedLM(model, tokenizer, batch_size=batch_size, ranks=ranks or Ranks(), progress=progress)
+        shared = SharedLM(
+            model, tokenizer, batch_size=batch_size, processes=processes or Processes(), progress=progress
+        )
         record = evaluate(shared, found, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS)
     answers = dict(_answers(record.pop("samples")))
     record = {"lm_eval_version": lm_eval.__version__, **record}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sparsecod_megatron.errors import CheckpointError, ConfigError, DataError
-from sparsecod_megatron.evaluation.ranks import Ranks
+from sparsecod_megatron.parallel.processes import Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,34 +97,6 @@ def plan_windows(num_tokens: int, seq_length: int, stride: int) -> list[Window]:
     return windows
 
 
-def perplexity(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    *,
-    seq_length: int,
-    stride: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    num_bytes: int | None = None,
-) -> PerplexityResult:
-    """Score a token stream; the model is used as it is (set it to evaluation mode before).
-
-    Args:
-        model: a causal LM whose logits `[batch, sequence, vocabulary]` predict the next token.
-        tokens: integer `[tokens]`; the first is context only.
-        seq_length: inputs of a window.
-        stride: distance between windows' starts; None means `seq_length`, windows that do not overlap.
-        batch_size: windows of a forward pass.
-        seed: of the bootstrap over windows.
-        num_bytes: UTF-8 bytes of the text of `tokens[1:]`, for bits per byte.
-
-    Raises:
-        SparsecodError: as `score_windows` does.
-    """
-    windows = score_windows(model, tokens, seq_length=seq_length, stride=stride, batch_size=batch_size)
-    return summary(windows, seed=seed, num_bytes=num_bytes)
-
-
 def score_windows(
     model: PreTrainedModel,
     tokens: torch.Tensor,
@@ -132,17 +104,17 @@ def score_windows(
     seq_length: int,
     stride: int | None = None,
     batch_size: int = 8,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
 ) -> ScoredWindows:
-    """Score a token stream window by window. Collective over the ranks.
+    """Score a token stream window by window. Collective over the processes.
 
     Args:
-        model: as `perplexity` takes it, as are `tokens`, `seq_length`, `stride` and `batch_size`.
-        tokens: integer `[tokens]`.
+        model: a causal LM in evaluation mode, whose logits `[batch, sequence, vocabulary]` predict the next token.
+        tokens: integer `[tokens]`; the first is context only.
         seq_length: inputs of a window.
-        stride: distance between windows' starts.
+        stride: distance between windows' starts; None means `seq_length`, windows that do not overlap.
         batch_size: windows of a forward pass.
-        ranks: processes that share the work; None is this one alone. Their number does not change the result.
+        processes: those that share the work; None is this one alone. Their number does not change the result.
 
     Raises:
         DataError: fewer than two tokens, or a token id outside the model's vocabulary.
@@ -154,7 +126,7 @@ def score_windows(
         raise ConfigError(f"--stride {stride}: must be 1 to --seq-length {seq_length}, or tokens would go unscored")
     _check_tokens(tokens, model.config.get_text_config().vocab_size)
     windows = plan_windows(len(tokens), seq_length, stride)
-    sums = _score(model, tokens, windows, batch_size, ranks or Ranks())
+    sums = _score(model, tokens, windows, batch_size, processes or Processes())
     if not np.isfinite(sums).all():
         window = windows[int(np.flatnonzero(~np.isfinite(sums))[0])]
         where = f"tokens {window.first} to {window.end}"
@@ -207,7 +179,7 @@ def _check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
 
 
 def _score(
-    model: PreTrainedModel, tokens: torch.Tensor, windows: list[Window], batch_size: int, ranks: Ranks
+    model: PreTrainedModel, tokens: torch.Tensor, windows: list[Window], batch_size: int, processes: Processes
 ) -> np.ndarray:
     """Σ loss of each window in nats, float64 `[windows]`.
 
@@ -219,10 +191,10 @@ def _score(
         batches.append(windows[num_full:])
 
     def work(own: Sequence[list[Window]]) -> list[list[float]]:
-        bar = tqdm(own, desc="perplexity", unit="batch", disable=None if ranks.is_first else True)
+        bar = tqdm(own, desc="perplexity", unit="batch", disable=processes.no_bars)
         return [_score_batch(model, tokens, batch) for batch in bar]
 
-    return np.array([loss for losses in ranks.deal(batches, work) for loss in losses], dtype=np.float64)
+    return np.array([loss for losses in processes.deal(batches, work) for loss in losses], dtype=np.float64)
 
 
 @torch.inference_mode()

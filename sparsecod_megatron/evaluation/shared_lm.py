@@ -1,4 +1,4 @@
-"""lm-eval's HuggingFace model with its requests dealt out to ranks, so that any number of ranks gives the same numbers.
+"""lm-eval's HuggingFace model, its requests dealt out to processes so that any number of them gives the same numbers.
 
 lm-eval's own splitting (accelerate) deals out documents: every rank then forms other batches, and results are gathered
 in another order, so that log-likelihoods differ in their last digits and resampled errors altogether. Here whole
@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsecod_megatron.evaluation.ranks import Ranks
+from sparsecod_megatron.parallel.processes import Processes
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """Texts of context and continuation, and the tokens of each."""
@@ -28,7 +28,7 @@ class SharedLM(HFLM):
         model: a causal LM on its device; its `max_position_embeddings` bounds the prompt.
         tokenizer: the model's.
         batch_size: requests of a forward pass.
-        ranks: what shares the work.
+        processes: what shares the work.
         progress: show a bar.
     """
 
@@ -38,16 +38,16 @@ class SharedLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int,
-        ranks: Ranks,
+        processes: Processes,
         progress: bool,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._ranks, self._hidden = ranks, not progress
+        self._processes, self._hidden = processes, not progress
         self.num_truncated = 0
         """Requests whose context lost its beginning, for lack of room."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives it) of each continuation. Collective over the ranks."""
+        """(log-likelihood, whether greedy decoding gives it) of each continuation. Collective over the processes."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self._hidden)
 
     def _loglikelihood_tokens(
@@ -63,11 +63,11 @@ class SharedLM(HFLM):
             return [[next(answers) for _ in batch] for batch in batches]
 
         batches = batch_indices(requests, self.batch_size)
-        answers = self._ranks.deal(batches, work)
+        answers = self._processes.deal(batches, work)
         return _in_place(batches, answers, len(requests))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each document. Collective over the ranks."""
+        """Log-likelihood of each document. Collective over the processes."""
         blocks = _blocks(list(range(len(requests))), self.batch_size)
 
         def work(own: Sequence[list[int]]) -> list[list[float]]:
@@ -76,11 +76,11 @@ class SharedLM(HFLM):
                 for block in own
             ]
 
-        answers = self._ranks.deal(blocks, work)
+        answers = self._processes.deal(blocks, work)
         return _in_place(blocks, answers, len(requests))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuation of each context. Collective over the ranks."""
+        """Greedy continuation of each context. Collective over the processes."""
         longest_first = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
         blocks = _blocks(longest_first, self.batch_size)
 
@@ -90,7 +90,7 @@ class SharedLM(HFLM):
                 for block in own
             ]
 
-        answers = self._ranks.deal(blocks, work)
+        answers = self._processes.deal(blocks, work)
         return _in_place(blocks, answers, len(requests))
 
 

@@ -1,8 +1,19 @@
-"""Process groups, passed as arguments, and the one reduction that every metric goes through."""
+"""Process groups, passed as arguments, the one reduction that every metric goes through, and processes that share work.
 
-from sparsecod_megatron.parallel.groups import ProcessGroups, process_groups, running_processes, world
-from sparsecod_megatron.parallel.reduce import all_reduce_sums, any_rank
+What is offered here is looked up when it is used: groups need Megatron-Core, whose import takes seconds and a chosen
+backend, and whoever only imports `processes` needs neither.
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.parallel.groups import ProcessGroups, process_groups, running_processes, world
+    from sparsecod_megatron.parallel.reduce import all_reduce_sums, any_rank
+
+_HOME = {"all_reduce_sums": "reduce", "any_rank": "reduce"}
 __all__ = [
     "ProcessGroups",
     "all_reduce_sums",
@@ -11,3 +22,9 @@ __all__ = [
     "running_processes",
     "world",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'groups')}"), name)

@@ -6,7 +6,6 @@ repeat it later. One rank evaluates; what it changes for the whole process are r
 
 from __future__ import annotations
 
-import datetime
 import gc
 import logging
 import math
@@ -20,14 +19,13 @@ from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState
 from sparsecod_megatron.checkpoint.random_states import unchanged_random_states
 from sparsecod_megatron.config import EvaluationConfig
 from sparsecod_megatron.errors import CheckpointError
+from sparsecod_megatron.parallel.processes import PATIENCE
 from sparsecod_megatron.train.watchdog import Watchdog
 
 logger = logging.getLogger("sparsecod")
 
 Evaluator = Callable[[Path], Mapping[str, float]]
 """From a step directory to numbers by name."""
-PATIENCE = datetime.timedelta(days=7)
-"""Of the ranks that wait; `evaluation.timeout_s` says how long the evaluation itself may take."""
 
 
 class TaskEvaluation:
@@ -45,7 +43,8 @@ class TaskEvaluation:
     ) -> None:
         self._section, self._evaluate, self._saver, self._watchdog = section, evaluate, saver, watchdog
         if section.interval:
-            # Of its own, so that waiting is bounded neither by the other groups' time limit nor by a GPU's queue.
+            # Of its own, so that waiting is bounded neither by the other groups' time limit nor by a GPU's queue;
+            # `evaluation.timeout_s` bounds the evaluation itself.
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def run(self, state: TrainState) -> dict[str, float]:

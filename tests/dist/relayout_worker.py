@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -35,15 +34,8 @@ def main() -> None:
             config = replace(config, train=replace(config.train, seed=7))
             with process_groups(config) as groups:
                 trainer = build_trainer(config, backend, groups)
-                parts: dict[str, Any] = {
-                    "config": config,
-                    "models": trainer.models,
-                    "optimizer": trainer.optimizer,
-                    "scheduler": trainer.scheduler,
-                    "groups": groups,
-                }
-                state = load_checkpoint(source[layout.model], **parts)
-                save_checkpoint(Path(folder) / layout.name, state=state, **parts)
+                state = load_checkpoint(source[layout.model], **trainer.parts)
+                save_checkpoint(Path(folder) / layout.name, state=state, **trainer.parts)
             dist.barrier()
 
 

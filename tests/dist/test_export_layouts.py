@@ -8,7 +8,7 @@ import pytest
 
 from tests.dist.conftest import Bench
 from tests.dist.layouts import LAYOUTS
-from tests.helpers.cli import sparsecod, script_ranks
+from tests.helpers.cli import script_ranks, sparsecod
 
 pytestmark = pytest.mark.dist
 

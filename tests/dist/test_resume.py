@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tests.dist.conftest import MODELS, Bench
 from tests.dist.layouts import EP2, PP2, SP, TP2
 from tests.dist.test_layouts import assert_statistics_equal, series
 from tests.helpers.cli import read_jsonl
+from tests.helpers.running import ended_with_block, until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -149,12 +149,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(nproc: int, bench: Bench, in
     command = [sys.executable, "-m", "sparsecod_megatron", "train", str(bench.config), f"logging.run_dir={run}"]
     process = subprocess.Popen([*command, *overrides, "--nproc", str(nproc)], stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()
-    _, errors = process.communicate(timeout=180)
+    with ended_with_block(process):
+        until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+        process.terminate()
+        _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     stopped_at = len(series(run, "step"))
     assert 3 <= stopped_at < 60 and f"asked to stop at step {stopped_at}" in errors

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from tests.dist.conftest import Bench
 from tests.dist.test_layouts import series
-from tests.helpers.cli import read_jsonl
+from tests.helpers.cli import free_port
+from tests.helpers.running import end, ended_with_block, until
 
 pytestmark = pytest.mark.dist
 
 OVERRIDES = ("train.train_steps=40", "checkpoint.save_interval=4", "statistics.moments.interval=0")
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -43,26 +34,8 @@ def node(bench: Bench, run: Path, port: int, log: Path, *, host: bool) -> Iterat
         process = subprocess.Popen(
             [*command, f"logging.run_dir={run}"], stdout=stream, stderr=stream, env=environment, start_new_session=True
         )
-    try:
+    with ended_with_block(process):
         yield process
-    finally:
-        end_node(process)
-
-
-def end_node(process: subprocess.Popen[bytes]) -> None:
-    """As when the power fails: agent and ranks at once, nobody told."""
-    if process.poll() is None:
-        for part in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                part.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def until(condition: Callable[[], bool], log: Path, timeout_s: float = 300.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.05)
 
 
 @pytest.mark.timeout(900)
@@ -72,8 +45,8 @@ def test_a_node_that_dies_and_returns(bench: Bench, tmp_path: Path) -> None:
     steps = run / "metrics.jsonl"
     with node(bench, run, port, log, host=True) as first:
         with node(bench, run, port, log, host=False) as second:
-            until(lambda: steps.exists() and len(read_jsonl(steps)) >= 6, log)
-            end_node(second)
+            until(lambda: steps.exists() and steps.read_text().count("\n") >= 6, first, log=log)
+            end(second)
         assert first.poll() is None
         with node(bench, run, port, log, host=False) as second:
             assert first.wait(timeout=500) == 0, log.read_text()[-4000:]

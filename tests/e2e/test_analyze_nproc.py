@@ -11,7 +11,8 @@ import pytest
 from sparsecod_megatron.analysis.scores.registry import SCORES
 from sparsecod_megatron.cli.main import main
 from tests.helpers.cli import sparsecod
-from tests.unit.analysis.scores.families import save, write_text
+from tests.helpers.words import save_with_words, write_words
+from tests.unit.analysis.scores.families import VOCAB_SIZE, tiny
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +26,8 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    model, text = save(tmp_path / "model", "qwen2_moe"), write_text(tmp_path / "text.txt")
+    model = save_with_words(tiny("qwen2_moe"), tmp_path / "model")
+    text = write_words(tmp_path / "text.txt", VOCAB_SIZE, 3000)
     command = ["analyze", str(model), "--data", str(text), "--samples", "7", "--seq-length", "32", "--device", "cpu"]
     command += ["--scores", ",".join(SCORES), "--compat", "reference"]
     sparsecod(*command, "--output", tmp_path / "two", "--nproc", "2")

@@ -59,7 +59,7 @@ def test_analyses_are_drawn(browser: Chrome, tmp_path: Path, with_run: bool) -> 
     click(browser, "#score-usefulness .table")
     _, _, body = table(browser, "score-usefulness")
     assert [number(row[4]) for row in body] == pytest.approx([row["usefulness"] for row in rows], rel=1e-5)
-    assert f"causal · {'causal'}" in find(browser, "#score-table").text
+    assert "causal · causal" in find(browser, "#score-table").text
 
     click(browser, f".run-toggle:nth-of-type({1 + with_run})")
     assert len(browser.find_elements(By.CSS_SELECTOR, "#score-usefulness .bars")) == 1

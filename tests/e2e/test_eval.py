@@ -15,7 +15,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.cli.main import main
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConfigError
-from tests.helpers.cli import read_jsonl, sparsecod
+from tests.helpers.cli import read_jsonl, sparsecod, sparsecod_ranks
 from tests.helpers.text import write_corpus
 
 pytestmark = pytest.mark.e2e
@@ -146,6 +146,23 @@ def test_two_processes_give_what_one_gives(world: Path) -> None:
     assert shared["tasks"] == expected["tasks"] and shared["perplexity"] == expected["perplexity"]
     assert expected["perplexity"]["num_windows"] > 16
     assert task_values(read_jsonl(run / "metrics.jsonl")[-1]) == rows(one)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.pipeline_model_parallel_size=2",),
+        ("parallel.expert_model_parallel_size=2", "model.num_moe_experts=4", "model.moe_router_topk=2"),
+    ],
+    ids=["PP2", "EP2"],
+)
+def test_evaluated_while_it_trains_under_other_layouts(world: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
+    run, output = tmp_path / "run", tmp_path / "of-step-2"
+    arguments = [*evaluated(world), *layout, f"logging.run_dir={run}", "train.train_steps=2"]
+    sparsecod_ranks("train", world / "config.yaml", *arguments, nproc=2)
+    assert main(scoring(world, run, 2, output)) == 0
+    assert task_values(read_jsonl(run / "metrics.jsonl")[-1]) == rows(output)
 
 
 def test_real_model_on_an_offline_set(

@@ -35,7 +35,8 @@ STUDY = {
 
 
 def test_a_study_of_two_cells(tmp_path: Path) -> None:
-    prefix = write_corpus(tmp_path / "data")
+    text, prefix = write_corpus(tmp_path / "text"), tmp_path / "data/small"
+    sparsecod("data", "--input", text, "--tokenizer", "train:384", "--output", prefix, "--val-fraction", "0.2")
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     output = tmp_path / "out"

@@ -115,11 +115,16 @@ def script_ranks(
     return _run(_script, [*map(str, (script, *arguments))], _ranks(nproc), check=True, timeout_s=timeout_s)
 
 
-def _ranks(nproc: int) -> list[dict[str, str]]:
-    """What torchrun tells each of its ranks, and a store that the first one holds."""
+def free_port() -> int:
+    """One on loopback that nobody listens at."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+        return int(server.getsockname()[1])
+
+
+def _ranks(nproc: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its ranks, and a store that the first one holds."""
+    port = free_port()
     shared = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
     return [shared | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
 
@@ -149,12 +154,16 @@ def _run(
 
 def _first_to_fail(started: list[_Started], deadline: float) -> _Started | None:
     """Wait for all; where one fails or time is up, the others are killed."""
-    failed = None
-    while failed is None and any(each.process.exitcode is None for each in started):
-        multiprocessing.connection.wait([each.process.sentinel for each in started], timeout=0.05)
+    while True:
+        running = [each for each in started if each.process.exitcode is None]
+        # After that look, so that one which fails between two looks is not taken for one that ended well.
         failed = next((each for each in started if each.process.exitcode), None)
-        if failed is None and time.monotonic() > deadline:
-            failed = next(each for each in started if each.process.exitcode is None)
+        if failed is not None or not running:
+            break
+        if time.monotonic() > deadline:
+            failed = running[0]
+            break
+        multiprocessing.connection.wait([each.process.sentinel for each in running], timeout=0.05)
     for each in started:
         if failed is not None:
             each.process.kill()

@@ -110,29 +110,14 @@ function scoreBars(parent, found) {
     low: entry.figure.low,
     high: entry.figure.high,
   }));
-  addFigure(parent, {
-    id: `score-${figure.name}`,
-    title: figure.title,
-    uses: [],
-    draw: (plot, width) =>
-      drawBarChart(plot, width, {
-        label: figure.title,
-        height: SCORE_HEIGHT,
-        x: { title: figure.x_label },
-        y: { title: figure.y_label },
-        line: figure.line,
-        formatX: (index) => `${figure.x_label} ${index}`,
-        series,
-      }),
-    table: () => ({
-      caption: figure.title,
-      head: [figure.x_label, ...series.flatMap((one) => [one.name, "low", "high"])],
-      rows: Array.from({ length: Math.max(...series.map((one) => one.values.length)) }, (_, index) => [
-        index,
-        ...series.flatMap((one) => [one.values[index], one.low[index], one.high[index]]),
-      ]),
-    }),
-  });
+  const head = series.flatMap((one) => [one.name, "low", "high"]);
+  const count = Math.max(...series.map((one) => one.values.length));
+  scoreChart(parent, figure, drawBarChart, { series }, head, () =>
+    Array.from({ length: count }, (_, index) => [
+      index,
+      ...series.flatMap((one) => [one.values[index], one.low[index], one.high[index]]),
+    ]),
+  );
 }
 
 function scoreLines(parent, found) {
@@ -152,12 +137,21 @@ function scoreLines(parent, found) {
     }),
   );
   const whole = found.every((entry) => entry.figure.x.every(Number.isInteger));
+  const head = series.map((one) => one.name);
+  scoreChart(parent, figure, drawLineChart, { series, whole }, head, () => {
+    const xs = [...new Set(series.flatMap((one) => one.xs))].sort((a, b) => a - b);
+    return xs.map((x) => [formatExact(x), ...series.map((one) => one.ys[one.xs.indexOf(x)])]);
+  });
+}
+
+/** A chart of numbers against the figure's x, and its table. */
+function scoreChart(parent, figure, drawChart, { series, whole }, head, rows) {
   addFigure(parent, {
     id: `score-${figure.name}`,
     title: figure.title,
     uses: [],
     draw: (plot, width) =>
-      drawLineChart(plot, width, {
+      drawChart(plot, width, {
         label: figure.title,
         height: SCORE_HEIGHT,
         formatX: (at) => `${figure.x_label} ${formatValue(at)}`,
@@ -166,13 +160,6 @@ function scoreLines(parent, found) {
         y: { title: figure.y_label },
         line: figure.line,
       }),
-    table: () => {
-      const xs = [...new Set(series.flatMap((one) => one.xs))].sort((a, b) => a - b);
-      return {
-        caption: figure.title,
-        head: [figure.x_label, ...series.map((one) => one.name)],
-        rows: xs.map((x) => [formatExact(x), ...series.map((one) => one.ys[one.xs.indexOf(x)])]),
-      };
-    },
+    table: () => ({ caption: figure.title, head: [figure.x_label, ...head], rows: rows() }),
   });
 }

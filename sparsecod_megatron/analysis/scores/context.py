@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsecod_megatron.analysis.layers import Layers, find_layers
-from sparsecod_megatron.analysis.share import Share, joined
 from sparsecod_megatron.analysis.trace import Replay, Trace
 from sparsecod_megatron.errors import ConfigError, DataError
+from sparsecod_megatron.parallel.processes import Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ class Context:
         seed: of every random choice.
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
-        share: the sequences that this process runs.
+        processes: those that share the sample; each runs its `places` in every part.
     """
 
     model: PreTrainedModel
@@ -46,7 +46,7 @@ class Context:
     seed: int
     memory_gib: float = 2.0
     reference: bool = False
-    share: Share = Share()
+    processes: Processes = Processes()
 
     @property
     def num_sequences(self) -> int:
@@ -98,7 +98,7 @@ class Context:
     def own(self, part: Part) -> Tensor:
         """This process's windows of a part."""
         windows = self.part(part)
-        return windows[self.share.places(len(windows))]
+        return windows[self.processes.places(len(windows))]
 
     @property
     def micro_batch(self) -> int:
@@ -117,7 +117,7 @@ class Context:
             title: of the progress bar.
         """
         windows = self.own(part)
-        with tqdm(total=len(windows), desc=title, unit="seq", leave=False, disable=None) as bar:
+        with tqdm(total=len(windows), desc=title, unit="seq", leave=False, disable=self.processes.no_bars) as bar:
             for batch in windows.split(self.micro_batch):
                 yield batch[:, :-1], batch[:, 1:]
                 bar.update(len(batch))
@@ -145,7 +145,7 @@ class Context:
             for column, entry in zip(columns, batch, strict=True):
                 column[filled : filled + len(entry)] = entry
             filled += len(batch[0])
-        return joined(self.share.gather([columns]))
+        return joined(self.processes.gather([columns]))
 
     @property
     def _text(self):  # type: ignore[no-untyped-def]  # transformers' configurations are not typed
@@ -161,7 +161,7 @@ def make_context(
     seed: int,
     memory_gib: float = 2.0,
     reference: bool = False,
-    share: Share | None = None,
+    processes: Processes | None = None,
 ) -> Context:
     """Draw the sample and find the blocks.
 
@@ -175,7 +175,7 @@ def make_context(
         seed: of the draw and of every later choice.
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
-        share: which process this is of how many; None for a single one.
+        processes: which one this is of how many that share the sample; None for a single one.
 
     Raises:
         ConfigError: a size below one, more positions than the model has, or more processes than half the windows.
@@ -185,11 +185,11 @@ def make_context(
     for option, value in (("samples", num_samples), ("seq-length", seq_length)):
         if value < 1:
             raise ConfigError(f"--{option} {value}: must be at least 1")
-    share = share or Share()
-    if share.size > max(1, num_samples // 2):
+    processes = processes or Processes()
+    if processes.size > max(1, num_samples // 2):
         raise ConfigError(
-            f"--nproc {share.size}: each process needs a sequence of either half of --samples {num_samples}; "
-            f"give at least {2 * share.size} samples"
+            f"--nproc {processes.size}: each process needs a sequence of either half of --samples {num_samples}; "
+            f"give at least {2 * processes.size} samples"
         )
     if memory_gib <= 0:
         raise ConfigError(f"--memory-gib {memory_gib}: must be above 0")
@@ -206,7 +206,7 @@ def make_context(
             "this model's tokenizer"
         )
     model.eval().requires_grad_(False)
-    return Context(model, find_layers(model), windows, seed, memory_gib, reference, share)
+    return Context(model, find_layers(model), windows, seed, memory_gib, reference, processes)
 
 
 def draw_windows(tokens: Tensor, *, num_samples: int, seq_length: int, seed: int) -> Tensor:
@@ -224,3 +224,8 @@ def draw_windows(tokens: Tensor, *, num_samples: int, seq_length: int, seed: int
         )
     chosen = np.random.default_rng(seed).permutation(available)[:num_samples]
     return tokens[: available * length].view(available, length)[torch.from_numpy(chosen)].clone()
+
+
+def joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Tuples of tensors, each of some sequences, as one tuple of tensors of all."""
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -62,7 +62,7 @@ class Jacobian:
         (numbers,) = context.collect("all", self._batches(context, totals, exact=exact))
         if not context.reference:
             return self._result(context, numbers.numpy(), [], exact=exact)
-        totals = context.share.total(totals)
+        totals = context.processes.total(totals)
         reference = [reference_deviation(total, num_tokens) for total in totals]
         return self._result(context, numbers.numpy(), reference, exact=exact)
 
@@ -75,7 +75,7 @@ class Jacobian:
             exact: whether to take whole Jacobians.
         """
         places = self.draw_positions(context.num_sequences, context.seq_length, context.generator())
-        first = context.share.places(context.num_sequences).start
+        first = context.processes.places(context.num_sequences).start
         for trace in context.traces("all", title=self.name):
             sequences = range(first, first + len(trace.tokens))
             positions, first = places[sequences].to(context.device), sequences.stop

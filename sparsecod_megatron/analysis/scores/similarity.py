@@ -62,7 +62,7 @@ def _collect(context: Context) -> tuple[Array, Tensor, Array]:
     """One pass: sums of activations [groups, L, d], kept tokens [L, n, d] float64, and each one's group [n]."""
     num_layers, size = len(context.layers), context.hidden_size
     num_sequences, length = context.num_sequences, context.seq_length
-    num_groups, own = min(MAX_GROUPS, num_sequences), context.share.places(num_sequences)
+    num_groups, own = min(MAX_GROUPS, num_sequences), context.processes.places(num_sequences)
     sums = torch.zeros(num_groups, num_layers, size, dtype=torch.float64)
     wanted = torch.randperm(num_sequences * length, generator=context.generator())[:CKA_TOKENS].sort().values
     if len(wanted) < 2:
@@ -77,7 +77,7 @@ def _collect(context: Context) -> tuple[Array, Tensor, Array]:
             sums[:, layer].index_add_(0, groups, hidden.double().sum(dim=1).cpu())
             kept[layer, filled : filled + len(here)] = hidden.flatten(0, 1)[here.to(hidden.device)].double().cpu()
         first, filled = first + batch, filled + len(here)
-    sums, kept = context.share.total(sums), context.share.total(kept)
+    sums, kept = context.processes.total(sums), context.processes.total(kept)
     return sums.numpy(), kept, ((wanted // length) % num_groups).numpy()
 
 

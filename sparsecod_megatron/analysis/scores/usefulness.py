@@ -58,7 +58,7 @@ def _fits(context: Context) -> Iterator[AffineMap]:
             for layer, fit in fits.items():
                 fit.add(trace.hidden[layer], trace.hidden[layer + 1])
         for fit in fits.values():
-            fit.reduce(context.share)
+            fit.reduce(context.processes)
             yield fit.solve()
 
 

@@ -84,7 +84,7 @@ def record_rows(context: Context, max_scores: int) -> dict[int, Tensor]:
             raise ConversionError(f"{type(context.model).__name__}: no block calls an attention; leave the score out")
         if index == 0:
             _check_same(context, tokens, labels, losses)
-    return {layer: torch.cat(context.share.gather([rows])) for layer, rows in recorder.layers().items()}
+    return {layer: torch.cat(context.processes.gather([rows])) for layer, rows in recorder.layers().items()}
 
 
 def _check_same(context: Context, tokens: Tensor, labels: Tensor, losses: Tensor) -> None:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.share import Share, joined
+from sparsecod_megatron.analysis.scores.context import Context, joined
 from sparsecod_megatron.analysis.sparsity.cett import NeuronSample
 from sparsecod_megatron.analysis.sparsity.neurons import NeuronSite, Observer
 from sparsecod_megatron.analysis.trace import sequence_losses
+from sparsecod_megatron.parallel.processes import Processes
 
 MAX_ROWS = 2048
 
@@ -45,10 +45,10 @@ class Capture:
         """Keep the norms of the same rows' outputs."""
         self._norms.append(torch.linalg.vector_norm(output[: self._room].float(), dim=-1))
 
-    def sample(self, share: Share) -> NeuronSample | None:
+    def sample(self, processes: Processes) -> NeuronSample | None:
         """The first rows of all processes; None where no row came by. Collective over the processes."""
         kept = [part for part in zip(self._activations, self._norms, self._experts, strict=True) if len(part[0])]
-        rows = share.gather([tuple(column.cpu() for column in part) for part in kept])
+        rows = processes.gather([tuple(column.cpu() for column in part) for part in kept])
         if not rows:
             return None
         device = self._site.down(0).device
@@ -120,8 +120,8 @@ def run_cut(context: Context, sites: Sequence[NeuronSite], epsilons: Sequence[fl
             losses.append(sequence_losses(context.model(input_ids=tokens, use_cache=False).logits, labels))
             done += len(tokens)
     counts = torch.stack([cut.counts for cut in cuts])
-    share = context.share
-    return CutPass(epsilons, torch.cat(share.gather(losses)), torch.cat(share.gather([counts]), dim=1))
+    processes = context.processes
+    return CutPass(epsilons, torch.cat(processes.gather(losses)), torch.cat(processes.gather([counts]), dim=1))
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def capture(context: Context, sites: Sequence[NeuronSite], max_rows: int = MAX_R
     with _observing(sites, captures):
         for tokens, _ in context.batches("fit", title="neurons"):
             context.model(input_ids=tokens.to(context.device), use_cache=False)
-    return [found.sample(context.share) for found in captures]
+    return [found.sample(context.processes) for found in captures]
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from sparsecod_megatron.analysis.intervals import Estimate, mean_interval, ratio_of_sums
 from sparsecod_megatron.analysis.scores.base import HeatMap, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.share import Share
 from sparsecod_megatron.analysis.sparsity.routing import ExpertLayer, find_experts, watching
+from sparsecod_megatron.parallel.processes import Processes
 
 
 class Choices:
@@ -42,11 +42,11 @@ class Choices:
         self.together += used.t() @ used
         self.num_tokens += len(used)
 
-    def reduce(self, share: Share) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Count the choices of all processes. Collective over them."""
-        self._slots = share.gather(self._slots)
-        self.together = share.total(self.together)
-        self.num_tokens = int(share.total(torch.tensor(self.num_tokens)))
+        self._slots = processes.gather(self._slots)
+        self.together = processes.total(self.together)
+        self.num_tokens = int(processes.total(torch.tensor(self.num_tokens)))
 
     @property
     def slots(self) -> Tensor:
@@ -109,7 +109,7 @@ def _measure(context: Context, layers: Sequence[ExpertLayer], choices: Sequence[
     replay, num_blocks = context.replay, len(context.layers)
     increases: list[list[Tensor]] = [[] for _ in layers]
     total = len(context.own("all")) * sum(layer.num_experts for layer in layers)
-    with tqdm(total=total, desc="experts", unit="removal", leave=False, disable=None) as bar:
+    with tqdm(total=total, desc="experts", unit="removal", leave=False, disable=context.processes.no_bars) as bar:
         for tokens, labels in context.batches("all", title="experts"):
             with watching(layers, choices):
                 trace = replay.trace(tokens, labels)
@@ -124,8 +124,8 @@ def _measure(context: Context, layers: Sequence[ExpertLayer], choices: Sequence[
                 parts.append(part)
                 bar.update(len(tokens) * layer.num_experts)
     for found in choices:
-        found.reduce(context.share)
-    return [torch.cat(context.share.gather(parts)) for parts in increases]
+        found.reduce(context.processes)
+    return [torch.cat(context.processes.gather(parts)) for parts in increases]
 
 
 def _usage(choices: Choices, seed: int) -> Estimate:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.share import Share
 from sparsecod_megatron.analysis.sparsity.matrices import Matrix
 from sparsecod_megatron.analysis.sparsity.wasserstein import distance_to_normal
+from sparsecod_megatron.parallel.processes import Processes
 
 MAX_NEURONS = 256
 MAX_ROWS = 4096
@@ -35,9 +35,9 @@ class _Outputs:
         self._rows.append(rows[:, chosen].float())
         self._count += len(rows)
 
-    def samples(self, share: Share) -> Tensor | None:
+    def samples(self, processes: Processes) -> Tensor | None:
         """The first rows of all processes `[rows, neurons]`; None if too few. Collective over the processes."""
-        rows = share.gather([part.cpu() for part in self._rows])
+        rows = processes.gather([part.cpu() for part in self._rows])
         return torch.cat(rows)[:MAX_ROWS] if sum(map(len, rows)) >= MIN_ROWS else None
 
 
@@ -64,7 +64,7 @@ def normality_rows(context: Context, matrices: Sequence[Matrix]) -> list[dict[st
 
 
 def _row(outputs: _Outputs, context: Context) -> dict[str, Any] | None:
-    samples = outputs.samples(context.share)
+    samples = outputs.samples(context.processes)
     if samples is None:
         return None
     distances = distance_to_normal(samples)

@@ -91,4 +91,4 @@ class PruningCurve:
                 sequence_losses(model(input_ids=tokens.to(device), use_cache=False).logits, labels.to(device))
                 for tokens, labels in self._context.batches("all", title=f"pruned to {sparsity:.1%}")
             ]
-        return torch.cat(self._context.share.gather(losses))
+        return torch.cat(self._context.processes.gather(losses))

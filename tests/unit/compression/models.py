@@ -1,19 +1,16 @@
-"""Tiny models of each layout of weights, with random weights, their tokens, and a directory with a tokenizer."""
+"""Tiny models of each layout of weights, with random weights, and their tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
@@ -64,13 +61,3 @@ def tiny(name: str, **changes: int) -> PreTrainedModel:
 def sequences(count: int = 8, length: int = 16, seed: int = 5) -> torch.Tensor:
     """[count, length] random ids."""
     return torch.randint(VOCAB_SIZE, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-def save(model: PreTrainedModel, folder: Path) -> Path:
-    """The model with a tokenizer of one word a token."""
-    vocabulary = {"<end>": 0} | {f"w{number}": number + 1 for number in range(VOCAB_SIZE - 1)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder

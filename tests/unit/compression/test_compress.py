@@ -15,7 +15,8 @@ from sparsecod_megatron.compression.compress import METHODS, compress, round_inp
 from sparsecod_megatron.compression.matrices import eligible
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.evaluation.model import load_model
-from tests.unit.compression.models import MODELS, save, sequences, tiny
+from tests.helpers.words import save_with_words
+from tests.unit.compression.models import MODELS, sequences, tiny
 
 pytest.importorskip("modelopt", reason="needs nvidia-modelopt (the extra `modelopt`)")
 SKIPPED = ("gate.weight", "shared_expert_gate.weight")
@@ -114,7 +115,7 @@ def test_sparsegpt_beats_magnitude(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", ["sparsegpt24", "fp8", "int8"])
 def test_written_directory_computes_what_was_measured(name: str, method: str, tmp_path: Path) -> None:
-    source = save(tiny(name), tmp_path / "source")
+    source = save_with_words(tiny(name), tmp_path / "source")
     result = compress(load_model(source, dtype="float32", device="cpu"), method, sequences(), batch_size=4)
     measured = logits(result.scored)
     folder = tmp_path / "written"

@@ -8,7 +8,6 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sparsecod_megatron.cli.main import main
@@ -16,8 +15,9 @@ from sparsecod_megatron.compression.compress import round_inputs_as_written
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.evaluation.corpus import read_corpus
 from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
-from sparsecod_megatron.evaluation.perplexity import perplexity
-from tests.unit.compression.models import VOCAB_SIZE, save, tiny
+from tests.helpers.perplexity import perplexity
+from tests.helpers.words import save_with_words, write_words
+from tests.unit.compression.models import VOCAB_SIZE, tiny
 
 SIZES = ["--samples", "6", "--held-out", "4", "--seq-length", "12", "--device", "cpu"]
 modelopt = pytest.mark.skipif(
@@ -27,15 +27,12 @@ modelopt = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    letters = np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, size=300)
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"w{letter}" for letter in letters), encoding="utf-8")
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt", VOCAB_SIZE, 300)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny("llama"), tmp_path_factory.mktemp("llama"))
+    return save_with_words(tiny("llama"), tmp_path_factory.mktemp("llama"))
 
 
 @modelopt
@@ -109,7 +106,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     places["empty"].mkdir()
     odd = {"hidden_size": 20, "intermediate_size": 44, "num_attention_heads": 2, "num_key_value_heads": 1}
     if "{odd}" in changes.values():
-        save(tiny("llama", **odd), places["odd"])
+        save_with_words(tiny("llama", **odd), places["odd"])
     output = tmp_path / "out"
     options = {"--model": str(llama), "--method": "sparse24", "--data": str(text), "--output": str(output)}
     options |= dict(zip(SIZES[::2], SIZES[1::2], strict=True))

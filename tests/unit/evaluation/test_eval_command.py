@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sparsecod_megatron.cli.main import main
 from sparsecod_megatron.evaluation.corpus import read_corpus
-from sparsecod_megatron.evaluation.perplexity import perplexity
+from tests.helpers.perplexity import perplexity
 
 WriteDataset = Callable[[Sequence[Sequence[int]]], Path]
 

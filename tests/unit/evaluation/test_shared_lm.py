@@ -1,9 +1,10 @@
-"""Requests dealt out to ranks: the batches and the numbers of one process, and those of lm-eval's own model."""
+"""Requests dealt out to processes: the batches and the numbers of one process, and those of lm-eval's own model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from sparsecod_megatron.evaluation.continuation_task import write_continuation_task  # noqa: E402
 from sparsecod_megatron.evaluation.harness import load_tasks, run_tasks  # noqa: E402
-from sparsecod_megatron.evaluation.ranks import Ranks  # noqa: E402
+from sparsecod_megatron.parallel.processes import Processes  # noqa: E402
 
 SEED, BATCH_SIZE = 3, 4
 
@@ -50,19 +51,18 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 }
 
 
-class OneAfterAnother(Ranks):
-    """Ranks that share the work in this process, each after the one before."""
+@dataclass(frozen=True)
+class OneAfterAnother(Processes):
+    """Shares of the work in this process, each after the one before."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.shares: list[int] = []
+    num_shares: int = 1
+    sizes: list[int] = field(default_factory=list)
 
     def deal(self, parts: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
         answers: list[Any] = [None] * len(parts)
-        for rank in range(self.size):
-            answers[rank :: self.size] = work(parts[rank :: self.size])
-            self.shares.append(len(parts[rank :: self.size]))
+        for share in range(self.num_shares):
+            answers[share :: self.num_shares] = work(parts[share :: self.num_shares])
+            self.sizes.append(len(parts[share :: self.num_shares]))
         return answers
 
 
@@ -83,15 +83,15 @@ def tasks(tmp_path: Path, text: str) -> Path:
 NAMES = ["choices", "letters", "documents"]
 
 
-def test_any_number_of_ranks_gives_the_same_numbers(
+def test_any_number_of_processes_gives_the_same_numbers(
     tasks: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     results = []
     for size in (1, 2, 3):
         loaded = load_tasks([*NAMES, "generating"], include_paths=[tasks], builtin=False)
-        ranks = OneAfterAnother(size)
-        results.append(run_tasks(model, tokenizer, loaded, batch_size=BATCH_SIZE, seed=SEED, ranks=ranks))
-        assert size == 1 or min(ranks.shares) > 0
+        shares = OneAfterAnother(num_shares=size)
+        results.append(run_tasks(model, tokenizer, loaded, batch_size=BATCH_SIZE, seed=SEED, processes=shares))
+        assert len(shares.sizes) >= size and min(shares.sizes) > 0
     for result in results[1:]:
         assert result.answers == results[0].answers
         assert result.metrics == results[0].metrics
@@ -102,7 +102,9 @@ def test_numbers_are_those_of_lm_eval_itself(
     tasks: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     loaded = load_tasks(NAMES, include_paths=[tasks], builtin=False)
-    ours = run_tasks(model, tokenizer, loaded, batch_size=BATCH_SIZE, seed=SEED, ranks=OneAfterAnother(2))
+    ours = run_tasks(
+        model, tokenizer, loaded, batch_size=BATCH_SIZE, seed=SEED, processes=OneAfterAnother(num_shares=2)
+    )
     again = load_tasks(NAMES, include_paths=[tasks], builtin=False)
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),

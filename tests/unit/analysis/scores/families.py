@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from sparsecod_megatron.analysis.scores.context import Context, make_context
 
@@ -69,23 +65,6 @@ def tiny(family: str, **changes: int) -> PreTrainedModel:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
-
-
-def save(folder: Path, family: str) -> Path:
-    """That model on disk, with a tokenizer of words `w0`, `w1` and so on."""
-    vocabulary = {"<end>": 0} | {f"w{number}": number + 1 for number in range(VOCAB_SIZE - 1)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-    tiny(family).save_pretrained(folder)
-    return folder
-
-
-def write_text(path: Path) -> Path:
-    """3,000 random words of that tokenizer."""
-    letters = np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, size=3000)
-    path.write_text(" ".join(f"w{letter}" for letter in letters), encoding="utf-8")
-    return path
 
 
 def tokens(count: int = 4000, seed: int = 5) -> torch.Tensor:

@@ -11,7 +11,8 @@ import pytest
 from matplotlib import image
 
 from sparsecod_megatron.cli.main import main
-from tests.unit.analysis.scores.families import save, write_text
+from tests.helpers.words import save_with_words, write_words
+from tests.unit.analysis.scores.families import VOCAB_SIZE, tiny
 
 SIZES = ["--samples", "6", "--seq-length", "12", "--device", "cpu"]
 DEPTH_SCORES = ["causal", "permutation", "usefulness", "jacobian", "similarity", "skip", "lens"]
@@ -19,12 +20,12 @@ DEPTH_SCORES = ["causal", "permutation", "usefulness", "jacobian", "similarity",
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "held_out.txt")
+    return write_words(tmp_path_factory.mktemp("text") / "held_out.txt", VOCAB_SIZE, 3000)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("llama"), "llama")
+    return save_with_words(tiny("llama"), tmp_path_factory.mktemp("llama"))
 
 
 def test_all_depth_scores(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +64,7 @@ def test_same_seed_gives_the_same_files(llama: Path, text: Path, tmp_path: Path)
 def test_compare_pairs_the_sequences(
     llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, model in (("a", llama), ("b", save(tmp_path / "qwen", "qwen3")), ("again", llama)):
+    for name, model in (("a", llama), ("b", save_with_words(tiny("qwen3"), tmp_path / "qwen")), ("again", llama)):
         arguments = [str(model), "--data", str(text), *SIZES, "--scores", "causal,skip"]
         assert main(["analyze", *arguments, "--output", str(tmp_path / name)]) == 0
     folders = [str(tmp_path / name) for name in ("a", "b", "again")]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from sparsecod_megatron.analysis.scores.context import draw_windows, make_context
 from sparsecod_megatron.analysis.scores.registry import SCORES, find_scores
-from sparsecod_megatron.analysis.share import Share
 from sparsecod_megatron.errors import ConfigError, DataError
+from sparsecod_megatron.parallel.processes import Processes
 from tests.unit.analysis.scores import naive
 from tests.unit.analysis.scores.families import context, tiny, tokens
 
@@ -51,7 +49,7 @@ def test_batches_fit_the_memory_and_keep_the_order() -> None:
         ({"seq_length": 65}, r"--seq-length 65: the model takes at most 64 \(max_position_embeddings\)"),
         ({"num_samples": 401}, "4000 tokens hold 400 sequences of 10 tokens, fewer than --samples 401"),
         ({"memory_gib": 0.0}, "--memory-gib 0.0: must be above 0"),
-        ({"share": Share(0, 3)}, "--nproc 3: each process needs a sequence of either half of --samples 4"),
+        ({"processes": Processes(0, 3)}, "--nproc 3: each process needs a sequence of either half of --samples 4"),
     ],
 )
 def test_impossible_samples_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -75,13 +73,6 @@ def test_a_trace_stops_before_the_head_and_losses_are_the_models_own() -> None:
     handle.remove()
     assert len(calls) == 1
     assert float(losses.mean()) == pytest.approx(naive.mean_loss(given.model, given.windows), rel=1e-6)
-
-
-@hypothesis.given(count=st.integers(1, 300), size=st.integers(1, 20))
-def test_processes_share_every_sequence_once_and_in_order(count: int, size: int) -> None:
-    parts = [list(range(count))[Share(rank, size).places(count)] for rank in range(size)]
-    assert [entry for part in parts for entry in part] == list(range(count))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_one_sequence_cannot_be_split() -> None:

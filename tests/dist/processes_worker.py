@@ -1,0 +1,33 @@
+"""What each of three processes gets of shared work, written to FOLDER/RANK.json. Arguments: FOLDER."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from sparsecod_megatron.parallel.processes import connected_processes
+
+
+def main() -> None:
+    """Everything that `Processes` exchanges, with parts that three do not divide."""
+    with connected_processes() as processes:
+        rank = processes.rank
+        made = processes.from_first(lambda: f"by {rank}")
+        processes.wait()
+        found = {
+            "size": processes.size,
+            "is_first": processes.is_first,
+            "no_bars": processes.no_bars,
+            "gathered": processes.gather([(rank, entry) for entry in range(rank)]),
+            "dealt": processes.deal(list(range(7)), lambda parts: [[rank, part] for part in parts]),
+            "total": processes.total(torch.tensor([1.0, rank])).tolist(),
+            "from_first": made,
+        }
+    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
