@@ -127,14 +127,19 @@ class _Loop:
         config, step = self.trainer.config, self.state.step + 1
         began = time.perf_counter()
         size = global_batch_size(config.train, self.state.consumed_samples)
-        with self.statistics.collecting(step):
-            result = train_step(
-                self.trainer,
-                batches,
-                global_batch_size=size,
-                judge=self.judge,
-                enter=lambda phase: self.watchdog.enter(step, phase),
-            )
+        try:
+            with self.statistics.collecting(step):
+                result = train_step(
+                    self.trainer,
+                    batches,
+                    global_batch_size=size,
+                    judge=self.judge,
+                    enter=lambda phase: self.watchdog.enter(step, phase),
+                )
+        except DivergenceError:
+            if self.recorder is not None:
+                self.recorder.write_metrics({"step": step, "tokens": self.state.consumed_tokens, "diverged": True})
+            raise
         elapsed = time.perf_counter() - began
         self._advance(result)
         # A step without update has no statistics of updates, and after divergence none at all.
