@@ -57,25 +57,13 @@ def huggingface_directory(path: Path) -> Iterator[Path]:
     if (path / "config.json").is_file():
         yield path
         return
-    import torch
-
     from sparsecod_megatron.backend import select_backend
 
     select_backend()
-    from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
-    from sparsecod_megatron.hf import export_model
+    from sparsecod_megatron.checkpoint.exported import export_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="sparsecod-") as folder:
-        with streamed_checkpoint(path) as source:
-            directory = export_model(
-                source.config.model,
-                source.tensors,
-                Path(folder) / "hf",
-                seq_length=source.config.data.seq_length,
-                dtype=torch.float32,
-                tokenizer_dir=source.tokenizer_dir,
-            )
-        yield directory
+        yield export_checkpoint(path, Path(folder) / "hf")
 
 
 @contextlib.contextmanager

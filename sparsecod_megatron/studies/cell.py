@@ -20,9 +20,9 @@ from sparsecod_megatron.evaluation.files import write_text
 from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
 from sparsecod_megatron.studies.metrics import cell_metrics
 from sparsecod_megatron.studies.scoring import evaluate, export, score
+from sparsecod_megatron.train.signals import STOP_SIGNALS
 
 RESULT_FILE = "result.json"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.studies.cell import STOP_SIGNALS
 from sparsecod_megatron.studies.grid import Cell, Study
+from sparsecod_megatron.train.signals import STOP_SIGNALS
 
 LOG_FILE = "log.txt"
 

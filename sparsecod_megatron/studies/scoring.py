@@ -10,27 +10,17 @@ from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
 
 
 def export(run: Path, output: Path) -> None:
-    """Write a run's last checkpoint as a HuggingFace directory in fp32.
+    """Write a run's last checkpoint as a HuggingFace directory.
 
     Raises:
         SparsecodError: a checkpoint that is missing, damaged, or that HuggingFace cannot express.
     """
-    import torch
-
     from sparsecod_megatron.backend import select_backend
-    from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
-    from sparsecod_megatron.hf import export_model
 
     select_backend()
-    with streamed_checkpoint(run) as source:
-        export_model(
-            source.config.model,
-            source.tensors,
-            output,
-            seq_length=source.config.data.seq_length,
-            dtype=torch.float32,
-            tokenizer_dir=source.tokenizer_dir,
-        )
+    from sparsecod_megatron.checkpoint.exported import export_checkpoint
+
+    export_checkpoint(run, output)
 
 
 def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, output: Path) -> None:

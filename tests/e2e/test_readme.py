@@ -36,7 +36,7 @@ def test_commands_run_as_printed(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
         ran.append(line.split()[1])
-    assert ran == ["data", "train", "plan", "export", "import", "eval", "analyze", "compress", "report"]
+    assert ran == ["data", "train", "plan", "export", "import", "eval", "analyze", "compress", "study", "report"]
     losses = [json.loads(row)["loss"] for row in (tmp_path / "runs/quickstart_dense/metrics.jsonl").open()]
     assert losses[-1] < losses[0] - 1
     results = json.loads((tmp_path / "exported/dense/eval/results.json").read_text())

@@ -49,7 +49,7 @@ def load_or_refuse(folder: Path, path: Path | None, overrides: list[str]) -> Non
     assert repr(again) == repr(config)  # and not ==: a NaN that got through would differ from itself
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=3))
 def test_any_value_of_any_key(folder: Path, pairs: list[tuple[str, Any]]) -> None:
     """As overrides, as a person would type them."""

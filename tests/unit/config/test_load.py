@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecod_megatron.config import RunConfig, load_config, save_config
@@ -41,6 +41,7 @@ def test_prefix_stands_for_three_paths() -> None:
     assert (data.train, data.validation, data.tokenizer) == ("corpus_train", "other_val", "corpus_tokenizer")
 
 
+@settings(max_examples=30)
 @given(
     layers=st.integers(1, 100),
     groups=st.sampled_from([1, 2, 4, 8]),

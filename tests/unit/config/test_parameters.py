@@ -73,7 +73,7 @@ def test_variant(name: str) -> None:
         assert_counts(config, model)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(values=st.fixed_dictionaries({key: st.sampled_from(choices) for key, choices in KEYS.items()}))
 def test_any_model_of_the_schema(values: dict[str, Any]) -> None:
     overrides = [f"model.{key}={'null' if value is None else value}" for key, value in values.items()]

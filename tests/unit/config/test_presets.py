@@ -111,7 +111,7 @@ def test_keys_of_file_and_overrides_win_wherever_they_stand(tmp_path: Path) -> N
     assert load_config(path, ["model.preset=null"]).model.ffn_hidden_size == load_config(None).model.ffn_hidden_size
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(name=st.sampled_from(preset_names()), layers=st.none() | st.integers(1, 40))
 def test_resolved_file_keeps_the_name_and_every_value(
     tmp_path_factory: pytest.TempPathFactory, name: str, layers: int | None
