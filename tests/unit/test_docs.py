@@ -7,6 +7,7 @@ import importlib.util
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from packaging.utils import canonicalize_name
 from sparsecod_megatron.cli import main as cli
 from sparsecod_megatron.config import data_parallel_size, load_config
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.studies import load_study
 from tests.dist.layouts import LAYOUTS
 from tests.unit.test_packaging import tomllib
 
@@ -58,12 +60,15 @@ def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pages_with("yaml")
 def test_yaml_loads(page: Path, tmp_path: Path) -> None:
-    """Every one is a part of a run's configuration, without unknown keys."""
+    """Every one is a part of a run's configuration, or a study, without unknown keys."""
+    shutil.copy(ROOT / "examples/studies/nano/base.yaml", tmp_path)
     for block in blocks(page, "yaml"):
-        assert isinstance(yaml.safe_load(block), dict)
         file = tmp_path / "config.yaml"
         file.write_text(block)
-        load_config(file)
+        if "grid" in yaml.safe_load(block):
+            assert len(load_study(file, tmp_path / "out").cells) > 1
+        else:
+            load_config(file)
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -88,7 +93,7 @@ def test_commands_parse(page: Path) -> None:
         module = cli._load(arguments[0])
         parser = argparse.ArgumentParser(prog=" ".join(arguments), exit_on_error=False)
         module.add_arguments(parser)
-        parsed = parser.parse_args(arguments[1:])
+        parsed = parser.parse_intermixed_args(arguments[1:])
         if arguments[0] in ("train", "plan") and parsed.config.startswith("examples/"):
             config = load_config(ROOT / parsed.config, [word for word in parsed.overrides if "$" not in word])
             processes = parsed.gpus if arguments[0] == "plan" else parsed.nproc
