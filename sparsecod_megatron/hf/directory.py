@@ -28,6 +28,11 @@ def directory_in_the_making(output: Path, *, overwrite: bool = False) -> Iterato
     making.mkdir(parents=True)
     try:
         yield making
+        # Libraries write weights that their owner alone can read, whatever the umask.
+        mode = making.stat().st_mode & 0o666
+        for path in making.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
         if output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             output.rename(replaced)

@@ -56,6 +56,8 @@ def test_report_holds_what_the_written_model_scores(
     assert report["compressed_fraction"] == 1 and report["warnings"] == []
     assert {"modelopt", "torch", "transformers", "sparsecod_megatron"} == report["versions"].keys()
     assert re.search(r"model\.layers\.\*\.mlp\.up_proj +2 +3,072 +50\.00%", shown)
+    modes = {path.stat().st_mode & 0o777 for path in output.rglob("*") if path.is_file()}
+    assert modes == {output.stat().st_mode & 0o666}, "colleagues read some files and not others"
     written = (output / "model.safetensors").read_bytes()
     assert main([*arguments, "--method", "fp8"]) == 2
     assert "is not empty; give a new directory, or ask to overwrite it" in capsys.readouterr().err
