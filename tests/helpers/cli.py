@@ -89,8 +89,8 @@ def _sparsecod(arguments: list[str]) -> int:
 def _script(arguments: list[str]) -> int:
     """Call the script's `main`.
 
-    Not as `__main__`: Megatron-Core's checkpoint writer starts a process that imports `__main__` again, which for a worker
-    is torch and Megatron-Core, seconds on every rank.
+    Not as `__main__`: Megatron-Core's checkpoint writer starts a process that imports `__main__` again, which for a
+    worker is torch and Megatron-Core, seconds on every rank.
     """
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="worker")["main"]()
