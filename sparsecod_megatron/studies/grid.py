@@ -95,6 +95,12 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
     cells = tuple(
         _cell(base, changes, labels, seed, output) for labels, changes in runs.items() for seed in config.seeds
     )
+    for cell in cells:
+        if config.scores.names and config.scores.seq_length > cell.config.data.seq_length:
+            raise ConfigError(
+                f"{path}: scores.seq_length: {config.scores.seq_length} is above data.seq_length="
+                f"{cell.config.data.seq_length} of cell {cell.name}, whose model takes no more; lower it"
+            )
     return Study(config, cells, output)
 
 

@@ -29,6 +29,7 @@ STUDY: dict[str, Any] = {
         {"name": "decay", "cells": {"none": {"optimizer.weight_decay": 0}, "some": {"optimizer": {"weight_decay": 1}}}},
     ],
     "seeds": [1, 2, 3],
+    "scores": {"seq_length": 8},
     "columns": ["perplexity", "out_var_last"],
 }
 WriteStudy = Callable[..., Path]
