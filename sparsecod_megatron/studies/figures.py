@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,10 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS, STYLE
 from sparsecod_megatron.analysis.report.output import replacing
+from sparsecod_megatron.studies.cell import is_done, trained_run
 from sparsecod_megatron.studies.grid import Labels, Study, place_name
+from sparsecod_megatron.studies.metrics import last_variances
 from sparsecod_megatron.studies.table import Row, Table
 
 FIGURES_FOLDER = "figures"
@@ -31,7 +34,36 @@ def draw_figures(study: Study, table: Table) -> list[Path]:
         if any(metric in row.metrics for row in table.rows):
             drawn.append(study.output / FIGURES_FOLDER / f"{metric.replace('/', '_')}.png")
             _draw(drawn[-1], metric, study, table)
+    variances = {labels: found for labels in study.places if (found := _mean_variances(study, labels))}
+    if variances:
+        drawn.append(study.output / FIGURES_FOLDER / "variance_by_depth.png")
+        _draw_variances(drawn[-1], variances, study)
     return drawn
+
+
+def _mean_variances(study: Study, labels: Labels) -> list[float]:
+    """`out_var` of every layer at the end of training, the geometric mean over the seeds that have it."""
+    runs = [last_variances(trained_run(cell)) for cell in study.cells if cell.labels == labels and is_done(study, cell)]
+    known = [layers for layers in runs if layers and min(layers) > 0]
+    return np.exp(np.log(known).mean(axis=0)).tolist() if known else []
+
+
+def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], study: Study) -> None:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for index, (labels, layers) in enumerate(variances.items()):
+            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+            axes.plot(range(len(layers)), layers, color=color, marker=marker, label=place_name(labels))
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("residual stream variance")
+        axes.set_title(f"{study.config.name}: out_var after training", loc="left")
+        axes.legend()
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=DPI, metadata={})
 
 
 def _draw(path: Path, metric: str, study: Study, table: Table) -> None:

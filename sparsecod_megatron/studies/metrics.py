@@ -38,7 +38,7 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     """
     found: dict[str, Any] = {
         **cell_sizes(config),
-        **_variances(run / STATISTICS_FILE),
+        **_variances(run),
         **dict(_scores(analysis / SCORES_FILE)),
         **dict(_evaluated(evaluation / "results.json")),
     }
@@ -51,13 +51,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def _variances(path: Path) -> dict[str, float | None]:
-    collected = [record["layers"] for record in _lines(path) if "out_var" in record["layers"][0]]
-    if not collected:
+def last_variances(run: Path) -> list[float]:
+    """`out_var` of every layer at the last collected step; nothing where it was never collected."""
+    records = _lines(run / STATISTICS_FILE)
+    found = [
+        layers for record in records if None not in (layers := [layer.get("out_var") for layer in record["layers"]])
+    ]
+    return found[-1] if found else []
+
+
+def _variances(run: Path) -> dict[str, float | None]:
+    layers = last_variances(run)
+    if not layers:
         return {}
-    first, last = (layer["out_var"] for layer in (collected[-1][0], collected[-1][-1]))
-    growth = last / first if first and last is not None else None
-    return {"out_var_first": first, "out_var_last": last, "out_var_growth": growth}
+    growth = layers[-1] / layers[0] if layers[0] else None
+    return {"out_var_first": layers[0], "out_var_last": layers[-1], "out_var_growth": growth}
 
 
 def _scores(path: Path) -> Iterator[tuple[str, Any]]:

@@ -60,7 +60,12 @@ def test_a_study_of_two_cells(tmp_path: Path) -> None:
     assert metrics["tokens"] == 4 * 4 * 16
     assert json.loads((output / "cells/lr=endless,seed=1/result.json").read_text())["diverged"]
     assert "| endless |" in table and "1, 1 diverged" in table
-    assert (output / "figures/perplexity.png").is_file()
+    assert {path.stem for path in (output / "figures").iterdir()} == {
+        "perplexity",
+        "out_var_last",
+        "causal_causal",
+        "variance_by_depth",
+    }
 
     (fine / "result.json").unlink()  # as if killed while scoring: what was trained and scored is used again
     sparsecod(*command)
