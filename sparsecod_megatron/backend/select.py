@@ -32,12 +32,15 @@ class Backend:
     transformer_engine: bool
 
 
-def select_backend(requested: str = "auto", *, precision: PrecisionConfig | None = None) -> Backend:
+def select_backend(
+    requested: str = "auto", *, precision: PrecisionConfig | None = None, cpu_kernels: str | None = None
+) -> Backend:
     """Choose and prepare the backend of this process. Local; call before importing Megatron-Core's model code.
 
     Args:
         requested: `auto` (CUDA if there is any), `cpu` or `cuda`.
         precision: what a run will train in; None where weights are only read.
+        cpu_kernels: the configuration's; None leaves those in use. CUDA has no choice of them.
 
     Raises:
         ConfigError: `cuda` without CUDA or Transformer Engine, `cpu` where CUDA is visible, or a precision that the
@@ -54,7 +57,7 @@ def select_backend(requested: str = "auto", *, precision: PrecisionConfig | None
         )
     if precision is not None and not available:
         check_precision(precision, capability=None)
-    return _cuda(precision) if available else _cpu()
+    return _cuda(precision) if available else _cpu(cpu_kernels)
 
 
 def _cuda(precision: PrecisionConfig | None) -> Backend:
@@ -67,8 +70,8 @@ def _cuda(precision: PrecisionConfig | None) -> Backend:
     return Backend(name="cuda", communication="nccl", device=device, transformer_engine=True)
 
 
-def _cpu() -> Backend:
+def _cpu(kernels: str | None) -> Backend:
     from sparsecod_megatron.backend.cpu import apply_redirections
 
-    apply_redirections()
+    apply_redirections(kernels)
     return Backend(name="cpu", communication="gloo", device=torch.device("cpu"), transformer_engine=False)

@@ -262,5 +262,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     backend: str = choice("auto", "cpu", "cuda")
+    cpu_kernels: str = choice("fast", "plain", "compiled")
+    """On CPU: the fastest eager functions, torch's and Megatron-Core's own, or elementwise formulas compiled too."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any other field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by its own name."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from sparsecod_megatron.backend import functional
 
 
 class RMSNorm(torch.nn.Module):
@@ -28,7 +29,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S_local, B, H] → [S_local, B, H]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight, self.eps)
 
 
 class ScaledRMSNorm(RMSNorm):

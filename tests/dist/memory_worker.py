@@ -67,7 +67,8 @@ def layout_config(layout: Layout) -> RunConfig:
 
 def main() -> None:
     """Write the file from rank 0."""
-    backend = select_backend()
+    # Memory is planned for Megatron-Core's own functions; the faster ones keep less.
+    backend = select_backend(cpu_kernels="plain")
     from sparsecod_megatron.parallel import process_groups, world
     from sparsecod_megatron.train.setup import build_trainer
 

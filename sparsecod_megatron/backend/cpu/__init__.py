@@ -2,7 +2,7 @@
 
 Each one replaces a single attribute of torch or Megatron-Core, and says why and for which upstream place. Nothing here
 changes a result: tests/dist compares every layout against one process, tests/unit/backend each redirection against what
-it stands for.
+it stands for. The last of them, which only make a run faster (`kernels.py`), can be exchanged later.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import torch
 from sparsecod_megatron.backend.cpu.redirection import Redirection
 
 _applied: list[Redirection] = []
+_kernels: list[Redirection] = []
 
 
-def apply_redirections() -> list[Redirection]:
-    """Apply all redirections; a second call does nothing. Local.
+def apply_redirections(kernels: str | None = None) -> list[Redirection]:
+    """Apply all redirections; a second call changes at most the kernels. Local.
+
+    Args:
+        kernels: `plain`, `fast` or `compiled`; None leaves those in use, at first the default ones.
 
     Returns:
         What was applied, in order.
@@ -36,4 +40,8 @@ def apply_redirections() -> list[Redirection]:
         for module in (megatron, collectives, optimizer, orthogonalized, speed):
             for redirection in module.redirections():
                 _applied.append(redirection.apply())
-    return list(_applied)
+    from sparsecod_megatron.backend.cpu import kernels as sets
+
+    if kernels is not None or not _kernels:
+        _kernels[:] = [redirection.apply() for redirection in sets.redirections(kernels or sets.DEFAULT)]
+    return [*_applied, *_kernels]

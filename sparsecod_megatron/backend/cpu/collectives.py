@@ -1,13 +1,19 @@
-"""Gather and reduce-scatter with uneven splits, which gloo lacks, by all-to-all.
+"""Gather and reduce-scatter where gloo lacks them or does needless work.
 
 Experts under tensor parallelism receive different numbers of tokens on each rank, so Megatron gathers and scatters
-unequal pieces.
+unequal pieces, which gloo cannot: all-to-all can. And a group of one rank, whose piece is the whole, copies all
+gradients three times and all parameters once a step to leave them as they are.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import mappings
 
 from sparsecod_megatron.backend.cpu.redirection import Redirection
@@ -66,10 +72,33 @@ def reduce_scatter_along_first_dim(
     return received.view(group.size(), rows, *input_.shape[1:]).sum(dim=0)
 
 
+def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective (output, input, group=…), skipped by a group of one rank that would write what is there."""
+
+    @functools.wraps(collective)
+    def run(output: torch.Tensor, input: torch.Tensor, *args: Any, group: dist.ProcessGroup, **kwargs: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == input.data_ptr():
+            return None
+        return collective(output, input, *args, group=group, **kwargs)
+
+    return run
+
+
 def redirections() -> list[Redirection]:
-    """Redirections of Megatron's uneven collectives."""
+    """Redirections of Megatron's uneven collectives, and of those that a single rank runs over its buffers."""
     reason = "gloo's all_gather and reduce_scatter need equal pieces"
+    buffers = "distributed/param_and_grad_buffer.py"
     return [
+        *(
+            Redirection(
+                param_and_grad_buffer,
+                name,
+                unless_alone(getattr(param_and_grad_buffer, name)),
+                f"{buffers}:{line}",
+                "gloo copies within a group of one rank",
+            )
+            for name, line in (("dist_reduce_scatter_func", 443), ("dist_all_gather_func", 285))
+        ),
         Redirection(
             mappings, "_gather_along_first_dim", gather_along_first_dim, "tensor_parallel/mappings.py:150", reason
         ),

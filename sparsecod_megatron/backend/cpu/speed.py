@@ -1,6 +1,7 @@
 """Fused operations that Megatron-Core takes from CUDA extensions, as eager CPU functions with hand-written gradients.
 
-They keep a CPU run on a par with a plain PyTorch loop. Each equals the unfused formula.
+They keep a CPU run on a par with a plain PyTorch loop. Each equals the unfused formula; `kernels.py` puts most of them
+in place.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import mlp
 
@@ -55,6 +55,27 @@ class RotaryEmbedding(torch.autograd.Function):
         return _rotate(grad, cos, -sin), None, None
 
 
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x²) + eps) · weight; torch's own is many operations each way, `pow` one of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[..., H] and [H] → [..., H]."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """[..., H] → gradients of x and weight."""
+        x, weight, inverse = ctx.saved_tensors
+        normed, weighted = x * inverse, grad * weight
+        along = (weighted * normed).mean(dim=-1, keepdim=True)
+        grad_weight = (grad * normed).flatten(0, -2).sum(dim=0)
+        return weighted.addcmul_(normed, along, value=-1).mul_(inverse), grad_weight, None
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     first, second = x.chunk(2, dim=-1)
@@ -96,6 +117,13 @@ def weighted_swiglu(
     return (swiglu(gate_up, bias) * weights).to(gate_up.dtype)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `functional.rms_norm`; of our own in fp32."""
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return RMSNorm.apply(x, weight, eps)
+
+
 def accumulate_weight_gradient(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
     """main_grad [out, in] += grad_outputᵀ · input, for [tokens, in] and [tokens, out]."""
     if grad_output.dtype == main_grad.dtype:
@@ -110,14 +138,6 @@ def redirections() -> list[Redirection]:
         wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
     )
     table: list[tuple[Any, str, Any, str, str]] = [
-        (
-            rope_utils,
-            "fused_apply_rotary_pos_emb",
-            apply_rotary,
-            "models/common/embeddings/rope_utils.py:280",
-            "a CUDA kernel",
-        ),
-        (mlp, "bias_swiglu_impl", swiglu, "transformer/mlp.py:205", "needs a compiler"),
         (mlp, "weighted_bias_swiglu_impl", weighted_swiglu, "transformer/mlp.py:175", "needs a compiler"),
         (layers, "_grad_accum_fusion_available", True, "tensor_parallel/layers.py:924", "a CUDA extension"),
     ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.planning.layout import layout_of
 from sparsecod_megatron.planning.memory import RankMemory, forwards_in_flight, rank_memory
@@ -52,6 +55,14 @@ STEPS = {
     "mlp": (SELECTIVE, "megatron.recompute_modules=[mlp]"),
     "moe-layer": (*EXPERTS, SELECTIVE, "megatron.recompute_modules=[moe]"),
 }
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels() -> Iterator[None]:
+    """What is planned for: Megatron-Core's own functions; the faster ones of the CPU backend keep less."""
+    select_backend(cpu_kernels="plain")
+    yield
+    select_backend(cpu_kernels="fast")
 
 
 def planned(*overrides: str) -> RankMemory:

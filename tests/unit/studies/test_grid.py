@@ -70,7 +70,10 @@ CLAIM: dict[str, Any] = {"text": "so", "metric": "loss"}
             {"claims": [{**CLAIM, "higher": {"depth": "2"}, "lower": {"depth": "9"}}]},
             r"claims\[0\].lower: depth=9 is not in the grid",
         ),
-        ({"scores": {"seq_length": 17}}, "scores.seq_length: 17 is above data.seq_length=16 of cell depth=2,decay=none"),
+        (
+            {"scores": {"seq_length": 17}},
+            "scores.seq_length: 17 is above data.seq_length=16 of cell depth=2,decay=none",
+        ),
         ({"launch": {"slots": 0}}, "launch.slots: 0 is below 1"),
         ({"scores": {"samples": "many"}}, "scores.samples"),
     ],

@@ -1,0 +1,158 @@
+"""All experts of one layer as one operation, in place of a loop over modules.
+
+Megatron's SequentialMLP runs four autograd functions an expert and splits and joins the tokens around them. Here one
+function walks over the experts: what an expert's products write is still in the cache when its activation reads it,
+results go straight to where they belong, and products have few different shapes. Parameters and checkpoints are
+SequentialMLP's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor
+
+from sparsecod_megatron.backend.cpu import products
+from sparsecod_megatron.backend.cpu.linear import weight_gradient
+
+_upstream = SequentialMLP.forward
+_sort_chunks = token_dispatcher.sort_chunks_by_idxs
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that an expert's products run over: its own, and neighbours' up to a size that comes back.
+
+    oneDNN generates code for every new shape, which costs more than a small product; token counts change every step,
+    but rounded up they repeat.
+
+    Attributes:
+        rows: of the sorted tokens, the expert's own.
+        around: those the products run over.
+        inner: the expert's own within `around`.
+    """
+
+    rows: slice
+    around: slice
+    inner: slice
+
+    def mask(self, probabilities: Tensor) -> Tensor:
+        """Probabilities [tokens] of these rows, 0 for neighbours, so that they add nothing: [size, 1]."""
+        masked = probabilities.new_zeros(self.around.stop - self.around.start, 1)
+        masked[self.inner, 0] = probabilities[self.rows]
+        return masked
+
+
+def windows(counts: list[int]) -> Iterator[Window]:
+    """The window of each expert, of rows sorted by expert."""
+    total, first = sum(counts), 0
+    for count in counts:
+        size = min(products.repeated_size(count), total)
+        start = min(first, total - size)
+        inner = slice(first - start, first - start + count)
+        yield Window(slice(first, first + count), slice(start, start + size), inner)
+        first += count
+
+
+class SwiGLUExperts(torch.autograd.Function):
+    """Rows of expert e become probability · W2_e (silu(gate) · up), with (gate, up) = W1_e x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probabilities: Tensor, counts: list[int], fuse: bool, *weights: Tensor) -> Tensor:
+        """Run every expert on its rows.
+
+        Args:
+            ctx: autograd's.
+            x: [tokens, H], sorted by expert.
+            probabilities: the router's, [tokens].
+            counts: rows of each expert.
+            fuse: add gradients of weights to their `main_grad`, where they have one.
+            *weights: [2F, H] and [H, F] of each expert.
+
+        Returns:
+            [tokens, H].
+        """
+        output, entered = torch.empty_like(x), []
+        for window, entry, exit_ in zip(windows(counts), weights[::2], weights[1::2], strict=True):
+            gate_up = products.output(x[window.around], entry)
+            gate, up = gate_up.chunk(2, dim=-1)
+            activated = F.silu(gate).mul_(up).mul_(window.mask(probabilities))
+            output[window.rows] = products.output(activated, exit_)[window.inner]
+            entered.append(gate_up)
+        ctx.save_for_backward(x, probabilities, *weights, *entered)
+        ctx.counts = counts
+        ctx.main_grads = [getattr(weight, "main_grad", None) if fuse else None for weight in weights]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """[tokens, H] → gradients of x, probabilities and weights."""
+        x, probabilities, *others = ctx.saved_tensors
+        weights, entered = others[: 2 * len(ctx.counts)], others[2 * len(ctx.counts) :]
+        grad_x, grad_probabilities = torch.empty_like(x), torch.empty_like(probabilities)
+        grads: list[Tensor | None] = [None] * len(weights)
+        for expert, (window, gate_up) in enumerate(zip(windows(ctx.counts), entered, strict=True)):
+            entry, exit_ = 2 * expert, 2 * expert + 1
+            mask = window.mask(probabilities)
+            gate, up = gate_up.chunk(2, dim=-1)
+            silu = F.silu(gate)
+            plain = silu * up
+            grad_plain = products.input_gradient(grad[window.around], weights[exit_])
+            grad_probabilities[window.rows] = torch.linalg.vecdot(grad_plain, plain)[window.inner]
+            grad_plain.mul_(mask)
+            grad_gate_up = torch.empty_like(gate_up)
+            grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+            torch.mul(grad_plain, silu, out=grad_up)
+            torch.mul(torch.ops.aten.silu_backward(grad_plain, gate), up, out=grad_gate)
+            grad_x[window.rows] = products.input_gradient(grad_gate_up, weights[entry])[window.inner]
+            pairs = ((entry, grad_gate_up, x[window.around]), (exit_, grad[window.around], plain.mul_(mask)))
+            for index, grad_output, operand in pairs:
+                grads[index] = weight_gradient(weights[index], ctx.main_grads[index], grad_output, operand)
+        return grad_x, grad_probabilities, None, None, *grads
+
+
+def forward(
+    self: SequentialMLP, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+) -> tuple[Tensor, None]:
+    """SequentialMLP's, for SwiGLU experts in one number format; others go through its loop.
+
+    Source: Megatron-Core transformer/moe/experts.py, `SequentialMLP.forward`.
+    """
+    x, probabilities = permuted_local_hidden_states, permuted_probs
+    if not _has_plain_swiglu(self) or x.dtype != probabilities.dtype:
+        return _upstream(self, x, tokens_per_expert, probabilities)
+    experts: list[MLP] = list(self.local_experts)
+    weights = [linear.weight for expert in experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+    fuse = experts[0].linear_fc1.gradient_accumulation_fusion
+    return SwiGLUExperts.apply(x, probabilities, tokens_per_expert.tolist(), fuse, *weights), None
+
+
+def _has_plain_swiglu(experts: SequentialMLP) -> bool:
+    config = experts.config
+    return (
+        config.bias_activation_fusion
+        and config.gated_linear_unit
+        and config.activation_func is F.silu
+        and not config.add_bias_linear
+        and not config.moe_apply_probs_on_input
+        and not (config.fp8 or config.fp4)
+    )
+
+
+def sort_chunks(
+    input: Tensor, split_sizes: Tensor, sorted_idxs: Tensor, probs: Tensor | None = None, fused: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Chunks of rows in another order; without expert parallelism the order is the one they are in.
+
+    Source: Megatron-Core transformer/moe/moe_utils.py, `sort_chunks_by_idxs`.
+    """
+    if torch.equal(sorted_idxs, torch.arange(len(sorted_idxs))):
+        return input, probs
+    return _sort_chunks(input, split_sizes, sorted_idxs, probs, fused)

@@ -1,0 +1,186 @@
+"""The sets of kernels: products and experts against Megatron-Core's own, and the switch between the sets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsecod_megatron.backend import onednn, select_backend
+from tests.helpers.training import small_trainer, trainer_batches
+from tests.unit.backend.test_speed import assert_same
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is for machines without CUDA")
+select_backend()
+
+from sparsecod_megatron.backend.cpu import apply_redirections, compiled, experts, linear, products, speed  # noqa: E402
+
+LARGE = ("model.hidden_size=64", "model.ffn_hidden_size=192", "data.seq_length=128", "optimizer.clip_grad=0.5")
+TIED = ("model.untie_embeddings_and_output_weights=false",)
+EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=96", "model.moe_aux_loss_coeff=0.01")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["onednn", "mkl"])
+def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both libraries, whatever the machine would choose; oneDNN for products of any size."""
+    monkeypatch.setattr(onednn, "is_faster", lambda: request.param)
+    monkeypatch.setattr(onednn, "FEWEST_PRODUCTS", 1)
+    return bool(request.param)
+
+
+@pytest.fixture
+def restored_kernels() -> Iterator[None]:
+    """The default set again afterwards."""
+    yield
+    apply_redirections("fast")
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(6, 5, 3), (products.MANY_TOKENS, 40, 24)])
+def test_linear_equals_float64(by_onednn: bool, tokens: int, rows: int, columns: int) -> None:
+    x, weight, bias = torch.randn(tokens // 2, 2, columns), torch.randn(rows, columns), torch.randn(rows)
+    got = assert_same_in_double(lambda x, w, b: linear.linear(x, w, b, False, False, False), F.linear, x, weight, bias)
+    assert not got._is_view()
+
+
+def assert_same_in_double(ours, theirs, *inputs: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Equal output and gradients, the reference in float64; returns ours."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    output, expected = ours(*leaves), theirs(*exact)
+    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+    got = torch.autograd.grad((output * weights).sum(), leaves)
+    want = torch.autograd.grad((expected * weights).sum(), exact)
+    for a, b in zip((output, *got), (expected, *want), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
+    return output
+
+
+@pytest.mark.parametrize("tokens", [8, products.MANY_TOKENS])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 3), (3, 5)])
+def test_weight_gradient_accumulates(by_onednn: bool, tokens: int, rows: int, columns: int) -> None:
+    weight = torch.nn.Parameter(torch.randn(rows, columns))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(rows, columns), False  # type: ignore[attr-defined]
+    x, grad = torch.randn(tokens, columns), torch.randn(tokens, rows)
+    for _ in range(2):
+        linear.linear(x, weight, None, True, False, False).backward(grad)
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    expected = 1 + 2 * grad.double().t() @ x.double()
+    torch.testing.assert_close(weight.main_grad.double(), expected, rtol=1e-5, atol=1e-4)  # type: ignore[attr-defined]
+
+
+def test_hooks_on_saved_tensors_see_no_garbage(by_onednn: bool) -> None:
+    """They hand a backward pass copies of the weights, without the marks that the data-parallel wrapper reads."""
+    weight = torch.nn.Parameter(torch.randn(5, 3))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(5, 3), False  # type: ignore[attr-defined]
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        output = linear.linear(torch.ones(4, 3), weight, None, True, False, False)
+    output.sum().backward()
+    assert weight.grad is None and torch.equal(weight.main_grad, torch.full((5, 3), 4.0))  # type: ignore[attr-defined]
+
+
+@settings(max_examples=20)
+@given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(any))
+def test_experts_equal_a_loop_and_do_not_read_their_neighbours(counts: list[int]) -> None:
+    hidden, inner = 6, 4
+    sizes = [(2 * inner, hidden), (hidden, inner)] * len(counts)
+    x, probabilities = torch.randn(sum(counts), hidden), torch.rand(sum(counts))
+
+    def loop(x: torch.Tensor, probabilities: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.split(counts), probabilities.split(counts), weights[::2], weights[1::2], strict=True)
+        rows = []
+        for part, probability, entry, exit_ in parts:
+            gate, up = (part @ entry.t()).chunk(2, -1)
+            rows.append(probability[:, None] * (F.silu(gate) * up) @ exit_.t())
+        return torch.cat(rows)
+
+    def ours(x: torch.Tensor, probabilities: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        return experts.SwiGLUExperts.apply(x, probabilities, counts, False, *weights)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "is_faster", lambda: torch.backends.mkldnn.is_available())
+        assert_same_in_double(ours, loop, x, probabilities, *(torch.randn(size) for size in sizes))
+
+
+def test_expert_shapes_come_back() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "is_faster", lambda: True)
+        sizes = [products.repeated_size(rows) for rows in range(1, 4097)]
+    assert len(set(sizes)) < 100
+    assert all(0 <= size - rows < max(16, rows / 8) for rows, size in enumerate(sizes, start=1))
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 8), (3, 16)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    x, weight = 3 * torch.randn(shape), torch.randn(shape[-1])
+    assert_same(lambda x, w: speed.rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x, weight)
+
+
+def trained(*overrides: str, kernels: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of three steps, and the weights after them."""
+    from sparsecod_megatron.train.step import train_step
+
+    select_backend(cpu_kernels=kernels)
+    with small_trainer(*LARGE, *overrides) as trainer:
+        data = trainer_batches(trainer)
+        results = [train_step(trainer, data) for _ in range(3)]
+        weights = {name: value.detach().clone() for name, value in trainer.models[0].named_parameters()}
+    return [number for result in results for number in (result.loss, result.grad_norm)], weights
+
+
+@pytest.mark.parametrize("overrides", [TIED, EXPERTS], ids=["tied", "experts"])
+def test_sets_train_alike_and_the_same_set_exactly_so(
+    by_onednn: bool, overrides: tuple[str, ...], restored_kernels: None
+) -> None:
+    plain, plain_weights = trained(*overrides, kernels="plain")
+    fast, fast_weights = trained(*overrides, kernels="fast")
+    assert fast[:2] == pytest.approx(plain[:2], rel=1e-5)
+    # Adam's first steps divide by what may be rounding.
+    assert fast == pytest.approx(plain, rel=1e-4)
+    assert fast_weights.keys() == plain_weights.keys()
+    again, weights_again = trained(*overrides, kernels="fast")
+    assert again == fast
+    assert all(torch.equal(weights_again[name], value) for name, value in fast_weights.items())
+
+
+def test_compiled_formulas_equal_the_eager_ones() -> None:
+    x, weight = torch.randn(3, 2, 16), torch.randn(16)
+    angles = torch.rand(3, 1, 1, 8).repeat(1, 1, 1, 2)
+    target = torch.randint(16, (3, 2))
+
+    def plain(logits: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(logits, -1) - logits.gather(-1, target[..., None])[..., 0]
+
+    with torch.compiler.set_stance("force_eager"):
+        assert_same(lambda x, w: compiled.rms_norm(x, w, 1e-5), lambda x, w: speed.rms_norm(x, w, 1e-5), x, weight)
+        assert_same(lambda x: compiled.swiglu(x, None), lambda x: speed.swiglu(x, None), x)
+        heads = torch.randn(3, 2, 4, 16)
+        assert_same(lambda t: compiled.apply_rotary(t, angles), lambda t: speed.apply_rotary(t, angles), heads)
+        assert_same(lambda logits: compiled._cross_entropy(logits, target), plain, x)
+
+
+@pytest.mark.skipif(not compiled.has_compiler(), reason="no C++ compiler")
+def test_a_formula_compiles() -> None:
+    x = torch.randn(3, 2, 16)
+    assert_same(lambda x: compiled.swiglu(x, None), lambda x: speed.swiglu(x, None), x)
+
+
+def test_without_a_compiler_compiled_is_fast(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, restored_kernels: None
+) -> None:
+    fast = apply_redirections("fast")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with caplog.at_level(logging.WARNING, logger="sparsecod"):
+        assert apply_redirections("compiled") == fast
+    assert len(caplog.records) == 1 and "g++" in caplog.text
+
+
+def test_no_choice_leaves_the_set_in_use(restored_kernels: None) -> None:
+    plain = apply_redirections("plain")
+    select_backend()
+    assert apply_redirections() == plain != apply_redirections("fast")
