@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
 
         run_cell(study, study.cell(args.cell))
     elif args.dry_run:
+        from sparsecod_megatron.studies.cell import unfinished
         from sparsecod_megatron.studies.cost import plan_text
-        from sparsecod_megatron.studies.table import unfinished
 
         waiting = {cell.name for cell in unfinished(study)}
         print(plan_text(study, {cell.name for cell in study.cells} - waiting), end="")
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
 def _run_cells(study: Study, command: list[str]) -> None:
     from tqdm import tqdm
 
+    from sparsecod_megatron.studies.cell import unfinished
     from sparsecod_megatron.studies.runner import Runner
-    from sparsecod_megatron.studies.table import unfinished
 
     cells, failed = unfinished(study), []
     runner = Runner(study, command)
@@ -91,8 +91,8 @@ def _told(outcome: Outcome) -> str:
 
 
 def _submit(study: Study, command: list[str]) -> None:
+    from sparsecod_megatron.studies.cell import unfinished
     from sparsecod_megatron.studies.slurm import submit, write_jobs
-    from sparsecod_megatron.studies.table import unfinished
 
     cells = unfinished(study)
     script = write_jobs(study, cells, command)

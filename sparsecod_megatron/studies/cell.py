@@ -35,21 +35,21 @@ def run_cell(study: Study, cell: Cell) -> None:
     """
     if is_done(study, cell):
         return
-    model = cell.directory / MODEL_FOLDER
+    model, run = cell.directory / MODEL_FOLDER, trained_run(cell)
     if not (model / "config.json").is_file():
         _write_config(cell)
         _train(cell, nproc=study.config.launch.nproc)
         if _diverged(cell):
             write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": True, "metrics": {}}))
             return
-        export(cell.directory / RUN_FOLDER, model)
+        export(run, model)
         if not study.config.keep_checkpoints:
-            shutil.rmtree(cell.directory / RUN_FOLDER / CHECKPOINTS_DIR)
+            shutil.rmtree(run / CHECKPOINTS_DIR)
     score(study.config.scores, cell.config, model, cell.directory / ANALYSIS_FOLDER)
     evaluate(study.config.evaluation, cell.config, model, cell.directory / EVALUATION_FOLDER)
     metrics = cell_metrics(
         cell.config,
-        run=cell.directory / RUN_FOLDER,
+        run=run,
         analysis=cell.directory / ANALYSIS_FOLDER,
         evaluation=cell.directory / EVALUATION_FOLDER,
     )
@@ -65,7 +65,7 @@ def is_done(study: Study, cell: Cell) -> bool:
     path = cell.directory / RESULT_FILE
     if not path.is_file():
         return False
-    if read_result(cell)["measured"] != _measured(study):
+    if read_result(cell)["measured"] != measurement(study):
         raise ConfigError(
             f"{path}: was measured with other `scores` or `evaluation`; to measure again, delete it with the "
             f"{ANALYSIS_FOLDER} and {EVALUATION_FOLDER} beside it, or give another --output"
@@ -80,9 +80,28 @@ def read_result(cell: Cell) -> dict[str, Any]:
     return content
 
 
+def unfinished(study: Study) -> list[Cell]:
+    """Cells that have no result yet."""
+    return [cell for cell in study.cells if not is_done(study, cell)]
+
+
 def trained_run(cell: Cell) -> Path:
     """The cell's run directory."""
     return cell.directory / RUN_FOLDER
+
+
+def measurement(study: Study) -> dict[str, Any]:
+    """What changes a cell's numbers besides its run."""
+    scores, held_out = study.config.scores, study.config.evaluation
+    return {
+        "scores": {
+            "names": scores.names,
+            "samples": scores.samples,
+            "seq_length": scores.seq_length,
+            "seed": scores.seed,
+        },
+        "evaluation": {"windows": held_out.windows, "tasks": held_out.tasks, "limit": held_out.limit},
+    }
 
 
 def _write_config(cell: Cell) -> None:
@@ -139,21 +158,7 @@ def _diverged(cell: Cell) -> bool:
 
 
 def _result(study: Study, cell: Cell) -> dict[str, Any]:
-    return {"cell": cell.name, "labels": dict(cell.labels), "seed": cell.seed, "measured": _measured(study)}
-
-
-def _measured(study: Study) -> dict[str, Any]:
-    """What changes a cell's numbers besides its run."""
-    scores, held_out = study.config.scores, study.config.evaluation
-    return {
-        "scores": {
-            "names": scores.names,
-            "samples": scores.samples,
-            "seq_length": scores.seq_length,
-            "seed": scores.seed,
-        },
-        "evaluation": {"windows": held_out.windows, "tasks": held_out.tasks, "limit": held_out.limit},
-    }
+    return {"cell": cell.name, "labels": dict(cell.labels), "seed": cell.seed, "measured": measurement(study)}
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS, STYLE
 from sparsecod_megatron.analysis.report.output import replacing
 from sparsecod_megatron.studies.cell import is_done, trained_run
-from sparsecod_megatron.studies.grid import Labels, Study, place_name
+from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.metrics import last_variances
+from sparsecod_megatron.studies.places import Labels, place_name
 from sparsecod_megatron.studies.table import Row, Table
 
 FIGURES_FOLDER = "figures"

@@ -15,10 +15,9 @@ from sparsecod_megatron.config.fields import bound_problems
 from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies.budget import set_budget
+from sparsecod_megatron.studies.places import Labels, place_name
 from sparsecod_megatron.studies.schema import AxisConfig, StudyConfig
 
-Labels = tuple[tuple[str, str], ...]
-"""(axis, label) of every axis: a place in the grid."""
 _LABEL = re.compile(r"[\w.+-]+")
 CELLS_FOLDER, RUN_FOLDER = "cells", "run"
 
@@ -102,11 +101,6 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
                 f"{cell.config.data.seq_length} of cell {cell.name}, whose model takes no more; lower it"
             )
     return Study(config, cells, output)
-
-
-def place_name(labels: Labels) -> str:
-    """`axis=label,…`."""
-    return ",".join(f"{axis}={label}" for axis, label in labels)
 
 
 def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path) -> Cell:

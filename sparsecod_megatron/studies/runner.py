@@ -92,19 +92,25 @@ class Runner:
             )
             with self._lock:
                 self._running.add(process.pid)
+            if self.stopped_by is not None:  # since this cell was taken up
+                self._tell(process.pid, self.stopped_by)
             status = process.wait()
             with self._lock:
                 self._running.discard(process.pid)
         free.put(environment)
         return Outcome(cell, status, log)
 
+    @staticmethod
+    def _tell(group: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
     @contextlib.contextmanager
     def _passing_signals_on(self) -> Iterator[None]:
         def pass_on(number: int, frame: FrameType | None) -> None:
             self.stopped_by = number
             for group in list(self._running):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, number)
+                self._tell(group, number)
 
         previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
         try:

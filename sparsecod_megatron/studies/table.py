@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from sparsecod_megatron.evaluation.files import write_text
 from sparsecod_megatron.studies.cell import is_done, read_result
 from sparsecod_megatron.studies.claims import Results, Verdict, judge
-from sparsecod_megatron.studies.grid import Cell, Labels, Study
+from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
+from sparsecod_megatron.studies.places import Labels
 
 PLAIN = ("parameters_total", "parameters_active", "tokens")
 """Columns that come first; the same for all seeds."""
@@ -163,8 +164,3 @@ def _csv(study: Study, table: Table) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def unfinished(study: Study) -> list[Cell]:
-    """Cells that have no result yet."""
-    return [cell for cell in study.cells if not is_done(study, cell)]

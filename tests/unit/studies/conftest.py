@@ -12,6 +12,7 @@ import yaml
 
 from sparsecod_megatron.config import save_config
 from sparsecod_megatron.studies import Cell, Study, load_study
+from sparsecod_megatron.studies.cell import measurement
 
 BASE: dict[str, Any] = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 48, "vocab_size": 256},
@@ -48,19 +49,6 @@ def write_study(tmp_path: Path) -> WriteStudy:
     return write
 
 
-def measured(study: Study) -> dict[str, Any]:
-    scores, held_out = study.config.scores, study.config.evaluation
-    return {
-        "scores": {
-            "names": scores.names,
-            "samples": scores.samples,
-            "seq_length": scores.seq_length,
-            "seed": scores.seed,
-        },
-        "evaluation": {"windows": held_out.windows, "tasks": held_out.tasks, "limit": held_out.limit},
-    }
-
-
 def leave_result(study: Study, cell: Cell, metrics: dict[str, float], *, diverged: bool = False) -> None:
     """What a finished cell leaves of itself."""
     cell.directory.mkdir(parents=True, exist_ok=True)
@@ -69,7 +57,7 @@ def leave_result(study: Study, cell: Cell, metrics: dict[str, float], *, diverge
         "cell": cell.name,
         "labels": dict(cell.labels),
         "seed": cell.seed,
-        "measured": measured(study),
+        "measured": measurement(study),
         "diverged": diverged,
         "metrics": metrics,
     }

@@ -10,8 +10,9 @@ import pytest
 
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies import Study, load_study
+from sparsecod_megatron.studies.cell import unfinished
 from sparsecod_megatron.studies.figures import draw_figures
-from sparsecod_megatron.studies.table import make_table, unfinished, write_table
+from sparsecod_megatron.studies.table import make_table, write_table
 from tests.unit.studies.conftest import WriteStudy, leave_result
 
 CLAIM = {
