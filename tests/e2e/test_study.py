@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.helpers.cli import sparsecod
+from tests.helpers.running import ended_with_block, until
 from tests.helpers.text import write_corpus
 
 pytestmark = [pytest.mark.e2e]
@@ -34,13 +38,20 @@ STUDY = {
 }
 
 
-def test_a_study_of_two_cells(tmp_path: Path) -> None:
-    text, prefix = write_corpus(tmp_path / "text"), tmp_path / "data/small"
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that run it, but for the output."""
+    folder = tmp_path_factory.mktemp("study")
+    text, prefix = write_corpus(folder / "text"), folder / "data/small"
     sparsecod("data", "--input", text, "--tokenizer", "train:384", "--output", prefix, "--val-fraction", "0.2")
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    return ["study", str(folder / "study.yaml"), f"run.data.prefix={prefix}"]
+
+
+def test_a_study_of_two_cells(study: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = ["study", tmp_path / "study.yaml", "--output", output, f"run.data.prefix={prefix}"]
+    command = [*study, "--output", output]
 
     sparsecod(*command, "--cell", "lr=fine,seed=1")
     fine = output / "cells/lr=fine,seed=1"
@@ -72,3 +83,25 @@ def test_a_study_of_two_cells(tmp_path: Path) -> None:
     assert json.loads((fine / "result.json").read_text())["metrics"] == metrics
     refused = sparsecod(*command, "run.train.train_steps=6", check=False)
     assert refused.returncode == 2 and "gives this cell another run" in refused.stderr
+
+
+def test_a_stopped_study_has_saved(study: list[str], tmp_path: Path) -> None:
+    """SIGTERM reaches the training of a running cell, which saves; no further cell is started."""
+    output = tmp_path / "out"
+    arguments = [*study, f"--output={output}", "launch.slots=1", "run.train.train_steps=5000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparsecod_megatron", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with ended_with_block(process):
+        metrics = output / "cells/lr=fine,seed=1/run/metrics.jsonl"
+        until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1].startswith("sparsecod study: ended by SIGTERM once the running cells had saved")
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert (metrics.parent / "checkpoints/latest").read_text() == f"step_{step:08d}\n"
+    assert not (output / "cells/lr=endless,seed=1").exists() and not (output / "table.md").exists()

@@ -35,9 +35,9 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
         for redirection in torch_cuda.redirections():
             _applied.append(redirection.apply())
         with torch_cuda.no_compilation():
-            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, orthogonalized, speed
+            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, orthogonalized, results, speed
 
-        for module in (megatron, collectives, optimizer, orthogonalized, speed):
+        for module in (megatron, collectives, optimizer, orthogonalized, results, speed):
             for redirection in module.redirections():
                 _applied.append(redirection.apply())
     from sparsecod_megatron.backend.cpu import kernels as sets
