@@ -45,7 +45,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     text, prefix = write_corpus(folder / "text"), folder / "data/small"
     sparsecod("data", "--input", text, "--tokenizer", "train:384", "--output", prefix, "--val-fraction", "0.2")
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     return ["study", str(folder / "study.yaml"), f"run.data.prefix={prefix}"]
 
 
