@@ -47,7 +47,10 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
         raise DataError(f"{path}: not a sentencepiece model ({error}); check the file") from error
     proto = ModelProto.FromString(path.read_bytes())
     tokenizer = Tokenizer(_model(proto, path))
-    tokenizer.normalizer = _normalizer(proto)
+    try:
+        tokenizer.normalizer = _normalizer(proto)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise DataError(f"{path}: its normalisation cannot be read ({error}); check the file") from error
     tokenizer.pre_tokenizer = _pre_tokenizer(proto)
     tokenizer.decoder = _decoder(proto)
     for piece in proto.pieces:

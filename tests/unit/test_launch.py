@@ -67,6 +67,8 @@ class Site:
                 stderr=pipe,
                 text=True,
                 start_new_session=True,
+                # A shell cannot trap what was ignored when it started, as SIGINT is in the background.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
         return self._started[-1]

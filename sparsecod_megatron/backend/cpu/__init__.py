@@ -36,11 +36,13 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
             _applied.append(redirection.apply())
         with torch_cuda.no_compilation():
             from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, orthogonalized, results, speed
+            from sparsecod_megatron.backend.cpu import kernels as sets  # imports Megatron-Core too
 
         for module in (megatron, collectives, optimizer, orthogonalized, results, speed):
             for redirection in module.redirections():
                 _applied.append(redirection.apply())
-    from sparsecod_megatron.backend.cpu import kernels as sets
+    else:
+        from sparsecod_megatron.backend.cpu import kernels as sets
 
     if kernels is not None or not _kernels:
         _kernels[:] = [redirection.apply() for redirection in sets.redirections(kernels or sets.DEFAULT)]
