@@ -54,9 +54,9 @@ class SparsecodRotaryEmbedding(nn.Module):
         self.config = config
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """[batch, seq] → two of [batch, 1, seq, head_dim]."""
+        """[batch, seq] → two of [batch, seq, head_dim], as transformers' own models hand them to blocks."""
         frequencies, factor = self._frequencies(positions.device)
-        angles = positions[:, None, :, None].float() * frequencies
+        angles = positions[:, :, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (factor * angles.cos()).to(dtype), (factor * angles.sin()).to(dtype)
 
@@ -70,7 +70,7 @@ class SparsecodRotaryEmbedding(nn.Module):
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn channel i with channel i + head_dim / 2; [batch, heads, seq, head_dim]."""
-    cos, sin = rotation
+    cos, sin = (part.unsqueeze(1) for part in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -7,6 +7,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.analysis.scores.context import Context, make_context
+from sparsecod_megatron.hf import configuration_sparsecod, modeling_sparsecod
 
 VOCAB_SIZE = 67
 NUM_LAYERS = 3
@@ -50,6 +51,13 @@ MIXED_FAMILIES = {
         },
         "model.layers",
     ),
+    # What our exports are where no stock class computes the same.
+    "sparsecod": (
+        "Sparsecod",
+        "SparsecodConfig",
+        GROUPED | {"norm_placement": "peri", "qk_norm": True, "sliding_window": 5, "window_attn_skip_freq": 2},
+        "model.layers",
+    ),
     "gemma3": ("Gemma3", "Gemma3TextConfig", GROUPED | {"head_dim": 8, "sliding_window": 5}, "model.layers"),
 }
 ALL_FAMILIES = FAMILIES | MIXED_FAMILIES
@@ -60,7 +68,8 @@ def tiny(family: str, **changes: int) -> PreTrainedModel:
     prefix, config, sizes, _ = ALL_FAMILIES[family]
     name = prefix if prefix.endswith("Model") else f"{prefix}ForCausalLM"
     torch.manual_seed(1)
-    model: PreTrainedModel = getattr(transformers, name)(getattr(transformers, config)(**(sizes | changes)))
+    modules = (configuration_sparsecod, modeling_sparsecod) if family == "sparsecod" else (transformers, transformers)
+    model: PreTrainedModel = getattr(modules[1], name)(getattr(modules[0], config)(**(sizes | changes)))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
