@@ -22,7 +22,6 @@ from sparsecod_megatron.errors import ConfigError, SparsecodError
 if TYPE_CHECKING:
     from sparsecod_megatron.parallel.processes import Processes
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _REPORT = "TORCHELASTIC_ERROR_FILE"
 """Names, in a rank's environment, the file that the agent reads its error from."""
 _ENDED_BY_OTHERS = (-signal.SIGTERM, -signal.SIGABRT)
@@ -86,6 +85,8 @@ def _passing_signals_on() -> Iterator[list[int]]:
 
     torch's agent would kill the ranks after 30 seconds, whether or not their checkpoint is complete.
     """
+    from sparsecod_megatron.config.stop_signals import handling_stop_signals
+
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -94,12 +95,8 @@ def _passing_signals_on() -> Iterator[list[int]]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
+    with handling_stop_signals(pass_on):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _run(arguments: Sequence[str], nproc: int) -> None:

@@ -25,7 +25,7 @@ def set_budget(budget: BudgetConfig, base: Path, runs: Mapping[Labels, Sequence[
         ConfigError: a run that cannot be, or a budget of less than a step.
     """
     configs = {labels: _load(base, labels, changes) for labels, changes in runs.items()}
-    tokens = {labels: _tokens(config) for labels, config in configs.items()}
+    tokens = {labels: float(training_tokens(config)) for labels, config in configs.items()}
     if budget.tokens is not None:
         tokens = dict.fromkeys(tokens, float(budget.tokens))
     if budget.match == "compute":
@@ -59,8 +59,9 @@ def training_flops_per_token(config: RunConfig) -> float:
     return flops_per_token(completed.model, config.data.seq_length)
 
 
-def _tokens(config: RunConfig) -> float:
-    return float(config.train.train_steps * tokens_per_step(config))
+def training_tokens(config: RunConfig) -> int:
+    """Of all steps."""
+    return config.train.train_steps * tokens_per_step(config)
 
 
 def _load(base: Path, labels: Labels, changes: Sequence[str]) -> RunConfig:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparsecod_megatron.checkpoint import resolve_step_dir, step_dir_name
 from sparsecod_megatron.config import load_config, save_config
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE
+from sparsecod_megatron.config.stop_signals import handling_stop_signals
 from sparsecod_megatron.errors import ConfigError, SparsecodError
 from sparsecod_megatron.evaluation.files import write_text
 from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
 from sparsecod_megatron.studies.metrics import cell_metrics
 from sparsecod_megatron.studies.scoring import evaluate, export, score
-from sparsecod_megatron.train.signals import STOP_SIGNALS
 
 RESULT_FILE = "result.json"
 MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
@@ -37,7 +34,7 @@ def run_cell(study: Study, cell: Cell) -> None:
         return
     model, run = cell.directory / MODEL_FOLDER, trained_run(cell)
     if not (model / "config.json").is_file():
-        _write_config(cell)
+        write_config(cell)
         _train(cell, nproc=study.config.launch.nproc)
         if _diverged(cell):
             write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": True, "metrics": {}}))
@@ -104,7 +101,12 @@ def measurement(study: Study) -> dict[str, Any]:
     }
 
 
-def _write_config(cell: Cell) -> None:
+def write_config(cell: Cell) -> None:
+    """Make the cell's folder, with the run that it is to train in `config.yaml`.
+
+    Raises:
+        ConfigError: another run is there.
+    """
     _check_unchanged(cell)
     cell.directory.mkdir(parents=True, exist_ok=True)
     save_config(cell.config, cell.directory / CONFIG_FILE)
@@ -123,7 +125,8 @@ def _train(cell: Cell, *, nproc: int) -> None:
     if _is_trained(cell):
         return
     command = [sys.executable, "-m", "sparsecod_megatron", "train", str(cell.directory / CONFIG_FILE)]
-    with _leaving_signals_to_the_training():
+    # A signal to the process group stops the training alone, which saves, while this process waits for it.
+    with handling_stop_signals(lambda *_: None):
         status = subprocess.run([*command, "--nproc", str(nproc)], stdout=subprocess.DEVNULL).returncode
     if _is_trained(cell) or (status == 2 and _diverged(cell)):
         return
@@ -132,17 +135,6 @@ def _train(cell: Cell, *, nproc: int) -> None:
     if status == 0:
         raise SparsecodError(f"cell {cell.name}: asked to stop; the same command goes on from there")
     raise RuntimeError(f"cell {cell.name}: the training ended with status {status}; see its output above")
-
-
-@contextlib.contextmanager
-def _leaving_signals_to_the_training() -> Iterator[None]:
-    """While the block runs, a signal to the process group only stops the training, which saves; this process waits."""
-    previous = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _is_trained(cell: Cell) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS, STYLE
 from sparsecod_megatron.analysis.report.output import replacing
-from sparsecod_megatron.studies.cell import is_done, trained_run
+from sparsecod_megatron.studies.cell import trained_run
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.metrics import last_variances
 from sparsecod_megatron.studies.places import Labels, place_name
@@ -35,25 +36,34 @@ def draw_figures(study: Study, table: Table) -> list[Path]:
         if any(metric in row.metrics for row in table.rows):
             drawn.append(study.output / FIGURES_FOLDER / f"{metric.replace('/', '_')}.png")
             _draw(drawn[-1], metric, study, table)
-    variances = {labels: found for labels in study.places if (found := _mean_variances(study, labels))}
+    variances = {labels: found for labels in table.results if (found := _mean_variances(study, labels, table))}
     if variances:
         drawn.append(study.output / FIGURES_FOLDER / "variance_by_depth.png")
         _draw_variances(drawn[-1], variances, study)
     return drawn
 
 
-def _mean_variances(study: Study, labels: Labels) -> list[float]:
+@contextlib.contextmanager
+def _picture(path: Path) -> Iterator[Axes]:
+    """Axes to draw on, in the style of all figures; written when the block ends well."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure.subplots()
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=DPI, metadata={})
+
+
+def _mean_variances(study: Study, labels: Labels, table: Table) -> list[float]:
     """`out_var` of every layer at the end of training, the geometric mean over the seeds that have it."""
-    runs = [last_variances(trained_run(cell)) for cell in study.cells if cell.labels == labels and is_done(study, cell)]
+    cells = [cell for cell in study.cells if cell.labels == labels and cell.seed in table.results[labels]]
+    runs = [last_variances(trained_run(cell)) for cell in cells]
     known = [layers for layers in runs if layers and min(layers) > 0]
     return np.exp(np.log(known).mean(axis=0)).tolist() if known else []
 
 
 def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], study: Study) -> None:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
+    with _picture(path) as axes:
         for index, (labels, layers) in enumerate(variances.items()):
             color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
             axes.plot(range(len(layers)), layers, color=color, marker=marker, label=place_name(labels))
@@ -63,15 +73,10 @@ def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], stu
         axes.set_ylabel("residual stream variance")
         axes.set_title(f"{study.config.name}: out_var after training", loc="left")
         axes.legend()
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=DPI, metadata={})
 
 
 def _draw(path: Path, metric: str, study: Study, table: Table) -> None:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
+    with _picture(path) as axes:
         labels = list(dict.fromkeys(row.labels[0][1] for row in table.rows)) if study.config.grid else [""]
         others = list(dict.fromkeys(row.labels[1:] for row in table.rows))
         for index, other in enumerate(others):
@@ -83,8 +88,6 @@ def _draw(path: Path, metric: str, study: Study, table: Table) -> None:
         axes.set_title(study.config.name, loc="left")
         if len(others) > 1:
             axes.legend()
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=DPI, metadata={})
 
 
 def _draw_line(
@@ -103,9 +106,5 @@ def _draw_line(
     ).T
     axes.errorbar(places, values, yerr=ends, color=color, marker=marker, capsize=2, linewidth=1.2, label=name)
     for place, row in zip(places, rows, strict=True):
-        seeds = [metrics[metric] for metrics in _of(row.labels, table) if metric in metrics]
+        seeds = [metrics[metric] for metrics in table.results[row.labels].values() if metric in metrics]
         axes.plot([place + 0.06] * len(seeds), seeds, ".", color=color, alpha=0.5, markersize=3)
-
-
-def _of(labels: Labels, table: Table) -> list[dict[str, float]]:
-    return [dict(metrics) for metrics in table.results[labels].values()]

@@ -49,11 +49,6 @@ class Study:
     cells: tuple[Cell, ...]
     output: Path
 
-    @property
-    def places(self) -> list[Labels]:
-        """Places of the grid, in its order."""
-        return list(dict.fromkeys(cell.labels for cell in self.cells))
-
     def cell(self, name: str) -> Cell:
         """The cell of that name.
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparsecod_megatron.analysis.intervals import Z_95
+
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """The 97.5 % points of Student's t for 1, 2, … degrees of freedom."""
-Z_95 = 1.96
-"""Of so many that it is the normal distribution."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from sparsecod_megatron.config.flops import flops_per_token
 from sparsecod_megatron.config.parameters import count_parameters
 from sparsecod_megatron.config.run_files import METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
+from sparsecod_megatron.studies.budget import training_tokens
 
 SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 """What a cell costs, known before it runs."""
@@ -23,7 +24,7 @@ def cell_sizes(config: RunConfig) -> dict[str, float]:
     """The numbers of `SIZES`; operations by the convention `full` of config/flops.py."""
     completed, _ = with_vocabulary(config)
     count = count_parameters(completed.model)
-    tokens = config.train.train_steps * config.train.global_batch_size * config.data.seq_length
+    tokens = training_tokens(config)
     flops = tokens * flops_per_token(completed.model, config.data.seq_length)
     return dict(zip(SIZES, (count.total, count.active, tokens, flops), strict=True))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -15,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from sparsecod_megatron.config.run_files import LOG_FILE
+from sparsecod_megatron.config.stop_signals import handling_stop_signals
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies.grid import Cell, Study
-from sparsecod_megatron.train.signals import STOP_SIGNALS
-
-LOG_FILE = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,8 @@ class Runner:
             for group in list(self._running):
                 self._tell(group, number)
 
-        previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-        try:
+        with handling_stop_signals(pass_on):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def slot_environments(slots: int, nproc: int) -> list[dict[str, str]]:

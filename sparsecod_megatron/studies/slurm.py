@@ -10,11 +10,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecod_megatron.config import save_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.evaluation.files import write_text
-from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
+from sparsecod_megatron.studies.cell import trained_run, write_config
+from sparsecod_megatron.studies.grid import Cell, Study
+from sparsecod_megatron.studies.schema import SlurmConfig
 
 SCRIPT = "submit.sh"
 
@@ -31,7 +32,7 @@ def write_jobs(study: Study, cells: Sequence[Cell], command: Sequence[str]) -> P
         The script; it runs in the present folder.
 
     Raises:
-        ConfigError: the job script is not there.
+        ConfigError: the job script is not there, or a cell's folder holds another run.
     """
     slurm = study.config.launch.slurm
     if not Path(slurm.script).is_file():
@@ -46,11 +47,10 @@ def write_jobs(study: Study, cells: Sequence[Cell], command: Sequence[str]) -> P
         "scored=",
     ]
     for cell in cells:
-        cell.directory.mkdir(parents=True, exist_ok=True)
-        save_config(cell.config, cell.directory / CONFIG_FILE)
-        lines += _cell_lines(cell, slurm.nodes, slurm.script, slurm.options, slurm.score_options, command)
-    table = _sbatch(f"{study.config.name}-table", study.output, slurm.score_options, wrap=[*command, "--table"])
-    lines.append(table.replace("sbatch", 'sbatch --dependency="afterany$scored"', 1))
+        write_config(cell)
+        lines += _cell_lines(cell, slurm, command)
+    table = _wrapped(f"{study.config.name}-table", study.output, slurm, [*command, "--table"])
+    lines.append(_sbatch(table, after='"afterany$scored"'))
     write_text(study.output / SCRIPT, "\n".join(lines) + "\n")
     return study.output / SCRIPT
 
@@ -69,34 +69,27 @@ def submit(script: Path) -> list[str]:
     return done.stdout.split()
 
 
-def _cell_lines(
-    cell: Cell, nodes: int, script: str, options: Sequence[str], score_options: Sequence[str], command: Sequence[str]
-) -> list[str]:
-    run = cell.directory.resolve() / RUN_FOLDER
-    train = shlex.join(
-        [
-            "sbatch",
-            "--parsable",
-            f"--job-name={cell.name}",
-            f"--nodes={nodes}",
-            f"--output={cell.directory}/train-%j.log",
-            f"--export=ALL,RUN_DIR={run}",
-            *options,
-            script,
-            str(cell.directory / CONFIG_FILE),
-        ]
-    )
-    score = _sbatch(f"{cell.name}-score", cell.directory, score_options, wrap=[*command, "--cell", cell.name])
-    return [
-        f"job=$({train})",
-        'echo "$job"',
-        f"scored+=:$({score.replace('sbatch', 'sbatch --dependency=afterok:$job', 1)})",
+def _cell_lines(cell: Cell, slurm: SlurmConfig, command: Sequence[str]) -> list[str]:
+    train = [
+        f"--job-name={cell.name}",
+        f"--nodes={slurm.nodes}",
+        f"--output={cell.directory}/train-%j.log",
+        f"--export=ALL,RUN_DIR={trained_run(cell).resolve()}",
+        *slurm.options,
+        slurm.script,
+        str(cell.directory / CONFIG_FILE),
     ]
+    score = _wrapped(f"{cell.name}-score", cell.directory, slurm, [*command, "--cell", cell.name])
+    return [f"job=$({_sbatch(train)})", 'echo "$job"', f"scored+=:$({_sbatch(score, after='afterok:$job')})"]
 
 
-def _sbatch(name: str, folder: Path, options: Sequence[str], *, wrap: Sequence[str]) -> str:
-    """A job that runs one `sparsecod` command."""
-    inner = shlex.join(["bash", "tools/run_in_venv.sh", "sparsecod", *wrap])
-    return shlex.join(
-        ["sbatch", "--parsable", f"--job-name={name}", f"--output={folder}/%x-%j.log", *options, f"--wrap={inner}"]
-    )
+def _wrapped(name: str, folder: Path, slurm: SlurmConfig, command: Sequence[str]) -> list[str]:
+    """sbatch's arguments for a job that runs one `sparsecod` command."""
+    inner = shlex.join(["bash", "tools/run_in_venv.sh", "sparsecod", *command])
+    return [f"--job-name={name}", f"--output={folder}/%x-%j.log", *slurm.score_options, f"--wrap={inner}"]
+
+
+def _sbatch(arguments: Sequence[str], *, after: str = "") -> str:
+    """The shell command of a job; `after`, in the shell's own words, is what it depends on."""
+    dependency = f"--dependency={after} " if after else ""
+    return f"sbatch --parsable {dependency}{shlex.join(arguments)}"

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from sparsecod_megatron.config.stop_signals import handling_stop_signals
+
 SAME_REQUEST_S = 1.0
 
 
@@ -41,9 +42,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
         elif not request:
             request.signal, request.since = signal.Signals(number), now
 
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
+    with handling_stop_signals(note):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

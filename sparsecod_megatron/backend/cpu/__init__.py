@@ -28,20 +28,19 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
         AssertionError: CUDA is present; `select_backend` never comes here then.
     """
     assert not torch.cuda.is_available(), "the CPU redirections must not touch a process that has CUDA"
+    from sparsecod_megatron.backend.cpu import eager, torch_cuda
+
     if not _applied:
         # torch first: Megatron-Core reads devices and streams while it is imported.
-        from sparsecod_megatron.backend.cpu import torch_cuda
-
         for redirection in torch_cuda.redirections():
             _applied.append(redirection.apply())
-        with torch_cuda.no_compilation():
+        with eager.no_compilation():
             from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, orthogonalized, results, speed
-            from sparsecod_megatron.backend.cpu import kernels as sets  # imports Megatron-Core too
 
-        for module in (megatron, collectives, optimizer, orthogonalized, results, speed):
+        for module in (eager, megatron, collectives, optimizer, orthogonalized, results, speed):
             for redirection in module.redirections():
                 _applied.append(redirection.apply())
-    else:
+    with eager.no_compilation():
         from sparsecod_megatron.backend.cpu import kernels as sets
 
     if kernels is not None or not _kernels:

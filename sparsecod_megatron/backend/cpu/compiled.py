@@ -18,8 +18,6 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 logger = logging.getLogger("sparsecod")
 
-_vocab_parallel = vocab_parallel_cross_entropy
-
 
 def has_compiler() -> bool:
     """Whether there is a C++ compiler for torch.compile; one line of the log says so if there is none."""
@@ -78,5 +76,5 @@ def cross_entropy(vocab_parallel_logits: Tensor, target: Tensor, label_smoothing
     Source: Megatron-Core tensor_parallel/cross_entropy.py, `vocab_parallel_cross_entropy` (arguments).
     """
     if label_smoothing or get_tensor_model_parallel_world_size() > 1:
-        return _vocab_parallel(vocab_parallel_logits, target, label_smoothing)
+        return vocab_parallel_cross_entropy(vocab_parallel_logits, target, label_smoothing)
     return _cross_entropy(vocab_parallel_logits, target)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,20 +94,6 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, device=device, **kwargs)
 
     return create
-
-
-@contextlib.contextmanager
-def no_compilation() -> Iterator[None]:
-    """While Megatron-Core is imported, its `jit_fuser` (jit.py:21) leaves functions as they are.
-
-    It would wrap them in torch.compile, which needs a C++ compiler at the first call; a laptop may have none.
-    """
-    original = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = original
 
 
 def redirections() -> list[Redirection]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -56,6 +58,30 @@ def test_meta_device_context_survives() -> None:
     )
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["meta", "meta", "meta"]
+
+
+def test_nothing_of_megatron_compiles_even_if_it_was_imported_first() -> None:
+    """A notebook or a study may import Megatron-Core before the backend is chosen, and have no C++ compiler."""
+    code = """
+        import sys, sparsecod_megatron.metrics, sparsecod_megatron.model, torch
+        from sparsecod_megatron.backend.cpu.eager import compiled_functions
+        print(len(list(compiled_functions())) > 20)
+        from sparsecod_megatron.backend import select_backend
+        select_backend()
+        from megatron.core import activations
+        from megatron.core.transformer.attention import Attention
+        ours = sys.modules["sparsecod_megatron.model.transformer_config"]
+        print(list(compiled_functions()), ours.squared_relu is activations.squared_relu)
+        print(activations.squared_relu(torch.tensor([-1.0, 3.0])).tolist())
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+    )
+    assert result.stdout.splitlines() == ["True", "[] True", "[0.0, 9.0]"]
 
 
 def test_random_state_fork_is_repeatable_and_leaves_the_outer_state() -> None:

@@ -11,7 +11,8 @@ import pytest
 from sparsecod_megatron.backend import select_backend
 
 select_backend()
-from sparsecod_megatron.train.signals import SAME_REQUEST_S, STOP_SIGNALS, stop_on_signals  # noqa: E402
+from sparsecod_megatron.config.stop_signals import STOP_SIGNALS  # noqa: E402
+from sparsecod_megatron.train.signals import SAME_REQUEST_S, stop_on_signals  # noqa: E402
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
