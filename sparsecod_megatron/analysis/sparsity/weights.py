@@ -42,7 +42,7 @@ class Weights:
         """
         matrices = find_matrices(context.layers.blocks, context.hidden_size)
         init_std = initial_std(context.model.config)
-        rows = matrix_rows(matrices, init_std)
+        rows = matrix_rows(matrices, init_std, no_bar=context.processes.no_bars)
         curve = PruningCurve(context, matrices)
         curve.evaluate(GRID)
         essential = find_essential(curve, seed=context.seed)
@@ -75,15 +75,16 @@ def initial_std(config: Any) -> float | None:
     return float(std) if std else None
 
 
-def matrix_rows(matrices: Sequence[Matrix], init_std: float | None) -> list[Row]:
+def matrix_rows(matrices: Sequence[Matrix], init_std: float | None, no_bar: bool | None = None) -> list[Row]:
     """One row a matrix: its size and spread, shares below each ε by both yardsticks, Hoyer and Gini.
 
     Args:
         matrices: of the model.
         init_std: yardstick of the `below_init_*` columns, which are None without it.
+        no_bar: what tqdm takes as `disable`.
     """
     rows = []
-    for matrix in tqdm(matrices, desc="weights", unit="matrix", leave=False, disable=None):
+    for matrix in tqdm(matrices, desc="weights", unit="matrix", leave=False, disable=no_bar):
         weight = matrix.weight.detach().float()
         std = float(weight.std(correction=0))
         rows.append(
