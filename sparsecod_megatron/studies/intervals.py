@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sparsecod_megatron.analysis.intervals import Z_95
 
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)
 """The 97.5 % points of Student's t for 1, 2, … degrees of freedom."""
 
 
@@ -36,9 +36,21 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
     if count < 2:
         return Mean(mean, None, None, count)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    point = T_95[count - 2] if count - 2 < len(T_95) else Z_95
-    half = point * math.sqrt(variance / count)
+    half = t_95(count - 1) * math.sqrt(variance / count)
     return Mean(mean, mean - half, mean + half, count)
+
+
+def t_95(freedom: int) -> float:
+    """The 97.5 % point of Student's t, by its expansion around the normal's where the table ends.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    z = Z_95
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def slope(values: Sequence[float]) -> float:
