@@ -38,8 +38,10 @@ TOP_CHANNELS = 10
 OUTLIER_STD = 3.0
 CONSTANT_STD = 16.0
 """Standard deviations below this many rounding steps of the token's mean are rounding: the token counts as constant."""
-CHUNK_ELEMENTS = 1 << 18
-"""On a CPU, so many elements at a time: the two temporaries of a chunk stay in its cache."""
+CHUNK_ELEMENTS = 1 << 19
+"""On a CPU, so many elements at a time: fewer stay in the cache, more spare calls."""
+SORTED_CHANNELS = 512
+"""On a CPU, so many channels are sorted faster than their largest are selected."""
 
 TokenFunction = Callable[..., Tensor]
 """[tokens, channels] tensors → [statistics, tokens]."""
@@ -69,6 +71,7 @@ class MomentsGroup:
     def collecting(self, sums: LayerAccumulator) -> Iterator[None]:
         """Observe every training forward pass inside the block. Local."""
         entering: dict[int, Tensor] = {}
+        room: list[Tensor] = []
 
         @torch.no_grad()
         def observe(layer: int, place: str, x: Tensor) -> None:
@@ -76,10 +79,12 @@ class MomentsGroup:
                 entering[layer] = x
             if place not in SHAPED_PLACES:
                 return
-            shapes = self._per_token(token_shapes, x)
+            if not room and not x.is_cuda:
+                room.append(temporaries(x))
+            shapes = self._per_token(token_shapes, x, room=room)
             self._add_shapes(sums, layer, place, shapes)
             if place == "out":
-                cosines = self._per_token(token_cosines, entering.pop(layer), x)
+                cosines = self._per_token(token_cosines, entering.pop(layer), x, room=room)
                 sums.add(layer, "cos", cosines.sum(), cosines.numel())
 
         with observing(self.models, observe):
@@ -103,26 +108,40 @@ class MomentsGroup:
         if place == "out":
             sums.add_maximum(layer, "massive", shapes[-1].max())
 
-    def _per_token(self, function: TokenFunction, *tensors: Tensor) -> Tensor:
-        """`function` of tensors [..., channels], in float64 [statistics, tokens]."""
+    def _per_token(self, function: TokenFunction, *tensors: Tensor, room: Sequence[Tensor] = ()) -> Tensor:
+        """`function` of tensors [..., channels], in float64 [statistics, tokens]; `room` as `in_chunks` takes it."""
         if tensors[0].is_cuda:
             return self._compiled(function)(*(x.reshape(-1, x.shape[-1]) for x in tensors)).double()
-        return in_chunks(function, *tensors).double()
+        return in_chunks(function, *tensors, room=room).double()
 
 
-def in_chunks(function: TokenFunction, *tensors: Tensor) -> Tensor:
-    """`function` of tensors [..., channels], a few tokens at a time."""
+def temporaries(x: Tensor) -> Tensor:
+    """What a chunk of x [..., channels] needs, [2, elements]; kept for all chunks, for new memory costs page faults."""
+    return x.new_empty((2, max(CHUNK_ELEMENTS, x.shape[-1])), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def in_chunks(function: TokenFunction, *tensors: Tensor, room: Sequence[Tensor] = ()) -> Tensor:
+    """`function` of tensors [..., channels], a few tokens at a time.
+
+    Args:
+        function: of chunks [tokens, channels] and of `room`, their temporaries [2, tokens, channels].
+        tensors: alike in shape.
+        room: `temporaries` to use.
+    """
     channels = tensors[0].shape[-1]
-    tokens = max(1, CHUNK_ELEMENTS // channels)
-    chunks = zip(*(x.reshape(-1, channels).split(tokens) for x in tensors), strict=True)
-    return torch.cat([function(*chunk) for chunk in chunks], dim=1)
+    (memory,) = room or (temporaries(tensors[0]),)
+    chunks = zip(*(x.reshape(-1, channels).split(max(1, CHUNK_ELEMENTS // channels)) for x in tensors), strict=True)
+    return torch.cat(
+        [function(*chunk, room=memory[:, : chunk[0].numel()].view(2, *chunk[0].shape)) for chunk in chunks], dim=1
+    )
 
 
-def token_shapes(x: Tensor) -> Tensor:
+def token_shapes(x: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, None)) -> Tensor:
     """Shape of each token's distribution over channels.
 
     Args:
         x: [tokens, channels], any float type.
+        room: two temporaries, as large as x, in fp32 or better; new ones by default.
 
     Returns:
         [len(SHAPES) + 1, tokens] in fp32 or better: the SHAPES, then the largest |x|.
@@ -130,13 +149,14 @@ def token_shapes(x: Tensor) -> Tensor:
     channels = x.shape[-1]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     tiny, epsilon = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
-    squares = x * x
+    room_of_squares, room_of_z = room
+    squares = torch.mul(x, x, out=room_of_squares)
     largest = _largest(squares, min(TOP_CHANNELS, channels))
     top_mass = (largest.sum(dim=-1) / squares.sum(dim=-1).clamp_min(tiny)).sqrt()
     peak = largest.amax(dim=-1).sqrt()
 
     mean = x.mean(dim=-1, keepdim=True)
-    z = x - mean
+    z = torch.sub(x, mean, out=room_of_z)
     std = torch.linalg.vector_norm(z, dim=-1, keepdim=True) / math.sqrt(channels)
     has_shape = std > (CONSTANT_STD * epsilon * mean.abs()).clamp_min(tiny)
     z *= torch.where(has_shape, 1 / std, 0.0)
@@ -148,20 +168,25 @@ def token_shapes(x: Tensor) -> Tensor:
     return torch.stack([skew, kurt, outlier_frac, top_mass, peak])
 
 
-def token_cosines(before: Tensor, after: Tensor) -> Tensor:
+def token_cosines(before: Tensor, after: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, None)) -> Tensor:
     """Cosine of each token with itself after the layer, [1, tokens], from two [tokens, channels] of any float type."""
     wide = torch.promote_types(before.dtype, torch.float32)
     before, after = before.to(wide), after.to(wide)
     norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
-    return ((before * after).sum(dim=-1) / norms.clamp_min(torch.finfo(wide).tiny)).unsqueeze(0)
+    products = torch.mul(before, after, out=room[0])
+    return (products.sum(dim=-1) / norms.clamp_min(torch.finfo(wide).tiny)).unsqueeze(0)
 
 
 def _largest(squares: Tensor, count: int) -> Tensor:
     """The `count` largest of each row, [tokens, count]; on a CPU the rows are reordered.
 
-    There numpy's vectorised selection takes about a tenth of the time of torch.topk.
+    There numpy's vectorised sorting and selection take about a tenth of the time of torch.topk.
     """
+    channels = squares.shape[-1]
     if squares.device.type != "cpu":
         return squares.topk(count, dim=-1, sorted=False).values
-    squares.numpy().partition(squares.shape[-1] - count, axis=-1)
+    if channels <= SORTED_CHANNELS:
+        squares.numpy().sort(axis=-1)
+    else:
+        squares.numpy().partition(channels - count, axis=-1)
     return squares[:, -count:]
