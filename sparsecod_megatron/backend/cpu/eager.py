@@ -17,6 +17,9 @@ import torch
 
 from sparsecod_megatron.backend.cpu.redirection import Redirection
 
+COMPILED_FROM = "_torchdynamo_orig_callable"
+"""Where a function that torch.compile returned has the one that it was given."""
+
 
 @contextlib.contextmanager
 def no_compilation() -> Iterator[None]:
@@ -30,7 +33,7 @@ def no_compilation() -> Iterator[None]:
 
 
 def compiled_functions() -> Iterator[tuple[Any, str, Any]]:
-    """(owner, name, function) of Megatron-Core's compiled functions, under each name by which they can be reached."""
+    """(owner, name, original) of Megatron-Core's compiled functions, under each name by which they can be reached."""
     for module_name, module in list(sys.modules.items()):
         if not module_name.startswith(("megatron.core.", "sparsecod_megatron.")):
             continue
@@ -39,11 +42,10 @@ def compiled_functions() -> Iterator[tuple[Any, str, Any]]:
         ]
         for owner in (module, *classes):
             for name, value in vars(owner).items():
-                original = (
-                    getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, FunctionType) else None
-                )
-                if original is not None and original.__module__.startswith("megatron.core."):
-                    yield owner, name, value
+                original = getattr(value, COMPILED_FROM, None) if isinstance(value, FunctionType) else None
+                # The graphs that torch has compiled stand in modules too; they come from functions of no module.
+                if isinstance(original, FunctionType) and str(original.__module__).startswith("megatron.core."):
+                    yield owner, name, original
 
 
 def redirections() -> list[Redirection]:
@@ -52,6 +54,6 @@ def redirections() -> list[Redirection]:
 
     later = Redirection(jit, "jit_fuser", jit.noop_decorator, "jit.py:21", "modules imported later compile too")
     return [later] + [
-        Redirection(owner, name, function._torchdynamo_orig_callable, "jit.py:21", "compiles at its first call")
-        for owner, name, function in compiled_functions()
+        Redirection(owner, name, original, "jit.py:21", "compiles at its first call")
+        for owner, name, original in compiled_functions()
     ]
