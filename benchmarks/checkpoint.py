@@ -41,7 +41,8 @@ def main() -> None:
     shape = (f"model.hidden_size={width}", f"model.ffn_hidden_size={width * 11 // 4}", "model.num_attention_heads=8")
     size = ("model.num_layers=8", "model.vocab_size=8192", "data.seq_length=256", "precision.dtype=fp32")
     config, backend = load_config(None, [*shape, *size, "train.global_batch_size=2"]), select_backend()
-    from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState
+    from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
     from sparsecod_megatron.train.step import train_step

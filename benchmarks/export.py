@@ -30,7 +30,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def write_checkpoint(folder: Path, hidden_size: int) -> None:
     """A dense model of 8 layers, at step 0."""
     backend = select_backend()
-    from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
 

@@ -70,8 +70,7 @@ def _copy_step(source: Path, run: Path, sizes: dict[str, int]) -> None:
     from sparsecod_megatron.backend import select_backend
 
     select_backend()
-    from sparsecod_megatron.checkpoint import resolve_step_dir
-    from sparsecod_megatron.checkpoint.paths import point_latest_to, tokenizer_dir
+    from sparsecod_megatron.checkpoint.paths import point_latest_to, resolve_step_dir, tokenizer_dir
     from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
     from sparsecod_megatron.hf.directory import directory_in_the_making

@@ -83,7 +83,8 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
     import torch
 
     from sparsecod_megatron.backend import select_backend
-    from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.checkpoint.whole import single_process
     from sparsecod_megatron.model import unwrap
     from sparsecod_megatron.parallel import running_processes

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparsecod_megatron.checkpoint import resolve_step_dir, step_dir_name
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir, step_dir_name
 from sparsecod_megatron.config import load_config, save_config
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE
 from sparsecod_megatron.config.stop_signals import handling_stop_signals

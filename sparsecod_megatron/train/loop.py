@@ -12,7 +12,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sparsecod_megatron.backend import Backend
-from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState, resume_candidates
+from sparsecod_megatron.checkpoint.paths import resume_candidates
+from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+from sparsecod_megatron.checkpoint.state import TrainState
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.flops import flops_per_token
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, LOG_FILE

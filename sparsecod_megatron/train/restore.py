@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState, load_latest, load_weights
+from sparsecod_megatron.checkpoint.native import load_latest, load_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+from sparsecod_megatron.checkpoint.state import TrainState
 from sparsecod_megatron.train.setup import Trainer
 
 logger = logging.getLogger("sparsecod")

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState
 from sparsecod_megatron.checkpoint.random_states import unchanged_random_states
+from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+from sparsecod_megatron.checkpoint.state import TrainState
 from sparsecod_megatron.config import EvaluationConfig
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.parallel.processes import PATIENCE

@@ -62,7 +62,7 @@ def statistics(
         groups: of the layout.
         source: checkpoint of the weights to start from; None makes them, with routers that overload some experts.
     """
-    from sparsecod_megatron.checkpoint import load_weights
+    from sparsecod_megatron.checkpoint.native import load_weights
     from sparsecod_megatron.metrics.parameter_norms import ParameterNormsGroup
     from sparsecod_megatron.metrics.router import RouterGroup
     from sparsecod_megatron.model import unwrap

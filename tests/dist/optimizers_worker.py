@@ -75,7 +75,8 @@ def continued(
         source: the checkpoint.
         copy: where to save it again from this layout; None does not.
     """
-    from sparsecod_megatron.checkpoint import load_checkpoint, save_checkpoint
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.metrics import StatisticsCollector
     from sparsecod_megatron.metrics.parameter_norms import ParameterNormsGroup
     from sparsecod_megatron.model import unwrap

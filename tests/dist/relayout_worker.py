@@ -12,7 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.checkpoint import load_checkpoint, resolve_step_dir, save_checkpoint
+from sparsecod_megatron.checkpoint.native import load_checkpoint
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+from sparsecod_megatron.checkpoint.saver import save_checkpoint
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.parallel import process_groups, world
 from tests.dist.layouts import LAYOUTS

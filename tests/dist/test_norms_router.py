@@ -23,7 +23,9 @@ NORMS = {"grad_norm", "param_norm", "update_ratio"}
 def single_process(model: str, checkpoint: Path) -> list[list[dict[str, Any]]]:
     """Two steps from fresh weights, saved; then the statistics of the steps that follow, with a fresh optimizer."""
     backend = select_backend()
-    from sparsecod_megatron.checkpoint import TrainState, resolve_step_dir, save_checkpoint
+    from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.parallel import running_processes
 
     config = layout_config(Layout("single", model, 1, ()))
@@ -39,7 +41,7 @@ def single_process(model: str, checkpoint: Path) -> list[list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, list[list[dict[str, Any]]]]:
     """Statistics by layout, or by model for one process."""
-    from sparsecod_megatron.checkpoint import resolve_step_dir
+    from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 
     folder = tmp_path_factory.mktemp("norms-router")
     single = {model: single_process(model, folder / model) for model in MODELS}

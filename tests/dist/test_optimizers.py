@@ -40,7 +40,8 @@ def in_one_process(model: str, source: Path) -> Records:
 def two_steps(model: str, folder: Path) -> Path:
     """Checkpoint of one process after two steps."""
     backend = select_backend()
-    from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
     from sparsecod_megatron.train.step import train_step

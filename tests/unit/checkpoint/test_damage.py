@@ -31,7 +31,8 @@ def trainer() -> Iterator[Trainer]:
 @pytest.fixture(scope="module")
 def saved(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints, of steps 1 and 2, whose tensors differ; the path of the second."""
-    from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState
+    from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.train.step import train_step
     from tests.helpers.training import trainer_batches
 
@@ -99,7 +100,7 @@ def test_any_damage_is_refused(
     trainer: Trainer, saved: Path, tmp_path: Path, name: str, damage: Any, where: float, bit: int
 ) -> None:
     """One line that names the checkpoint; it is left as it was."""
-    from sparsecod_megatron.checkpoint import load_checkpoint
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
 
     shutil.rmtree(tmp_path, ignore_errors=True)
     shutil.copytree(saved, tmp_path / "step_00000002")
@@ -135,7 +136,7 @@ def test_damage_behind_a_right_manifest(
     trainer: Trainer, saved: Path, tmp_path: Path, name: str, damage: Any, where: float, bit: int
 ) -> None:
     """Bytes of a tensor may be any; everything else is one line, no other exception."""
-    from sparsecod_megatron.checkpoint import load_checkpoint
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
 
     shutil.rmtree(tmp_path, ignore_errors=True)
     directory = tmp_path / "step_00000002"
@@ -189,7 +190,7 @@ def bomb_shard(directory: Path, bomb: Bomb) -> None:
 def test_pickle_bombs_do_not_go_off(
     plant: Callable[[Path, Bomb], None], trainer: Trainer, saved: Path, tmp_path: Path
 ) -> None:
-    from sparsecod_megatron.checkpoint import load_checkpoint, load_weights
+    from sparsecod_megatron.checkpoint.native import load_checkpoint, load_weights
 
     directory = tmp_path / "step_00000002"
     shutil.copytree(saved, directory)
@@ -212,7 +213,8 @@ def test_falls_back_to_the_one_before(
     trainer: Trainer, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line says which was damaged, why, and which is used; with none left it is an error."""
-    from sparsecod_megatron.checkpoint import load_latest, resume_candidates
+    from sparsecod_megatron.checkpoint.native import load_latest
+    from sparsecod_megatron.checkpoint.paths import resume_candidates
 
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(saved.parent, checkpoints)

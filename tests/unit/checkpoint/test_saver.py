@@ -33,7 +33,9 @@ def shards(directory: Path) -> dict[str, bytes]:
 
 def test_an_asynchronous_save_is_that_of_its_moment(tmp_path: Path) -> None:
     """Training goes on at once, with dropout: the same losses, and the files of a synchronous save."""
-    from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState, load_checkpoint
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
+    from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.train.step import train_step
 
     losses: dict[bool, list[float]] = {}
@@ -62,7 +64,9 @@ def test_an_asynchronous_save_is_that_of_its_moment(tmp_path: Path) -> None:
 
 
 def test_step_0_continues_as_if_it_had_not_been_saved(tmp_path: Path) -> None:
-    from sparsecod_megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.train.step import train_step
 
     with small_trainer("model.num_layers=2") as trainer:
@@ -93,7 +97,8 @@ def test_a_save_that_takes_too_long(
     """Named in one line; asynchronous goes on and saves again, synchronous raises; no process and no file is left."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState
+    from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+    from sparsecod_megatron.checkpoint.state import TrainState
 
     section = trainer.config.checkpoint
     section.async_save = True
@@ -125,7 +130,8 @@ def test_a_writer_that_dies_commits_nothing(trainer: Trainer, tmp_path: Path, mo
     """Even asynchronous, the run does not end as if its last checkpoint were there."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from sparsecod_megatron.checkpoint import CheckpointSaver, TrainState
+    from sparsecod_megatron.checkpoint.saver import CheckpointSaver
+    from sparsecod_megatron.checkpoint.state import TrainState
 
     trainer.config.checkpoint.async_save = True
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(failing_write))
@@ -138,7 +144,7 @@ def test_a_writer_that_dies_commits_nothing(trainer: Trainer, tmp_path: Path, mo
 
 
 def test_the_next_run_deletes_what_a_crash_left(trainer: Trainer, tmp_path: Path) -> None:
-    from sparsecod_megatron.checkpoint import CheckpointSaver
+    from sparsecod_megatron.checkpoint.saver import CheckpointSaver
 
     left = tmp_path / "step_00000005.tmp-12345678"
     left.mkdir()
@@ -148,7 +154,8 @@ def test_the_next_run_deletes_what_a_crash_left(trainer: Trainer, tmp_path: Path
 
 
 def test_an_unwritable_folder_is_one_line(trainer: Trainer, tmp_path: Path) -> None:
-    from sparsecod_megatron.checkpoint import TrainState, save_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
 
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match=r"step_00000001: not saved \(Not a directory"):

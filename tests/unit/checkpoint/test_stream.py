@@ -18,7 +18,8 @@ from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
 
 BACKEND = select_backend()
 
-from sparsecod_megatron.checkpoint import TrainState, save_checkpoint  # noqa: E402
+from sparsecod_megatron.checkpoint.saver import save_checkpoint  # noqa: E402
+from sparsecod_megatron.checkpoint.state import TrainState  # noqa: E402
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint  # noqa: E402
 from sparsecod_megatron.model import unwrap  # noqa: E402
 from sparsecod_megatron.parallel import running_processes  # noqa: E402

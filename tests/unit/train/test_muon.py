@@ -70,7 +70,9 @@ def test_each_projection_of_attention_is_a_matrix_of_its_own(gate: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_resumes_bitwise(model: str, dtype: str, tmp_path: Path) -> None:
     """Weights and losses after a resume are equal as numbers, whatever the weights that the new process drew."""
-    from sparsecod_megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.train.step import train_step
 
     settings = (*MODELS[model], *MUON, f"precision.dtype={dtype}")

@@ -149,7 +149,9 @@ def test_without_a_base_width_all_rates_are_the_same() -> None:
 
 def test_mup_rates_survive_a_checkpoint(tmp_path: Path) -> None:
     """Megatron-Core takes groups for the same unless something besides their rates tells them apart."""
-    from sparsecod_megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.train.step import train_step
 
     settings = (*MOE, "model.mup_base_hidden_size=8", "optimizer.no_weight_decay=[]")
