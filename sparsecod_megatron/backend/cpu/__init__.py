@@ -40,8 +40,7 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
         for module in (eager, megatron, collectives, optimizer, orthogonalized, results, speed):
             for redirection in module.redirections():
                 _applied.append(redirection.apply())
-    with eager.no_compilation():
-        from sparsecod_megatron.backend.cpu import kernels as sets
+    from sparsecod_megatron.backend.cpu import kernels as sets
 
     if kernels is not None or not _kernels:
         _kernels[:] = [redirection.apply() for redirection in sets.redirections(kernels or sets.DEFAULT)]
