@@ -20,7 +20,7 @@ class SparsecodConfig(PreTrainedConfig):
     """
 
     model_type = "sparsecod"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 50304
     hidden_size: int = 768

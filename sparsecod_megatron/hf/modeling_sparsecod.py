@@ -11,6 +11,7 @@ MLP, and s = 1 / sqrt(layer + 1) under LayerNorm scaling (1 otherwise), a branch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +24,16 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparsecod import SparsecodConfig
 from .moe_sparsecod import SparsecodMLP, SparsecodMoE
 
 Rotation = tuple[Tensor, Tensor]
+
+# transformers 5.24 renamed `past_key_values`; an export is loaded by whichever version its user has.
+_OUTPUTS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE = "cache" if "cache" in _OUTPUTS else "past_key_values"
 
 
 class SparsecodRMSNorm(nn.Module):
@@ -181,7 +187,7 @@ class SparsecodPreTrainedModel(PreTrainedModel):
     config_class = SparsecodConfig
     base_model_prefix = "model"
     _no_split_modules = ["SparsecodLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -199,11 +205,13 @@ class SparsecodModel(SparsecodPreTrainedModel):
         self.rotary_emb = SparsecodRotaryEmbedding(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -213,36 +221,51 @@ class SparsecodModel(SparsecodPreTrainedModel):
         """Token ids or embeddings to the last hidden state [batch, seq, hidden].
 
         `hidden_states` are the layers' inputs, and the output after the final norm, as everywhere in transformers.
+        `cache` and `past_key_values` are the two names that transformers' versions have for one argument.
+
+        Raises:
+            TypeError: an argument that would be ignored.
+            ValueError: neither token ids nor embeddings are given, or both.
         """
+        _refuse_ignored(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(embedded.shape[1], device=embedded.device) + seen).unsqueeze(0)
-        masks = self._masks(embedded, attention_mask, past_key_values, position_ids)
+        masks = self._masks(embedded, attention_mask, cache, position_ids)
         rotation = self.rotary_emb(position_ids, embedded.dtype)
         x, streams = self.embedding_norm(embedded), []
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             streams.append(x)
-            x = layer(x, rotation, masks[kind], past_key_values)
+            x = layer(x, rotation, masks[kind], cache)
         x = self.norm(x)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
             hidden_states=(*streams, x) if wanted else None,
+            **{CACHE: cache},
         )
 
     def _masks(
         self, embedded: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
     ) -> dict[str, Tensor | None]:
         given = {"config": self.config, "inputs_embeds": embedded, "attention_mask": attention_mask}
-        given |= {"past_key_values": cache, "position_ids": position_ids}
+        given |= {CACHE: cache, "position_ids": position_ids}
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {kind: maker(**given) for kind, maker in makers.items() if kind in self.config.layer_types}
+
+
+def _refuse_ignored(arguments: dict[str, Any]) -> None:
+    """A keyword of a later transformers must not vanish here: the cache did when 5.24 renamed it."""
+    given = [name for name, value in arguments.items() if value is not None and value is not False]
+    ignored = [name for name in given if name != "cache_position"]  # earlier versions' duplicate of position_ids
+    if ignored:
+        raise TypeError(f"sparsecod models have no argument {', '.join(ignored)}; leave it out")
 
 
 class SparsecodForCausalLM(SparsecodPreTrainedModel, GenerationMixin):
@@ -256,23 +279,29 @@ class SparsecodForCausalLM(SparsecodPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Token ids to logits [batch, seq, vocabulary], and the next-token loss where labels are given."""
+        """Token ids to logits [batch, seq, vocabulary], and the next-token loss where labels are given.
+
+        `num_items_in_batch` counts the labels of all micro-batches, by which transformers' Trainer has the sum divided.
+        """
         outputs = self.model(input_ids=input_ids, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            counted = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, **counted)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )

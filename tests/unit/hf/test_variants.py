@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from sparsecod_megatron.config import ModelConfig, load_config
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import choose_family, compare_logits, export_model
+from sparsecod_megatron.hf.modeling_sparsecod import CACHE
 from tests.helpers.megatron import SMALL
 from tests.helpers.reference_gpt import forward
 from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
@@ -110,6 +111,23 @@ def test_generating_with_a_cache_continues_as_without(name: str, attention: str,
             logits = loaded(tokens, use_cache=False).logits
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
         assert torch.equal(generated[row, first:], tokens[0])
+
+
+def test_no_argument_is_ignored(tmp_path: Path) -> None:
+    """Both names of the cache, the count that transformers' Trainer divides by; what is unknown is refused."""
+    model = variant("moe-deepseek")
+    loaded = AutoModelForCausalLM.from_pretrained(export(model, random_weights(model), tmp_path / "m")).eval()
+    with torch.no_grad():
+        expected = loaded(TOKENS, labels=TOKENS)
+        for name in ("cache", "past_key_values"):
+            given = {name: loaded(TOKENS[:, :12], use_cache=True)[CACHE]}
+            torch.testing.assert_close(loaded(TOKENS[:, 12:], **given).logits, expected.logits[:, 12:])
+        labels = TOKENS.shape[0] * (TOKENS.shape[1] - 1)
+        loss = loaded(TOKENS, labels=TOKENS, num_items_in_batch=3 * labels).loss
+        torch.testing.assert_close(loss, expected.loss / 3)
+        assert torch.equal(loaded(TOKENS, return_dict=False)[0], expected.logits)
+        with pytest.raises(TypeError, match="sparsecod models have no argument encoder_outputs"):
+            loaded(TOKENS, encoder_outputs=TOKENS, output_attentions=False)
 
 
 def test_hidden_states_and_loss_are_transformers(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_intervals_hold_the_mean_of_the_sequences() -> None:
 
 
 def test_attention_that_cannot_be_exchanged_is_refused() -> None:
-    config = AutoConfig.for_model("gptj", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    config = AutoConfig.for_model("bloom", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
     context = sample(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ConversionError, match="GPTJForCausalLM.*leave the attention score out"):
+    with pytest.raises(ConversionError, match="BloomForCausalLM.*leave the attention score out"):
         Attention().run(context)
