@@ -28,6 +28,7 @@ from sparsecod_megatron.checkpoint.untrusted import read_metadata, tensors_only
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import unwrap
+from sparsecod_megatron.parallel.weights import gather_weights
 
 logger = logging.getLogger("sparsecod")
 
@@ -42,6 +43,7 @@ def sharded_state(
         optimizer: of the models.
         groups: the run's process groups.
     """
+    gather_weights(models)
     sharded = _model_state(models, groups)
     # Data-parallel rank 0 has gathered the others' parts; they write none.
     tensors = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=False)

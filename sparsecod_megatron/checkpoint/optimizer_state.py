@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from sparsecod_megatron.checkpoint.bucket_padding import places_without_padding
 from sparsecod_megatron.errors import CheckpointError
 
 _MASTERS = "fp32_from_fp16_params"
@@ -73,7 +74,8 @@ def _sharded_slices(
 ) -> Any:
     if not is_loading and not part.optimizer.state:
         _start_moments(part)
-    return part.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)["param_state"]
+    with places_without_padding(part):
+        return part.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)["param_state"]
 
 
 def _start_moments(part: DistributedOptimizer) -> None:

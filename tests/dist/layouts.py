@@ -18,6 +18,9 @@ FULL_RECOMPUTE = (
 )
 SELECTIVE_RECOMPUTE = ("megatron.recompute_granularity=selective", "megatron.recompute_modules=[core_attn,layernorm]")
 
+BUCKETS = ("megatron.overlap_grad_reduce=true", "megatron.overlap_param_gather=true", "megatron.bucket_size=5000")
+"""How CUDA trains by default, with many small buckets, some of which end in padding."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -37,16 +40,16 @@ class Layout:
 
 
 LAYOUTS = [
-    Layout("dp2", "dense", 2, ()),
+    Layout("dp2", "dense", 2, BUCKETS),
     Layout("tp2", "dense", 2, (TP2,)),
     Layout("tp2-sp", "dense", 2, (TP2, SP)),
     Layout("pp2", "dense", 2, (PP2,)),
-    Layout("pp2-vpp2", "dense", 2, (PP2, VPP2)),
-    Layout("cp2", "dense", 2, (CP2,)),
-    Layout("tp2-pp2", "dense", 4, (TP2, PP2)),
+    Layout("pp2-vpp2", "dense", 2, (PP2, VPP2, *BUCKETS)),
+    Layout("cp2", "dense", 2, (CP2, *BUCKETS)),
+    Layout("tp2-pp2", "dense", 4, (TP2, PP2, *BUCKETS)),
     Layout("tp2-sp-full-recompute", "dense", 2, (TP2, SP, *FULL_RECOMPUTE)),
     Layout("ep2", "moe", 2, (EP2,)),
-    Layout("cp2-ep2-selective-recompute", "moe", 2, (CP2, EP2, *SELECTIVE_RECOMPUTE)),
-    Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2)),
+    Layout("cp2-ep2-selective-recompute", "moe", 2, (CP2, EP2, *SELECTIVE_RECOMPUTE, *BUCKETS)),
+    Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2, *BUCKETS)),
     Layout("tp2-ep2-etp1", "moe", 2, (TP2, SP, EP2, ETP1)),
 ]

@@ -1,0 +1,71 @@
+"""Checkpoints of runs that bucket and overlap their communication, as CUDA does by default, hold what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsecod_megatron.backend import select_backend
+from tests.dist.conftest import Bench
+from tests.dist.layouts import BUCKETS
+from tests.dist.test_layouts import series
+from tests.dist.test_resume import stopped_copy
+
+pytestmark = pytest.mark.dist
+NARROW = ("model.hidden_size=72", "model.ffn_hidden_size=120", "schedule.lr_warmup_steps=0")
+"""No bucket of this width is a multiple of 128."""
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def straight(request: pytest.FixtureRequest, bench: Bench) -> tuple[Path, tuple[str, ...]]:
+    """Twenty steps on two processes, never stopped, and the settings of the run."""
+    settings = (*NARROW, *BUCKETS, f"precision.dtype={request.param}")
+    return bench.train(f"buckets-{request.param}", *settings, nproc=2), settings
+
+
+@pytest.mark.parametrize("nproc", [2, 1])
+def test_resumed_is_never_stopped(straight: tuple[Path, tuple[str, ...]], nproc: int, bench: Bench) -> None:
+    """Bit for bit in the same layout, and closely in one process."""
+    reference, settings = straight
+    run = stopped_copy(reference, bench.directory / f"{reference.name}-resumed-{nproc}")
+    bench.train(run.name, *settings, nproc=nproc)
+    close = {"rtol": 1e-4 if "fp32" in reference.name else 3e-3}
+    compare = np.testing.assert_array_equal if nproc == 2 else np.testing.assert_allclose
+    compare(series(run, "loss"), series(reference, "loss"), **({} if nproc == 2 else close))
+
+
+def test_weights_are_those_of_the_last_update(straight: tuple[Path, tuple[str, ...]]) -> None:
+    """Every tensor of the file is its fp32 master in the model's type, read without Megatron-Core's own loading."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    reference, _ = straight
+    tensors = _load_state_dict_from_keys(storage_reader=FileSystemReader(reference / "checkpoints" / "step_00000020"))
+    prefix = "optimizer.state.param."
+    masters = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    assert len(masters) > 8
+    for name, master in masters.items():
+        assert torch.equal(master.to(tensors[name].dtype), tensors[name]), name
+
+
+def test_upstream_still_counts_the_padding() -> None:
+    """Fails once Megatron-Core cuts parameters out where they are: then `bucket_padding.py` goes."""
+    select_backend()
+    from tests.helpers.training import small_trainer, trainer_batches
+
+    buckets = ("model.hidden_size=72", "model.ffn_hidden_size=120", *BUCKETS)
+    with small_trainer(*buckets) as trainer:
+        from sparsecod_megatron.checkpoint import native
+        from sparsecod_megatron.train.step import train_step
+
+        train_step(trainer, trainer_batches(trainer))
+        (part,) = trainer.optimizer.chained_optimizers
+        names = native._metadata(trainer.groups)
+        state = native._model_state(trainer.models, trainer.groups)
+        cut = part.sharded_state_dict(state, is_loading=False, metadata=names)["param_state"]
+        parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
+        wrong = [not torch.equal(cut[i]["param"].data, parameter) for i, parameter in enumerate(parameters)]
+        assert any(wrong)
