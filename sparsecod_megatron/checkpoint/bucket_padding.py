@@ -1,7 +1,7 @@
 """Megatron-Core's places of parameters in the optimizer's gathered state, which forget the padding of buckets.
 
-`get_parameter_state_dp_zero` joins the buckets without the padding at their ends; the caller then cuts parameters out by
-`param_index_map`, which counts it. From the second bucket on, every parameter is given its neighbours' numbers.
+`get_parameter_state_dp_zero` joins the buckets without the padding at their ends; the caller then cuts parameters out
+by `param_index_map`, which counts it. From the second bucket on, every parameter is given its neighbours' numbers.
 
 Source: megatron-core 0.16.1 optimizer/distrib_optimizer.py:1479-1508; mended upstream after 0.19.0.
 """

@@ -1,6 +1,6 @@
 """Weights as the last update left them, on every rank, for whoever reads them outside of a step.
 
-With `overlap_param_gather` (CUDA's default) a data-parallel rank has new values only of what it steps itself; the others'
+With `overlap_param_gather` (CUDA's default) a data-parallel rank has new values only of what it steps itself; the rest
 arrive in the next forward pass. Until then its weights are a mixture of two steps.
 """
 
