@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.dist.conftest import MODELS, Bench
-from tests.dist.layouts import BUCKETS, EP2, PP2, SP, TP2
+from tests.dist.layouts import EP2, PP2, SP, TP2
 from tests.dist.test_layouts import assert_statistics_equal, series
 from tests.helpers.cli import read_jsonl
 from tests.helpers.running import ended_with_block, until
@@ -34,7 +34,7 @@ def stopped_copy(reference: Path, target: Path) -> Path:
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
 WALL_CLOCK = ("tokens_per_s", "tflops", "step_time_s")
-LAYOUTS = {"dp2": BUCKETS, "tp2-sp": (TP2, SP)}
+LAYOUTS = {"dp2": (), "tp2-sp": (TP2, SP)}
 
 
 @pytest.fixture(scope="module")
