@@ -58,6 +58,13 @@ MIXED_FAMILIES = {
         GROUPED | {"norm_placement": "peri", "qk_norm": True, "sliding_window": 5, "window_attn_skip_freq": 2},
         "model.layers",
     ),
+    # Attention with a sink logit a head.
+    "gpt_oss": (
+        "GptOss",
+        "GptOssConfig",
+        GROUPED | {"head_dim": 8, "sliding_window": 5, "num_local_experts": 5, "num_experts_per_tok": 2},
+        "model.layers",
+    ),
     "gemma3": ("Gemma3", "Gemma3TextConfig", GROUPED | {"head_dim": 8, "sliding_window": 5}, "model.layers"),
 }
 ALL_FAMILIES = FAMILIES | MIXED_FAMILIES

@@ -114,8 +114,15 @@ def test_refuses_blocks_whose_tokens_it_cannot_take_apart(model: MambaForCausalL
         Jacobian().run(context(model))
 
 
-def test_refuses_a_block_that_mixes_tokens_outside_attention() -> None:
+@pytest.mark.parametrize("massive", [0.0, 3000.0])
+def test_refuses_a_block_that_mixes_tokens_outside_attention(massive: float) -> None:
+    """However large one channel of the residual stream is, as in most trained models."""
     model = tiny("llama")
+    if massive:
+        model.model.embed_tokens.weight.data[:, 0] += massive
+        for name, weight in model.named_parameters():
+            if "layernorm" in name:  # the channel counts for nothing but the size of the stream
+                weight.data.mul_(massive / 4)[0] = 0
     mlp = model.model.layers[1].mlp
     whole = mlp.forward
     mlp.forward = lambda x: whole(x + x.mean(dim=1, keepdim=True))
