@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """How the model called a block: its arguments without the hidden states, and the form of its answer."""
+    """How the model called a block: its arguments without the hidden states, and what it answered besides them.
+
+    Attributes:
+        args: positional ones after the hidden states.
+        kwargs: named ones but the hidden states.
+        rest: what follows the hidden states in the block's tuple, which the model may unpack; None without a tuple.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    returns_tuple: bool
+    rest: tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Replay:
                 hidden.append(before)
             hidden.append(after)
             named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls.append(Call(args[1:], named, isinstance(output, tuple)))
+            calls.append(Call(args[1:], named, output[1:] if isinstance(output, tuple) else None))
             if len(calls) == len(self.layers):
                 raise _AllBlocksRan
 
@@ -132,8 +138,7 @@ class Replay:
         (norm, scale, cap) is done here too.
         """
         answers = {
-            layer: _Answer(block, hidden, trace.calls[layer].returns_tuple)
-            for layer, block in enumerate(self.layers.blocks)
+            layer: _Answer(block, hidden, trace.calls[layer].rest) for layer, block in enumerate(self.layers.blocks)
         }
         with swapped(self.layers.blocks, answers):
             logits: Tensor = self.model(input_ids=trace.tokens, use_cache=False).logits
@@ -147,15 +152,15 @@ class _AllBlocksRan(Exception):
 class _Answer(nn.Module):
     """Stands in a block's place: has its attributes, and answers every call with given hidden states."""
 
-    def __init__(self, block: nn.Module, hidden: Tensor, returns_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, hidden: Tensor, rest: tuple[Any, ...] | None) -> None:
         super().__init__()
-        self.__dict__.update(_block=block, _hidden=hidden, _returns_tuple=returns_tuple)
+        self.__dict__.update(_block=block, _answer=hidden if rest is None else (hidden, *rest))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return (self.__dict__["_hidden"],) if self.__dict__["_returns_tuple"] else self.__dict__["_hidden"]
+        return self.__dict__["_answer"]
 
 
 def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
+from transformers import BambaConfig, BambaForCausalLM
 
 from sparsecod_megatron.analysis.scores.base import Result
 from sparsecod_megatron.analysis.scores.causal import Causal
@@ -61,6 +63,18 @@ def test_usefulness(family: str) -> None:
             assert result.values["mean_log_usefulness"]["value"] == pytest.approx(np.log(expected).mean(), abs=CLOSE)
             assert result.values["useful_share"]["value"] == pytest.approx((expected > 1.1).mean())
     assert result.num_sequences == 8
+
+
+def test_a_model_that_unpacks_its_blocks_tuples() -> None:
+    """Bamba's blocks answer (hidden states, attention weights), and the model takes both."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    mixer = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    config = BambaConfig(vocab_size=67, num_hidden_layers=NUM_LAYERS, attn_layer_indices=[1], **sizes, **mixer)
+    torch.manual_seed(1)
+    given = context(BambaForCausalLM(config))
+    expected = naive.skip_loss(given.model, given.layers.blocks, given.windows)
+    assert column(Skip().run(given), "skip", "skip_loss") == pytest.approx(expected, abs=CLOSE)
+    assert np.abs(expected).max() > CLOSE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
