@@ -144,8 +144,8 @@ class IsolatedBlock:
         excess, branch = (difference - rounding).clamp_min(0), (after - before).norm()
         if not excess <= TOLERANCE[self.hidden.dtype] * branch:  # a block that adds nothing is itself
             raise ConversionError(
-                f"{kind}: taken apart by tokens it gives other outputs (relative difference {excess / branch:.1e}), so it "
-                "mixes tokens outside its attention; leave jacobian out of --scores"
+                f"{kind}: taken apart by tokens it gives other outputs (relative difference {excess / branch:.1e}), so "
+                "it mixes tokens outside its attention; leave jacobian out of --scores"
             )
 
 
