@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import decimal
 import os
 from pathlib import Path
 
@@ -15,9 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         required=True,
-        help="a text file (plain, .gz, .zst), a .jsonl[.gz|.zst] or .parquet file, a directory of these and of .txt "
-        ".md .rst .py files, `stdlib` (Python's own library: real text on every machine), or hf:NAME[:CONFIG] "
-        "(a HuggingFace dataset, streamed; a directory of data files or one saved with save_to_disk)",
+        help="a text file, JSON lines or array (.jsonl .ndjson .jsonlines .json), each plain, .gz or .zst, a .parquet "
+        "file, a directory of these and of .txt .md .rst .py files, `stdlib` (Python's own library: real text on "
+        "every machine), or hf:NAME[:CONFIG] (a HuggingFace dataset, streamed; a directory of data files or one saved "
+        "with save_to_disk)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=1234, help="chooses the documents held out (default: %(default)s)")
     parser.add_argument(
-        "--text-key", default="text", help="JSONL field or dataset column with the text (default: %(default)s)"
+        "--text-key", default="text", help="JSON field or dataset column with the text (default: %(default)s)"
     )
     parser.add_argument("--max-documents", type=int, help="use only the first so many documents")
     parser.add_argument("--max-tokens", type=_whole_number, help="stop after the document that reaches so many (1e9)")
@@ -63,7 +65,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _whole_number(text: str) -> int:
     """`1000000000` or `1e9`."""
-    return int(text) if text.isdecimal() else int(float(text))
+    try:
+        number = decimal.Decimal(text)
+        if number.is_finite() and number == number.to_integral_value():
+            return int(number)
+    except decimal.InvalidOperation:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write for example 1000000 or 1e6")
 
 
 def _usable_cores() -> int:

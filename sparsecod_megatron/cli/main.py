@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import keyword
 import os
 import sys
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         # Libraries below draw bars into log files otherwise.
         os.environ.setdefault("TQDM_DISABLE", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name need not be text
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _overview().parse_args(arguments[:1]).command
     module = _load(command)

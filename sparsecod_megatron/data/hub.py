@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sparsecod_megatron.data.readers import no_text_key, no_text_value
 from sparsecod_megatron.data.sources import Corpus
 from sparsecod_megatron.errors import DataError
 
@@ -73,10 +74,10 @@ def _texts(name: str, text_key: str, start: int) -> Iterator[str]:
 
     try:
         for row in _rows(name, start):
-            if not isinstance(row.get(text_key), str):
-                columns = ", ".join(sorted(row))
-                message = f"no text in column {text_key!r} (columns: {columns}); name the right one with --text-key"
-                raise DataError(f"hf:{name}: {message}")
+            if text_key not in row:
+                raise no_text_key(f"hf:{name}", text_key, list(row))
+            if not isinstance(row[text_key], str):
+                raise no_text_value(f"hf:{name}", text_key, row[text_key])
             yield row[text_key]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -56,7 +56,12 @@ class PreprocessOptions:
         for name, limit in (("--max-documents", self.max_documents), ("--max-tokens", self.max_tokens)):
             if limit is not None and limit < 1:
                 raise DataError(f"{name} {limit}: must be at least 1")
-        if not self.output.name:
+        if self.seed < 0:
+            raise DataError(f"--seed {self.seed}: must be at least 0")
+        for name, value in (("--output", str(self.output)), ("--tokenizer", self.tokenizer)):
+            if not _is_utf8(value):
+                raise DataError(f"{name} {value!r}: not a UTF-8 name, which tokenizers cannot open; rename it")
+        if self.output.name in ("", ".."):
             raise DataError(f"--output {self.output}: must end in a name, the PREFIX of the files to write")
         size = self.tokenizer.removeprefix(TRAIN)
         if self.tokenizer.startswith(TRAIN) and not size.isdecimal():
@@ -68,3 +73,12 @@ class PreprocessOptions:
     def reads_twice(self) -> bool:
         """Whether documents are needed before the pass that tokenizes: to count them, or to learn a tokenizer."""
         return self.val_fraction > 0 or self.tokenizer.startswith(TRAIN)
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name of the file system, as Python holds it, is text."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import shutil
 import time
 from contextlib import closing
@@ -31,7 +32,7 @@ from sparsecod_megatron.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _job(options: PreprocessOptions, corpus: Corpus) -> dict[str, Any]:
     files = hashlib.sha256()
     for path in corpus.files:
         state = path.stat()
-        files.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+        files.update(os.fsencode(path) + f"\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
     names = ("input", "text_key", "max_documents", "max_tokens", "tokenizer", "val_fraction", "seed")
     return {
         "format": _FORMAT,

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from sparsecod_megatron.cli.main import main
@@ -23,7 +25,7 @@ def source(tmp_path):
 def refused(capsys, arguments, output) -> str:
     """Run the command; it must fail with one line on stderr and leave nothing beside the output."""
     before = sorted(output.parent.iterdir()) if output.parent.exists() else []
-    assert main(["data", *arguments, "--output", str(output)]) == 2
+    assert main(["data", "--output", str(output), *arguments]) == 2
     after = sorted(output.parent.iterdir()) if output.parent.exists() else []
     assert after == before
     lines = capsys.readouterr().err.splitlines()
@@ -43,6 +45,9 @@ def refused(capsys, arguments, output) -> str:
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--max-documents", "0"], "--max-documents 0: must be at least 1"),
         (["--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--output", ".."], "--output ..: must end in a name"),
+        (["--tokenizer", "x\udcff"], "--tokenizer 'x\\udcff': not a UTF-8 name"),
         (["--max-tokens", "1", "--val-fraction", "0.3"], "--max-tokens 1: reached before any document of val"),
         (["--input", "missing.txt"], "missing.txt: no such file or directory"),
         (["--input", "hf:missing/dataset"], "hf:missing/dataset: cannot be loaded"),
@@ -52,11 +57,39 @@ def test_a_mistake_is_one_line_and_leaves_nothing(capsys, source, tmp_path, argu
     assert message in refused(capsys, ["--input", str(source), *GOOD, *arguments], tmp_path / "out")
 
 
+@pytest.mark.parametrize("number", ["inf", "nan", "1.5", "many", "1e-3"])
+def test_a_number_of_tokens_is_whole(capsys, source, tmp_path, number):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "--input", str(source), *GOOD, "--output", str(tmp_path / "out"), "--max-tokens", number])
+    assert stop.value.code == 2
+    assert f"--max-tokens: '{number}' is not a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [b"in\xff.txt", b"in\xff.txt.zst", b"in\xff.parquet", b"in\xff"])
+def test_a_name_need_not_be_utf8(capsys, tmp_path, name):
+    """As input it is read, in a message it is printed, as output it is refused: tokenizers cannot open it."""
+    path = tmp_path / os.fsdecode(name)
+    if name.endswith(b"parquet"):
+        with path.open("wb") as stream:
+            pyarrow.parquet.write_table(pyarrow.table({"text": ["some text"]}), stream)
+    elif name.endswith(b"xff"):
+        path.mkdir()
+        (path / os.fsdecode(b"\xfe.txt")).write_text("some text")
+        (path / os.fsdecode(b"\xfe.png")).write_text("no")
+    else:
+        path.write_bytes(pyarrow.compress(b"some text", "zstd", asbytes=True) if b"zst" in name else b"some text")
+    arguments = ["--input", str(path), *GOOD]
+    assert main(["data", *arguments, "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["splits"]["train"]["bytes"] == len("some text")
+    capsys.readouterr()
+    assert "not a UTF-8 name" in refused(capsys, arguments, tmp_path / os.fsdecode(b"\xff"))
+
+
 def test_damage_found_midway_leaves_nothing(capsys, source, tmp_path):
     with source.open("a") as stream:
         stream.write('{"text": 3}\n')
     line = refused(capsys, ["--input", str(source), *GOOD], tmp_path / "results" / "out")
-    assert "in.jsonl:10: no text under key 'text'" in line
+    assert "in.jsonl:10: a number under key 'text'" in line
 
 
 def test_text_without_documents_is_refused(capsys, tmp_path):
