@@ -82,8 +82,7 @@ def main() -> None:
         for step in range(1, args.steps + 4):
             for name, collector in collectors.items():
                 began = time.perf_counter()
-                with collector.collecting(step):
-                    train_step(trainer, batches)
+                train_step(trainer, batches, observing=collector.collecting(step))
                 collector.reduce(step)
                 if step > 3:
                     seconds[name].append(time.perf_counter() - began)

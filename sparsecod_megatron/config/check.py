@@ -76,16 +76,16 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:
-    schedule, decay = config.schedule, config.schedule.lr_decay_steps
+    schedule, decay = config.schedule, config.decay_steps
     warmup, last = schedule.lr_warmup_steps, schedule.lr_wsd_decay_steps
-    if decay is not None and warmup >= decay:
+    if warmup >= decay:
         default = "default: train.train_steps"
         yield f"schedule.lr_warmup_steps: {warmup} is not below lr_decay_steps={decay} ({default}); lower it"
     if schedule.lr_decay_style != "WSD":
         return
     if last is None:
         yield "schedule.lr_wsd_decay_steps: not set; give the steps over which WSD lets the rate fall"
-    elif decay is not None and warmup + last > decay:
+    elif warmup + last > decay:
         yield f"schedule.lr_wsd_decay_steps: {last} and {warmup} of warm-up exceed lr_decay_steps={decay}; lower it"
 
 

@@ -74,8 +74,6 @@ def _complete(config: RunConfig) -> None:
         model.kv_channels = model.head_dim
     if model.is_moe:
         model.moe_ffn_hidden_size = model.expert_ffn_hidden_size
-    if config.schedule.lr_decay_steps is None:
-        config.schedule.lr_decay_steps = config.train.train_steps
     data = config.data
     if data.prefix is not None:
         data.train = data.train or f"{data.prefix}_train"

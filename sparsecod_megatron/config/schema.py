@@ -266,3 +266,8 @@ class RunConfig:
     """On CPU: the fastest eager functions, torch's and Megatron-Core's own, or elementwise formulas compiled too."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any other field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by its own name."""
+
+    @property
+    def decay_steps(self) -> int:
+        """Step at which the learning rate reaches its minimum; follows `train.train_steps` unless set."""
+        return self.schedule.lr_decay_steps or self.train.train_steps

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.model.gpt import EmbeddingNormGPTModel
 from sparsecod_megatron.model.init import initialize
+from sparsecod_megatron.model.sharding import mark_sharded
 from sparsecod_megatron.model.specs import block_spec, spec_provider
 
 
@@ -67,6 +68,7 @@ def build_model(
             vp_stage=vp_stage,
             **_rotary(config.model),
         ).to(device)
+        mark_sharded(model, gated=config.model.is_gated)
         initialize(model, config.model, groups, seed=config.train.seed)
         model.vp_stage = vp_stage
         models.append(Float16Module(megatron, model) if megatron.bf16 else model)

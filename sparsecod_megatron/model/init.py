@@ -30,7 +30,7 @@ _KINDS = (
     (r".*\.mlp\.(router\.weight|shared_experts\.gate_weight)", "router"),
 )
 """Names of matrices in a GPTModel, and the kind (a field of InitStdConfig)."""
-_SHARDED_DIMENSION = {"embedding": 0, "output": 0, "qkv": 0, "mlp_input": 0, "attention_output": 1, "mlp_output": 1}
+SHARDED_DIMENSION = {"embedding": 0, "output": 0, "qkv": 0, "mlp_input": 0, "attention_output": 1, "mlp_output": 1}
 """Dimension that tensor parallelism splits; routers are whole on every rank."""
 _OUTPUTS = ("attention_output", "mlp_output")
 """Kinds whose product is added to the residual stream."""
@@ -53,6 +53,11 @@ class Matrix:
     fan_in: int
 
 
+def matrix_kind(name: str) -> str | None:
+    """The kind (a field of InitStdConfig) of a parameter by its name in a GPTModel; None for vectors."""
+    return next((kind for pattern, kind in _KINDS if re.fullmatch(pattern, name)), None)
+
+
 def leave_as_is(tensor: Tensor) -> Tensor:
     """The initialisation that Megatron-Core applies to every matrix when it builds it."""
     return tensor
@@ -68,7 +73,7 @@ def initialize(chunk: GPTModel, model: ModelConfig, groups: ProcessGroupCollecti
         seed: of the run.
     """
     for parameter, matrix, tp_group in _matrices(chunk, model, groups):
-        sharded = _SHARDED_DIMENSION.get(matrix.kind)
+        sharded = SHARDED_DIMENSION.get(matrix.kind)
         parts = 1 if sharded is None else tp_group.size()
         shape = list(parameter.shape)
         if sharded is not None:
@@ -156,7 +161,7 @@ def _matrices(
     for name, parameter in chunk.named_parameters():
         if parameter.dim() < 2 or parameter.is_meta:
             continue
-        kind = next((kind for pattern, kind in _KINDS if re.fullmatch(pattern, name)), None)
+        kind = matrix_kind(name)
         assert kind is not None, f"no initialisation for {name}"
         is_expert = ".experts." in name
         tp_group = groups.expt_tp if is_expert else groups.tp
@@ -166,7 +171,7 @@ def _matrices(
         found = re.search(r"layers\.(\d+)\.", name)
         layer = chunk.decoder.layers[int(found[1])].layer_number - 1 if found else 0
         whole_name = _whole_name(name, layer, groups.ep.rank() * _local_experts(model, groups))
-        fan_in = parameter.shape[1] * (tp_group.size() if _SHARDED_DIMENSION.get(kind) == 1 else 1)
+        fan_in = parameter.shape[1] * (tp_group.size() if SHARDED_DIMENSION.get(kind) == 1 else 1)
         yield parameter, Matrix(whole_name, kind, layer, fan_in), tp_group
 
 

@@ -29,6 +29,7 @@ from sparsecod_megatron.model.gate import HeadwiseGatedSelfAttention, HeadwiseGa
 from sparsecod_megatron.model.layer import VariedLayer
 from sparsecod_megatron.model.norms import RMSNorm
 from sparsecod_megatron.model.placement import Placement, placement
+from sparsecod_megatron.model.router import StepRouter
 
 
 class ReferenceSpecProvider(LocalSpecProvider):
@@ -148,9 +149,11 @@ def _mlp(provider: BackendSpecProvider, *, fuse: bool) -> ModuleSpec:
 
 
 def _experts(model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
-    return get_moe_module_spec_for_backend(
+    spec = get_moe_module_spec_for_backend(
         provider, num_experts=model.num_moe_experts, moe_grouped_gemm=megatron.moe_grouped_gemm
     )
+    spec.submodules.router = StepRouter
+    return spec
 
 
 def _changes(model: ModelConfig, layer: int) -> dict[str, Any]:

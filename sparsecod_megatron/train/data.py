@@ -55,6 +55,10 @@ def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+VALIDATION_SEED = 0
+"""Shuffles validation text, whatever the run's seed: two runs are compared on the same text."""
+
+
 class ValidationSource(NamedTuple):
     """One validation corpus: its name in metrics.jsonl, its share of the mean, its samples."""
 
@@ -79,17 +83,17 @@ class RunData:
         build = partial(
             build_dataset,
             seq_length=data.seq_length,
-            seed=train.seed,
             tokenizer=tokenizer,
             cache_dir=Path(data.cache_dir) if data.cache_dir else beside,
             reset_position_ids=data.reset_position_ids,
         )
-        self._train = build(self._blend, num_samples=samples_of_steps(train, train.train_steps))
+        self._train = build(self._blend, seed=train.seed, num_samples=samples_of_steps(train, train.train_steps))
         self._validation: list[ValidationSource] = []
         if train.eval_interval > 0:
             blend = parse_blend("data.validation", data.validation)
             for prefix, weight in zip(blend.prefixes, blend_weights(blend), strict=True):
-                dataset = build(Blend((prefix,)), num_samples=train.eval_steps * train.global_batch_size)
+                samples = train.eval_steps * train.global_batch_size
+                dataset = build(Blend((prefix,)), seed=VALIDATION_SEED, num_samples=samples)
                 self._validation.append(ValidationSource(_short_name(prefix, blend.prefixes), weight, dataset))
 
     def check_unchanged(self, saved: dict[str, str]) -> dict[str, str]:

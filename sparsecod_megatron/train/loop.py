@@ -130,14 +130,14 @@ class _Loop:
         began = time.perf_counter()
         size = global_batch_size(config.train, self.state.consumed_samples)
         try:
-            with self.statistics.collecting(step):
-                result = train_step(
-                    self.trainer,
-                    batches,
-                    global_batch_size=size,
-                    judge=self.judge,
-                    enter=lambda phase: self.watchdog.enter(step, phase),
-                )
+            result = train_step(
+                self.trainer,
+                batches,
+                global_batch_size=size,
+                judge=self.judge,
+                enter=lambda phase: self.watchdog.enter(step, phase),
+                observing=self.statistics.collecting(step),
+            )
         except DivergenceError:
             if self.recorder is not None:
                 self.recorder.write_metrics({"step": step, "tokens": self.state.consumed_tokens, "diverged": True})

@@ -29,14 +29,13 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
     Source: Megatron-Core optimizer_param_scheduler.py; Hu et al., MiniCPM (arXiv 2404.06395) for WSD.
     """
     schedule, section = config.schedule, config.optimizer
-    assert schedule.lr_decay_steps is not None, "filled in when the configuration was read"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=section.lr,
         min_lr=section.lr * schedule.min_lr_ratio,
         lr_warmup_steps=schedule.lr_warmup_steps,
-        lr_decay_steps=schedule.lr_decay_steps,
+        lr_decay_steps=config.decay_steps,
         lr_decay_style=schedule.lr_decay_style,
         wsd_decay_steps=schedule.lr_wsd_decay_steps,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,

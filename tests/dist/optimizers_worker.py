@@ -94,8 +94,7 @@ def continued(
     data = trainer_batches(trainer, seed=1)
     records = []
     for step in range(1, STEPS + 1):
-        with collector.collecting(step):
-            result = train_step(trainer, data)
+        result = train_step(trainer, data, observing=collector.collecting(step))
         records.append({"loss": result.loss, "grad_norm": result.grad_norm, "layers": collector.reduce(step)})
     return records
 

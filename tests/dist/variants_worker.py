@@ -78,8 +78,7 @@ def train(config: RunConfig, backend: Backend, groups: Any) -> dict[str, Any]:
         collector = statistics_collector(trainer)
         data, run = trainer_batches(trainer), {"loss": [], "grad_norm": [], "layers": []}
         for step in range(1, STEPS + 1):
-            with collector.collecting(step):
-                result = train_step(trainer, data)
+            result = train_step(trainer, data, observing=collector.collecting(step))
             run["loss"].append(result.loss)
             run["grad_norm"].append(result.grad_norm)
             run["layers"].append(collector.reduce(step))

@@ -55,8 +55,7 @@ def train(*overrides: str, steps: int) -> Training:
         )
         data, losses = trainer_batches(trainer), []
         for step in range(1, steps + 1):
-            with collector.collecting(step):
-                losses.append(train_step(trainer, data).loss)
+            losses.append(train_step(trainer, data, observing=collector.collecting(step)).loss)
         layers = collector.reduce(steps)
         assert layers is not None
         return Training(losses, layers)

@@ -129,8 +129,7 @@ def collected_steps(trainer: Trainer, groups: Sequence[StatisticsGroup], *, step
     data = trainer_batches(trainer)
     collected = []
     for step in range(1, steps + 1):
-        with collector.collecting(step):
-            train_step(trainer, data)
+        train_step(trainer, data, observing=collector.collecting(step))
         layers = collector.reduce(step)
         assert layers is not None
         collected.append(layers)
