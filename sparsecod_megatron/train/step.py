@@ -84,9 +84,7 @@ def train_step(
     return StepResult(loss=loss, samples=samples, tokens=tokens, grad_norm=grad_norm, lr=lr, verdict=verdict)
 
 
-def _judge(
-    judge: Callable[[float, float], Verdict], loss: float, grad_norm: float, buffers: KeptBuffers
-) -> Verdict:
+def _judge(judge: Callable[[float, float], Verdict], loss: float, grad_norm: float, buffers: KeptBuffers) -> Verdict:
     """The verdict; if it is to leave the step out, or raises, the buffers are put back."""
     update = False
     try:

@@ -43,16 +43,23 @@ def collected(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict
     return json.loads(output.read_text())
 
 
+def assert_same(ours: list[list[float]], theirs: list[list[float]]) -> None:
+    """Losses to 1e-5; norms, which magnify the rounding by which the weights differ, to 1e-4."""
+    np.testing.assert_allclose(np.array(ours)[:, 0], np.array(theirs)[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(np.array(ours)[:, 1], np.array(theirs)[:, 1], rtol=1e-4)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=2e-6)
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_balance_does_not_depend_on_the_micro_batch(size: int, whole: list[list[float]]) -> None:
-    np.testing.assert_allclose(single_process(f"train.micro_batch_size={size}"), whole, rtol=1e-5)
+    assert_same(single_process(f"train.micro_batch_size={size}"), whole)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *(f"{name}-unmarked" for name in LEFT_UNMARKED)])
 def test_balance_and_norm_do_not_depend_on_the_layout(
     name: str, collected: dict[str, list[list[float]]], whole: list[list[float]]
 ) -> None:
-    np.testing.assert_allclose(collected[name], whole, rtol=1e-5)
+    assert_same(collected[name], whole)
 
 
 def test_the_balance_matters(whole: list[list[float]]) -> None:

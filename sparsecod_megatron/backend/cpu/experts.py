@@ -129,9 +129,21 @@ def forward(
     if not _has_plain_swiglu(self) or x.dtype != probabilities.dtype:
         return _upstream(self, x, tokens_per_expert, probabilities)
     experts: list[MLP] = list(self.local_experts)
-    weights = [linear.weight for expert in experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+    linears = [linear for expert in experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+    _announce(linears)
+    weights = [linear.weight for linear in linears]
     fuse = experts[0].linear_fc1.gradient_accumulation_fusion
     return SwiGLUExperts.apply(x, probabilities, tokens_per_expert.tolist(), fuse, *weights), None
+
+
+def _announce(linears: list[torch.nn.Module]) -> None:
+    """Run the hooks that calling these modules would run: one of them gathers the weights that others stepped.
+
+    Source: Megatron-Core distributed/distributed_data_parallel.py, `_make_forward_pre_hook` (overlap_param_gather).
+    """
+    for linear in linears:
+        for hook in linear._forward_pre_hooks.values():
+            hook(linear, ())
 
 
 def _has_plain_swiglu(experts: SequentialMLP) -> bool:

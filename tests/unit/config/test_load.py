@@ -25,7 +25,13 @@ def test_defaults_are_complete() -> None:
     config = load_config(None)
     assert config.model.num_query_groups == config.model.num_attention_heads
     assert config.model.kv_channels == 64
-    assert config.schedule.lr_decay_steps == config.train.train_steps
+    assert config.decay_steps == config.train.train_steps
+
+
+def test_a_saved_run_that_is_made_longer_decays_later(tmp_path: Path) -> None:
+    save_config(load_config(None, ["train.train_steps=10"]), tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml", ["train.train_steps=17"]).decay_steps == 17
+    assert load_config(tmp_path / "run.yaml", ["train.train_steps=17", "schedule.lr_decay_steps=12"]).decay_steps == 12
 
 
 def test_file_then_overrides_in_order(tmp_path: Path) -> None:

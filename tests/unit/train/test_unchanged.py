@@ -73,7 +73,8 @@ def test_a_step_that_is_left_out_moves_nothing(how: str) -> None:
         model, optimizer = trainer.models[0], trainer.optimizer.chained_optimizers[0].optimizer
 
         def state() -> list[torch.Tensor]:
-            moments = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+            entries = (value for entry in optimizer.state.values() for value in entry.values())
+            moments = [value for value in entries if torch.is_tensor(value)]
             counts = [torch.tensor(group["step"]) for group in optimizer.param_groups]
             named = (*model.named_parameters(), *model.named_buffers())
             return [tensor.detach().clone() for tensor in (*(tensor for _, tensor in named), *moments, *counts)]
@@ -88,14 +89,15 @@ def test_a_step_that_is_left_out_moves_nothing(how: str) -> None:
             train_step(trainer, data, judge=lambda loss, norm: verdict)
         assert all(torch.equal(old, new) for old, new in zip(before, state(), strict=True))
         train_step(trainer, data)
-        assert any(
-            not torch.equal(old, new) for old, new in zip(before, state(), strict=True)
-        ), "an update that is not left out moves them"
+        assert any(not torch.equal(old, new) for old, new in zip(before, state(), strict=True)), (
+            "an update that is not left out moves them"
+        )
 
 
 def test_counts_of_a_bf16_model_are_exact() -> None:
     """bf16 counts to 256 in steps of one; upstream keeps the experts' counts in it."""
     from megatron.core.distributed import finalize_model_grads
+
     from sparsecod_megatron.train.step import train_step
 
     with small_trainer(*EXPERTS, "precision.dtype=bf16") as trainer:
