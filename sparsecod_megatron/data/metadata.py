@@ -21,7 +21,19 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Contents of PREFIX.json. `tokenizer` is a directory relative to the file; `splits` is keyed `train` and `val`."""
+    """Contents of PREFIX.json.
+
+    Attributes:
+        tokenizer: directory relative to the file.
+        vocab_size: rows that its ids need.
+        eod_token_id: ends each document.
+        bos_token_id: None if the tokenizer has none.
+        dtype: of the stored ids.
+        splits: keyed `train` and `val`.
+        input: what `sparsecod data` was given.
+        seed: chose the documents held out.
+        tokenizer_digest: `tokenizer_digest` of the tokenizer; None where an earlier version wrote the file.
+    """
 
     tokenizer: str
     vocab_size: int
@@ -31,6 +43,7 @@ class DatasetInfo:
     splits: dict[str, SplitInfo]
     input: str
     seed: int
+    tokenizer_digest: str | None = None
 
 
 def write_info(info: DatasetInfo, path: Path) -> None:

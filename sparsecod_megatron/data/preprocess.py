@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from sparsecod_megatron.data.encode import Encoder, encode_documents
 from sparsecod_megatron.data.hub import open_hub_dataset, spool_hub_dataset
+from sparsecod_megatron.data.index_file import token_dtype
 from sparsecod_megatron.data.metadata import DatasetInfo, SplitInfo, read_info, write_info
 from sparsecod_megatron.data.options import HUB, TRAIN, PreprocessOptions
 from sparsecod_megatron.data.sources import Corpus, open_corpus
 from sparsecod_megatron.data.staging import Journal, is_complete, output_paths, publish, staging_folder
 from sparsecod_megatron.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
+from sparsecod_megatron.data.tokenizer_identity import tokenizer_digest
 from sparsecod_megatron.errors import DataError
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class _Run:
         tokenizer = self._tokenizer(held_out)
         vocab_size = vocabulary_size(tokenizer)
         directory = self._named("_tokenizer")
-        dtype = _token_dtype(vocab_size)
+        dtype = token_dtype(vocab_size)
         encoder = Encoder(directory / "tokenizer.json", tokenizer.eos_token_id, dtype.__name__)
         before = list(self.journal.splits.values())
         began = time.perf_counter()
@@ -122,6 +124,7 @@ class _Run:
             splits=splits,
             input=self.options.input,
             seed=self.options.seed,
+            tokenizer_digest=tokenizer_digest(tokenizer),
         )
         write_info(info, self._named(".json"))
         tokens = sum(split.tokens for split in splits.values()) - sum(split.tokens for split in before)
@@ -223,9 +226,3 @@ def _refuse_existing(options: PreprocessOptions) -> None:
 
 def _no_documents(options: PreprocessOptions) -> DataError:
     return DataError(f"{options.input}: no documents with text in it; check the input")
-
-
-def _token_dtype(vocab_size: int) -> type[np.integer]:
-    from megatron.core.datasets.indexed_dataset import DType
-
-    return DType.optimal_dtype(vocab_size)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sparsecod_megatron.data.encode import load_encoding_tokenizer
+from sparsecod_megatron.data.index_file import token_documents
 from sparsecod_megatron.data.integrity import check_token_files
 from sparsecod_megatron.data.metadata import split_info
+from sparsecod_megatron.data.sources import document_kind, read_text
+from sparsecod_megatron.data.tokenizer_identity import check_made_with
 from sparsecod_megatron.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("sparsecod")
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,13 @@ def read_corpus(source: Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens:
     tokenizer without any such token gives up its first token as context.
 
     Args:
-        source: prefix of `source.bin` and `source.idx` made with this tokenizer, or a UTF-8 text file, in which a
-            quoted special token is text, as it is for `sparsecod data`.
+        source: prefix of `source.bin` and `source.idx` made with this tokenizer, or a text file, plain or packed, in
+            which a quoted special token is text, as it is for `sparsecod data`.
         tokenizer: the model's.
         max_tokens: keep so many scored tokens from the start; None keeps all.
 
     Raises:
-        DataError: the source is missing, damaged, empty, not UTF-8, or made with another tokenizer.
+        DataError: the source is missing, damaged, empty, not text, or made with another tokenizer.
     """
     prefix = dataset_prefix(source)
     leading = _leading_token(tokenizer, in_dataset=prefix is not None)
@@ -76,7 +80,7 @@ def read_documents(source: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator
     """Yield the documents' text: a dataset's decoded without special tokens, a text file as one document.
 
     Raises:
-        DataError: the source is missing, damaged, not UTF-8, or made with another tokenizer; raised when the first
+        DataError: the source is missing, damaged, not text, or made with another tokenizer; raised when the first
             document is asked for.
     """
     prefix = dataset_prefix(source)
@@ -108,29 +112,11 @@ def dataset_prefix(source: Path) -> Path | None:
 
 def _token_documents(prefix: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     """Yield each document's token ids, int64 `[tokens]`."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     check_token_files(prefix, seq_length=0)
-    _check_tokenizer(prefix, tokenizer)
-    dataset = IndexedDataset(str(prefix))
-    for start, end in pairwise(dataset.document_indices.tolist()):
-        if end > start:
-            yield np.concatenate(dataset[start:end]).astype(np.int64)
-
-
-def _check_tokenizer(prefix: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a dataset whose own tokenizer, where it lies beside it, gives any entry another id than the model's."""
-    described = split_info(prefix)
-    own = prefix.parent / described[0].tokenizer / "tokenizer.json" if described else None
-    if own is None or not own.is_file():
-        return
-    ids = tokenizer.get_vocab()
-    for entry, number in sorted(load_encoding_tokenizer(own).get_vocab().items(), key=lambda item: item[1]):
-        if ids.get(entry) != number:
-            raise DataError(
-                f"{prefix}: made with another tokenizer than the model's: {entry!r} is {number} there and "
-                f"{ids.get(entry, 'absent')} in the model; make it with `sparsecod data --tokenizer MODEL`"
-            )
+    if unchecked := check_made_with(prefix, tokenizer, owner="the model's"):
+        logger.warning(unchecked)
+    for document in token_documents(prefix):
+        yield document.astype(np.int64)
 
 
 def _take(documents: Iterable[np.ndarray], max_tokens: int | None) -> list[np.ndarray]:
@@ -154,12 +140,16 @@ def _leading_token(tokenizer: PreTrainedTokenizerBase, *, in_dataset: bool) -> i
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        message = f"not UTF-8 text at byte {error.start}"
-        raise DataError(f"{path}: {message}; convert it, or give a dataset's prefix") from error
+def _read_text(source: Path) -> str:
+    """One text as a whole, read as `sparsecod data` reads it.
+
+    Raises:
+        DataError: not text, or a file of many documents, which token files keep apart.
+    """
+    if (kind := document_kind(source)) != "text":
+        make = f"sparsecod data --input {source} --tokenizer MODEL --output PREFIX"
+        raise DataError(f"{source}: {kind} holds documents, not one text; run `{make}` and give PREFIX_train")
+    return read_text(source)
 
 
 def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:

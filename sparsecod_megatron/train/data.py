@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,17 @@ from sparsecod_megatron.data.batches import BatchIterator
 from sparsecod_megatron.data.datasets import blend_weights, build_dataset
 from sparsecod_megatron.data.fingerprint import check_fingerprint, fingerprint
 from sparsecod_megatron.data.integrity import check_token_files, check_vocabulary
+from sparsecod_megatron.data.metadata import split_info
 from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
-from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.data.tokenizer_identity import check_made_with
+from sparsecod_megatron.errors import ConfigError, DataError
 from sparsecod_megatron.train.forward import Batch
 from sparsecod_megatron.train.ramp import global_batch_size, samples_of_steps
 from sparsecod_megatron.train.setup import Trainer
+
+logger = logging.getLogger("sparsecod")
+VALIDATION_SEED = 0
+"""Shuffles validation text, whatever the run's seed: two runs are compared on the same text."""
 
 
 def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
@@ -34,7 +41,7 @@ def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
 
     Raises:
         ConfigError: no data configured, or a vocabulary smaller than the tokenizer's.
-        DataError: files missing, damaged, too short, or with ids beyond the vocabulary.
+        DataError: files missing, damaged, too short, of another tokenizer, or with ids beyond the vocabulary.
     """
     data = config.data
     if data.train is None or data.tokenizer is None:
@@ -52,11 +59,16 @@ def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
         check_config(config)
     for prefix in prefixes:
         check_vocabulary(prefix, config.model.vocab_size)
+        _check_tokenizer(prefix, tokenizer, data.tokenizer)
     return tokenizer
 
 
-VALIDATION_SEED = 0
-"""Shuffles validation text, whatever the run's seed: two runs are compared on the same text."""
+def _check_tokenizer(prefix: str, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    if unchecked := check_made_with(prefix, tokenizer, owner=f"data.tokenizer ({name})"):
+        logger.warning(unchecked)
+    if (described := split_info(prefix)) and (end := described[0].eod_token_id) != tokenizer.eos_token_id:
+        message = f"documents end with id {end}, but the end-of-text token of data.tokenizer ({name}) is"
+        raise DataError(f"{prefix}: {message} {tokenizer.eos_token_id}; give the tokenizer that made the files")
 
 
 class ValidationSource(NamedTuple):

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from sparsecod_megatron.data.index_file import TokenFiles, check_entries, write_index
+from sparsecod_megatron.data.index_file import TokenFiles, check_entries, token_documents, token_dtype, write_index
 from sparsecod_megatron.data.integrity import check_token_files, check_vocabulary
 from sparsecod_megatron.data.metadata import DatasetInfo, SplitInfo, write_info
 from sparsecod_megatron.errors import DataError
@@ -116,6 +117,28 @@ def test_the_index_is_the_one_that_megatron_writes(tmp_path_factory, lengths, dt
         write_index(folder / "ours.idx", np.array(lengths, dtype=np.int32), dtype)
         check_entries(folder / "ours.idx")
     assert (folder / "ours.idx").read_bytes() == (folder / "theirs.idx").read_bytes()
+
+
+@given(documents=st.lists(st.lists(st.lists(st.integers(0, 99), max_size=4), max_size=3), min_size=1, max_size=6))
+def test_documents_are_those_that_megatron_reads(tmp_path_factory, documents):
+    """Of any number of sequences, none among them; those without a token are left out."""
+    if not any(map(any, documents)):
+        return
+    prefix = tmp_path_factory.mktemp("documents") / "tokens"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for sequences in documents:
+        for sequence in sequences:
+            builder.add_item(torch.tensor(sequence, dtype=torch.int32))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    check_entries(prefix.with_suffix(".idx"))
+    whole = [[token for sequence in sequences for token in sequence] for sequences in documents]
+    assert [document.tolist() for document in token_documents(prefix)] == [document for document in whole if document]
+
+
+def test_ids_are_stored_in_megatrons_type():
+    for size in (1, 65499, 65500, 1 << 20):
+        assert token_dtype(size) is DType.optimal_dtype(size)
 
 
 @settings(max_examples=300)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -125,6 +128,38 @@ def test_reads_what_the_data_command_writes(prepared: Path) -> None:
     assert corpus.tokens.tolist().count(own.eos_token_id) == 3
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_is_the_tokens_that_data_makes_of_it(tmp_path: Path, encoding: str) -> None:
+    """Line ends of Windows and byte-order marks, packed or not."""
+    source = tmp_path / "text.txt.gz"
+    source.write_bytes(gzip.compress("Größe\r\nnext line\r\n\r\nthird".encode(encoding)))
+    preprocess(PreprocessOptions(str(source), "train:280", tmp_path / "out"))
+    own = AutoTokenizer.from_pretrained(f"{tmp_path}/out_tokenizer")
+    stream, made = read_corpus(source, own), read_corpus(tmp_path / "out_train", own)
+    assert own.decode(stream.tokens[1:].tolist()) == "Größe\r\nnext line\r\n\r\nthird"
+    assert stream.tokens.tolist() == made.tokens.tolist()[:-1]
+    assert stream.num_bytes == made.num_bytes
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSONL", "a", "a.parquet"])
+def test_documents_are_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "alpha beta"}\n')
+    for read in (read_corpus, lambda *arguments: next(read_documents(*arguments))):
+        with pytest.raises(DataError, match="holds documents, not one text; run `sparsecod data"):
+            read(tmp_path / name, tokenizer)
+
+
+def test_token_files_are_read_without_megatron(prepared: Path) -> None:
+    """Its import takes seconds, of an analysis that takes a few."""
+    program = (
+        "import sys; from pathlib import Path; from transformers import AutoTokenizer;"
+        "from sparsecod_megatron.evaluation.corpus import read_corpus;"
+        f"read_corpus(Path({f'{prepared}_val'!r}), AutoTokenizer.from_pretrained({f'{prepared}_tokenizer'!r}));"
+        "sys.exit('megatron' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_dataset_of_another_tokenizer(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for read in (read_corpus, lambda *arguments: next(read_documents(*arguments))):
         with pytest.raises(
@@ -153,5 +188,5 @@ def test_text_that_is_none(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
     with pytest.raises(DataError, match="no text to score"):
         read_corpus(source, tokenizer)
     source.write_bytes(b"abc\xff")
-    with pytest.raises(DataError, match="not UTF-8 text at byte 3"):
+    with pytest.raises(DataError, match=r"not UTF-8 text \(byte 0xff\)"):
         read_corpus(source, tokenizer)
