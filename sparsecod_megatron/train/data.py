@@ -26,6 +26,7 @@ from sparsecod_megatron.train.ramp import global_batch_size, samples_of_steps
 from sparsecod_megatron.train.setup import Trainer
 
 logger = logging.getLogger("sparsecod")
+
 VALIDATION_SEED = 0
 """Shuffles validation text, whatever the run's seed: two runs are compared on the same text."""
 
