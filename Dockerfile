@@ -1,5 +1,5 @@
 # The CUDA environment: NGC's PyTorch (torch 2.10, CUDA 13.1, NCCL, Transformer Engine 2.x and apex, built for Hopper) with this
-# package beside them. Everything is pinned: the base by its tag, what the results depend on by examples/ngc/requirements.txt.
+# package beside them. Everything is pinned: the base by its tag, all that is put beside it by tools/lock/ngc.txt.
 #     bash examples/ngc/build_image.sh
 ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
@@ -12,10 +12,7 @@ ENV SPARSECOD_PYTHON=python3 \
 
 WORKDIR /workspace/sparsecod_megatron
 COPY . .
-# The pins first and alone, so that run_in_venv.sh finds them there and adds only what they need. NGC's PIP_CONSTRAINT names
-# every version it was built with, far more than has to stay.
-RUN PIP_CONSTRAINT='' pip install --no-deps --requirement examples/ngc/requirements.txt \
-    && bash tools/run_in_venv.sh sparsecod --help >/dev/null \
+RUN bash tools/run_in_venv.sh sparsecod --help >/dev/null \
     && python3 examples/ngc/check_image.py \
     && chmod -R a+rX .
 

@@ -4,16 +4,17 @@
 #
 # By default the environment is .venv at the repository root. With SPARSECOD_PYTHON set to an interpreter that already has
 # torch (inside an NGC container: SPARSECOD_PYTHON=python3) that interpreter is used as it is: no .venv, its torch and CUDA
-# packages stay untouched, and only what is missing is installed beside them.
+# packages stay untouched, and the rest is installed beside them.
 #
-# A stamp, written after everything else, says what the environment was made from; while it matches, a call costs a few
-# milliseconds. pip's own settings (index, cache, wheel folders) apply. Works from any folder.
+# Every version is the one in tools/lock/ (tools/lock.sh chooses them). A stamp, written after everything else, says what the
+# environment was made from; while it matches, a call costs a few milliseconds. pip's own settings (index, cache, wheel
+# folders) apply. Works from any folder.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 UNFINISHED="$ROOT/.venv.unfinished"
-TORCH="torch==2.13.0"
+LOCK="$ROOT/tools/lock"
 EXTRAS="eval,wandb,tensorboard,modelopt,docs,dev"
 STAMP_NAME="sparsecod_megatron.stamp"
 
@@ -22,7 +23,7 @@ fail() { note "$*"; exit 1; }
 
 # What an environment is made from, on one line: folder, lists, interpreter ($1).
 fingerprint() {
-    printf '%s | %s | %s | %s | %s' "$ROOT" "$TORCH" "$EXTRAS" "$(cksum <"$ROOT/pyproject.toml")" "$1"
+    printf '%s | %s | %s | %s' "$ROOT" "$EXTRAS" "$(cat "$ROOT/pyproject.toml" "$LOCK"/*.txt | cksum)" "$1"
 }
 
 stamp_matches() { # $1 stamp file, $2 expected text
@@ -89,8 +90,10 @@ build_venv() {
     fi
     note "installing packages into .venv (minutes the first time)"
     rm -f "$VENV/$STAMP_NAME"
-    # torch alone and first, so that no other package's range picks a different build.
-    if pip_install "$VENV/bin/python" "$TORCH" && pip_install "$VENV/bin/python" --editable "${ROOT}[$EXTRAS]"; then
+    # The lock holds what torch needs too, so that torch, which has no one hash, adds its own CUDA libraries alone.
+    if pip_install "$VENV/bin/python" --no-deps --require-hashes --requirement "$LOCK/venv.txt" &&
+        pip_install "$VENV/bin/python" --requirement "$LOCK/torch.txt" &&
+        pip_install "$VENV/bin/python" --no-deps --no-build-isolation --editable "$ROOT"; then
         write_stamp "$VENV/$STAMP_NAME" "$(venv_fingerprint)"
         rm -f "$UNFINISHED"
     else
@@ -136,22 +139,29 @@ print("Python", sys.version.split()[0], "torch", torch)
 PINS='
 import re
 from importlib import metadata
-compiled = re.compile(r"(torch|triton|pytorch[-_]triton|transformer[-_]engine|apex|flash[-_]attn|nvidia|numpy)", re.IGNORECASE)
+compiled = re.compile(r"(torch|triton|pytorch[-_]triton|transformer[-_]engine|apex|flash[-_]attn|nvidia(?![-_]modelopt)|numpy)", re.IGNORECASE)
 names = {d.metadata["Name"]: d.version for d in metadata.distributions() if compiled.match(d.metadata["Name"] or "")}
 print("\n".join(f"{name}=={version}" for name, version in sorted(names.items())))
 '
 
 build_in_place() { # $1 interpreter, $2 stamp file, $3 fingerprint
-    note "installing what $1 misses, leaving its torch as it is"
+    note "installing the locked versions beside the torch of $1, which stays as it is"
     rm -f "$2"
-    local pins
-    pins="$(mktemp)"
-    "$1" -c "$PINS" >"$pins"
+    local work
+    work="$(mktemp -d)"
+    "$1" -c "$PINS" >"$work/pins.txt"
+    # The lock without what stays. An entry is a line and the hashes indented below it.
+    awk -v pins="$work/pins.txt" '
+        BEGIN { while ((getline line < pins) > 0) { sub(/==.*/, "", line); gsub(/[-_.]+/, "-", line); stays[tolower(line)] } }
+        /^[a-z0-9]/ { name = $1; sub(/==.*/, "", name); skip = name in stays }
+        !skip' "$LOCK/ngc.txt" >"$work/lock.txt"
     mkdir -p "$(dirname "$2")"
     # NGC images set PIP_CONSTRAINT to every version they were built with, far more than has to stay.
     unset PIP_CONSTRAINT
-    pip_install "$1" --constraint "$pins" --editable "${ROOT}[$EXTRAS]" || pip_failed
-    rm -f "$pins"
+    # The second call finds all it needs, unless the interpreter lacks what every image has (NumPy).
+    { pip_install "$1" --no-deps --require-hashes --requirement "$work/lock.txt" &&
+        pip_install "$1" --constraint "$work/pins.txt" --editable "${ROOT}[$EXTRAS]"; } || pip_failed
+    rm -rf "$work"
     write_stamp "$2" "$3"
 }
 

@@ -20,11 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def problems() -> list[str]:
-    """One line for each package that is missing or of a version that pyproject.toml or requirements.txt rules out."""
+    """One line for each package that is missing or of a version that pyproject.toml rules out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = (ROOT / "examples" / "ngc" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
-    wanted += [line for line in lines if line and not line.startswith("#")]
     found = []
     for requirement in map(Requirement, wanted):
         try:

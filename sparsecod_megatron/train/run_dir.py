@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsecod_megatron.config import RunConfig, load_config, save_config
-from sparsecod_megatron.config.run_files import CONFIG_FILE, LOG_FILE, METRICS_FILE, STATISTICS_FILE, TOKENIZER_DIR
+from sparsecod_megatron.config.run_files import (
+    CONFIG_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    STATISTICS_FILE,
+    TOKENIZER_DIR,
+    VERSIONS_FILE,
+)
+from sparsecod_megatron.config.versions import installed_versions
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, TrackerWriter, WandbWriter, Writer
@@ -32,6 +41,7 @@ class RunDirectory:
         save_config(config, path / CONFIG_FILE)
         assert config.data.tokenizer is not None
         _copy_tokenizer(Path(config.data.tokenizer), path / TOKENIZER_DIR)
+        _record_versions(path / VERSIONS_FILE, last_step)
         self._metrics: list[Writer] = [JsonlWriter(path / METRICS_FILE, last_step=last_step)]
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
         trackers: list[Writer] = []
@@ -116,6 +126,16 @@ def refuse_foreign_run(path: Path, config: RunConfig, *, resuming: bool) -> None
             f"logging.run_dir: {path} holds a run with model.num_layers={earlier.model.num_layers}, not "
             f"{config.model.num_layers}; choose another directory"
         )
+
+
+def _record_versions(path: Path, last_step: int) -> None:
+    """Add a line with the step that an attempt starts after, unless the attempt before it had the same versions."""
+    writer = JsonlWriter(path, last_step=last_step)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    installed = installed_versions()
+    if not lines or {**json.loads(lines[-1]), "step": last_step} != {"step": last_step, **installed}:
+        writer.write({"step": last_step, **installed})
+    writer.close()
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

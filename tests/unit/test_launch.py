@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.planning import GPUS, make_plan, require_fit
@@ -284,13 +283,9 @@ def test_one_machine_in_docker(site: Site) -> None:
 
 
 def test_image_is_pinned() -> None:
-    """A tag with its month, exact versions of what is put on top, and a check that names what an image lacks."""
+    """A tag with its month, and a check that names what an image lacks."""
     base = next(line for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("ARG BASE="))
     assert base.partition(":")[2].count(".") == 1
-    lines = (ROOT / "examples/ngc/requirements.txt").read_text().splitlines()
-    pins = {Requirement(line).name: line.partition("==")[2] for line in lines if not line.startswith("#")}
-    assert all(pins.values())
-    assert {"megatron-core", "transformers"} <= set(pins)
     check = runpy.run_path(str(ROOT / "examples/ngc/check_image.py"))
     found = {line.partition(":")[0] for line in check["problems"]()}
     assert "transformer-engine" in found or shutil.which("nvidia-smi"), "CPU machines have none, and the check says so"

@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 PACKAGE = "sparsecod_megatron"
+LOCKS = ("venv", "ngc", "torch")
 installed = pytest.mark.skipif(
     not list(metadata.distributions(name=PACKAGE)), reason=f"{PACKAGE} is not installed here (tests/run.sh does it)"
 )
@@ -72,6 +73,50 @@ def test_transformer_engine_is_named_by_the_gpu_extra_alone(pyproject: dict) -> 
     lists = {"": project["dependencies"], **project["optional-dependencies"]}
     naming = {extra for extra, requirements in lists.items() if "transformer-engine" in " ".join(requirements)}
     assert naming == {"gpu"}
+
+
+def extras_installed(repo_root: Path) -> list[str]:
+    line = re.search(r'^EXTRAS="(.*)"$', (repo_root / "tools" / "run_in_venv.sh").read_text("utf-8"), re.MULTILINE)
+    assert line
+    return line[1].split(",")
+
+
+def locked(repo_root: Path, name: str) -> list[Requirement]:
+    """The entries of a lock file, without their hashes."""
+    lines = (repo_root / "tools" / "lock" / f"{name}.txt").read_text("utf-8").splitlines()
+    return [Requirement(line.rstrip(" \\")) for line in lines if re.match(r"[a-z0-9]", line)]
+
+
+@pytest.mark.parametrize("name", ["venv", "ngc"])
+def test_the_lock_has_a_version_in_range_of_all_that_is_asked_for(repo_root: Path, pyproject: dict, name: str) -> None:
+    project = pyproject["project"]
+    asked = map(
+        Requirement,
+        sum(
+            (project["optional-dependencies"][extra] for extra in extras_installed(repo_root)), project["dependencies"]
+        ),
+    )
+    pins = [*locked(repo_root, name), *locked(repo_root, "torch")]
+    versions = {
+        canonicalize_name(pin.name): pin.specifier for pin in pins if pin.marker is None or pin.marker.evaluate()
+    }
+    from_image = {"numpy", "setuptools"} if name == "ngc" else set()
+    for requirement in asked:
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        wanted = canonicalize_name(requirement.name)
+        if wanted not in from_image:
+            (pin,) = versions[wanted]
+            assert requirement.specifier.contains(pin.version), f"{requirement}: the lock has {pin.version}"
+
+
+@installed
+def test_what_is_installed_is_the_lock(repo_root: Path) -> None:
+    if os.environ.get("VIRTUAL_ENV") != str(repo_root / ".venv"):
+        pytest.skip("not started through tools/run_in_venv.sh, which would have installed it")
+    for pin in locked(repo_root, "venv"):
+        if pin.marker is None or pin.marker.evaluate():
+            assert pin.specifier.contains(metadata.version(pin.name), prereleases=True), str(pin)
 
 
 def test_every_folder_with_code_is_shipped(repo_root: Path, pyproject: dict) -> None:
@@ -124,9 +169,9 @@ def test_named_interpreter_that_is_missing_or_has_no_torch_is_one_line(repo_root
 
 @pytest.fixture
 def lonely_tree(repo_root: Path, tmp_path: Path) -> Path:
-    """A checkout of the script and pyproject.toml alone, so that nothing here can touch the real .venv."""
-    (tmp_path / "tree" / "tools").mkdir(parents=True)
-    for file in ("tools/run_in_venv.sh", "pyproject.toml"):
+    """A checkout of the script and what it installs alone, so that nothing here can touch the real .venv."""
+    (tmp_path / "tree" / "tools" / "lock").mkdir(parents=True)
+    for file in ("tools/run_in_venv.sh", "pyproject.toml", *(f"tools/lock/{name}.txt" for name in LOCKS)):
         (tmp_path / "tree" / file).write_bytes((repo_root / file).read_bytes())
     return tmp_path / "tree"
 
@@ -153,6 +198,35 @@ def test_failed_install_leaves_no_stamp_and_no_lock(lonely_tree: Path, tmp_path:
         assert (done.returncode, done.stdout) == (1, "")
         assert "pip could not install the packages" in done.stderr.splitlines()[-1]
         assert not list((lonely_tree / ".venv").glob("*.stamp*"))
+
+
+STAND_IN_PIP = """
+import pathlib, sys
+shown = pathlib.Path(sys.argv[sys.argv.index("--requirement") + 1]) if "--requirement" in sys.argv else None
+print("pip:", *sys.argv[1:], shown.read_text() if shown else "", file=sys.stderr)
+"""
+
+
+def test_given_interpreter_keeps_what_was_compiled_and_gets_the_rest_of_the_lock(
+    lonely_tree: Path, tmp_path: Path
+) -> None:
+    venv.create(tmp_path / "image", symlinks=True)
+    python = tmp_path / "image" / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip())
+    for name, version in {"torch": "2.10.0a0", "transformer_engine": "2.9", "NumPy": "1.26.4"}.items():
+        (site / f"{name}-{version}.dist-info").mkdir()
+        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    (site / "pip").mkdir()
+    (site / "pip" / "__main__.py").write_text(STAND_IN_PIP)
+    entry = "{}==1.0 \\\n    --hash=sha256:0\n"
+    lock = "".join(map(entry.format, ("datasets", "numpy", "nvidia-modelopt", "transformer-engine")))
+    (lonely_tree / "tools" / "lock" / "ngc.txt").write_text(lock)
+    done = run_in_venv(lonely_tree, "true", cwd=tmp_path, SPARSECOD_PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stderr.split("pip:")[1:]
+    assert first.endswith(" " + "".join(map(entry.format, ("datasets", "nvidia-modelopt"))) + "\n")
+    assert "--editable" in second
 
 
 def test_ready_environment_passes_everything_through(repo_root: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from sparsecod_megatron.config import load_config, save_config
 from sparsecod_megatron.errors import ConfigError
 
 select_backend()
-from sparsecod_megatron.train.run_dir import refuse_foreign_run, refuse_unwritable  # noqa: E402
+from sparsecod_megatron.train import run_dir  # noqa: E402
+from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run, refuse_unwritable  # noqa: E402
 
 
 def test_below_a_file(tmp_path: Path) -> None:
@@ -56,3 +59,20 @@ def test_another_command_does_not(override: str, tmp_path: Path) -> None:
     left_behind(tmp_path)
     with pytest.raises(ConfigError, match="already holds a run"):
         refuse_foreign_run(tmp_path, load_config(None, [f"logging.run_dir={tmp_path}", override]), resuming=False)
+
+
+def test_versions_are_kept_whenever_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, [f"logging.run_dir={tmp_path}", f"data.tokenizer={tmp_path / 'none'}"])
+
+    def start(last_step: int) -> list[dict]:
+        RunDirectory(tmp_path, config, last_step=last_step).close()
+        return [json.loads(line) for line in (tmp_path / "versions.jsonl").read_text().splitlines()]
+
+    (line,) = start(0)
+    assert line["step"] == 0
+    assert line["packages"]["torch"] == metadata.version("torch")
+    assert line["packages"].keys() >= {"megatron-core", "transformers", "numpy"}
+    assert start(5) == [line]
+    later = {**line, "step": 9, "python": "3.99"}
+    monkeypatch.setattr(run_dir, "installed_versions", lambda: {key: later[key] for key in later if key != "step"})
+    assert start(9) == [line, later]

@@ -1,0 +1,25 @@
+"""What is installed where a run is trained: a later difference in numbers is first of all looked for here."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+
+def installed_versions() -> dict[str, Any]:
+    """Python, the platform, what PyTorch was built with, and every installed package by name. Local.
+
+    Packages are named as pip names them, in alphabetical order; CUDA and NCCL are null in a CPU build.
+    """
+    packages = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "nccl": nccl and ".".join(map(str, nccl)),
+        "packages": dict(sorted(packages.items())),
+    }
