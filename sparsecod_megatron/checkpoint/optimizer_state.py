@@ -15,7 +15,6 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from sparsecod_megatron.checkpoint.bucket_padding import places_without_padding
-from sparsecod_megatron.errors import CheckpointError
 
 _MASTERS = "fp32_from_fp16_params"
 
@@ -79,15 +78,7 @@ def _sharded_slices(
 
 
 def _start_moments(part: DistributedOptimizer) -> None:
-    """Create the moments that the first step would create, as it would: zero.
-
-    Raises:
-        CheckpointError: the optimizer also keeps its fp32 weights there, which only a step fills in.
-    """
-    if part.config.use_precision_aware_optimizer:
-        raise CheckpointError(
-            "megatron.use_precision_aware_optimizer: true has no optimizer state to save before step 1; save later"
-        )
+    """Create the moments that the first step would create, as it would: zero."""
     part.load_state_dict(part.state_dict())  # allocates them, not more
     for state in part.optimizer.state.values():
         state["exp_avg"].zero_()

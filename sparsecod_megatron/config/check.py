@@ -12,6 +12,7 @@ from sparsecod_megatron.config.blend import blend_problems
 from sparsecod_megatron.config.check_batch import division_problems, ramp_problems
 from sparsecod_megatron.config.check_faults import fault_problems
 from sparsecod_megatron.config.check_layout import layout_problems
+from sparsecod_megatron.config.check_megatron import megatron_problems
 from sparsecod_megatron.config.check_model import model_problems
 from sparsecod_megatron.config.check_optimizer import optimizer_problems
 from sparsecod_megatron.config.check_precision import precision_problems
@@ -64,6 +65,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 def _problems(config: RunConfig) -> Iterator[str]:
     yield from bound_problems(config)
+    yield from megatron_problems(config)
     yield from model_problems(config)
     yield from layout_problems(config)
     yield from precision_problems(config)

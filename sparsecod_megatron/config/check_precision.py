@@ -9,18 +9,11 @@ from collections.abc import Iterator
 
 from sparsecod_megatron.config.schema import RunConfig
 
-_CHOSEN_HERE = ("fp8", "fp8_recipe", "fp8_param", "fp8_param_gather", "first_last_layers_bf16")
-"""Megatron's fields that turn FP8 on or off."""
-
 
 def precision_problems(config: RunConfig) -> Iterator[str]:
     """One line for each problem of the precision section with the model, the layout and the optimizer."""
     precision = config.precision
     kept = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
-    for key in config.megatron:
-        if key in _CHOSEN_HERE:
-            fix = "FP8 is chosen in the precision section; use precision.fp8_recipe and the keys beside it"
-            yield f"megatron.{key}: {config.megatron[key]!r}, but {fix}"
     if not precision.fp8:
         if kept or precision.fp8_param_gather:
             key = "fp8_param_gather" if precision.fp8_param_gather else "num_layers_at_start_in_bf16"

@@ -8,6 +8,14 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Any
 
+TEXT_OR_LIST = "text_or_list"
+"""Metadata of a key that takes text or a list, for which the schema has no type."""
+
+
+def text_or_list() -> Any:
+    """An optional field that takes text or a list of texts and numbers."""
+    return field(default=None, metadata={TEXT_OR_LIST: True})
+
 
 def choice(default: str, *others: str) -> Any:
     """A string field with a closed set of values, the default first."""

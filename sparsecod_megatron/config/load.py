@@ -19,7 +19,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
 
     Args:
         path: a YAML file; None starts from the defaults.
-        overrides: `a.b=c` strings, applied in order; values are parsed as YAML.
+        overrides: `a.b=c` strings, applied in order; text keys take the value as it is typed, others as YAML.
 
     Returns:
         The configuration with derived values filled in (`vocab_size` may still be None: it needs the tokenizer). The
@@ -28,7 +28,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     Raises:
         ConfigError: unreadable file, unknown key or preset, wrong type, bound, or combination that cannot run.
     """
-    updates = read_updates(path, overrides)
+    updates = read_updates(RunConfig, path, overrides)
     config = merge_typed(RunConfig, [*_preset(updates), *updates])
     _complete(config)
     check_config(config)
@@ -74,6 +74,7 @@ def _complete(config: RunConfig) -> None:
         model.kv_channels = model.head_dim
     if model.is_moe:
         model.moe_ffn_hidden_size = model.expert_ffn_hidden_size
+    config.megatron = {field: value for field, value in config.megatron.items() if value is not None}
     data = config.data
     if data.prefix is not None:
         data.train = data.train or f"{data.prefix}_train"

@@ -77,9 +77,14 @@ class ParameterCount:
     by_layer: list[int]
 
 
-def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Count a model whose vocabulary is known; buffers, such as the selection bias of experts, are none."""
-    layers = [list(layer_parameters(model, layer)) for layer in range(model.num_layers)]
+def count_parameters(model: ModelConfig, *, qkv_bias: bool = False) -> ParameterCount:
+    """Count a model whose vocabulary is known; buffers, such as the selection bias of experts, are none.
+
+    Args:
+        model: its shape.
+        qkv_bias: as for `layer_parameters`.
+    """
+    layers = [list(layer_parameters(model, layer, qkv_bias=qkv_bias)) for layer in range(model.num_layers)]
     ends = [*first_parameters(model), *last_parameters(model, shares_embedding=True)]
     everything = [*ends, *(kind for layer in layers for kind in layer)]
     by_kind: dict[str, int] = {}
@@ -116,10 +121,16 @@ def last_parameters(model: ModelConfig, *, shares_embedding: bool) -> Iterator[P
         yield ParameterKind("output", (model.vocab_size, model.hidden_size), "tensor")
 
 
-def layer_parameters(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
-    """Parameters of layer `layer` (from 0)."""
+def layer_parameters(model: ModelConfig, layer: int, *, qkv_bias: bool = False) -> Iterator[ParameterKind]:
+    """Parameters of layer `layer` (from 0).
+
+    Args:
+        model: its shape.
+        layer: which.
+        qkv_bias: whether `megatron.add_qkv_bias` gives queries, keys and values a bias.
+    """
     yield from _norms(model, layer)
-    yield from _attention(model)
+    yield from _attention(model, qkv_bias=qkv_bias)
     if model.is_moe_layer(layer):
         yield from _experts(model, layer)
     else:
@@ -135,10 +146,13 @@ def _norms(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
             yield ParameterKind(f"{branch}_post_norm", (model.hidden_size,))
 
 
-def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
+def _attention(model: ModelConfig, *, qkv_bias: bool) -> Iterator[ParameterKind]:
     hidden, heads, width = model.hidden_size, model.num_attention_heads, model.head_dim
     queries = 2 * heads if model.attention_output_gate == "elementwise" else heads
-    yield ParameterKind("qkv", ((queries + 2 * model.query_groups) * width, hidden), "tensor", fp8=True)
+    channels = (queries + 2 * model.query_groups) * width
+    yield ParameterKind("qkv", (channels, hidden), "tensor", fp8=True)
+    if qkv_bias:
+        yield ParameterKind("qkv_bias", (channels,), "tensor")
     yield ParameterKind("attention_output", (hidden, heads * width), "tensor", fp8=True)
     if model.attention_output_gate == "headwise":
         yield ParameterKind("attention_gate", (heads, hidden), "tensor", fp8=True)

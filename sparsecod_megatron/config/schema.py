@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsecod_megatron.config.fields import at_least, between, choice, choices_of
+from sparsecod_megatron.config.fields import at_least, between, choice, choices_of, text_or_list
 from sparsecod_megatron.config.model_schema import ModelConfig
 
 
@@ -68,10 +68,10 @@ class DataConfig:
 
     prefix: str | None = None
     """PREFIX given to `sparsecod data --output`: stands for PREFIX_train, PREFIX_val and PREFIX_tokenizer."""
-    train: Any = None
+    train: Any = text_or_list()
     """Token files without suffix, or a list of them to blend: prefixes alone (sampled in proportion to their tokens) or
     weights and prefixes alternating, `[0.3, A_train, 0.7, B_train]`."""
-    validation: Any = None
+    validation: Any = text_or_list()
     """The same for validation; of several, each has its own loss, and their weighted mean is `validation_loss`."""
     tokenizer: str | None = None
     seq_length: int = at_least(1, 1024)
@@ -266,6 +266,11 @@ class RunConfig:
     """On CPU: the fastest eager functions, torch's and Megatron-Core's own, or elementwise formulas compiled too."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any other field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by its own name."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return bool(self.megatron.get("add_qkv_bias"))
 
     @property
     def decay_steps(self) -> int:

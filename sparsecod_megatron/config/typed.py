@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from sparsecod_megatron.config.megatron_fields import PASSED
+from sparsecod_megatron.config.yaml_values import hint_of, parse_value, parse_yaml
 from sparsecod_megatron.errors import ConfigError
 
 Schema = TypeVar("Schema")
@@ -34,18 +35,19 @@ class Update(NamedTuple):
     content: dict[Any, Any]
 
 
-def read_updates(path: str | Path | None, overrides: Sequence[str]) -> list[Update]:
+def read_updates(schema: type, path: str | Path | None, overrides: Sequence[str]) -> list[Update]:
     """A file's keys, then each override's.
 
     Args:
+        schema: what the keys are of; its types decide which values are text.
         path: a YAML file; None reads none.
-        overrides: `a.b=c` strings, in order; values are parsed as YAML.
+        overrides: `a.b=c` strings, in order; values of text keys are taken as they are, others are parsed as YAML.
 
     Raises:
-        ConfigError: unreadable file, or text that is no YAML.
+        ConfigError: unreadable file, text that is no YAML, or a key that stands twice in the file.
     """
-    updates = [] if path is None else [Update(str(path), _read_yaml(Path(path)))]
-    return updates + [Update(f"override {override!r}", _parse_override(override)) for override in overrides]
+    updates = [] if path is None else [Update(str(path), _read_yaml(schema, Path(path)))]
+    return updates + [Update(f"override {override!r}", _parse_override(schema, override)) for override in overrides]
 
 
 def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
@@ -62,13 +64,13 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
     for where, content in updates:
         merged = _merge(schema, merged, _create(schema, content, where=where), where=where)
     try:
-        return cast(Schema, OmegaConf.to_object(merged))
+        return cast(Schema, _with_home(OmegaConf.to_object(merged)))
     except OmegaConfBaseException as error:
         where = updates[0].where if updates else "defaults"
         raise ConfigError(f"{where}: {error.full_key}: {_first_line(error)}; fix the value") from None
 
 
-def _read_yaml(path: Path) -> dict[Any, Any]:
+def _read_yaml(schema: type, path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -77,7 +79,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a readable UTF-8 YAML file") from None
-    content = _parse(text, where=str(path), fix="fix the file")
+    content = parse_yaml(text, schema, where=str(path), fix="fix the file")
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -85,26 +87,11 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _parse(text: str, *, where: str, fix: str) -> Any:
-    """One YAML document as plain values, numbers like `1e-4` among them."""
-    try:
-        return _floats(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark and "\n" in text else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
-        raise ConfigError(f"{where}{line}: not valid YAML ({problem}); {fix}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deep, or an anchor that holds itself; write the values out") from None
-    except ValueError as error:  # what looks like a date or a number to YAML and is none
-        raise ConfigError(f"{where}: not valid YAML ({_first_line(error)}); {fix}") from None
-
-
-def _parse_override(override: str) -> dict[Any, Any]:
+def _parse_override(schema: type, override: str) -> dict[Any, Any]:
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         raise ConfigError(f"override {override!r}: not of the form section.key=value, e.g. optimizer.lr=3e-4")
-    content = _parse(value, where=f"override {override!r}", fix="quote the value")
+    content = parse_value(value, hint_of(schema, key), where=f"override {override!r}")
     for name in reversed(key.split(".")):
         content = {name: content}
     return content
@@ -124,15 +111,16 @@ def _create(schema: type, content: dict[Any, Any], *, where: str) -> DictConfig:
         raise ConfigError(f"{where}: {_first_line(error)}; fix the value") from None
 
 
-def _floats(content: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as a string; every user means the number."""
-    if isinstance(content, dict):
-        return {str(key): _floats(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_floats(value) for value in content]
-    if isinstance(content, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", content):
-        return float(content)
-    return content
+def _with_home(value: Any) -> Any:
+    """The same with `~/…` and `~user/…` of texts, and of lists' texts, replaced by the home directory."""
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            setattr(value, item.name, _with_home(getattr(value, item.name)))
+    elif isinstance(value, list):
+        return [_with_home(entry) for entry in value]
+    elif isinstance(value, str) and value.startswith("~"):
+        return str(Path(value).expanduser())
+    return value
 
 
 def _merge(schema: type, base: Any, update: DictConfig, *, where: str) -> Any:
@@ -152,6 +140,10 @@ def _suggest(schema: type, key: str) -> str:
     """Names the nearest key, or where a Megatron field goes."""
     section, _, leaf = key.rpartition(".")
     known = known_keys(schema)
+    if key in known:
+        return f"in a file, write {leaf!r} under `{section}:`"
+    if "megatron" in known and leaf in PASSED:
+        return f"did you mean 'megatron.{leaf}'?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [
         other for other in known if other.rpartition(".")[2] == leaf
     ]

@@ -40,9 +40,6 @@ class GradientSpikesGroup:
     Args:
         models: the GPTModel chunks of this rank, without wrappers.
         optimizer: the optimizers over them.
-
-    Raises:
-        ConfigError: the optimizer keeps the master weights to itself.
     """
 
     names: tuple[str, ...] = ("spike_elements", "spike_known")
@@ -50,7 +47,7 @@ class GradientSpikesGroup:
 
     def __init__(self, models: Sequence[GPTModel], optimizer: ChainedOptimizer) -> None:
         self._layers = [layer.layer_number - 1 for model in models for layer in model.decoder.layers]
-        self._owned = owned_slices(models, optimizer, key="statistics.spikes")
+        self._owned = owned_slices(models, optimizer)
         self._device = next(models[0].parameters()).device
         self._count = 1 if models[0].pg_collection.tp_dp_cp.rank() == 0 else 0
 

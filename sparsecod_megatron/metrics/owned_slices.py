@@ -24,8 +24,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from sparsecod_megatron.errors import ConfigError
-
 _Held: TypeAlias = tuple[torch.nn.Parameter, Tensor, tuple[int, int]]
 """A parameter, the fp32 weights that this process holds of it, and their span in the flattened parameter."""
 
@@ -56,22 +54,18 @@ class OwnedSlices:
         return [parameter.main_grad.view(-1)[start:end] for parameter, (start, end) in pairs]  # type: ignore[attr-defined]
 
 
-def owned_slices(models: Sequence[GPTModel], optimizer: ChainedOptimizer, *, key: str) -> list[OwnedSlices]:
+def owned_slices(models: Sequence[GPTModel], optimizer: ChainedOptimizer) -> list[OwnedSlices]:
     """What this process owns of its layers, one entry an optimizer of the chain. Local.
 
     Args:
         models: the GPTModel chunks of this rank, without wrappers; their layers, in order, are the rows.
         optimizer: the optimizers over them.
-        key: of the configuration, that asks for it.
-
-    Raises:
-        ConfigError: the optimizer keeps the master weights to itself.
     """
     layers = [layer for model in models for layer in model.decoder.layers]
     rows = {parameter: row for row, layer in enumerate(layers) for parameter in layer.parameters()}
     device = next(models[0].parameters()).device
     parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
-    return [_owned_slices(part, rows, models[0].pg_collection, device, key) for part in parts]
+    return [_owned_slices(part, rows, models[0].pg_collection, device) for part in parts]
 
 
 def _owned_slices(
@@ -79,13 +73,7 @@ def _owned_slices(
     rows: Mapping[torch.nn.Parameter, int],
     groups: ProcessGroupCollection,
     device: torch.device,
-    key: str,
 ) -> OwnedSlices:
-    if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
-        raise ConfigError(
-            f"megatron.use_precision_aware_optimizer: true hides the master weights that {key} reads; "
-            f"set it to false, or {key}.interval to 0"
-        )
     held = _sharded_masters(part) if isinstance(part, DistributedOptimizer) else _whole_masters(part, groups)
     owned = [
         entry for entry in held if entry[0] in rows and param_is_not_tensor_parallel_duplicate(entry[0], groups.tp)

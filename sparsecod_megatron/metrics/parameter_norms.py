@@ -41,9 +41,6 @@ class ParameterNormsGroup:
     Args:
         models: the GPTModel chunks of this rank, without wrappers.
         optimizer: the optimizers over them.
-
-    Raises:
-        ConfigError: the optimizer keeps the master weights to itself.
     """
 
     names: tuple[str, ...] = ("grad_squares", "param_squares", "update_squares")
@@ -53,7 +50,7 @@ class ParameterNormsGroup:
         layers = [layer for model in models for layer in model.decoder.layers]
         self._layers = [layer.layer_number - 1 for layer in layers]
         self._device = next(models[0].parameters()).device
-        self._owned = owned_slices(models, optimizer, key="statistics.norms")
+        self._owned = owned_slices(models, optimizer)
         self._config = models[0].config
         self._count = 1 if models[0].pg_collection.tp_dp_cp.rank() == 0 else 0
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import traceback
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config.check_megatron import needs_transformer_engine
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model.init import leave_as_is
 from sparsecod_megatron.model.passthrough import passthrough
@@ -24,7 +28,7 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         transformer_engine: whether the fused CUDA modules are used.
 
     Raises:
-        ConfigError: Megatron-Core refuses the combination, or a `megatron:` field is unknown.
+        ConfigError: Megatron-Core refuses the combination, or a `megatron:` field has no effect on this backend.
     """
     dtype = torch_dtype(config.precision)
     ours: dict[str, Any] = {
@@ -40,24 +44,30 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
     }
     defaults = {
         "moe_grouped_gemm": transformer_engine and config.model.is_moe,
+        "moe_token_dispatcher_type": "alltoall",
         # The fused GeGLU is the tanh approximation, and the others have none without bias.
-        "bias_activation_fusion": config.model.activation == "swiglu",
+        "bias_activation_fusion": config.model.activation == "swiglu" and not config.megatron.get("glu_linear_offset"),
         "apply_rope_fusion": _has_fused_rope(config, transformer_engine),
         "bias_dropout_fusion": transformer_engine,
-        "masked_softmax_fusion": transformer_engine,
-        "cross_entropy_loss_fusion": transformer_engine,
+        # Megatron-Core's rounds its gradient to bf16 whatever the model's type (fused_cross_entropy.py:82).
+        "cross_entropy_loss_fusion": transformer_engine and dtype == torch.bfloat16,
         # The CPU backend has a function for it; on CUDA the extension comes with apex, which a user may not have.
         "gradient_accumulation_fusion": not torch.cuda.is_available(),
         # Batched exchange silently corrupts the interleaved schedule on gloo.
         "batch_p2p_comm": False,
         "overlap_p2p_comm": False,
     }
+    _refuse_unread(config.megatron, transformer_engine)
     arguments = passthrough(config.megatron, TransformerConfig, ours, defaults)
+    if (attention := config.megatron.get("attention_backend")) is not None:
+        arguments["attention_backend"] = AttnBackend[attention]
     _forbid_silent_divergence(arguments)
     try:
         megatron = TransformerConfig(**arguments)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"model/parallel/megatron: Megatron-Core refuses this combination: {error}") from error
+    except (ValueError, AssertionError, TypeError, KeyError) as error:
+        # Many of its assertions have no text but their own.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigError(f"model/parallel/megatron: Megatron-Core refuses this combination: {reason}") from error
     for name, value in _yarn(config.model).items():
         setattr(megatron, name, value)
     return megatron
@@ -114,8 +124,11 @@ def _yarn(model: ModelConfig) -> dict[str, Any]:
 
 
 def _has_fused_rope(config: RunConfig, transformer_engine: bool) -> bool:
-    """YaRN scales what it rotates, which no fused kernel does; ours on CPU knows no packed documents either."""
-    return config.model.rope_scaling != "yarn" and (transformer_engine or not config.data.reset_attention_mask)
+    """YaRN scales what it rotates, which no fused kernel does; ours on CPU knows neither packed documents nor pairs."""
+    if config.model.rope_scaling == "yarn":
+        return False
+    unknown = config.data.reset_attention_mask or config.megatron.get("rotary_interleaved", False)
+    return transformer_engine or not unknown
 
 
 _ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu, "relu2": squared_relu}
@@ -152,7 +165,6 @@ def _experts(model: ModelConfig) -> dict[str, Any]:
         else 1,
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff if model.moe_router_load_balancing_type != "none" else 0.0,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
-        "moe_token_dispatcher_type": "alltoall",
     }
 
 
@@ -169,6 +181,19 @@ def _layout(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_dtype": dtype if stages > 1 else None,
     }
+
+
+def _refuse_unread(fields: dict[str, Any], transformer_engine: bool) -> None:
+    """Fields whose module or package is not there; what needs no machine to know is refused with the configuration."""
+    for field in fields:
+        if not transformer_engine and (obstacle := needs_transformer_engine(field)):
+            raise ConfigError(f"megatron.{field}: {fields[field]!r}, but {obstacle}")
+    if fields.get("moe_token_dispatcher_type") != "flex":
+        return
+    if not transformer_engine:
+        raise ConfigError("megatron.moe_token_dispatcher_type: 'flex', but DeepEP runs on CUDA; use alltoall here")
+    if importlib.util.find_spec("deep_ep") is None:
+        raise ConfigError("megatron.moe_token_dispatcher_type: 'flex' needs DeepEP; install deep_ep or use alltoall")
 
 
 def _forbid_silent_divergence(arguments: dict[str, Any]) -> None:

@@ -11,16 +11,9 @@ from typing import Any
 
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, data_parallel_size
 from sparsecod_megatron.config.flops import is_windowed
+from sparsecod_megatron.config.megatron_fields import UNEVEN_STAGES
 from sparsecod_megatron.config.parameters import ParameterKind, first_parameters, last_parameters, layer_parameters
 from sparsecod_megatron.errors import ConfigError
-
-UNEVEN_STAGES = (
-    "pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
 
 
 @dataclass(frozen=True)
@@ -147,7 +140,7 @@ class Layout:
             ends.extend(last_parameters(self.model, shares_embedding=self.stages == 1))
         yield from ((kind, 1) for kind in ends)
         for layer, count in self.stage_layers(stage).items():
-            yield from ((kind, count) for kind in layer_parameters(self.model, layer))
+            yield from ((kind, count) for kind in layer_parameters(self.model, layer, qkv_bias=self.config.qkv_bias))
 
     @cached_property
     def distinct_stages(self) -> list[int]:
@@ -193,20 +186,13 @@ class Recompute:
 
     @classmethod
     def read(cls, megatron: dict[str, Any]) -> Recompute:
-        """From the `megatron:` section."""
+        """From the `megatron:` section of a checked run."""
         granularity = megatron.get("recompute_granularity") or "none"
         if granularity == "none":
             return cls()
         if granularity == "selective":
             return cls("selective", tuple(megatron.get("recompute_modules") or ("core_attn",)))
-        if granularity != "full":
-            raise ConfigError(f"megatron.recompute_granularity: {granularity!r}; give selective or full, or remove it")
-        method, num_layers = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
-        if method not in ("uniform", "block"):
-            raise ConfigError(f"megatron.recompute_method: {method!r}; full recompute needs uniform or block")
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ConfigError(f"megatron.recompute_num_layers: {num_layers!r}; full recompute needs a number of layers")
-        return cls("full", (), method, num_layers)
+        return cls("full", (), megatron["recompute_method"], megatron["recompute_num_layers"])
 
     def units(self, layers: range) -> tuple[list[range], range]:
         """(runs of layers recomputed together, layers kept whole) of one chunk."""
@@ -226,6 +212,4 @@ def layout_of(config: RunConfig, gpus: int, *, transformer_engine: bool = True) 
     for key in UNEVEN_STAGES:
         if config.megatron.get(key):
             raise ConfigError(f"megatron.{key}: {config.megatron[key]!r}, but plan divides layers evenly; remove it")
-    layout = Layout(config, gpus, data_parallel_size(config, gpus), transformer_engine)
-    assert layout.recompute is not None  # reads, and so checks, its fields
-    return layout
+    return Layout(config, gpus, data_parallel_size(config, gpus), transformer_engine)

@@ -81,7 +81,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu) -> Plan:
     return Plan(
         layout=layout,
         gpu=gpu,
-        parameters=count_parameters(config.model),
+        parameters=count_parameters(config.model, qkv_bias=config.qkv_bias),
         flops={name: flops_per_token(config.model, length, convention=name) for name in CONVENTIONS},
         memory=[rank_memory(layout, stage) for stage in stages],
         activations={name: _activations(config, gpus, recompute) for name, recompute in _RECOMPUTES.items()},

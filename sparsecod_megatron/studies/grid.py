@@ -72,7 +72,7 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
     Raises:
         ConfigError: a study, or a cell's run, that cannot be; names the cell.
     """
-    config = merge_typed(StudyConfig, read_updates(path, overrides))
+    config = merge_typed(StudyConfig, read_updates(StudyConfig, path, overrides))
     for problem in bound_problems(config):
         raise ConfigError(f"{path}: {problem}")
     axes = [_axis(path, axis) for axis in config.grid]
@@ -101,7 +101,7 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
 def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path) -> Cell:
     name = ",".join(filter(None, [place_name(labels), f"seed={seed}"]))
     directory = output / CELLS_FOLDER / name
-    own = [f"train.seed={seed}", f"logging.run_dir={json.dumps(str(directory / RUN_FOLDER))}"]
+    own = [f"train.seed={seed}", f"logging.run_dir={_flow(str(directory / RUN_FOLDER))}"]
     try:
         return Cell(name, labels, seed, directory, load_config(base, [*changes, *own]))
     except ConfigError as error:
@@ -123,7 +123,7 @@ def _axis(path: Path, axis: AxisConfig) -> dict[str, list[str]]:
             changes[label] = _assignments(content)
     else:
         assert axis.values is not None
-        changes = {_label(value): [f"{axis.key}={json.dumps(value)}"] for value in axis.values}
+        changes = {_label(value): [f"{axis.key}={_flow(value)}"] for value in axis.values}
         if len(changes) < len(axis.values):
             raise ConfigError(f"{where}: a value is given twice; give each once")
     for label in [axis.name, *changes]:
@@ -138,6 +138,11 @@ def _label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _flow(value: Any) -> str:
+    """A value as an override writes it: JSON, which is YAML but for escapes of characters beyond 16 bits."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _assignments(content: Mapping[str, Any], prefix: str = "") -> list[str]:
     """`a.b=c` strings of nested or dotted keys."""
     found = []
@@ -145,7 +150,7 @@ def _assignments(content: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict) and value:
             found.extend(_assignments(value, f"{prefix}{key}."))
         else:
-            found.append(f"{prefix}{key}={json.dumps(value)}")
+            found.append(f"{prefix}{key}={_flow(value)}")
     return found
 
 

@@ -23,7 +23,7 @@ SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 def cell_sizes(config: RunConfig) -> dict[str, float]:
     """The numbers of `SIZES`; operations by the convention `full` of config/flops.py."""
     completed, _ = with_vocabulary(config)
-    count = count_parameters(completed.model)
+    count = count_parameters(completed.model, qkv_bias=completed.qkv_bias)
     tokens = training_tokens(config)
     flops = tokens * flops_per_token(completed.model, config.data.seq_length)
     return dict(zip(SIZES, (count.total, count.active, tokens, flops), strict=True))

@@ -16,14 +16,6 @@ from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import optimizer_precision_fields
 from sparsecod_megatron.train.parameter_groups import group_overrides
 
-_OVERRIDDEN = {
-    "apply_wd_to_qk_layernorm": "list what does not decay in optimizer.no_weight_decay",
-    "decoupled_lr": "embeddings and output layer learn at optimizer.lr; use model.mup_base_hidden_size to scale it",
-    "decoupled_min_lr": "use schedule.min_lr_ratio",
-}
-"""Megatron-Core's fields that only its default parameter groups read, and what does it here."""
-
-
 _SPREAD_EXPERTS = ParamPredicate(name="spread_experts", fn=lambda parameter: not getattr(parameter, "allreduce", True))
 """Parameters of experts that are spread over ranks."""
 _ANOTHER_LENGTH: Any = {"spread_experts": True}
@@ -51,11 +43,8 @@ def build_optimizer(
         matrices, routers among them, and AdamW for embeddings, output layer and vectors.
 
     Raises:
-        ConfigError: Muon without the package that it comes from, or a `megatron:` field that would have no effect.
+        ConfigError: Muon without the package that it comes from.
     """
-    for key, instead in _OVERRIDDEN.items():
-        if key in config.megatron:
-            raise ConfigError(f"megatron.{key}: {config.megatron[key]!r} would have no effect; {instead}")
     if config.optimizer.optimizer == "muon":
         return _muon(config, models, groups)
     return get_megatron_optimizer(
@@ -64,11 +53,7 @@ def build_optimizer(
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
-    """Megatron-Core's configuration of this run's optimizer. Local.
-
-    Raises:
-        ConfigError: an unknown `megatron:` field, or one that the `optimizer` section sets.
-    """
+    """Megatron-Core's configuration of this run's optimizer. Local."""
     section = config.optimizer
     bf16 = config.precision.dtype == "bf16"
     same_name = (

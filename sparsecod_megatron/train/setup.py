@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model import build_model, transformer_config
 from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import ddp_precision_fields
@@ -67,6 +68,9 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
         config: a checked run whose vocab_size is known.
         backend: the selected backend.
         groups: the run's process groups.
+
+    Raises:
+        ConfigError: a combination that Megatron-Core refuses, or a `megatron:` field that nothing here reads.
     """
     megatron = transformer_config(config, transformer_engine=backend.transformer_engine)
     chunks = build_model(config, megatron, groups, device=backend.device, transformer_engine=backend.transformer_engine)
@@ -96,6 +100,9 @@ def _data_parallel(
     ddp_config = DistributedDataParallelConfig(
         **passthrough(config.megatron, DistributedDataParallelConfig, ours, defaults)
     )
+    if "bucket_size" in config.megatron and not ddp_config.overlap_grad_reduce:
+        fix = "set megatron.overlap_grad_reduce=true or remove it"
+        raise ConfigError(f"megatron.bucket_size: {ddp_config.bucket_size}, but without overlap there is one; {fix}")
     models = [
         # Only the first chunk of an interleaved schedule is worth bucketing; the others are complete when their
         # backward ends.

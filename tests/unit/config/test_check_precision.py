@@ -25,7 +25,7 @@ def test_accepted(recipe: str) -> None:
         ([f"{KEPT}=1"], [KEPT, "fp8_recipe is none"]),
         (["precision.fp8_param_gather=true"], ["fp8_param_gather: set", "fp8_recipe is none"]),
         (["megatron.fp8=hybrid"], ["megatron.fp8: 'hybrid'", "precision.fp8_recipe"]),
-        ([TENSORWISE, "megatron.fp8_recipe=delayed"], ["megatron.fp8_recipe: 'delayed'", "precision section"]),
+        ([TENSORWISE, "megatron.fp8_recipe=delayed"], ["megatron.fp8_recipe: 'delayed'", "precision.fp8_recipe"]),
         ([TENSORWISE, "precision.dtype=fp32"], ["precision.dtype: fp32", "bf16"]),
         (["precision.fp8_recipe=delayed", f"{KEPT}=1"], [KEPT, "delayed", "tensorwise"]),
         ([TENSORWISE, f"{KEPT}=12"], [KEPT, "12 of 12 layers"]),

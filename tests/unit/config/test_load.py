@@ -135,3 +135,68 @@ def test_no_override_escapes_as_another_error(key: str, value: str) -> None:
         load_config(None, [f"{key}={value}"])
     except ConfigError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["2024_01_01", "0123", "1e3", "12:30", "no", "true", ".5", "runs/a #1", "a: b", "[a", "x'", "2024-01-01"]
+)
+def test_text_is_what_was_typed(tmp_path: Path, text: str) -> None:
+    """Of YAML 1.1's readings only null is left; a file's comments and quotes are YAML's own."""
+    assert load_config(None, [f"logging.run_dir={text}"]).logging.run_dir == text
+    if not text.startswith("["):  # there, a list
+        assert load_config(None, [f"data.train={text}", "data.tokenizer=t"]).data.train == text
+    quoted = text if text.replace("_", "").replace(":", "").isalnum() else f'"{text}"'
+    (tmp_path / "run.yaml").write_text(f"logging:\n  run_dir: {quoted}\n  wandb: {{name: {quoted}}}\n")
+    logging = load_config(tmp_path / "run.yaml").logging
+    assert (logging.run_dir, logging.wandb.name) == (text, text)
+    save_config(load_config(tmp_path / "run.yaml"), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").logging == logging
+
+
+def test_quotes_null_and_lists_keep_their_meaning() -> None:
+    assert load_config(None, ["logging.run_dir='a b'"]).logging.run_dir == "a b"
+    assert load_config(None, ['logging.run_dir="a\\tb"']).logging.run_dir == "a\tb"
+    assert load_config(None, ["checkpoint.init_from=null"]).checkpoint.init_from is None
+    assert "run_dir" in message("logging.run_dir=null")
+    data = load_config(None, ["data.train=[0.3, 2024_01_01, 7e-1, 0123]", "data.tokenizer=t"]).data
+    assert data.train == [0.3, "2024_01_01", 0.7, "0123"]
+    assert load_config(None, ["evaluation.tasks=[no, 12:30, 010]"]).evaluation.tasks == ["no", "12:30", "010"]
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(None, ["logging.run_dir=~/runs/a", "data.train=[~/a, ~/b]", "data.tokenizer=~/t"])
+    assert config.logging.run_dir == "/home/me/runs/a"
+    assert (config.data.train, config.data.tokenizer) == (["/home/me/a", "/home/me/b"], "/home/me/t")
+
+
+def test_numbers_are_decimal() -> None:
+    assert load_config(None, ["train.seed=010"]).train.seed == 10
+    assert load_config(None, ["train.rampup_batch_size=[02,2,0100]"]).train.rampup_batch_size == [2, 2, 100]
+    assert "train.seed" in message("train.seed=0x10") and "train.seed" in message("train.seed=1:30")
+    assert load_config(None, ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
+    assert load_config(None, ["train.spike_skip=no"]).train.spike_skip is False
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "train:\n  seed: 1\n  eval_steps: 2\n  seed: 3\n",
+            "train.seed: given on line 2 and again on line 4; keep one",
+        ),
+        ("train: {seed: 1}\nmodel: {}\ntrain: {seed: 3}\n", "train: given on line 1 and again on line 3; keep one"),
+        ("megatron:\n  a: 1\n  a: 1\n", "megatron.a: given on line 2 and again on line 3; keep one"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "twice.yaml").write_text(content)
+    assert message(path=tmp_path / "twice.yaml") == f"{tmp_path / 'twice.yaml'}: {said}"
+
+
+def test_a_dotted_key_of_a_file_and_a_field_of_megatron_are_shown_their_place(tmp_path: Path) -> None:
+    (tmp_path / "dotted.yaml").write_text("optimizer.lr: 3\n")
+    assert "unknown key 'optimizer.lr'; in a file, write 'lr' under `optimizer:`" in message(
+        path=tmp_path / "dotted.yaml"
+    )
+    assert "did you mean 'megatron.bucket_size'?" in message("parallel.bucket_size=3")

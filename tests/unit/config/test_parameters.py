@@ -18,6 +18,7 @@ from tests.helpers.meta import meta_model
 from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
 
 VARIANTS = {**{f"dense-{name}": keys for name, keys in DENSE.items()}}
+VARIANTS["dense-qkv-bias"] = ("megatron.add_qkv_bias=true",)
 VARIANTS |= {f"moe-{name}": (*MOE_SHAPE, *keys) for name, keys in MOE.items()}
 
 KEYS: dict[str, list[Any]] = {
@@ -50,7 +51,8 @@ def layer_of(name: str) -> int | None:
 
 def assert_counts(config: RunConfig, model: torch.nn.Module) -> None:
     """Total, by layer, and active: without the share of each layer's experts that its router does not choose."""
-    count, sizes = count_parameters(config.model), {name: p.numel() for name, p in model.named_parameters()}
+    count = count_parameters(config.model, qkv_bias=config.qkv_bias)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     by_layer = [0] * config.model.num_layers
     idle = 0.0
     for name, size in sizes.items():

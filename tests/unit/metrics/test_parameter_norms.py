@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecod_megatron.errors import ConfigError
 from tests.helpers.training import collected_steps, small_trainer, trainer_batches
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 arithmetic on the CPU")
@@ -131,14 +130,3 @@ def test_nothing_stays_behind(fails: bool) -> None:
         assert [sorted(layer) for layer in collected] == [[] if fails else sorted(group.names)] * 3
         train_step(trainer, trainer_batches(trainer))
         assert sums.reduce() == collected
-
-
-def test_hidden_master_weights_are_refused() -> None:
-    from sparsecod_megatron.metrics.parameter_norms import ParameterNormsGroup
-    from sparsecod_megatron.model import unwrap
-
-    with training() as (trainer, _, _):
-        config = trainer.optimizer.chained_optimizers[0].config
-        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-        with pytest.raises(ConfigError, match="use_precision_aware_optimizer: true .* set it to false"):
-            ParameterNormsGroup([unwrap(model) for model in trainer.models], trainer.optimizer)

@@ -74,8 +74,16 @@ def test_vocabulary_that_is_not_set() -> None:
         (["parallel.pipeline_model_parallel_size=4", "--gpus", "6"], "does not divide 6 processes"),
         (["--gpus", "7"], "train.global_batch_size: 1024 is not a multiple"),
         (["--gpus", "0"], "--gpus: 0"),
-        (["megatron.recompute_granularity=full", "--gpus", "8"], "megatron.recompute_method: None"),
-        (["megatron.num_layers_in_first_pipeline_stage=3", "--gpus", "8"], "divides layers evenly"),
+        (["megatron.recompute_granularity=full", "--gpus", "8"], "megatron.recompute_method is not set"),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "megatron.num_layers_in_first_pipeline_stage=3",
+                "--gpus",
+                "8",
+            ],
+            "divides layers evenly",
+        ),
         (
             ["model.num_layers=64", "model.hidden_size=8192", "train.micro_batch_size=1", "--gpus", "8"],
             "a rank of pipeline stage 0 needs",

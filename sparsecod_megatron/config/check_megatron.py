@@ -1,0 +1,177 @@
+"""Refuses `megatron:` fields that would not do what they say: training, planning and studies give the same answer."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sparsecod_megatron.config.megatron_fields import (
+    ADAM_FIELDS,
+    FP8_FIELDS,
+    MOE_FIELDS,
+    MUON_FIELDS,
+    NEEDS_TRANSFORMER_ENGINE,
+    PASSED,
+    READ_WITH,
+    RECOMPUTED_MODULES,
+    SET_BY,
+    UNEVEN_STAGES,
+    Kind,
+)
+from sparsecod_megatron.config.megatron_refused import REFUSED
+from sparsecod_megatron.config.schema import RunConfig
+
+_NAMES: dict[Kind, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a number, or a list of numbers or words",
+}
+
+
+def megatron_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each field that is unknown, set elsewhere, refused, of a wrong kind or without effect."""
+    refused = {field: reason for reason, fields in REFUSED.items() for field in fields}
+    for field, value in config.megatron.items():
+        said = f"megatron.{field}: {_shown(value)}"
+        if field in SET_BY:
+            yield f"{said}, but {SET_BY[field]} says what it is here; set that instead"
+        elif field in refused:
+            yield f"{said}, but {refused[field]}; remove it"
+        elif field not in PASSED:
+            yield f"{said}: no such Megatron-Core field; {_hint(field, [*PASSED, *SET_BY, *refused])}"
+        elif not _is_of_kind(value, kind := PASSED[field]):
+            wanted = _NAMES[kind] if not isinstance(kind, tuple) else f"one of {', '.join(kind)}"
+            yield f"{said} is not {wanted}; give that"
+        else:
+            yield from (f"{said}, but {obstacle}" for obstacle in _obstacles(config, field))
+
+
+def needs_transformer_engine(field: str) -> str | None:
+    """Why a field that passes cannot be used with the reference modules of the CPU backend; None if it can."""
+    if field not in NEEDS_TRANSFORMER_ENGINE:
+        return None
+    return "only Transformer Engine reads it, which runs on CUDA; remove it on the CPU backend"
+
+
+def _hint(field: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(field, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else "docs/PARALLELISM.md lists those that pass"
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _is_of_kind(value: Any, kind: Kind) -> bool:
+    if isinstance(kind, tuple):
+        return isinstance(value, str) and value in kind
+    if kind is list:
+        entries = value if isinstance(value, list) else [value]
+        return all(isinstance(entry, int | str) for entry in entries)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
+    """What keeps a field that passes from having an effect in this run, or from having the one that it names."""
+    model, megatron = config.model, config.megatron
+    if config.backend == "cpu" and (obstacle := needs_transformer_engine(field)):
+        yield obstacle
+    if field in READ_WITH and megatron.get(other := READ_WITH[field][0]) not in (values := READ_WITH[field][1]):
+        yield f"only megatron.{other}={_shown(values[0])} reads it; set that or remove this"
+    if field in FP8_FIELDS and not config.precision.fp8:
+        yield "precision.fp8_recipe is none; choose a recipe or remove it"
+    if field in MUON_FIELDS and config.optimizer.optimizer != "muon":
+        yield "optimizer.optimizer is not muon; remove it"
+    if field in ADAM_FIELDS and config.optimizer.optimizer != "adam":
+        yield "optimizer.optimizer is not adam; remove it"
+    if field in MOE_FIELDS:
+        yield from _expert_obstacles(config, field)
+    if field in UNEVEN_STAGES:
+        yield from _stage_obstacles(config, field)
+    if field.startswith("recompute_"):
+        yield from _recompute_obstacles(megatron, field)
+    if field.startswith("cross_entropy_"):
+        yield from _loss_obstacles(config, field)
+    if field == "activation_func_fp8_input_store" and model.activation != "swiglu":
+        yield f"model.activation={model.activation} is not swiglu; remove it"
+    if field == "use_fused_weighted_squared_relu" and model.activation != "relu2":
+        yield f"model.activation={model.activation} is not relu2; remove it"
+    if field == "glu_linear_offset" and not model.is_gated:
+        yield f"model.activation={model.activation} has no gate to add it to; remove it"
+    if field == "bias_activation_fusion" and megatron[field] and model.activation != "swiglu":
+        yield f"only swiglu's fused function is model.activation={model.activation} without bias; set it to false"
+
+
+def _loss_obstacles(config: RunConfig, field: str) -> Iterator[str]:
+    fused, kind = config.megatron.get("cross_entropy_loss_fusion"), config.megatron.get("cross_entropy_fusion_impl")
+    if config.precision.dtype != "fp32":
+        return
+    if field == "cross_entropy_fusion_impl" and not fused:
+        yield "the loss of fp32 runs is not fused; set megatron.cross_entropy_loss_fusion=true or remove this"
+    elif fused and kind != "te":
+        # megatron/core/fusions/fused_cross_entropy.py:82
+        yield "this fused loss rounds its gradient to bf16, and precision.dtype is fp32; set one of them otherwise"
+
+
+def _recompute_obstacles(megatron: dict[str, Any], field: str) -> Iterator[str]:
+    value = megatron[field]
+    if field == "recompute_granularity" and value == "full":
+        for needed in ("recompute_method", "recompute_num_layers"):
+            if needed not in megatron:
+                yield f"megatron.{needed} is not set; give {'uniform or block' if 'method' in needed else 'a number'}"
+    if field == "recompute_num_layers" and value < 1:
+        yield "full recompute needs a number of at least 1; raise it"
+    if field == "recompute_modules":
+        strangers = [name for name in (value if isinstance(value, list) else [value]) if name not in RECOMPUTED_MODULES]
+        if strangers or not isinstance(value, list):
+            yield f"it is a list of {', '.join(RECOMPUTED_MODULES)}; give some of them"
+
+
+def _stage_obstacles(config: RunConfig, field: str) -> Iterator[str]:
+    stages, chunks = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size
+    if stages == 1:
+        yield "there is one pipeline stage; raise parallel.pipeline_model_parallel_size or remove it"
+    elif field == "pipeline_model_parallel_layout":
+        parts = _unrolled(config.megatron[field]).split("|")
+        if len(parts) != stages * (chunks or 1):
+            yield (
+                f"it has {len(parts)} parts, and parallel.pipeline_model_parallel_size × "
+                f"virtual_pipeline_model_parallel_size is {stages * (chunks or 1)}; change one of them"
+            )
+        elif (count := "".join(parts).count("t")) != config.model.num_layers:
+            yield f"it has {count} layers (t), and model.num_layers={config.model.num_layers}; change one of them"
+
+
+def _unrolled(layout: str) -> str:
+    """`(tt|)*2` → `tt|tt|`, `t*3` → `ttt`, without commas.
+
+    Source: Megatron-Core transformer/pipeline_parallel_layer_layout.py:283, `parse_str_to_list`.
+    """
+    layout = layout.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        layout = re.sub(pattern, lambda found: found[1] * int(found[2]), layout)
+    return layout
+
+
+def _expert_obstacles(config: RunConfig, field: str) -> Iterator[str]:
+    model, parallel, megatron = config.model, config.parallel, config.megatron
+    if not model.is_moe:
+        yield "the model has no experts; set model.num_moe_experts or remove it"
+    if field in ("moe_pad_expert_input_to_capacity", "moe_token_drop_policy") and not model.moe_expert_capacity_factor:
+        yield "model.moe_expert_capacity_factor is not set; set it or remove this"
+    if field == "moe_shared_expert_overlap" and model.moe_shared_expert_intermediate_size is None:
+        yield "there is no shared expert; set model.moe_shared_expert_intermediate_size or remove this"
+    if field != "moe_token_dispatcher_type" or megatron[field] != "flex":
+        return
+    if config.backend == "cpu":
+        yield "DeepEP runs on CUDA; use alltoall on the CPU backend"
+    if parallel.expert_tensor_size * parallel.expert_model_parallel_size == 1:
+        yield "it exchanges tokens between ranks; raise parallel.expert_model_parallel_size or use alltoall"
+    if model.moe_router_dtype != "fp32":
+        yield f"it takes fp32 probabilities, and model.moe_router_dtype is {model.moe_router_dtype}; set that to fp32"
