@@ -102,16 +102,19 @@ def _trial(model: PreTrainedModel) -> _Calls:
         if before is not None and after is not None:
             calls.setdefault(module, []).append((before, after))
 
-    vocab_size = model.config.get_text_config().vocab_size
-    tokens = torch.arange(TRIAL_TOKENS, device=model.device)[None] % vocab_size
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
     try:
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+            model(input_ids=trial_tokens(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def trial_tokens(model: PreTrainedModel) -> Tensor:
+    """[1, 4] token ids that differ, where the vocabulary has as many."""
+    return torch.arange(TRIAL_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
 
 
 def _is_chain(blocks: nn.ModuleList, calls: _Calls) -> bool:

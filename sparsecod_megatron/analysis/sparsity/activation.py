@@ -52,7 +52,7 @@ class Activation:
             ConfigError: a sample of one sequence.
             ConversionError: no feed-forward network was found.
         """
-        matrices = find_matrices(context.layers.blocks, context.hidden_size)
+        matrices = find_matrices(context.model, context.layers)
         sites = find_sites(matrices)
         curve = CettCurve(context, sites)
         cett = curve.bisect(self._ppl_percent)
@@ -63,6 +63,7 @@ class Activation:
         normality = normality_rows(context, matrices)
         return Result(
             values={
+                "num_networks": len(sites),
                 "ppl_percent": self._ppl_percent,
                 "ppl_percent_reached": reached,
                 "cett": cett,

@@ -34,7 +34,7 @@ def decay_rows(
         lr: η it was trained with, if known.
     """
     layers = find_layers(model.eval().requires_grad_(False))
-    matrices = find_matrices(layers.blocks, model.config.get_text_config().hidden_size)
+    matrices = find_matrices(model, layers)
     rows = matrix_rows(matrices, initial_std(model.config))
     head = {"model": label, "weight_decay": weight_decay, "equilibrium_std": equilibrium_std(lr, weight_decay)}
     return [{**head, **row} for row in ({"kind": "all", **aggregate(rows)}, *by_kind(rows))]

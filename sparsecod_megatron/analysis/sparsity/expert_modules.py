@@ -1,4 +1,4 @@
-"""Modules that hold all experts of a layer as three-dimensional parameters, as transformers stores them."""
+"""Modules that are projections: linear layers, and those that hold all experts in three-dimensional parameters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsecod_megatron.errors import ConversionError
 
@@ -19,6 +20,18 @@ def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module holds all experts of a layer as three-dimensional parameters."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.ndim == 3
+
+
+def is_stacked_linear(module: nn.Module) -> bool:
+    """Whether a module is one linear layer an expert, `[experts, out, in]`, rows sorted by expert before they enter."""
+    weight = getattr(module, "weight", None)
+    is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 3 and not is_convolution
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by weight matrices of its own."""
+    return isinstance(module, nn.Linear | Conv1D) or is_fused_experts(module) or is_stacked_linear(module)
 
 
 def expert_activations(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:
@@ -44,6 +57,14 @@ def expert_activations(experts: nn.Module, hidden: Tensor, expert: int) -> Tenso
     return activate(inner)
 
 
+def unwatchable(module: nn.Module) -> ConversionError:
+    """The refusal of experts whose module is not told the router's choice."""
+    return ConversionError(
+        f"{type(module).__name__}: its experts are not told which tokens are theirs, so they cannot be watched; leave "
+        "activation and experts out of --scores"
+    )
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: ExpertsForward) -> Iterator[None]:
     """Give one fused-experts module another forward for a while.
@@ -56,10 +77,7 @@ def replaced_forward(module: nn.Module, forward: ExpertsForward) -> Iterator[Non
     """
     signature = inspect.signature(module.forward)
     if len(signature.parameters) < 3:
-        raise ConversionError(
-            f"{type(module).__name__}: its experts are not told which tokens are theirs, so they cannot be watched; "
-            "leave the activation and experts scores out"
-        )
+        raise unwatchable(module)
 
     def bound(*args: Tensor, **kwargs: Tensor) -> Tensor:
         hidden, index, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]

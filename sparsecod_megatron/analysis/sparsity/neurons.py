@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.sparsity.expert_modules import expert_activations, is_fused_experts, replaced_forward
+from sparsecod_megatron.analysis.sparsity.expert_modules import (
+    expert_activations,
+    is_fused_experts,
+    is_stacked_linear,
+    replaced_forward,
+    unwatchable,
+)
 from sparsecod_megatron.analysis.sparsity.matrices import Matrix
 from sparsecod_megatron.errors import ConversionError
 
@@ -140,13 +146,18 @@ def find_sites(matrices: Sequence[Matrix]) -> list[NeuronSite]:
         matrices: of the whole model.
 
     Raises:
-        ConversionError: no feed-forward network was found.
+        ConversionError: no feed-forward network was found, or one whose neurons cannot be seen.
     """
     groups: dict[tuple[int, str], list[Matrix]] = {}
     for matrix in matrices:
         if matrix.kind == "down":
+            if is_stacked_linear(matrix.module):
+                raise unwatchable(matrix.module)
             listed = _LISTED_EXPERT.match(matrix.name)
             groups.setdefault((matrix.layer, listed[1] if listed else matrix.name), []).append(matrix)
     if not groups:
-        raise ConversionError("no down projection in any block: the activation score needs feed-forward networks")
+        raise ConversionError(
+            "no feed-forward network in any block (a down projection of what an up projection made of the same token): "
+            "leave activation out of --scores"
+        )
     return [NeuronSite(name, group) for (_, name), group in groups.items()]

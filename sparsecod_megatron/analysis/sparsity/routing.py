@@ -9,7 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.sparsity.expert_modules import is_fused_experts, replaced_forward
+from sparsecod_megatron.analysis.sparsity.expert_modules import (
+    is_fused_experts,
+    is_stacked_linear,
+    replaced_forward,
+    unwatchable,
+)
 from sparsecod_megatron.errors import ConversionError
 
 Watcher = Callable[[Tensor], None]
@@ -113,7 +118,7 @@ def find_experts(blocks: Iterable[nn.Module]) -> list[ExpertLayer]:
         blocks: the model's blocks.
 
     Raises:
-        ConversionError: there are none.
+        ConversionError: there are none, or they cannot be watched.
     """
     found: list[ExpertLayer] = []
     for layer, block in enumerate(blocks):
@@ -122,8 +127,10 @@ def find_experts(blocks: Iterable[nn.Module]) -> list[ExpertLayer]:
                 found.append(FusedExperts(layer, path, module))
             elif isinstance(experts := getattr(module, "experts", None), nn.ModuleList):
                 found.append(ListedExperts(layer, f"{path}.experts", module, experts))
+            elif is_stacked_linear(module):
+                raise unwatchable(module)
     if not found:
-        raise ConversionError("no routed experts in any block: leave the experts score out for a dense model")
+        raise ConversionError("no routed experts in any block: leave experts out of --scores for a dense model")
     return found
 
 

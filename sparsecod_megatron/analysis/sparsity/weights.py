@@ -22,10 +22,12 @@ from sparsecod_megatron.analysis.sparsity.essential import (
     relative_increase,
 )
 from sparsecod_megatron.analysis.sparsity.magnitudes import gini, hoyer, share_below
-from sparsecod_megatron.analysis.sparsity.matrices import KINDS, Matrix, find_matrices
+from sparsecod_megatron.analysis.sparsity.matrices import KINDS, Matrix, find_matrices, unmeasured_share
 from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve
 
 EPSILONS = (1e-4, 1e-3, 1e-2)
+MAX_UNMEASURED = 0.03
+"""Of the blocks' weights: routers and convolutions are below it, a part of the model that was not found is above."""
 Row = dict[str, Any]
 
 
@@ -40,7 +42,8 @@ class Weights:
         Args:
             context: the model and the sample the losses are taken on.
         """
-        matrices = find_matrices(context.layers.blocks, context.hidden_size)
+        matrices = find_matrices(context.model, context.layers)
+        left_out = unmeasured_share(context.layers.blocks, matrices)
         init_std = initial_std(context.model.config)
         rows = matrix_rows(matrices, init_std, no_bar=context.processes.no_bars)
         curve = PruningCurve(context, matrices)
@@ -53,6 +56,7 @@ class Weights:
         sparsity = essential.sparsity.as_dict()
         return Result(
             values={
+                "unmeasured_share": left_out,
                 "init_std": init_std,
                 **aggregate(rows),
                 "essential_sparsity": sparsity,
@@ -62,7 +66,7 @@ class Weights:
             tables={"weights": rows, "weights_by_kind": by_kind(rows), "weights_pruning": points},
             per_sequence={"dense_loss": curve.losses(0.0).tolist(), "half_pruned_loss": curve.losses(0.5).tolist()},
             figures=_figures(rows, points, len(context.layers)),
-            warnings=() if init_std else ("the model's configuration names no initializer_range: own-std shares only",),
+            warnings=_warnings(left_out, init_std),
             num_sequences=context.num_sequences,
             num_tokens=context.num_sequences * context.seq_length,
         )
@@ -124,6 +128,18 @@ def by_kind(rows: Sequence[Row]) -> list[Row]:
     """`aggregate` of each kind of matrix."""
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     return [{"kind": kind, **aggregate([row for row in rows if row["kind"] == kind])} for kind in kinds]
+
+
+def _warnings(left_out: float, init_std: float | None) -> tuple[str, ...]:
+    warnings = []
+    if left_out > MAX_UNMEASURED:
+        warnings.append(
+            f"{left_out:.1%} of the blocks' weights are in no matrix that was found: routers, convolutions, and "
+            "weights that the model uses without calling their module, or does not use; no number here is about them"
+        )
+    if not init_std:
+        warnings.append("the model's configuration names no initializer_range: own-std shares only")
+    return tuple(warnings)
 
 
 def _figures(rows: Sequence[Row], points: Sequence[Row], num_layers: int) -> tuple[Bars | Lines, ...]:

@@ -20,7 +20,7 @@ from tests.unit.analysis.sparsity.tiny import CONFIGS, list_experts, own_sample,
 
 
 def sites_of(context: Context) -> list[NeuronSite]:
-    return find_sites(find_matrices(context.layers.blocks, context.hidden_size))
+    return find_sites(find_matrices(context.model, context.layers))
 
 
 def sample_of(activations: Tensor, down: Tensor) -> NeuronSample:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsecod_megatron.analysis.layers import find_layers
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.essential import GRID, find_essential, knee
 from sparsecod_megatron.analysis.sparsity.matrices import find_matrices
@@ -29,13 +30,13 @@ def losses_of(model: PreTrainedModel, context: Context) -> Tensor:
 def test_losses_are_those_of_a_pruned_copy(family: str) -> None:
     model = tiny_model(family)
     context = sample(model)
-    matrices = find_matrices(context.layers.blocks, context.hidden_size)
+    matrices = find_matrices(context.model, context.layers)
     bits = {name: parameter.clone() for name, parameter in model.named_parameters()}
     addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     curve = PruningCurve(context, matrices)
     for sparsity in (0.0, 0.3, 0.8):
         clone = copy.deepcopy(model)
-        targets = find_matrices(clone.get_submodule(context.layers.name), context.hidden_size)
+        targets = find_matrices(clone, find_layers(clone))
         flat = torch.cat([matrix.weight.flatten().abs() for matrix in targets]).sort().values
         count = int(sparsity * len(flat))
         with torch.no_grad():
@@ -49,7 +50,7 @@ def test_losses_are_those_of_a_pruned_copy(family: str) -> None:
 def test_weights_are_back_after_a_pass_that_fails() -> None:
     model = tiny_model("llama")
     context = sample(model)
-    matrices = find_matrices(context.layers.blocks, context.hidden_size)
+    matrices = find_matrices(context.model, context.layers)
     bits = [matrix.weight.clone() for matrix in matrices]
 
     def fail(*_: object) -> None:
@@ -64,7 +65,7 @@ def test_weights_are_back_after_a_pass_that_fails() -> None:
 def test_no_pruned_copy_outlives_its_module() -> None:
     model = tiny_model("llama")
     context = sample(model)
-    matrices = find_matrices(context.layers.blocks, context.hidden_size)
+    matrices = find_matrices(context.model, context.layers)
     addresses = [matrix.weight.data_ptr() for matrix in matrices]
     with pruned(matrices, 0.1):
         model(input_ids=context.windows[:, :-1])
@@ -108,7 +109,7 @@ def test_knee_is_where_the_curve_turns() -> None:
 def test_planted_zeros_are_not_essential() -> None:
     model = tiny_model("llama")
     generator = torch.Generator().manual_seed(0)
-    matrices = find_matrices(model.model.layers, 32)
+    matrices = find_matrices(model, find_layers(model))
     with torch.no_grad():
         for matrix in matrices:
             matrix.weight[torch.rand(matrix.weight.shape, generator=generator) < 0.5] = 0
@@ -124,9 +125,9 @@ def test_planted_zeros_are_not_essential() -> None:
 def test_fixed_threshold_follows_the_norm_and_the_relative_one_does_not() -> None:
     models = [tiny_model("llama"), tiny_model("llama")]
     with torch.no_grad():
-        for matrix in find_matrices(models[1].model.layers, 32):
+        for matrix in find_matrices(models[1], find_layers(models[1])):
             matrix.weight.mul_(0.1)
-    rows = [matrix_rows(find_matrices(model.model.layers, 32), 0.02) for model in models]
+    rows = [matrix_rows(find_matrices(model, find_layers(model)), 0.02) for model in models]
     for large, small in zip(*rows, strict=True):
         assert small["std_over_init"] == pytest.approx(0.1 * large["std_over_init"], rel=1e-5)
         assert small["below_init_1e-02"] > large["below_init_1e-02"]

@@ -1,0 +1,37 @@
+"""Running a model's own code in a way that its authors did not foresee: what breaks is one line, not a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sparsecod_megatron.errors import ConversionError, SparsecodError
+
+
+@contextmanager
+def running(model: nn.Module, doing: str, scores: str) -> Iterator[None]:
+    """Turn whatever the model's code raises into a refusal.
+
+    Only a call of the model belongs into the `with` block: an error of our own would be blamed on the model.
+
+    Args:
+        model: whose code runs.
+        doing: what it is run for, as the subject of a sentence.
+        scores: what to leave out of --scores.
+
+    Raises:
+        ConversionError: it failed.
+    """
+    try:
+        yield
+    except (SparsecodError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConversionError(
+            f"{type(model).__name__}: {doing} fails in the model's own code ({type(error).__name__}: {reason}); "
+            f"leave {scores} out of --scores"
+        ) from error
