@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import FAMILIES, Family
 from sparsecod_megatron.hf.families.read import model_config
 
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-DERIVED = (".rotary_emb.inv_freq",)
-"""Ends of tensors that some files hold although the configuration says all about them."""
+INDEX_FILE, SINGLE_FILE, ADAPTER_FILE = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DERIVED = ".rotary_emb.inv_freq"
+"""End of tensors that old files hold although the configuration says all about them."""
+DERIVED_TOLERANCE = 2.0**-7
+"""Relative: half-precision files have rounded them."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,33 @@ def open_model(directory: Path) -> HFSource:
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConversionError(f"{path}: holds what no model can have ({reason}); get the file again") from error
-    skipped = set() if model.untie_embeddings_and_output_weights else {"lm_head.weight"}
-    files = SafetensorsFiles(directory, skipped)
+    files = SafetensorsFiles(directory)
+    if not model.untie_embeddings_and_output_weights and {HEAD, EMBEDDING} <= files.keys():
+        # As transformers does: it ties only where the files hold nothing else (PreTrainedModel.tie_weights).
+        if torch.equal(files[HEAD], files[EMBEDDING]):
+            files.leave_out(HEAD)
+        else:
+            model = replace(model, untie_embeddings_and_output_weights=True)
+    _leave_out_derived(files, config)
     return HFSource(directory, model, family, int(config.max_position_embeddings), files)
+
+
+def _leave_out_derived(files: SafetensorsFiles, config: PreTrainedConfig) -> None:
+    """Leave rotary frequencies out, which transformers does not read, where they are those of the configuration.
+
+    Raises:
+        ConversionError: they are others, so what the model was trained with is not what transformers computes.
+    """
+    for name in [name for name in files if name.endswith(DERIVED)]:
+        held = files[name].double()
+        base = float(config.rope_parameters["rope_theta"])
+        expected = base ** -(torch.arange(held.numel(), dtype=torch.float64) / max(held.numel(), 1))
+        if not torch.allclose(held.flatten(), expected, rtol=DERIVED_TOLERANCE, atol=0):
+            raise ConversionError(
+                f"{files.directory}: {name} holds other frequencies than rope_theta {base:g} gives, and transformers "
+                "does not read them; correct rope_theta, or remove the tensor"
+            )
+        files.leave_out(name)
 
 
 class SafetensorsFiles(Mapping[str, Tensor]):
@@ -83,19 +110,18 @@ class SafetensorsFiles(Mapping[str, Tensor]):
 
     Args:
         directory: their folder.
-        skipped: names to leave out.
 
     Raises:
         ConversionError: files missing, damaged, or not those that the index lists.
     """
 
-    def __init__(self, directory: Path, skipped: set[str]) -> None:
-        self._directory = directory
-        self._files = {
-            name: filename
-            for name, filename in _weight_map(directory).items()
-            if name not in skipped and not name.endswith(DERIVED)
-        }
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = _weight_map(directory)
+
+    def leave_out(self, name: str) -> None:
+        """Forget a tensor that has been shown to say nothing new, if it is there."""
+        self._files.pop(name, None)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor, in the type of the file.
@@ -103,7 +129,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         Raises:
             ConversionError: unreadable, no floating-point numbers, or not finite.
         """
-        path = self._directory / self._files[name]
+        path = self.directory / self._files[name]
         with _opened(path) as file:
             tensor = file.get_tensor(name)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
@@ -131,12 +157,18 @@ def _load_config(directory: Path) -> PreTrainedConfig:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name to file name, as the files' own headers say; the index must agree."""
+    """Tensor name to file name, as the files' own headers say: all of each file that transformers would choose.
+
+    Source: transformers 5.24 modeling_utils.py, `_get_resolved_checkpoint_files`: the single file before the index.
+    """
+    adapter = directory / ADAPTER_FILE
+    if adapter.is_file():
+        raise ConversionError(f"{adapter}: transformers adds this adapter to the weights; merge it into them first")
     index = directory / INDEX_FILE
-    if not index.is_file():
-        if not (directory / SINGLE_FILE).is_file():
-            raise ConversionError(f"{directory}: has no {SINGLE_FILE}; only safetensors import, save the model as such")
+    if (directory / SINGLE_FILE).is_file():
         return dict.fromkeys(_names(directory / SINGLE_FILE), SINGLE_FILE)
+    if not index.is_file():
+        raise ConversionError(f"{directory}: has no {SINGLE_FILE}; only safetensors import, save the model as such")
     try:
         listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         strange = [name for name in listed.values() if name != Path(name).name]
@@ -144,11 +176,19 @@ def _weight_map(directory: Path) -> dict[str, str]:
         raise ConversionError(f"{index}: damaged ({type(error).__name__}: {error}); get the file again") from None
     if strange:
         raise ConversionError(f"{index}: lists {strange[0]!r}, which is no file's name; get the file again")
-    held = {filename: set(_names(directory / filename)) for filename in dict.fromkeys(listed.values())}
+    held = [(name, filename) for filename in dict.fromkeys(listed.values()) for name in _names(directory / filename)]
+    pairs = set(held)
     for name, filename in listed.items():
-        if name not in held[filename]:
+        if (name, filename) not in pairs:
             raise ConversionError(f"{directory / filename}: lacks {name}, which {INDEX_FILE} lists; get the file again")
-    return listed
+    found = dict(held)
+    for name, filename in held:
+        if found[name] != filename:
+            raise ConversionError(
+                f"{directory}: {filename} and {found[name]} both hold {name}; get the files again, they do not belong "
+                "together"
+            )
+    return found
 
 
 def _names(path: Path) -> list[str]:

@@ -77,7 +77,7 @@ def model_config(config: PreTrainedConfig, family: Family, *, where: Path) -> Mo
             "num_query_groups": fields["num_key_value_heads"],
             "kv_channels": head_dim,
             "vocab_size": fields["vocab_size"],
-            # What the rows are divisible by already, so that tensor parallelism can share them.
+            # The rows are what they are: nothing is rounded up, and any size that divides them can share them.
             "make_vocab_size_divisible_by": math.gcd(fields["vocab_size"], MULTIPLE),
             "untie_embeddings_and_output_weights": not fields["tie_word_embeddings"],
             "layernorm_epsilon": fields["rms_norm_eps"],
@@ -107,5 +107,8 @@ def _require_same(fields: Mapping[str, Any], model: ModelConfig, family: Family,
 
 
 def _plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {name: value for name, value in parameters.items() if NEUTRAL_ROPE.get(name, ...) != value}
+    # transformers reads the older `type` only where there is no `rope_type`, and has filled that in here.
+    plain = {
+        name: value for name, value in parameters.items() if name != "type" and NEUTRAL_ROPE.get(name, ...) != value
+    }
     return {name: float(value) if name in ("rope_theta", "factor") else value for name, value in plain.items()}

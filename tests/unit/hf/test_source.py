@@ -181,3 +181,77 @@ def test_biases_with_values_are_refused(tmp_path: Path) -> None:
     rewrite(lambda tensors: tensors["model.layers.2.self_attn.k_proj.bias"].fill_(0.1))(folder)
     with pytest.raises(ConversionError, match="layer 2: .*bias.*: holds values other than zero"):
         dict(open_model(folder).tensors())
+
+
+def theirs_and_ours(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of transformers' own reading of a directory, and of what we read, by the definitions."""
+    source = open_model(folder)
+    tokens = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    return expected, forward(source.model, dict(source.tensors()), tokens)[0]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_output_layer_beside_tied_embeddings_is_used_unless_it_is_the_embeddings(same: bool, tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama-tied"], tmp_path / "m")
+    embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    head = embeddings.clone() if same else embeddings.roll(1, 0).contiguous()
+    rewrite(lambda tensors: tensors.update({"lm_head.weight": head}))(folder)
+    assert open_model(folder).model.untie_embeddings_and_output_weights is not same
+    expected, found = theirs_and_ours(folder)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_the_single_file_is_read_before_an_index_as_by_transformers(tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama"], tmp_path / "m", max_shard_size="20KB")
+    newer = save(CONFIGS["llama"], tmp_path / "newer")
+    rewrite(lambda tensors: tensors["lm_head.weight"].mul_(2))(newer)
+    (newer / "model.safetensors").rename(folder / "model.safetensors")
+    expected, found = theirs_and_ours(folder)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-5)
+
+
+def test_all_of_a_listed_shard_is_read(tmp_path: Path) -> None:
+    """transformers loads what lies in a shard, whether the index lists it or not."""
+    folder = save(CONFIGS["llama"], tmp_path / "m", max_shard_size="20KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    save_file(load_file(shard) | {"extra": torch.ones(1)}, shard, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="has extra"):
+        dict(open_model(folder).tensors())
+    save_file(load_file(shard) | {NORM: torch.ones(32)}, shard, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=f"both hold {NORM}"):
+        open_model(folder)
+
+
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama"], tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="adapter_config.json: transformers adds this adapter"):
+        open_model(folder)
+
+
+def test_stored_rotary_frequencies_must_be_the_configurations(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    for base, refused in ((10000.0, False), (500.0, True)):
+        folder = save(CONFIGS["llama"], tmp_path / f"{base:g}")
+        frequencies = (base ** -(torch.arange(4) / 4)).bfloat16()
+        rewrite(lambda tensors, held=frequencies: tensors.update({name: held}))(folder)
+        if refused:
+            with pytest.raises(ConversionError, match=rf"{name} holds other frequencies than rope_theta 10000"):
+                open_model(folder)
+        else:
+            assert name not in open_model(folder).files
+
+
+@pytest.mark.parametrize("legacy", [{"type": "linear"}, {"type": "linear", "rope_type": "linear"}])
+def test_rotary_scaling_under_its_older_name(legacy: dict[str, str], tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama"], tmp_path / "m")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | {"rope_theta": 500.0, "rope_scaling": legacy | {"factor": 4.0}}))
+    model = open_model(folder).model
+    assert (model.rope_scaling, model.rope_scaling_factor, model.rotary_base) == ("linear", 4.0, 500)
+    expected, found = theirs_and_ours(folder)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
