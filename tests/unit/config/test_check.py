@@ -73,3 +73,13 @@ def test_data_parallel_size(overrides: list[str], world: int, size: int) -> None
 def test_refused_for_this_number_of_processes(overrides: list[str], world: int, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         data_parallel_size(load_config(None, overrides), world)
+
+
+def test_a_vocabulary_that_can_be_shared_is_whatever_it_is_a_multiple_of() -> None:
+    """SmolLM2's 49,152 over three processes; of one that is not known yet, only the tokenizer will tell."""
+    three = ["parallel.tensor_model_parallel_size=3", "model.make_vocab_size_divisible_by=128"]
+    shape = ["model.num_query_groups=3", "model.ffn_hidden_size=1536", "precision.dtype=fp32"]
+    assert load_config(None, [*three, *shape, "model.vocab_size=49152"]).model.vocab_size == 49152
+    assert load_config(None, [*three, *shape]).model.vocab_size is None
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 50305 is not divisible"):
+        load_config(None, [*three, "model.num_query_groups=3", "model.ffn_hidden_size=1536", "model.vocab_size=50305"])
