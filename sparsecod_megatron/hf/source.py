@@ -84,6 +84,7 @@ def open_model(directory: Path) -> HFSource:
         else:
             model = replace(model, untie_embeddings_and_output_weights=True)
     _leave_out_derived(files, config)
+    model = family.without_placeholders(model, files)
     return HFSource(directory, model, family, int(config.max_position_embeddings), files)
 
 

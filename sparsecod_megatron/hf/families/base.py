@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sparsecod_megatron.config import ModelConfig
@@ -35,6 +36,8 @@ class Family:
         read: the keys of ours that `fields` wrote, from a configuration's fields.
         folds_scaling: whether the factors of LayerNorm scaling go into the norms' weights.
         code: files to copy beside the weights.
+        without_placeholders: the model that `read` gave, without the parts of the class whose tensors are those that
+            export puts where ours has none.
     """
 
     architecture: str
@@ -46,6 +49,7 @@ class Family:
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     folds_scaling: bool = True
     code: tuple[Path, ...] = ()
+    without_placeholders: Callable[[ModelConfig, Mapping[str, Tensor]], ModelConfig] = lambda model, tensors: model
 
     def table(self, model: ModelConfig) -> NameTable:
         """The names of one model, in the order embedding, layers, final norm, output."""

@@ -12,8 +12,10 @@ Qwen2-MoE has three features that ours may lack; each is then set so that it com
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 
 from sparsecod_megatron.config import ModelConfig
@@ -127,6 +129,22 @@ def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _without_placeholders(model: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """Without a gate that is 0.5 everywhere, and without a shared expert that no step could bring to life."""
+    mixtures = [f"{layer_names(layer)[1]}.mlp" for layer in range(model.num_layers) if model.is_moe_layer(layer)]
+
+    def is_zero(part: str) -> bool:
+        names = [f"{mixture}.{part}.weight" for mixture in mixtures]
+        return all(name in tensors and not bool(tensors[name].any()) for name in names)
+
+    if not is_zero("shared_expert_gate"):
+        return model
+    is_narrow = model.moe_shared_expert_intermediate_size == EMPTY_SHARED_WIDTH
+    if is_narrow and all(is_zero(f"shared_expert.{name}") for name in PROJECTIONS):
+        model = replace(model, moe_shared_expert_intermediate_size=None)
+    return replace(model, moe_shared_expert_gate=False)
+
+
 def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
     window = {"use_sliding_window": model.sliding_window is not None, "sliding_window": model.sliding_window}
     return _routed_fields(model) | window | {"attention_bias": False}
@@ -144,6 +162,7 @@ QWEN2_MOE = Family(
     _qwen2_entries,
     _qwen2_fields,
     _read_qwen2,
+    without_placeholders=_without_placeholders,
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",

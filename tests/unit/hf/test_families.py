@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.families import FAMILIES, choose_family
 from sparsecod_megatron.hf.families.choose import DEPENDENT_KEYS, FEATURES, SHAPE_KEYS, TRAINING_KEYS
+from sparsecod_megatron.hf.source import open_model
 from tests.helpers.reference_gpt import random_tensors
 from tests.unit.hf.models import MODELS, moe, tiny
 
@@ -77,6 +79,39 @@ def test_our_tensors_survive_the_way_to_huggingface_and_back(name: str) -> None:
     back = dict(table.to_megatron(dict(table.to_hf(ours))))
     assert back.keys() == ours.keys() == table.megatron_shapes.keys()
     assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+
+IDENTITY = MODELS | {
+    "window": tiny(sliding_window=5),
+    "qk-norm": tiny(qk_norm=True),
+    "qk-norm window": tiny(qk_norm=True, sliding_window=5, window_attn_skip_freq=2),
+    "qk-norm experts": moe(qk_norm=True, moe_first_k_dense_layers=1),
+    "gated shared expert": moe(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True),
+    "own class": moe(norm_placement="peri", layernorm_scaling=True, moe_shared_expert_intermediate_size=28),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_import_of_an_export_is_the_model(name: str, tmp_path: Path) -> None:
+    model = IDENTITY[name]
+    shapes = choose_family(model).table(model).megatron_shapes
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    export_model(model, tensors, tmp_path / "m", seq_length=16, dtype=torch.float32, tokenizer_dir=None)
+    source = open_model(tmp_path / "m")
+    derived: dict[str, object] = {"num_query_groups": model.query_groups, "kv_channels": model.head_dim}
+    derived["embedding_norm"] = model.has_embedding_norm
+    if model.is_moe:
+        derived["moe_ffn_hidden_size"] = model.expert_ffn_hidden_size
+    # Nothing has that width where all layers are mixtures.
+    unused = {"ffn_hidden_size"} if model.is_moe and not model.moe_first_k_dense_layers else set()
+    for key in (SHAPE_KEYS | FEATURES.keys()) - unused:
+        expected = derived.get(key, getattr(model, key))
+        neutral = FEATURES.get(key, ())
+        found = getattr(source.model, key)
+        assert found == expected or {found, expected} <= {*neutral}, key
+    back = dict(source.tensors())
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
 @pytest.mark.parametrize(
