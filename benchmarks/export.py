@@ -1,14 +1,17 @@
 """How fast a checkpoint becomes a HuggingFace directory, beside a plain copy of the same bytes.
 
-    bash tools/run_in_venv.sh python3 benchmarks/export.py [--hidden-size 1024] [--repeats 3] [--dtype bf16]
+    bash tools/run_in_venv.sh python3 benchmarks/export.py [--hidden-size 1024] [--repeats 3] [--dtype bf16] [--memory]
 
 A fresh checkpoint of one process is written once; then export and copy take turns, so that a noisy machine slows both
-alike. Printed are medians in GB of exported weights a second, and the peak of the process's memory.
+alike. Printed are medians in GB of exported weights a second, and the peak of the process's memory. With --memory, the
+commands themselves run on two models, and what is printed is how their memory grows with the model: anonymous pages of
+the command and its children, because those of mapped files are the kernel's to take back.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import shutil
 import statistics
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from sparsecod_megatron.backend import select_backend
@@ -61,6 +65,63 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype, *, digests: bool)
         )
 
 
+def peak_memory(*arguments: str | Path) -> int:
+    """Most anonymous memory, in bytes, that a `sparsecod` command and its children hold at a time."""
+    command = [sys.executable, "-m", "sparsecod_megatron", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            running = psutil.Process(process.pid)
+            tree = [running, *running.children(recursive=True)]
+            peak = max(peak, sum(anonymous_memory(each.pid) for each in tree))
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: status {process.returncode}")
+    return peak
+
+
+def anonymous_memory(pid: int) -> int:
+    """Bytes of a process's anonymous and shared pages, shared ones in parts; 0 of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+
+
+def print_memory(folder: Path, hidden_sizes: tuple[int, int]) -> None:
+    """Peaks of export and import on two models, and what they say about any other."""
+    peaks: dict[str, list[int]] = {}
+    sizes = []
+    for hidden_size in hidden_sizes:
+        run, directory, imported = (folder / f"{name}-{hidden_size}" for name in ("run", "hf", "imported"))
+        write_apart(run, hidden_size)
+        commands: dict[str, tuple[str | Path, ...]] = {
+            "export --no-verify": ("export", "--checkpoint", run, "--output", folder / "plain", "--no-verify"),
+            "export": ("export", "--checkpoint", run, "--output", directory),
+            "import": ("import", "--hf", directory, "--output", imported),
+        }
+        for name, arguments in commands.items():
+            peaks.setdefault(name, []).append(peak_memory(*arguments))
+        sizes.append((directory / "model.safetensors").stat().st_size)
+        for path in (run, folder / "plain", imported):
+            shutil.rmtree(path)
+    for name, (small, large) in peaks.items():
+        slope = (large - small) / (sizes[1] - sizes[0])
+        print(
+            f"{name:20} {small / 2**30:.2f} and {large / 2**30:.2f} GiB for {sizes[0] / 2**30:.2f} and "
+            f"{sizes[1] / 2**30:.2f} GiB of fp32 weights: {slope:.2f} × the model + "
+            f"{(small - slope * sizes[0]) / 2**30:.2f} GiB"
+        )
+
+
+def write_apart(folder: Path, hidden_size: int) -> None:
+    """`write_checkpoint` in a process of its own: the trainer's memory is not the export's."""
+    command = [sys.executable, __file__, "--write-to", str(folder), "--hidden-size", str(hidden_size)]
+    subprocess.run(command, check=True)
+
+
 def seconds(action: Callable[[], object]) -> float:
     """Wall-clock time of one call."""
     began = time.perf_counter()
@@ -74,6 +135,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of the commands instead")
     parser.add_argument("--write-to", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_to is not None:
@@ -81,9 +143,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # In a process of its own: the trainer's memory is not the export's.
-        command = [sys.executable, __file__, "--write-to", str(folder / "run"), "--hidden-size", str(args.hidden_size)]
-        subprocess.run(command, check=True)
+        if args.memory:
+            print_memory(folder, (args.hidden_size, args.hidden_size * 3 // 2))
+            return
+        write_apart(folder / "run", args.hidden_size)
         weights = folder / "hf" / "model.safetensors"
         ways: dict[str, Callable[[], object]] = {
             "export": lambda: export(folder / "run", folder / "hf", DTYPES[args.dtype], digests=False),

@@ -35,7 +35,7 @@ train moe
 
 for model in dense moe; do
     step "4/7 $model: a HuggingFace directory, its logits compared with Megatron's before it is published"
-    run export --checkpoint "$OUTPUT/$model" --output "$OUTPUT/$model-hf" --verify
+    run export --checkpoint "$OUTPUT/$model" --output "$OUTPUT/$model-hf"
 done
 
 for model in dense moe; do

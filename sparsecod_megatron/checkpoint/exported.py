@@ -1,4 +1,4 @@
-"""A checkpoint as a HuggingFace directory: what evaluation, analysis and studies read."""
+"""A checkpoint as a HuggingFace directory, which computes what the checkpoint does or is not written."""
 
 from __future__ import annotations
 
@@ -6,30 +6,92 @@ from pathlib import Path
 
 import torch
 
+from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
+from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
+from sparsecod_megatron.hf.export import DEFAULT_SHARD_BYTES
+from sparsecod_megatron.hf.verify import Verification, verify_export
+
+DEFAULT_SEED = 1234
 
 
-def export_checkpoint(path: Path, output: Path) -> Path:
-    """Write a checkpoint's weights in fp32, with its tokenizer. Local; needs a selected backend.
+def export_checkpoint(
+    path: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    digests: bool = True,
+    verify: bool = True,
+    seed: int = DEFAULT_SEED,
+) -> Verification | None:
+    """Write a checkpoint's weights with its tokenizer. Local, no process group may be there; needs a selected backend.
 
     Args:
         path: a run directory or one of its step directories.
-        output: the directory, which must not be there yet.
+        output: the directory to make.
+        dtype: of the weights.
+        max_shard_bytes: largest weight file.
+        overwrite: replace a model directory that is there.
+        digests: hash the checkpoint's files before they are read.
+        verify: compare the logits with Megatron-Core's before the directory takes its name, and write what that found
+            into it as `parity.json`.
+        seed: of the tokens that are compared.
 
     Returns:
-        `output`.
+        What was found, or None without `verify`.
 
     Raises:
         CheckpointError: no checkpoint there, or not as it was written.
-        ConversionError: a model that HuggingFace cannot express.
+        ConversionError: a model that HuggingFace cannot express, or whose files compute something else.
     """
-    with streamed_checkpoint(path) as source:
-        return export_model(
+    found: list[Verification] = []
+    with streamed_checkpoint(path, digests=digests) as source:
+
+        def check(folder: Path) -> None:
+            found.append(_verified(source.step_dir, folder, dtype, seed))
+
+        if not verify:
+            _require_plain(source.config)
+        export_model(
             source.config.model,
             source.tensors,
             output,
             seq_length=source.config.data.seq_length,
-            dtype=torch.float32,
+            dtype=dtype,
             tokenizer_dir=source.tokenizer_dir,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            check=check if verify else None,
+        )
+    return found[0] if found else None
+
+
+def _verified(step_dir: Path, folder: Path, dtype: torch.dtype, seed: int) -> Verification:
+    """The checkpoint, loaded by Megatron-Core, against the files just written."""
+    backend = select_backend()
+    with whole_model(step_dir, backend) as whole:
+        verification = verify_export(
+            whole.model,
+            lambda tokens: whole.logits(tokens.to(backend.device)).cpu(),
+            whole.config.model,
+            folder,
+            dtype=dtype,
+            seq_length=whole.config.data.seq_length,
+            generator=torch.Generator().manual_seed(seed),
+        )
+    verification.publish(folder)
+    return verification
+
+
+def _require_plain(config: RunConfig) -> None:
+    """Refuse what `model:` does not say and only the comparison would notice."""
+    for key in shape_only(config):
+        raise ConversionError(
+            f"megatron.{key}: can change what the model computes, which an export without comparison would not "
+            "notice; leave --no-verify out"
         )

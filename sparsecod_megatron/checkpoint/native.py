@@ -34,17 +34,19 @@ logger = logging.getLogger("sparsecod")
 
 
 def sharded_state(
-    models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, groups: ProcessGroupCollection
+    models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection
 ) -> ShardedStateDict:
     """This rank's part of weights and optimizer, to be saved. Collective over all processes.
 
     Args:
         models: model chunks of this rank, wrapped or not.
-        optimizer: of the models.
+        optimizer: of the models; None saves the weights alone.
         groups: the run's process groups.
     """
     gather_weights(models)
     sharded = _model_state(models, groups)
+    if optimizer is None:
+        return sharded
     # Data-parallel rank 0 has gathered the others' parts; they write none.
     tensors = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=False)
     tensors = {index: part for index, part in tensors.items() if part}
@@ -119,6 +121,10 @@ def load_checkpoint(
     """
     saved = _checked(directory, config)
     sharded = _model_state(models, groups)
+    if saved.is_weights_alone:
+        _set_model_state(models, _load(sharded, directory))
+        optimizer.reload_model_params()
+        return saved.train
     sharded["optimizer"] = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=True)
     loaded = _load(sharded, directory)
     _set_model_state(models, loaded)

@@ -58,8 +58,8 @@ class CheckpointSaver:
         checkpoints: RUN/checkpoints; what crashed saves left there is deleted.
         config: of the run.
         models: model chunks of this rank, wrapped or not.
-        optimizer: of the models.
-        scheduler: learning-rate schedule.
+        optimizer: of the models, or None to save weights alone.
+        scheduler: learning-rate schedule, None without an optimizer.
         groups: the run's process groups.
     """
 
@@ -69,8 +69,8 @@ class CheckpointSaver:
         *,
         config: RunConfig,
         models: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
+        optimizer: MegatronOptimizer | None,
+        scheduler: OptimizerParamScheduler | None,
         groups: ProcessGroupCollection,
     ) -> None:
         self._checkpoints, self._config = checkpoints, config
@@ -165,7 +165,8 @@ class CheckpointSaver:
         temporary = new_directory(directory)
         save_config(self._config, temporary / CONFIG_FILE)
         layout = layout_of(self._config.parallel)
-        write_state(StateFile(state, self._scheduler.state_dict(), layout, random_states), temporary)
+        schedule = {} if self._scheduler is None else self._scheduler.state_dict()
+        write_state(StateFile(state, schedule, layout, random_states), temporary)
         return temporary
 
     def _settle(self, flight: _Flight, *, block: bool) -> None:

@@ -48,9 +48,15 @@ class StateFile:
 
     train: TrainState
     scheduler: dict[str, Any]
+    """Empty where there was none, and no optimizer: nothing has been trained."""
     layout: dict[str, Any]
     random_states: RandomStates = field(default_factory=list)
     format: int = FORMAT
+
+    @property
+    def is_weights_alone(self) -> bool:
+        """Whether optimizer and schedule start with whoever loads it."""
+        return not self.scheduler
 
 
 def write_state(state: StateFile, directory: Path) -> None:

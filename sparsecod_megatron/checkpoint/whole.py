@@ -56,7 +56,7 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     step_dir = resolve_step_dir(path)
     require_undamaged(step_dir, digests=False)
     config = load_config(step_dir / CONFIG_FILE)
-    config = replace(single_process(config), megatron=_shape_only(config))
+    config = replace(single_process(config), megatron=shape_only(config))
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         megatron = transformer_config(config, transformer_engine=False)
         models = build_model(config, megatron, groups, device=backend.device, transformer_engine=False)
@@ -71,6 +71,6 @@ def single_process(config: RunConfig) -> RunConfig:
     return replace(config, parallel=parallel, precision=precision, train=batch, megatron={})
 
 
-def _shape_only(config: RunConfig) -> dict[str, object]:
+def shape_only(config: RunConfig) -> dict[str, object]:
     """`megatron:` fields without those that steer memory, speed or communication of training."""
     return {field: value for field, value in config.megatron.items() if field in CHANGES_MODEL}

@@ -85,7 +85,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
 
     scores = find_scores(names(args.scores))
     dataset_prefix(args.data)  # a wrong path should not wait for the model
-    with shared_directory(args.model, processes) as directory:
+    with shared_directory(args.model, processes, verify=not args.no_verify) as directory:
         tokenizer = load_tokenizer(directory)
         corpus = read_corpus(args.data, tokenizer)
         model = load_model(directory, dtype=args.dtype, device=device(args.device))

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.output)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with (
-        huggingface_directory(args.model) as directory,
+        huggingface_directory(args.model, verify=not args.no_verify) as directory,
         directory_in_the_making(args.output, overwrite=args.overwrite) as folder,
     ):
         tokenizer = load_tokenizer(directory)

@@ -128,7 +128,9 @@ def _evaluate(args: argparse.Namespace, tasks: list[str], processes: Processes) 
     if args.perplexity:
         dataset_prefix(args.perplexity)  # a wrong path should not wait for the model
     with contextlib.ExitStack() as exports:
-        directories = [exports.enter_context(shared_directory(path, processes)) for path in args.model]
+        directories = [
+            exports.enter_context(shared_directory(path, processes, verify=not args.no_verify)) for path in args.model
+        ]
         tokenizers = [load_tokenizer(directory) for directory in directories]
         loaded = _load_tasks(args, tasks, tokenizers[0], output, processes)
         results = [

@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, default=None, help="configuration whose other sections to keep; the model is the file's"
     )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the checkpoint's logits with transformers' own reading of the directory before publishing (on by "
+        "default; the result is parity.json in the run directory)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,10 +50,13 @@ def run(args: argparse.Namespace) -> None:
     vocab_size = config.model.vocab_size or 0
     tokenizer = load_tokenizer(args.hf, vocab_size=vocab_size) if has_tokenizer(args.hf) else None
     with directory_in_the_making(args.output) as folder:
-        write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
+        step_dir = write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
+        found = _verified(source, step_dir, folder) if args.verify else None
         save_config(config, folder / CONFIG_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / TOKENIZER_DIR)
+    if found is not None:
+        print(found)
     print(f"{args.output}  from {args.hf} ({source.family.architecture})")
 
 
@@ -73,7 +83,7 @@ def run_config(source: HFSource, base: Path | None) -> RunConfig:
 
 
 def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> Path:
-    """Write the weights as a checkpoint of step 0, through a trainer of one process.
+    """Write the weights as a checkpoint of step 0; an optimizer starts with whoever trains on.
 
     Args:
         source: the model.
@@ -86,18 +96,39 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.checkpoint.whole import single_process
-    from sparsecod_megatron.model import unwrap
+    from sparsecod_megatron.model import build_model, transformer_config, unwrap
     from sparsecod_megatron.parallel import running_processes
-    from sparsecod_megatron.train.setup import build_trainer
 
     backend = select_backend()
     config = single_process(config)
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
-        trainer = build_trainer(config, backend, groups)
-        model = unwrap(trainer.models[0])
-        own = dict(model.named_parameters()) | dict(model.named_buffers())
+        megatron = transformer_config(config, transformer_engine=False)
+        models = build_model(config, megatron, groups, device=backend.device, transformer_engine=False)
+        own = {**dict(unwrap(models[0]).named_parameters()), **dict(unwrap(models[0]).named_buffers())}
         with torch.no_grad():
             for name, tensor in source.tensors():
                 own[name].copy_(tensor)
-        trainer.optimizer.reload_model_params()
-        return save_checkpoint(checkpoints, state=TrainState(), **trainer.parts)
+        parts = {"models": models, "optimizer": None, "scheduler": None, "groups": groups}
+        return save_checkpoint(checkpoints, config=config, state=TrainState(), **parts)
+
+
+def _verified(source: HFSource, step_dir: Path, folder: Path) -> str:
+    """The checkpoint, loaded by Megatron-Core, against what transformers makes of the directory it is from."""
+    import torch
+
+    from sparsecod_megatron.backend import select_backend
+    from sparsecod_megatron.checkpoint.whole import whole_model
+    from sparsecod_megatron.hf.verify import compare_models
+
+    backend = select_backend()
+    with whole_model(step_dir, backend) as whole:
+        verification = compare_models(
+            whole.model,
+            lambda tokens: whole.logits(tokens.to(backend.device)).cpu(),
+            whole.config.model,
+            source.directory,
+            seq_length=source.seq_length,
+            generator=torch.Generator().manual_seed(1234),
+        )
+    verification.publish(folder)
+    return verification.described()

@@ -32,9 +32,12 @@ def task_evaluator(section: EvaluationConfig, device: str) -> Callable[[Path], d
 
     include_paths = [Path(section.include_path)] if section.include_path else []
     loaded = load_tasks(section.tasks, include_paths=include_paths)
+    compared: list[Path] = []
 
     def evaluate(step_dir: Path) -> dict[str, float]:
-        with huggingface_directory(step_dir) as directory:
+        # Later checkpoints of the run differ from the first in their numbers alone.
+        with huggingface_directory(step_dir, verify=not compared) as directory:
+            compared.append(step_dir)
             tokenizer = load_tokenizer(directory)
             model = load_model(directory, dtype="float32", device=device)
         result = run_tasks(model, tokenizer, loaded, limit=section.limit, batch_size=section.batch_size)

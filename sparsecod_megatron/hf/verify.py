@@ -1,10 +1,13 @@
-"""`--verify`: the exported directory against the training model, on random tokens and on what the model itself says."""
+"""A HuggingFace directory against our model: on random tokens, and on what the model itself says."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +15,25 @@ from torch import Tensor, nn
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import choose_family
-from sparsecod_megatron.hf.parity import ParityReport, compare_logits
+from sparsecod_megatron.hf.parity import ParityReport, compare_loaded, load_in_fp32
 from sparsecod_megatron.hf.witness import megatron_outputs
 
-BATCH, PROMPT = 4, 8
-"""Sequences compared, and random tokens before the model's own."""
-RANDOM_LENGTH, GREEDY_LENGTH = 256, 32
-"""Tokens of a sequence of either batch, at most; greedy ones cost a forward pass each."""
-TOLERANCE = 1e-4
-"""On logits, both sides in fp32 on the numbers that the files hold."""
+PARITY_FILE = "parity.json"
+"""What a comparison found, beside the weights."""
+RANDOM_LENGTH, GREEDY_LENGTH = 128, 16
+"""Tokens compared, at most; greedy ones cost a forward pass each. A wrong tensor shows on a few."""
+PROMPT = 8
+"""Random tokens before the model's own."""
+DRAWS = 3
+"""Sequences tried of a mixture of experts: rounding routes a token otherwise where two experts tie, and what follows it
+is far off. That is rare, so that another sequence shows it to be chance; a wrong tensor fails all."""
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 """Relative change that storing a weight in a type may make: twice its half unit in the last place, for folded ones."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Reports of both batches."""
+    """Reports of both sequences."""
 
     random: ParityReport
     greedy: ParityReport
@@ -40,6 +46,28 @@ class Verification:
         """
         self.random.require()
         self.greedy.require()
+
+    def described(self) -> str:
+        """One line for each sequence."""
+        return "\n".join(
+            f"verified on {report.num_tokens} {name} tokens: max |Δlogit| {report.max_difference:.2e}, rounding of its "
+            f"own {report.noise:.2e} (limit {report.tolerance:.2e}), argmax agreement {report.argmax_agreement:.2%}"
+            for name, report in (("random", self.random), ("greedy", self.greedy))
+        )
+
+    def publish(self, folder: Path) -> None:
+        """Write `parity.json` into a folder.
+
+        Raises:
+            ConversionError: as `require`.
+        """
+        self.require()
+        content: dict[str, Any] = {
+            name: {key: value for key, value in asdict(report).items() if key != "model_dir"}
+            | {"tolerance": report.tolerance, "passed": report.passed}
+            for name, report in (("random", self.random), ("greedy", self.greedy))
+        }
+        (folder / PARITY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -67,25 +95,43 @@ def verify_export(
     Raises:
         ConversionError: a table that does not invert itself, naming the tensor; or weights that do not load.
     """
-    assert model.vocab_size is not None
     own = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     for name, rounded in as_exported(model, own, dtype):
         own[name].copy_(rounded)
-    random = torch.randint(model.vocab_size, (BATCH, min(seq_length, RANDOM_LENGTH)), generator=generator)
+    return compare_models(reference, logits, model, hf_dir, seq_length=seq_length, generator=generator)
 
-    def compare(tokens: Tensor) -> ParityReport:
-        return compare_logits(
-            logits,
-            hf_dir,
-            tokens=tokens,
-            tolerance=TOLERANCE,
-            reference_outputs=lambda: megatron_outputs(reference, model),
-        )
 
-    report = compare(random)
-    if not report.passed:
-        return Verification(report, report)
-    return Verification(report, compare(_greedy(logits, random[:, :PROMPT], min(seq_length, GREEDY_LENGTH))))
+@torch.no_grad()
+def compare_models(
+    reference: nn.Module,
+    logits: Callable[[Tensor], Tensor],
+    model: ModelConfig,
+    hf_dir: Path,
+    *,
+    seq_length: int,
+    generator: torch.Generator,
+) -> Verification:
+    """Compare a model of ours, which holds the directory's numbers, with the directory. Local.
+
+    Arguments and errors as `verify_export`'s.
+    """
+    assert model.vocab_size is not None
+    loaded = load_in_fp32(hf_dir)
+
+    def watch() -> AbstractContextManager[Mapping[str, Tensor]]:
+        return megatron_outputs(reference, model)
+
+    for _ in range(DRAWS if model.is_moe else 1):
+        random = torch.randint(model.vocab_size, (1, min(seq_length, RANDOM_LENGTH)), generator=generator)
+        report = compare_loaded(logits, loaded, hf_dir, tokens=random, reference_outputs=watch)
+        if not report.passed:
+            verification = Verification(report, report)
+            continue
+        greedy = _greedy(logits, random[:, :PROMPT], min(seq_length, GREEDY_LENGTH))
+        verification = Verification(report, compare_loaded(logits, loaded, hf_dir, tokens=greedy))
+        if verification.greedy.passed:
+            break
+    return verification
 
 
 def as_exported(model: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

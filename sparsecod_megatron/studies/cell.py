@@ -39,7 +39,7 @@ def run_cell(study: Study, cell: Cell) -> None:
         if _diverged(cell):
             write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": True, "metrics": {}}))
             return
-        export(run, model)
+        export(run, model, verify=study.config.verify)
         if not study.config.keep_checkpoints:
             shutil.rmtree(run / CHECKPOINTS_DIR)
     score(study.config.scores, cell.config, model, cell.directory / ANALYSIS_FOLDER)

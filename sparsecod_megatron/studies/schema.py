@@ -138,5 +138,7 @@ class StudyConfig:
     )
     """Metrics of the table and the figures, after parameters and tokens."""
     claims: list[ClaimConfig] = field(default_factory=list)
+    verify: bool = True
+    """Compare the logits of every cell's export with Megatron's before it is scored."""
     keep_checkpoints: bool = True
     """Keep a cell's training checkpoints once it is exported."""

@@ -9,8 +9,13 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
 
 
-def export(run: Path, output: Path) -> None:
+def export(run: Path, output: Path, *, verify: bool) -> None:
     """Write a run's last checkpoint as a HuggingFace directory.
+
+    Args:
+        run: its directory.
+        output: directory to make.
+        verify: compare the logits with Megatron's first.
 
     Raises:
         SparsecodError: a checkpoint that is missing, damaged, or that HuggingFace cannot express.
@@ -20,7 +25,7 @@ def export(run: Path, output: Path) -> None:
     select_backend()
     from sparsecod_megatron.checkpoint.exported import export_checkpoint
 
-    export_checkpoint(run, output)
+    export_checkpoint(run, output, verify=verify)
 
 
 def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, output: Path) -> None:

@@ -27,12 +27,11 @@ def export(model: ModelConfig, tensors: dict[str, Tensor], output: Path, dtype: 
     return export_model(model, tensors, output, seq_length=16, dtype=dtype, tokenizer_dir=None)
 
 
-def compare(model: ModelConfig, tensors: dict[str, Tensor], folder: Path, *, tolerance: float = 1e-5) -> ParityReport:
+def compare(model: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> ParityReport:
     return compare_logits(
         lambda tokens: forward(model, tensors, tokens)[0],
         folder,
         tokens=TOKENS,
-        tolerance=tolerance,
         reference_hidden_states=forward(model, tensors, TOKENS)[1],
     )
 
