@@ -22,6 +22,7 @@ from sparsecod_megatron.errors import SparsecodError
 
 COMMANDS = {
     "data": "tokenise text into Megatron's IndexedDataset",
+    "audit": "show on a small model that every layout trains alike",
     "plan": "parameters, memory, communication and step time of a run on N GPUs",
     "train": "pretrain a model from a YAML file, on one process or many",
     "export": "write a training checkpoint as a HuggingFace model directory",

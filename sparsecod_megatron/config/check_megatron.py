@@ -50,6 +50,11 @@ def megatron_problems(config: RunConfig) -> Iterator[str]:
             yield from (f"{said}, but {obstacle}" for obstacle in _obstacles(config, field))
 
 
+def without_effect(config: RunConfig) -> set[str]:
+    """Fields that pass, but that nothing reads in this run, or that would not do what they say."""
+    return {field for field in config.megatron if field in PASSED and any(_obstacles(config, field))}
+
+
 def needs_transformer_engine(field: str) -> str | None:
     """Why a field that passes cannot be used with the reference modules of the CPU backend; None if it can."""
     if field not in NEEDS_TRANSFORMER_ENGINE:

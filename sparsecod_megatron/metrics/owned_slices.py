@@ -24,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-_Held: TypeAlias = tuple[torch.nn.Parameter, Tensor, tuple[int, int]]
+Held: TypeAlias = tuple[torch.nn.Parameter, Tensor, tuple[int, int]]
 """A parameter, the fp32 weights that this process holds of it, and their span in the flattened parameter."""
 
 
@@ -74,9 +74,10 @@ def _owned_slices(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> OwnedSlices:
-    held = _sharded_masters(part) if isinstance(part, DistributedOptimizer) else _whole_masters(part, groups)
     owned = [
-        entry for entry in held if entry[0] in rows and param_is_not_tensor_parallel_duplicate(entry[0], groups.tp)
+        entry
+        for entry in held_slices(part, groups)
+        if entry[0] in rows and param_is_not_tensor_parallel_duplicate(entry[0], groups.tp)
     ]
     layers = [rows[parameter] for parameter, _, _ in owned]
     return OwnedSlices(
@@ -89,7 +90,12 @@ def _owned_slices(
     )
 
 
-def _sharded_masters(part: DistributedOptimizer) -> Iterator[_Held]:
+def held_slices(part: MegatronOptimizer, groups: ProcessGroupCollection) -> Iterator[Held]:
+    """What this process steps of all its parameters; of what tensor-parallel ranks hold alike, each its own. Local."""
+    return _sharded_masters(part) if isinstance(part, DistributedOptimizer) else _whole_masters(part, groups)
+
+
+def _sharded_masters(part: DistributedOptimizer) -> Iterator[Held]:
     """What this data-parallel rank steps."""
     models = [*part.model_fp32_groups, *part.model_float16_groups]
     masters = [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups]
@@ -98,7 +104,7 @@ def _sharded_masters(part: DistributedOptimizer) -> Iterator[_Held]:
         yield parameter, master, (span.start, span.end)
 
 
-def _whole_masters(part: MegatronOptimizer, groups: ProcessGroupCollection) -> Iterator[_Held]:
+def _whole_masters(part: MegatronOptimizer, groups: ProcessGroupCollection) -> Iterator[Held]:
     """What every data-parallel rank steps alike, on the first of them."""
     if isinstance(part, Float16OptimizerWithFloat16Params):
         models = [*part.float16_groups, *part.fp32_from_fp32_groups]

@@ -34,6 +34,7 @@ def small_trainer(*overrides: str) -> Iterator[Trainer]:
     batch = ("train.global_batch_size=4", "train.micro_batch_size=2", "optimizer.lr=1e-2")
     config = load_config(None, [*SMALL, *batch, *overrides])
     backend = select_backend()
+    from sparsecod_megatron.audit.measure import release
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
 
@@ -43,20 +44,7 @@ def small_trainer(*overrides: str) -> Iterator[Trainer]:
     ):
         trainer = build_trainer(config, backend, groups)
         yield trainer
-        _forget_last_tokens(trainer)
-
-
-def _forget_last_tokens(trainer: Trainer) -> None:
-    """Drop what token dispatchers keep of their last forward pass.
-
-    Its graph leads through the weights' hooks back to the model, where the garbage collector does not see it: the
-    trainer and the 50 threads of its process groups would stay for as long as the tests run.
-    """
-    modules = (module for model in trainer.models for module in model.modules())
-    for dispatcher in (module.token_dispatcher for module in modules if hasattr(module, "token_dispatcher")):
-        for name, value in list(vars(dispatcher).items()):
-            if torch.is_tensor(value) and value.grad_fn is not None:
-                setattr(dispatcher, name, None)
+        release(trainer)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = "sparsecod_megatron"
 SENTENCE = (
     "config | backend, parallel | model, mechanisms, data, metrics, hf | checkpoint | "
-    "train, analysis, evaluation, planning, compression | studies | cli"
+    "train, analysis, evaluation, planning, compression | studies, audit | cli"
 )
 LAYER_OF = {folder.strip(): layer for layer, group in enumerate(SENTENCE.split("|")) for folder in group.split(",")}
 # Files at the top of the package: the errors and the version lie left of every bar, `python -m` right of all of them.
