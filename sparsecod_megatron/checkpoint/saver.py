@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -30,7 +29,7 @@ from sparsecod_megatron.checkpoint.native import sharded_state
 from sparsecod_megatron.checkpoint.paths import step_dir_name
 from sparsecod_megatron.checkpoint.random_states import gather_random_states
 from sparsecod_megatron.checkpoint.state import StateFile, TrainState, layout_of, write_state
-from sparsecod_megatron.checkpoint.writer import no_overwrite_warning, stop_writers, with_digests
+from sparsecod_megatron.checkpoint.writer import start_saving, stop_writers
 from sparsecod_megatron.config import RunConfig, save_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
@@ -153,10 +152,7 @@ class CheckpointSaver:
         random_states = gather_random_states()
         temporary = on_first_rank(partial(self._begin, directory, state, random_states))
         sharded = sharded_state(self._models, self._optimizer, self._groups)
-        with no_overwrite_warning():
-            request = dist_checkpointing.save(sharded, str(temporary), async_sharded_save=True)
-        assert request is not None, "asked for an asynchronous save"
-        self._calls.schedule_async_request(with_digests(request, temporary))
+        self._calls.schedule_async_request(start_saving(sharded, temporary))
         self._flight = _Flight(state.step, directory, temporary, began)
 
     def _begin(self, directory: Path, state: TrainState, random_states: list[dict[str, Any]]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
 
@@ -20,7 +22,20 @@ from sparsecod_megatron.checkpoint.directories import DIGESTS_PREFIX
 from sparsecod_megatron.checkpoint.manifest import file_digest
 
 
-def with_digests(request: AsyncRequest, temporary: Path) -> AsyncRequest:
+def start_saving(sharded: dict[str, Any], temporary: Path) -> AsyncRequest:
+    """What this rank's writer has to do, forked from it and on its own. Collective.
+
+    From 0.17 on Megatron-Core's default is another package's writer, which is not installed with it.
+    """
+    takes = inspect.signature(dist_checkpointing.save).parameters
+    own = {"async_strategy": "mcore"} if "async_strategy" in takes else {}
+    with _no_overwrite_warning():
+        request = dist_checkpointing.save(sharded, str(temporary), async_sharded_save=True, **own)
+    assert request is not None, "asked for an asynchronous save"
+    return _with_digests(request, temporary)
+
+
+def _with_digests(request: AsyncRequest, temporary: Path) -> AsyncRequest:
     """The request whose writer also hashes what it wrote, beside the training; with an empty queue of results."""
     if request.async_fn is None:
         return request  # nothing to write on this rank
@@ -33,7 +48,7 @@ def with_digests(request: AsyncRequest, temporary: Path) -> AsyncRequest:
 
 
 @contextlib.contextmanager
-def no_overwrite_warning() -> Iterator[None]:
+def _no_overwrite_warning() -> Iterator[None]:
     """While the block runs, Megatron-Core does not take our files in a new directory for an earlier checkpoint's."""
     messages = logging.getLogger(serialization.__name__)
     level = messages.level

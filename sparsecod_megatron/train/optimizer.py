@@ -1,4 +1,4 @@
-"""AdamW on Megatron-Core's distributed optimizer, or Muon, from the `optimizer` section."""
+"""AdamW on Megatron-Core's distributed optimizer, or Muon (`train/muon.py`), from the `optimizer` section."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, muon
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import optimizer_precision_fields
 from sparsecod_megatron.train.parameter_groups import group_overrides
-
-_SPREAD_EXPERTS = ParamPredicate(name="spread_experts", fn=lambda parameter: not getattr(parameter, "allreduce", True))
-"""Parameters of experts that are spread over ranks."""
-_ANOTHER_LENGTH: Any = {"spread_experts": True}
-"""An entry more in their parameter group. Upstream's Muon finds it by `list.remove`, which compares dictionaries, and
-those of equal length down to their tensors: an error where as many matrices are in experts as outside of them."""
 
 
 def shards_optimizer(config: RunConfig) -> bool:
@@ -45,11 +37,12 @@ def build_optimizer(
     Raises:
         ConfigError: Muon without the package that it comes from.
     """
+    fields, overrides = optimizer_config(config), group_overrides(config)
     if config.optimizer.optimizer == "muon":
-        return _muon(config, models, groups)
-    return get_megatron_optimizer(
-        optimizer_config(config), list(models), config_overrides=group_overrides(config), pg_collection=None
-    )
+        from sparsecod_megatron.train.muon import build_muon  # upstream moves its parts about; AdamW must not care
+
+        return build_muon(config.model, fields, models, overrides, groups)
+    return get_megatron_optimizer(fields, list(models), config_overrides=overrides, pg_collection=None)
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
@@ -80,31 +73,3 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
     # An fp32 run is one whose results are compared; `medium` would orthogonalise in bf16.
     defaults = {"muon_fp32_matmul_prec": "medium" if bf16 else "highest"}
     return OptimizerConfig(**passthrough(config.megatron, OptimizerConfig, ours, defaults))
-
-
-def _muon(
-    config: RunConfig, models: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
-) -> ChainedOptimizer:
-    if not muon.HAVE_EMERGING_OPTIMIZERS:
-        raise ConfigError(
-            "optimizer.optimizer: 'muon' needs NVIDIA's Emerging-Optimizers (module emerging_optimizers), which is not "
-            "installed; install it from NVIDIA-NeMo, or set optimizer.optimizer=adam"
-        )
-    overrides = group_overrides(config) | {ParamKey(predicate=_SPREAD_EXPERTS): _ANOTHER_LENGTH}
-    chain = muon.get_megatron_muon_optimizer(
-        optimizer_config(config), list(models), config_overrides=overrides, pg_collection=groups
-    )
-    # Upstream removes the experts' groups from the list that it walks through, which would miss a neighbour.
-    assert not any(group["is_expert_parallel"] for group in chain.chained_optimizers[0].param_groups)
-    if config.model.attention_output_gate == "elementwise":
-        _split_gate(config, chain)
-    return chain
-
-
-def _split_gate(config: RunConfig, chain: ChainedOptimizer) -> None:
-    """Tell Muon the rows of a query group under an elementwise gate, of which upstream does not know: the gate's."""
-    channels = config.model.head_dim
-    queries = config.model.num_attention_heads // config.model.query_groups * channels
-    for part in chain.chained_optimizers:
-        if isinstance(part.optimizer, muon.TensorParallelMuon):
-            part.optimizer.qkv_split_shapes = [queries, queries, channels, channels]

@@ -1,4 +1,4 @@
-"""Every variant of the model family under tensor, sequence, pipeline, context and expert parallelism."""
+"""Every variant of the model family under sequence parallelism, and under each other layout that concerns it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sparsecod_megatron.backend import select_backend
-from tests.dist.variants_worker import CASES, Case, train
+from tests.dist.variants_worker import CASES, CONCERNED, Case, train
 from tests.helpers.cli import script_ranks
+from tests.helpers.variants import DENSE, MOE
 
 pytestmark = pytest.mark.dist
 
@@ -47,3 +48,8 @@ def test_equals_one_process(case: Case, spread: dict[str, Any], single: dict[tup
             assert set(layer) == set(want)
             for name, value in want.items():
                 np.testing.assert_allclose(layer[name], value, rtol=2e-5, err_msg=name)
+
+
+def test_no_variant_is_left_out_by_a_misspelt_name() -> None:
+    assert set().union(*CONCERNED.values()) <= DENSE.keys() | MOE.keys()
+    assert {(case.model, case.variant) for case in CASES} >= {("dense", name) for name in DENSE}

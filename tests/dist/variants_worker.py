@@ -35,6 +35,29 @@ RUN = (
 )
 DENSE_LAYOUTS = {"tp2": (TP2,), "tp2-sp": (TP2, SP), "pp2": (PP2,), "cp2": (CP2,)}
 MOE_LAYOUTS = {"ep2": (EP2,), "tp2-ep2": (TP2, SP, EP2, ETP1), "pp2": (PP2,)}
+CONCERNED = {
+    # Without sequence parallelism norms are whole on each rank: what has weights that tensor parallelism does not split.
+    "tp2": {"pre", "qk-norm", "gate-headwise", "everything"},
+    # Stages: what depends on a layer's place, or lies outside of the layers.
+    "pp2": {
+        "pre",
+        "post-no-final-norm",
+        "mix",
+        "lns-peri",
+        "embedding-norm",
+        "tied",
+        "window-skip",
+        "everything",
+        "first-dense",
+        "topk-per-layer",
+        "deepseek",
+    },
+    # Slices of the sequence: what depends on a token's place, or on keys of other tokens.
+    "cp2": {"pre", "qk-norm", "mqa", "rope-linear", "rope-llama3", "rope-yarn", "window", "window-skip", "everything"},
+    # Whole experts move: what their shapes, the router's state, or the layers without experts change.
+    "ep2": {"post-softmax", "sigmoid-bias", "shared-gate", "first-dense", "topk-per-layer", "deepseek"},
+}
+"""Variants that a layout treats unlike `pre` or `post-softmax`; tensor and sequence parallelism together concern all."""
 ADJUSTED = {"topk-per-layer": ("model.moe_router_topk_per_layer=[1,2,4,2]",)}
 """For four layers instead of three."""
 PARTITIONED = {"capacity"}
@@ -63,8 +86,13 @@ class Case:
         return load_config(None, [*RUN, *overrides, *ADJUSTED.get(self.variant, ())])
 
 
-CASES = [Case("dense", variant, layout) for variant in DENSE for layout in DENSE_LAYOUTS]
-CASES += [Case("moe", variant, layout) for variant in MOE if variant not in PARTITIONED for layout in MOE_LAYOUTS]
+CASES = [
+    Case(model, variant, layout)
+    for model, variants, layouts in (("dense", DENSE, DENSE_LAYOUTS), ("moe", MOE, MOE_LAYOUTS))
+    for variant in variants
+    for layout in layouts
+    if variant not in PARTITIONED and variant in CONCERNED.get(layout, variants)
+]
 
 
 def train(config: RunConfig, backend: Backend, groups: Any) -> dict[str, Any]:

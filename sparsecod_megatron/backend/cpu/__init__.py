@@ -7,6 +7,8 @@ it stands for. The last of them, which only make a run faster (`kernels.py`), ca
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from sparsecod_megatron.backend.cpu.redirection import Redirection
@@ -32,16 +34,19 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
 
     if not _applied:
         # torch first: Megatron-Core reads devices and streams while it is imported.
-        for redirection in torch_cuda.redirections():
-            _applied.append(redirection.apply())
+        _applied.extend(each for each in torch_cuda.redirections() if each.apply())
         with eager.no_compilation():
-            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, orthogonalized, results, speed
+            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, results, speed
 
-        for module in (eager, megatron, collectives, optimizer, orthogonalized, results, speed):
-            for redirection in module.redirections():
-                _applied.append(redirection.apply())
+        modules = [eager, megatron, collectives, optimizer, results, speed]
+        if importlib.util.find_spec("megatron.core.optimizer.muon"):  # upstream moves it about; AdamW must not care
+            from sparsecod_megatron.backend.cpu import orthogonalized
+
+            modules.append(orthogonalized)
+        for module in modules:
+            _applied.extend(each for each in module.redirections() if each.apply())
     from sparsecod_megatron.backend.cpu import kernels as sets
 
     if kernels is not None or not _kernels:
-        _kernels[:] = [redirection.apply() for redirection in sets.redirections(kernels or sets.DEFAULT)]
+        _kernels[:] = [each for each in sets.redirections(kernels or sets.DEFAULT) if each.apply()]
     return [*_applied, *_kernels]

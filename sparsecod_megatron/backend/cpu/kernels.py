@@ -23,10 +23,10 @@ from sparsecod_megatron.backend.cpu.redirection import Redirection
 
 DEFAULT = "fast"
 
-_PLAIN = SimpleNamespace(
-    linear=layers.linear_with_grad_accumulation_and_async_allreduce,
+_PLAIN = SimpleNamespace(  # None, if upstream drops a name: then no set replaces it
+    linear=getattr(layers, "linear_with_grad_accumulation_and_async_allreduce", None),
     experts=SequentialMLP.forward,
-    sort_chunks=token_dispatcher.sort_chunks_by_idxs,
+    sort_chunks=getattr(token_dispatcher, "sort_chunks_by_idxs", None),
     rms_norm=functional.rms_norm,
     cross_entropy=tensor_parallel.vocab_parallel_cross_entropy,
     swiglu=speed.swiglu,
@@ -84,7 +84,8 @@ def redirections(kernels: str) -> list[Redirection]:
             "a CUDA kernel",
         ),
     ]
-    return [Redirection(*row) for row in table]
+    # Megatron-Core's own fused rotation exists for CUDA alone.
+    return [Redirection(*row, speed_only=row[0] is not rope_utils) for row in table]
 
 
 def _compiled() -> SimpleNamespace:

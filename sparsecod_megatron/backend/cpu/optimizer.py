@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer import optimizer as optimizer_module
 
 from sparsecod_megatron.backend.cpu.redirection import Redirection
+
+logger = logging.getLogger("sparsecod")
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -30,6 +33,7 @@ class FusedAdam(torch.optim.Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         adam_w_mode: decoupled weight decay.
+        unknown: what a later Megatron-Core passes besides; logged unless switched off, because it has no effect here.
 
     Source: transformer_engine.pytorch.optimizers.FusedAdam (arguments and state layout).
     """
@@ -42,7 +46,10 @@ class FusedAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
+        **unknown: Any,
     ) -> None:
+        if asked := {name: value for name, value in unknown.items() if value not in (None, False)}:
+            logger.warning("the CPU's AdamW does not know what Megatron-Core asks of it: %s; left out", asked)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 

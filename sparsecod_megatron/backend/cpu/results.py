@@ -67,5 +67,6 @@ def redirections() -> list[Redirection]:
             write_results_queue,
             "dist_checkpointing/strategies/filesystem_async.py:51",
             "its server process imports torch on every rank",
+            speed_only=True,
         )
     ]

@@ -137,16 +137,16 @@ def redirections() -> list[Redirection]:
     wgrad = SimpleNamespace(
         wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
     )
-    table: list[tuple[Any, str, Any, str, str]] = [
-        (mlp, "weighted_bias_swiglu_impl", weighted_swiglu, "transformer/mlp.py:175", "needs a compiler"),
-        (layers, "_grad_accum_fusion_available", True, "tensor_parallel/layers.py:924", "a CUDA extension"),
+    place, extension = "tensor_parallel/layers.py", "a CUDA extension"
+    return [
+        Redirection(
+            mlp,
+            "weighted_bias_swiglu_impl",
+            weighted_swiglu,
+            "transformer/mlp.py:175",
+            "several operations each way",
+            speed_only=True,
+        ),
+        Redirection(layers, "_grad_accum_fusion_available", True, f"{place}:924", extension),
+        Redirection(layers, "fused_weight_gradient_mlp_cuda", wgrad, f"{place}:569", extension, absent=True),
     ]
-    extension = Redirection(
-        layers,
-        "fused_weight_gradient_mlp_cuda",
-        wgrad,
-        "tensor_parallel/layers.py:569",
-        "a CUDA extension",
-        absent=True,
-    )
-    return [*(Redirection(*row) for row in table), extension]

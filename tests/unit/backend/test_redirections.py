@@ -24,12 +24,25 @@ def test_applied_once_and_documented() -> None:
     assert first == apply_redirections() and len(first) > 30
     for redirection in first:
         assert redirection.reason and ".py" in redirection.upstream
-        assert getattr(redirection.owner, redirection.name) is not None or redirection.replacement is None
+    # By owner and name, because the kernels replace what an earlier redirection put there.
+    for redirection in {(id(each.owner), each.name): each for each in first}.values():
+        assert vars(redirection.owner)[redirection.name] is redirection.replacement, redirection.name
 
 
-def test_a_name_that_upstream_dropped_is_an_error() -> None:
+def test_a_name_that_upstream_dropped_is_an_error_unless_it_only_gained_speed(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(AssertionError, match="no not_there"):
         Redirection(torch, "not_there", None, "x.py:1", "none").apply()
+    assert not Redirection(torch, "not_there", None, "x.py:1", "a copy less", speed_only=True).apply()
+    assert not hasattr(torch, "not_there")
+    assert "continuing without what it gained (a copy less)" in caplog.text
+
+
+def test_the_optimizer_names_what_it_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+    select_backend()
+    from sparsecod_megatron.backend.cpu.optimizer import FusedAdam
+
+    FusedAdam([torch.nn.Parameter(torch.ones(2))], capturable=False, master_weights=True)
+    assert "asks of it: {'master_weights': True}; left out" in caplog.text
 
 
 def test_cuda_is_refused_without_cuda() -> None:

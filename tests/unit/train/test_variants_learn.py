@@ -1,4 +1,4 @@
-"""Every variant learns: two seeds each, from fresh weights, on a stream whose frequent tokens are easy to learn."""
+"""Every variant learns, from fresh weights, on a stream whose frequent tokens are easy to learn."""
 
 from __future__ import annotations
 
@@ -44,16 +44,15 @@ def groups() -> Iterator[Any]:
         yield collection
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_loss_falls(name: str, seed: int, groups: Any) -> None:
-    config = load_config(None, [*RUN, *VARIANTS[name], f"train.seed={seed}"])
+def test_loss_falls(name: str, groups: Any) -> None:
+    config = load_config(None, [*RUN, *VARIANTS[name]])
     from sparsecod_megatron.train.setup import build_trainer
     from sparsecod_megatron.train.step import train_step
 
     with fresh_router_losses():
         trainer = build_trainer(config, select_backend(), groups)
-        data = trainer_batches(trainer, seed=seed)
+        data = trainer_batches(trainer)
         losses = [train_step(trainer, data).loss for _ in range(STEPS)]
     # ln 64 = 4.16 without knowledge; the stream's entropy is 3.96.
     assert sum(losses[-3:]) / 3 < losses[0] - 0.05, losses

@@ -50,18 +50,27 @@ def test_a_mistake_is_one_line(tmp_path: Path, repo_root: Path) -> None:
     assert not (tmp_path / "out" / "weight_decay_sparsity.csv").exists()
 
 
-@pytest.mark.parametrize("score", ["weights", "attention", "activation"])
+LAYERS = {"weights": 5, "attention_by_layer": 5, "activation": 5}
+"""Tables with a row a layer and kind, and layers of stories260K."""
+
+
 def test_the_command_measures_a_pretrained_model(
-    score: str, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text((shared_data / "text" / "wikitext2_valid.txt").read_text()[:20_000])
     options = ["--data", str(text), "--samples", "4", "--seq-length", "64", "--output", str(tmp_path / "out")]
     model = str(shared_data / "models" / "stories260K_hf")
-    assert main(["analyze", model, "--scores", score, *options]) == 0, capsys.readouterr().err
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert score in json.dumps(scores)
-    assert (tmp_path / "out" / f"{score}.csv").is_file()
+    assert main(["analyze", model, "--scores", "weights,attention,activation", *options]) == 0, capsys.readouterr().err
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+    assert list(scores) == ["weights", "attention", "activation"]
+    assert scores["weights"]["values"]["elements"] == 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172)
+    for score, value in (("attention", "entropy"), ("activation", "sparsity")):
+        measured = scores[score]["values"][value]
+        assert 0 < measured["low"] <= measured["value"] <= measured["high"] < 1, score
+    for table, layers in LAYERS.items():
+        with (tmp_path / "out" / f"{table}.csv").open() as file:
+            assert {int(row["layer"]) for row in csv.DictReader(file)} == set(range(layers)), table
 
 
 @pytest.mark.parametrize(("tool", "score"), [("weight", "weights"), ("attention", "attention")])
