@@ -36,11 +36,14 @@ def is_suited(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dim() > 1
         and x.numel() * len(weight) >= FEWEST_PRODUCTS
+        # A second operand with gaps between rows takes oneDNN's reference loop, about a thousand times as slow
+        # (benchmarks/products.py); the first may lie anyhow.
+        and (weight.is_contiguous() or weight.t().is_contiguous())
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, as `torch.nn.functional.linear`, without gradients; strides may be any.
+    """x · weightᵀ + bias, as `torch.nn.functional.linear`, without gradients; fast for strides that are suited.
 
     Args:
         x: [..., in].

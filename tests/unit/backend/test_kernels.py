@@ -62,6 +62,21 @@ def assert_same_in_double(ours, theirs, *inputs: torch.Tensor) -> torch.Tensor: 
 
 
 @pytest.mark.parametrize("tokens", [8, products.MANY_TOKENS])
+def test_a_gradient_with_gaps_never_reaches_the_reference_loop(
+    by_onednn: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    product = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, weight: given.append(weight) or product(x, weight))
+    x, grad = torch.randn(tokens, 24), torch.randn(tokens, 80)[:, :40]
+    got = products.weight_gradient(grad, x)
+    torch.testing.assert_close(got.double(), grad.double().t() @ x.double(), rtol=1e-5, atol=1e-4)
+    products.weight_gradient(grad.contiguous(), x)
+    assert len(given) >= by_onednn, "dense operands still go to oneDNN"
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in given)
+
+
+@pytest.mark.parametrize("tokens", [8, products.MANY_TOKENS])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 3), (3, 5)])
 def test_weight_gradient_accumulates(by_onednn: bool, tokens: int, rows: int, columns: int) -> None:
     weight = torch.nn.Parameter(torch.randn(rows, columns))
