@@ -19,13 +19,16 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
+from sparsecod_megatron.checkpoint.invariants import require_digests, require_own_masters
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, check_files
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set_optimizer_tensors
 from sparsecod_megatron.checkpoint.random_states import restore_random_states
 from sparsecod_megatron.checkpoint.state import StateFile, TrainState, check_same_model, layout_of, read_state
 from sparsecod_megatron.checkpoint.untrusted import read_metadata, tensors_only
-from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import unwrap
 from sparsecod_megatron.parallel.weights import gather_weights
@@ -117,18 +120,24 @@ def load_checkpoint(
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.
-        CheckpointError: of another model or version.
+        CheckpointError: of another model or version, or its optimizer is not of its weights.
     """
     saved = _checked(directory, config)
-    sharded = _model_state(models, groups)
+    model_state = _model_state(models, groups)
     if saved.is_weights_alone:
-        _set_model_state(models, _load(sharded, directory))
+        loaded, _ = _load(model_state, directory)
+        _set_model_state(models, loaded)
         optimizer.reload_model_params()
         return saved.train
-    sharded["optimizer"] = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=True)
-    loaded = _load(sharded, directory)
+    tensors = optimizer_tensors(optimizer, model_state, metadata=_metadata(groups), is_loading=True)
+    sharded = model_state | {"optimizer": tensors}
+    loaded, metadata = _load(sharded, directory)
+    if not (config.precision.fp8_param_gather or load_config(directory / CONFIG_FILE).precision.fp8_param_gather):
+        require_own_masters(directory, sharded, loaded, metadata)
     _set_model_state(models, loaded)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
+    # Loading has taken the tensors out of the sharded state.
+    require_digests(directory, optimizer, _model_state(models, groups), saved.digests)
     try:
         if saved.layout == layout_of(config.parallel):
             restore_random_states(saved.random_states)
@@ -151,7 +160,8 @@ def load_weights(
         CheckpointError: of another model or version.
     """
     _checked(directory, config)
-    _set_model_state(models, _load(_model_state(models, groups), directory))
+    loaded, _ = _load(_model_state(models, groups), directory)
+    _set_model_state(models, loaded)
 
 
 def _checked(directory: Path, config: RunConfig) -> StateFile:
@@ -162,11 +172,11 @@ def _checked(directory: Path, config: RunConfig) -> StateFile:
     return saved
 
 
-def _load(sharded: ShardedStateDict, directory: Path) -> dict[str, Any]:
+def _load(sharded: ShardedStateDict, directory: Path) -> tuple[dict[str, Any], Metadata]:
     try:
-        read_metadata(directory)  # so that what unpickles it below meets nothing unexpected
+        metadata = read_metadata(directory)  # first, so that what unpickles it below meets nothing unexpected
         with tensors_only():
-            return dist_checkpointing.load(sharded, str(directory))
+            return dist_checkpointing.load(sharded, str(directory)), metadata
     except CheckpointException as failures:
         # torch's own, which is no Exception: what went wrong on each rank.
         error: BaseException = next(iter(failures.failures.values()))[0]

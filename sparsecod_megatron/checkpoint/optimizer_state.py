@@ -33,8 +33,8 @@ def optimizer_tensors(
     return {
         index: _sharded_slices(part, model_state, metadata, is_loading)
         if isinstance(part, DistributedOptimizer)
-        else _sharded_state(part, model_state)
-        for index, part in enumerate(_parts(optimizer))
+        else whole_shards(part, model_state)
+        for index, part in enumerate(optimizer_parts(optimizer))
     }
 
 
@@ -46,7 +46,7 @@ def set_optimizer_tensors(optimizer: MegatronOptimizer, tensors: dict[int, Any],
         tensors: by optimizer of the chain.
         optimizer_steps: steps that these tensors have seen.
     """
-    for index, part in enumerate(_parts(optimizer)):
+    for index, part in enumerate(optimizer_parts(optimizer)):
         whole = part.state_dict()
         inner = whole.get("optimizer", whole)
         for group in inner["param_groups"]:
@@ -64,7 +64,8 @@ def set_optimizer_tensors(optimizer: MegatronOptimizer, tensors: dict[int, Any],
         part.load_state_dict(whole)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chain. Local."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
@@ -85,7 +86,8 @@ def _start_moments(part: DistributedOptimizer) -> None:
         state["exp_avg_sq"].zero_()
 
 
-def _sharded_state(part: MegatronOptimizer, model_state: ShardedStateDict) -> dict[str, Any]:
+def whole_shards(part: MegatronOptimizer, model_state: ShardedStateDict) -> dict[str, Any]:
+    """Sharded tensors of an optimizer that every data-parallel rank steps whole: its own memory, no copy. Local."""
     # As if loading, also to save: what the first step would create then exists, and a checkpoint of step 0 has it.
     whole = part.sharded_state_dict(model_state, is_loading=True)
     inner = whole.get("optimizer", whole)

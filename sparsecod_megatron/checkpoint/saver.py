@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sparsecod_megatron.checkpoint.directories import commit, delete_superseded, new_directory, remove_leftovers
 from sparsecod_megatron.checkpoint.first_rank import on_first_rank
+from sparsecod_megatron.checkpoint.invariants import verified_digests
 from sparsecod_megatron.checkpoint.native import sharded_state
 from sparsecod_megatron.checkpoint.paths import step_dir_name
 from sparsecod_megatron.checkpoint.random_states import gather_random_states
@@ -150,19 +151,20 @@ class CheckpointSaver:
         """Fork the writers, which hold this moment's tensors. Collective."""
         began = time.monotonic()
         random_states = gather_random_states()
-        temporary = on_first_rank(partial(self._begin, directory, state, random_states))
         sharded = sharded_state(self._models, self._optimizer, self._groups)
+        digests = {} if self._optimizer is None else verified_digests(self._optimizer, sharded)
+        schedule = {} if self._scheduler is None else self._scheduler.state_dict()
+        file = StateFile(state, schedule, layout_of(self._config.parallel), random_states, digests)
+        temporary = on_first_rank(partial(self._begin, directory, file))
         self._calls.schedule_async_request(start_saving(sharded, temporary))
         self._flight = _Flight(state.step, directory, temporary, began)
 
-    def _begin(self, directory: Path, state: TrainState, random_states: list[dict[str, Any]]) -> Path:
-        """Everything that rank 0 knows alone; first, so that a full disk is found where all ranks learn of it."""
+    def _begin(self, directory: Path, state: StateFile) -> Path:
+        """Everything that rank 0 writes alone; first, so that a full disk is found where all ranks learn of it."""
         remove_leftovers(self._checkpoints)
         temporary = new_directory(directory)
         save_config(self._config, temporary / CONFIG_FILE)
-        layout = layout_of(self._config.parallel)
-        schedule = {} if self._scheduler is None else self._scheduler.state_dict()
-        write_state(StateFile(state, schedule, layout, random_states), temporary)
+        write_state(state, temporary)
         return temporary
 
     def _settle(self, flight: _Flight, *, block: bool) -> None:

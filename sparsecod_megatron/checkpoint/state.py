@@ -17,8 +17,10 @@ from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, lo
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError, ConfigError
 
-FORMAT = 2
-"""Version of state.json; a reader refuses any other."""
+FORMAT = 3
+"""Version of state.json; a reader refuses any other but `WITHOUT_DIGESTS`."""
+WITHOUT_DIGESTS = 2
+"""Read as well: whether such a checkpoint is right, its weights tell."""
 
 
 @dataclass
@@ -44,13 +46,23 @@ class TrainState:
 
 @dataclass
 class StateFile:
-    """Content of state.json."""
+    """Content of state.json.
+
+    Attributes:
+        train: progress.
+        scheduler: Megatron-Core's learning-rate schedule; empty where there was none, and no optimizer: nothing has
+            been trained.
+        layout: of the processes that saved it (`layout_of`).
+        random_states: by rank.
+        digests: of the optimizer's tensors by parameter (`digests.py`); empty in earlier formats.
+        format: version.
+    """
 
     train: TrainState
     scheduler: dict[str, Any]
-    """Empty where there was none, and no optimizer: nothing has been trained."""
     layout: dict[str, Any]
     random_states: RandomStates = field(default_factory=list)
+    digests: dict[str, dict[str, int]] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -75,7 +87,7 @@ def read_state(directory: Path) -> StateFile:
     try:
         content = json.loads(path.read_text())
         found = content["format"]
-        if found == FORMAT:
+        if found in (FORMAT, WITHOUT_DIGESTS):
             return StateFile(**{**content, "train": TrainState(**content["train"])})
     except FileNotFoundError:
         raise DamagedCheckpoint(

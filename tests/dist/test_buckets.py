@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from tests.dist.conftest import Bench
 from tests.dist.layouts import BUCKETS
 from tests.dist.test_layouts import series
 from tests.dist.test_resume import stopped_copy
+from tests.helpers.cli import script_ranks
 
 pytestmark = pytest.mark.dist
 NARROW = ("model.hidden_size=72", "model.ffn_hidden_size=120", "schedule.lr_warmup_steps=0")
@@ -49,6 +52,17 @@ def test_weights_are_those_of_the_last_update(straight: tuple[Path, tuple[str, .
     assert len(masters) > 8
     for name, master in masters.items():
         assert torch.equal(master.to(tensors[name].dtype), tensors[name]), name
+
+
+def test_weights_that_nobody_gathered_are_not_written(repo_root: Path, tmp_path: Path) -> None:
+    """Negative control: without the gather before a save, all ranks are told, and no file is left."""
+    folder, told = tmp_path / "checkpoints", tmp_path / "told.json"
+    folder.mkdir()
+    script_ranks(repo_root / "tests/dist/stale_worker.py", folder, told, nproc=2)
+    one, other = json.loads(told.read_text())
+    assert one == other
+    assert re.search(r"step_00000001: not saved \(the optimizer's fp32 weights of .* are not the model's\)", one)
+    assert list(folder.iterdir()) == []
 
 
 def test_upstream_still_counts_the_padding() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from tests.dist.conftest import Bench
-from tests.dist.layouts import LAYOUTS
+from tests.dist.layouts import LAYOUTS, Layout
 from tests.helpers.cli import script_ranks, sparsecod
 
 pytestmark = pytest.mark.dist
@@ -41,10 +43,25 @@ def relaid(bench: Bench, reference: dict[str, Path], repo_root: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_same_bytes(layout, exported: dict[str, Path], relaid: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_same_bytes(layout: Layout, exported: dict[str, Path], relaid: Path, tmp_path: Path) -> None:
     """Exports of one process's checkpoint and of the layout's are equal file by file."""
     sparsecod("export", "--checkpoint", relaid / layout.name, "--output", tmp_path / "hf", "--no-verify")
     assert weights(tmp_path / "hf") == weights(exported[layout.model])
+
+
+def digests(run: Path) -> dict[str, dict[str, int]]:
+    """Of the optimizer's tensors, by parameter."""
+    found: dict[str, dict[str, int]] = json.loads((resolve_step_dir(run) / "state.json").read_text())["digests"]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_same_digests(layout: Layout, reference: dict[str, Path], relaid: Path) -> None:
+    """What a checkpoint says of fp32 weights and moments is what one process says of them."""
+    expected = digests(reference[layout.model])
+    assert all(set(kinds) == {"param", "exp_avg", "exp_avg_sq"} for kinds in expected.values())
+    assert len({*map(str, expected.values())}) == len(expected) > 8
+    assert digests(relaid / layout.name) == expected
 
 
 def test_plain_transformers_loads_it(exported: dict[str, Path]) -> None:
