@@ -25,6 +25,7 @@ from sparsecod_megatron.train.divergence import DivergenceError, UpdateJudge
 from sparsecod_megatron.train.ramp import global_batch_size
 from sparsecod_megatron.train.restore import checkpoint_saver, initial_state, roll_back
 from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run, refuse_unwritable
+from sparsecod_megatron.train.run_lock import LEASE_S, locked_run
 from sparsecod_megatron.train.setup import Trainer, build_trainer
 from sparsecod_megatron.train.signals import stop_on_signals
 from sparsecod_megatron.train.statistics import statistics_collector
@@ -47,14 +48,17 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
         SparsecodError: configuration, data or checkpoint that cannot be used; before anything is written.
         DivergenceError: loss or gradient became NaN or infinite, and `train.on_divergence` does not bear it.
     """
-    # Later than the watchdog, which knows the step.
-    timeout_s = 2 * config.train.step_timeout_s or 1800.0
+    # Later than the watchdog, which knows the step, and than the wait for another node's lock.
+    timeout_s = max(2 * config.train.step_timeout_s or 1800.0, 2 * LEASE_S)
     tokenizer = prepare_data(config)
-    refuse_unwritable(Path(config.logging.run_dir))
-    with running_processes(
-        config, communication=backend.communication, device=backend.device, timeout_s=timeout_s
-    ) as groups:
-        run_dir = Path(config.logging.run_dir)
+    run_dir = Path(config.logging.run_dir)
+    refuse_unwritable(run_dir)
+    with (
+        running_processes(
+            config, communication=backend.communication, device=backend.device, timeout_s=timeout_s
+        ) as groups,
+        locked_run(run_dir),
+    ):
         checkpoints = run_dir / CHECKPOINTS_DIR
         earlier = resume_candidates(checkpoints) if config.checkpoint.resume else []
         refuse_foreign_run(run_dir, config, resuming=bool(earlier))
