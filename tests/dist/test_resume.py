@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from tests.dist.conftest import MODELS, Bench
-from tests.dist.layouts import EP2, PP2, SP, TP2
+from tests.dist.layouts import BUCKETS, EP2, PP2, SP, TP2
 from tests.dist.test_layouts import assert_statistics_equal, series
 from tests.helpers.cli import read_jsonl
+from tests.helpers.pace import PACE
 from tests.helpers.running import ended_with_block, until
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.dist
 
 
 def stopped_copy(reference: Path, target: Path) -> Path:
@@ -34,7 +35,8 @@ def stopped_copy(reference: Path, target: Path) -> Path:
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
 WALL_CLOCK = ("tokens_per_s", "tflops", "step_time_s")
-LAYOUTS = {"dp2": (), "tp2-sp": (TP2, SP)}
+LAYOUTS = {"dp2": BUCKETS, "tp2-sp": (TP2, SP)}
+"""With CUDA's default communication, and with a CPU's."""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_a_wrong_random_state_shows(bench: Bench, straight: Callable[[str, str],
         state["random_states"][1]["cpu"] = bytes(other.numpy()).hex()
 
     changed_state(run, other_generator)
-    bench.train(run.name, *DROPOUT, nproc=2)
+    bench.train(run.name, *DROPOUT, *LAYOUTS["dp2"], nproc=2)
     ours, theirs = series(run, "loss"), series(straight("dense", "dp2"), "loss")
     np.testing.assert_array_equal(ours[:10], theirs[:10])
     assert (ours[10:] != theirs[10:]).all()
@@ -108,7 +110,7 @@ def test_a_wrong_random_state_shows(bench: Bench, straight: Callable[[str, str],
 @pytest.mark.parametrize(
     ("model", "overrides", "nproc"),
     [
-        pytest.param("dense", (TP2, PP2), 4, id="one-to-tp2-pp2"),
+        pytest.param("dense", (TP2, PP2, *BUCKETS), 4, id="one-to-tp2-pp2"),
         pytest.param("moe", (EP2, TP2, SP), 4, id="one-to-ep2-tp2"),
     ],
 )
@@ -125,7 +127,8 @@ def test_other_layout_continues(
 def test_many_processes_to_one(bench: Bench, initial: dict[str, Path], reference: dict[str, Path]) -> None:
     """Experts over two ranks, optimizer state and all, gathered into one process."""
     name = "ep2-to-one"
-    bench.train(name, f"checkpoint.init_from={initial['moe']}", *MODELS["moe"], EP2, "train.exit_step=10", nproc=2)
+    settings = (f"checkpoint.init_from={initial['moe']}", *MODELS["moe"], EP2, *BUCKETS, "train.exit_step=10")
+    bench.train(name, *settings, nproc=2)
     run = bench.train(name, *MODELS["moe"])
     np.testing.assert_allclose(series(run, "loss"), series(reference["moe"], "loss"), rtol=1e-4)
 
@@ -152,7 +155,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(nproc: int, bench: Bench, in
     with ended_with_block(process):
         until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
         process.terminate()
-        _, errors = process.communicate(timeout=180)
+        _, errors = process.communicate(timeout=PACE.patience_s)
     assert process.returncode == 0, errors
     stopped_at = len(series(run, "step"))
     assert 3 <= stopped_at < 60 and f"asked to stop at step {stopped_at}" in errors

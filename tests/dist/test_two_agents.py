@@ -15,6 +15,7 @@ import pytest
 from tests.dist.conftest import Bench
 from tests.dist.test_layouts import series
 from tests.helpers.cli import free_port
+from tests.helpers.pace import PACE
 from tests.helpers.running import end, ended_with_block, until
 
 pytestmark = pytest.mark.dist
@@ -38,7 +39,6 @@ def node(bench: Bench, run: Path, port: int, log: Path, *, host: bool) -> Iterat
         yield process
 
 
-@pytest.mark.timeout(900)
 def test_a_node_that_dies_and_returns(bench: Bench, tmp_path: Path) -> None:
     straight = bench.train("two-agents-straight", *OVERRIDES, nproc=2)
     run, port, log = tmp_path / "run", free_port(), tmp_path / "log"
@@ -49,8 +49,8 @@ def test_a_node_that_dies_and_returns(bench: Bench, tmp_path: Path) -> None:
             end(second)
         assert first.poll() is None
         with node(bench, run, port, log, host=False) as second:
-            assert first.wait(timeout=500) == 0, log.read_text()[-4000:]
-            assert second.wait(timeout=120) == 0, log.read_text()[-4000:]
+            assert first.wait(timeout=PACE.patience_s) == 0, log.read_text()[-4000:]
+            assert second.wait(timeout=PACE.patience_s) == 0, log.read_text()[-4000:]
     assert "resumed from step" in log.read_text()
     for field in ("step", "loss", "grad_norm", "tokens"):
         np.testing.assert_array_equal(series(run, field), series(straight, field), err_msg=field)

@@ -21,6 +21,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.pace import PACE
+
 ROOT = Path(__file__).resolve().parents[2]
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["tests.helpers.imported"])
@@ -97,27 +99,24 @@ def _script(arguments: list[str]) -> int:
     return 0
 
 
-def sparsecod(*arguments: str | Path, check: bool = True, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
+def sparsecod(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `sparsecod ARGUMENTS`.
 
     Args:
         arguments: the command line.
         check: fail, showing the output, unless the exit status is 0.
-        timeout_s: after this long the command is killed.
     """
-    return _run(_sparsecod, [*map(str, arguments)], [{}], check=check, timeout_s=timeout_s)
+    return _run(_sparsecod, [*map(str, arguments)], [{}], check=check)
 
 
-def sparsecod_ranks(*arguments: str | Path, nproc: int, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
+def sparsecod_ranks(*arguments: str | Path, nproc: int) -> subprocess.CompletedProcess[str]:
     """Run `sparsecod ARGUMENTS` as `nproc` ranks; fails, showing the output, unless all exit with 0."""
-    return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=True, timeout_s=timeout_s)
+    return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=True)
 
 
-def script_ranks(
-    script: Path, *arguments: str | Path, nproc: int, timeout_s: float = 600.0
-) -> subprocess.CompletedProcess[str]:
+def script_ranks(script: Path, *arguments: str | Path, nproc: int) -> subprocess.CompletedProcess[str]:
     """Run a worker script as `nproc` ranks; fails, showing the output, unless all exit with 0."""
-    return _run(_script, [*map(str, (script, *arguments))], _ranks(nproc), check=True, timeout_s=timeout_s)
+    return _run(_script, [*map(str, (script, *arguments))], _ranks(nproc), check=True)
 
 
 def free_port() -> int:
@@ -140,18 +139,18 @@ def _run(
     environments: list[dict[str, str]],
     *,
     check: bool,
-    timeout_s: float,
 ) -> subprocess.CompletedProcess[str]:
     """Processes side by side; the result is that of the first to fail, or else of the first."""
-    with tempfile.TemporaryDirectory() as folder:
+    patience_s = PACE.patience_s
+    with tempfile.TemporaryDirectory() as folder, PACE.measuring():
         started = []
         for rank, environment in enumerate(environments):
             own = Path(folder, str(rank))
             own.mkdir()
             started.append(_Started(action, arguments, environment, own))
-        failed = _first_to_fail(started, time.monotonic() + timeout_s)
+        failed = _first_to_fail(started, time.monotonic() + patience_s)
         result = (failed or started[0]).result()
-    assert result.returncode >= 0 or failed is None, f"killed, or not done in {timeout_s} s\n{result.stderr[-8000:]}"
+    assert result.returncode >= 0 or failed is None, f"killed, or no end in {patience_s:.0f} s\n{result.stderr[-8000:]}"
     text = f"exit {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
     assert not check or result.returncode == 0, text
     return result

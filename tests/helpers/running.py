@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.helpers.pace import PACE
+
 
 @contextlib.contextmanager
 def ended_with_block(process: subprocess.Popen[Any]) -> Iterator[None]:
@@ -32,18 +34,15 @@ def end(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def until(
-    condition: Callable[[], Any], process: subprocess.Popen[Any], *, log: Path | None = None, timeout_s: float = 300.0
-) -> Any:
-    """What the condition returns once it is true; fails where the process ends before, or time is up.
+def until(condition: Callable[[], Any], process: subprocess.Popen[Any], *, log: Path | None = None) -> Any:
+    """What the condition returns once it is true; fails where the process ends before, or patience does.
 
     Args:
         condition: looked at every few milliseconds.
         process: what it is waited for.
         log: file that the process writes to; without one its `stderr` is read once it has ended.
-        timeout_s: how long to wait.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PACE.patience_s
     while not (value := condition()):
         has_ended = process.poll() is not None
         if has_ended or time.monotonic() > deadline:
