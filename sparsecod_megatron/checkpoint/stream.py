@@ -32,6 +32,8 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 """Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
+OPTIMIZER_PREFIX = "optimizer.state.{}."
+"""Before the key of a parameter, for what the optimizer keeps of it."""
 STACKED_EXPERTS, EXPERT = "mlp.experts.experts.", "mlp.experts.local_experts.{}."
 
 
@@ -96,13 +98,17 @@ class CheckpointTensors(Mapping[str, Tensor]):
     Args:
         step_dir: the checkpoint.
         files: closes the files that reading opens.
+        kind: of the optimizer's tensors (`exp_avg`), under their parameter's names; None are the model's own.
+
+    Attributes:
+        places: by name.
     """
 
-    def __init__(self, step_dir: Path, files: ExitStack) -> None:
+    def __init__(self, step_dir: Path, files: ExitStack, kind: str | None = None) -> None:
         self._step_dir, self._files = step_dir, files
         self._open: dict[str, BinaryIO] = {}
         self._metadata = _index(step_dir)
-        self._places = dict(_places(self._metadata))
+        self.places = dict(_places(self._metadata, OPTIMIZER_PREFIX.format(kind) if kind else ""))
         self._pieces = self._pieces_by_place()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -111,7 +117,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         Raises:
             DamagedCheckpoint: a piece is absent or damaged.
         """
-        place = self._places[name]
+        place = self.places[name]
         entry = self._metadata.state_dict_metadata[place.key]
         assert isinstance(entry, TensorStorageMetadata), place
         stacked = len(place.index)
@@ -133,14 +139,14 @@ class CheckpointTensors(Mapping[str, Tensor]):
         return whole
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def _pieces_by_place(self) -> dict[Place, list[MetadataIndex]]:
         """Pieces of each place; Megatron-Core writes one layer and one expert a piece."""
-        depth = {place.key: len(place.index) for place in self._places.values()}
+        depth = {place.key: len(place.index) for place in self.places.values()}
         pieces: dict[Place, list[MetadataIndex]] = {}
         for index in self._metadata.storage_data:
             if index.fqn in depth and index.offset is not None:
@@ -171,14 +177,15 @@ def _index(step_dir: Path) -> Metadata:
         ) from error
 
 
-def _places(metadata: Metadata) -> Iterator[tuple[str, Place]]:
-    """Name in the model and place of every weight."""
+def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
+    """Name in the model and place of every weight, or of what lies under a prefix in the optimizer's part."""
     for key, entry in metadata.state_dict_metadata.items():
-        if key.startswith("optimizer.") or not isinstance(entry, TensorStorageMetadata):
+        others = not key.startswith(prefix) if prefix else key.startswith("optimizer.")
+        if others or not isinstance(entry, TensorStorageMetadata):
             continue
-        found = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key)
+        found = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key.removeprefix(prefix))
         if found is None:
-            yield key, Place(key, ())
+            yield key.removeprefix(prefix), Place(key, ())
             continue
         numbered, rest = found.groups()
         layers = range(entry.size[0]) if numbered is None else [int(numbered)]

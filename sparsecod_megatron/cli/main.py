@@ -31,6 +31,7 @@ COMMANDS = {
     "compress": "2:4 sparsity or 8-bit quantisation of a HuggingFace model directory",
     "analyze": "how a trained model uses its depth; --compare of two models",
     "study": "run a grid of configurations and make one table of their scores",
+    "doctor": "whether a checkpoint is what its run trained; --repair where it is not",
     "report": "an HTML page, or a figure, of what runs and analyses measured",
 }
 
