@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sparsecod_megatron.checkpoint.invariants import require_digests, require_own_masters
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, check_files
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set_optimizer_tensors
 from sparsecod_megatron.checkpoint.random_states import restore_random_states
-from sparsecod_megatron.checkpoint.state import StateFile, TrainState, check_same_model, layout_of, read_state
+from sparsecod_megatron.checkpoint.state import TrainState, check_same_model, layout_of, read_state, saved_config
 from sparsecod_megatron.checkpoint.untrusted import read_metadata, tensors_only
-from sparsecod_megatron.config import RunConfig, load_config
-from sparsecod_megatron.config.run_files import CONFIG_FILE
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.model_keys import model_differences
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import unwrap
 from sparsecod_megatron.parallel.weights import gather_weights
@@ -122,7 +124,9 @@ def load_checkpoint(
         DamagedCheckpoint: incomplete, or not as it was written.
         CheckpointError: of another model or version, or its optimizer is not of its weights.
     """
-    saved = _checked(directory, config)
+    check_files(directory, digests=config.checkpoint.verify)
+    saved = read_state(directory)
+    check_same_model(config, directory)
     model_state = _model_state(models, groups)
     if saved.is_weights_alone:
         loaded, _ = _load(model_state, directory)
@@ -132,7 +136,7 @@ def load_checkpoint(
     tensors = optimizer_tensors(optimizer, model_state, metadata=_metadata(groups), is_loading=True)
     sharded = model_state | {"optimizer": tensors}
     loaded, metadata = _load(sharded, directory)
-    if not (config.precision.fp8_param_gather or load_config(directory / CONFIG_FILE).precision.fp8_param_gather):
+    if not (config.precision.fp8_param_gather or saved_config(directory).precision.fp8_param_gather):
         require_own_masters(directory, sharded, loaded, metadata)
     _set_model_state(models, loaded)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
@@ -153,23 +157,62 @@ def load_checkpoint(
 def load_weights(
     directory: Path, *, config: RunConfig, models: Sequence[torch.nn.Module], groups: ProcessGroupCollection
 ) -> None:
-    """Load the weights alone. Collective over all processes.
+    """Load the weights alone, whose tensors must be the model's; what it computes with them may differ. Collective.
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.
-        CheckpointError: of another model or version.
+        CheckpointError: of another version, or with other tensors.
     """
-    _checked(directory, config)
-    loaded, _ = _load(_model_state(models, groups), directory)
+    check_files(directory, digests=config.checkpoint.verify)
+    read_state(directory)
+    sharded = _model_state(models, groups)
+    differences = [
+        f"{key} is {theirs!r} there and {ours!r} here"
+        for key, theirs, ours in model_differences(saved_config(directory), config)
+    ]
+    _check_tensors(sharded, directory, reason=", ".join(differences))
+    for difference in differences:
+        logger.info("%s: %s", directory, difference)
+    loaded, _ = _load(sharded, directory)
     _set_model_state(models, loaded)
 
 
-def _checked(directory: Path, config: RunConfig) -> StateFile:
-    """state.json of a checkpoint whose files are as they were written and whose model is ours."""
-    check_files(directory, digests=config.checkpoint.verify)
-    saved = read_state(directory)
-    check_same_model(config, directory)
-    return saved
+def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -> None:
+    """Refuse a checkpoint whose weights are not those of this model, by name and shape. Collective over all processes.
+
+    Args:
+        sharded: this rank's part of the model.
+        directory: a step directory.
+        reason: where the configurations differ, for the message.
+
+    Raises:
+        CheckpointError: names the first that differs.
+        DamagedCheckpoint: the list of its tensors cannot be read.
+    """
+    here = {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(sharded)}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, here)
+    ours = {key: shape for part in ranks for key, shape in part.items()}
+    try:
+        stored = read_metadata(directory).state_dict_metadata
+    except (OSError, pickle.UnpicklingError) as error:
+        raise _damaged(directory, error) from error
+    tensors = {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    theirs = {key: shape for key, shape in tensors.items() if not key.startswith("optimizer.")}
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            shapes = [list(found[key]) if key in found else "absent" for found in (theirs, ours)]
+            raise CheckpointError(
+                f"{directory}: weights of another model: {key} is {shapes[0]} there and {shapes[1]} here "
+                f"({reason or 'configurations agree'}); use that model, or another checkpoint"
+            )
+
+
+def _tensors(sharded: ShardedStateDict) -> Iterator[ShardedTensor]:
+    """Every tensor, those too that are saved in parts."""
+    for value in nested_values(sharded):
+        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else (value,)
+        yield from (part for part in parts if isinstance(part, ShardedTensor))
 
 
 def _load(sharded: ShardedStateDict, directory: Path) -> tuple[dict[str, Any], Metadata]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint
 from sparsecod_megatron.checkpoint.paths import STATE_FILE
 from sparsecod_megatron.checkpoint.random_states import RandomStates
-from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, load_config
+from sparsecod_megatron.config import ParallelConfig, RunConfig, load_config
+from sparsecod_megatron.config.model_keys import Difference, model_differences
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError, ConfigError
 
@@ -105,39 +106,31 @@ def layout_of(parallel: ParallelConfig) -> dict[str, Any]:
     return {**dataclasses.asdict(parallel), "world_size": dist.get_world_size()}
 
 
-def check_same_model(config: RunConfig, directory: Path) -> None:
-    """Refuse a checkpoint of another model, naming the first field that differs.
+def saved_config(directory: Path) -> RunConfig:
+    """The run that wrote a checkpoint.
 
     Raises:
-        CheckpointError: a field that shapes the weights differs.
         DamagedCheckpoint: its configuration cannot be read.
     """
     try:
-        saved = load_config(directory / CONFIG_FILE).model
+        return load_config(directory / CONFIG_FILE)
     except ConfigError as error:
         raise DamagedCheckpoint(f"{directory}: damaged ({' '.join(str(error).split())}); choose another step") from None
-    for name in _SHAPING_FIELDS:
-        theirs, ours = getattr(saved, name), getattr(config.model, name)
-        if theirs != ours:
-            raise CheckpointError(
-                f"{directory}: checkpoint of another model: model.{name} is {theirs!r} there and {ours!r} here; "
-                "use that value or another checkpoint"
-            )
 
 
-_SHAPING_FIELDS = tuple(
-    item.name
-    for item in dataclasses.fields(ModelConfig)
-    if item.name
-    not in {
-        # These steer training or initialisation; weights fit whatever they are.
-        "make_vocab_size_divisible_by",
-        "hidden_dropout",
-        "attention_dropout",
-        "init",
-        "init_method_std",
-        "moe_router_load_balancing_type",
-        "moe_aux_loss_coeff",
-        "moe_z_loss_coeff",
-    }
-)
+def check_same_model(config: RunConfig, directory: Path) -> None:
+    """Refuse to go on with a checkpoint of another model or optimizer, naming the first key that differs.
+
+    Raises:
+        CheckpointError: a key differs that shapes the weights, decides what is computed with them, or what steps them.
+        DamagedCheckpoint: its configuration cannot be read.
+    """
+    saved = saved_config(directory)
+    differences = [*model_differences(saved, config)]
+    if saved.optimizer.optimizer != config.optimizer.optimizer:
+        differences.append(Difference("optimizer.optimizer", saved.optimizer.optimizer, config.optimizer.optimizer))
+    for key, theirs, ours in differences:
+        raise CheckpointError(
+            f"{directory}: checkpoint of another model or optimizer: {key} is {theirs!r} there and {ours!r} here; use "
+            "that value, or start another logging.run_dir from these weights with checkpoint.init_from"
+        )

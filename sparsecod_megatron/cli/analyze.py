@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecod_megatron.cli.hf_model import add_model_options, device, names, shared_directory
 from sparsecod_megatron.cli.launch import share_work
+from sparsecod_megatron.cli.numbers import check_above_zero, check_at_least
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.model is None or args.data is None:
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
+    check_at_least(args, samples=1, seq_length=1, seed=0)
+    check_above_zero(args, "memory_gib")
     share_work(args, lambda processes: _analyze(args, processes))
 
 

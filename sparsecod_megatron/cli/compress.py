@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecod_megatron.cli.hf_model import add_model_options, device, huggingface_directory
-from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.cli.numbers import check_at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.compression.compress import check_method, compress, write_model
 
     check_method(args.method)
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
+    check_at_least(args, batch_size=1, samples=1, held_out=1, seq_length=1, seed=0)
 
     from sparsecod_megatron.compression.calibration import split_text
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecod_megatron.cli.hf_model import add_model_options, device, names, shared_directory
 from sparsecod_megatron.cli.launch import share_work
+from sparsecod_megatron.cli.numbers import check_at_least
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,10 +105,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace, tasks: list[str]) -> None:
-    for option in ("limit", "batch_size", "seq_length", "stride", "questions"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {value}: must be at least 1")
+    check_at_least(args, limit=1, batch_size=1, seq_length=1, stride=1, questions=1, seed=0)
     if args.include_path and not tasks:
         raise ConfigError(f"--include-path {args.include_path}: has no effect without --tasks; name the tasks to run")
     for index, model in enumerate(args.model):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparsecod_megatron.cli.numbers import check_above_zero, check_at_least
+
 HELP = "Write a training checkpoint as a HuggingFace model directory that plain transformers loads."
 EXAMPLE = "sparsecod export --checkpoint runs/nano_dense --output exported/nano_dense"
 
@@ -37,17 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export, verified unless asked not to."""
+    check_at_least(args, seed=0)
+    check_above_zero(args, "max_shard_gb")
     import torch
 
     from sparsecod_megatron.backend import select_backend
-    from sparsecod_megatron.errors import ConversionError
 
     select_backend()
     from sparsecod_megatron.checkpoint.exported import export_checkpoint
     from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 
-    if args.max_shard_gb <= 0:
-        raise ConversionError(f"--max-shard-gb: {args.max_shard_gb} is not above 0; give the size of a weight file")
     step_dir = resolve_step_dir(args.checkpoint)
     verification = export_checkpoint(
         step_dir,

@@ -70,9 +70,9 @@ def run_config(source: HFSource, base: Path | None) -> RunConfig:
     import json
 
     from sparsecod_megatron.config import load_config
-    from sparsecod_megatron.hf.families.choose import TRAINING_KEYS
+    from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 
-    kept = TRAINING_KEYS - {"make_vocab_size_divisible_by"} if base else frozenset()
+    kept = TRAINING_KEYS.keys() - {"make_vocab_size_divisible_by"} if base else frozenset()
     keys = {
         field.name: getattr(source.model, field.name)
         for field in dataclasses.fields(source.model)

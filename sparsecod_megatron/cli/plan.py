@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsecod_megatron.cli.numbers import check_at_least
+
 if TYPE_CHECKING:
     from sparsecod_megatron.config import RunConfig
     from sparsecod_megatron.planning.hardware import Gpu
@@ -36,13 +38,11 @@ def run(args: argparse.Namespace) -> None:
         SparsecodError: a layout that cannot run or does not fit; nothing is printed or written then.
     """
     from sparsecod_megatron.config import load_config
-    from sparsecod_megatron.errors import ConfigError
     from sparsecod_megatron.planning import GPUS
     from sparsecod_megatron.planning.report import write_json
     from sparsecod_megatron.planning.vocabulary import with_vocabulary
 
-    if args.gpus < 1:
-        raise ConfigError(f"--gpus: {args.gpus}; give a number of at least 1")
+    check_at_least(args, gpus=1)
     config, note = with_vocabulary(load_config(args.config, args.overrides))
     text, content = (_search if args.search else _plan)(config, args.gpus, GPUS[args.gpu])
     if args.output is not None:

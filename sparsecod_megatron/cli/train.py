@@ -7,6 +7,7 @@ import logging
 import os
 
 from sparsecod_megatron.cli.launch import is_first, is_rank, launch, run_rank
+from sparsecod_megatron.cli.numbers import check_at_least
 
 HELP = "Pretrain a model. Under torchrun or Slurm this process is one rank; --nproc N starts N ranks on this machine."
 EXAMPLE = "sparsecod train examples/configs/nano_dense.yaml data.prefix=data/stdlib train.train_steps=200 --nproc 2"
@@ -28,9 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the run, then train or launch."""
+    """Check the run, then train or launch.
+
+    Raises:
+        SparsecodError: a run that cannot be, or a number of processes or restarts that is none.
+    """
     from sparsecod_megatron.config import data_parallel_size, load_config
 
+    check_at_least(args, nproc=1, max_restarts=0)
     config = load_config(args.config, args.overrides)
     data_parallel_size(config, world_size=int(os.environ["WORLD_SIZE"]) if is_rank() else args.nproc)
     if args.nproc > 1 and not is_rank():

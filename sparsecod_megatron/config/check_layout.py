@@ -30,7 +30,7 @@ def _pipeline_problems(config: RunConfig) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     pp_key, stages = "parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size
     vpp_key, chunks = "virtual_pipeline_model_parallel_size", parallel.virtual_pipeline_model_parallel_size
-    if config.megatron.keys() & UNEVEN_STAGES.keys():
+    if any(config.megatron.get(field) for field in UNEVEN_STAGES):
         return
     if chunks is None:
         yield from indivisible("model.num_layers", model.num_layers, pp_key, stages)

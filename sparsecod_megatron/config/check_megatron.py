@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def _is_of_kind(value: Any, kind: Kind) -> bool:
         entries = value if isinstance(value, list) else [value]
         return all(isinstance(entry, int | str) for entry in entries)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

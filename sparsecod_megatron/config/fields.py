@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import field
@@ -25,6 +26,16 @@ def choice(default: str, *others: str) -> Any:
 def at_least(minimum: float, default: Any) -> Any:
     """A number field (or an optional one) that is refused below `minimum`."""
     return field(default=default, metadata={"minimum": minimum})
+
+
+def above(limit: float, default: Any) -> Any:
+    """A number field refused at `limit` and below."""
+    return field(default=default, metadata={"above": limit})
+
+
+def from_to_below(minimum: float, limit: float, default: Any) -> Any:
+    """A number field refused outside [minimum, limit)."""
+    return field(default=default, metadata={"minimum": minimum, "below": limit})
 
 
 def between(minimum: float, maximum: float, default: Any) -> Any:
@@ -60,6 +71,12 @@ def bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
                 yield f"{key}: {unknown[0]!r} is not one of {', '.join(limits['entries'])}; choose among these"
         elif "choices" in limits and value not in limits["choices"]:
             yield f"{key}: {value!r} is not one of {', '.join(limits['choices'])}; choose one of these"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}: {value} is not finite; give a number"
+        elif "above" in limits and not value > limits["above"]:
+            yield f"{key}: {value} is not above {limits['above']}; raise it"
+        elif "below" in limits and not value < limits["below"]:
+            yield f"{key}: {value} is not below {limits['below']}; lower it"
         elif "minimum" in limits and not value >= limits["minimum"]:
             yield f"{key}: {value} is below {limits['minimum']}; raise it"
         elif "maximum" in limits and not value <= limits["maximum"]:

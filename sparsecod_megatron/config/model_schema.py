@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsecod_megatron.config.fields import at_least, between, choice
+from sparsecod_megatron.config.fields import at_least, between, choice, from_to_below
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 """Activations of an MLP with two input projections."""
@@ -51,8 +51,8 @@ class ModelConfig:
     vocab_size: int | None = at_least(1, None)
     make_vocab_size_divisible_by: int = at_least(1, 128)
     untie_embeddings_and_output_weights: bool = True
-    hidden_dropout: float = between(0, 1, 0.0)
-    attention_dropout: float = between(0, 1, 0.0)
+    hidden_dropout: float = from_to_below(0, 1, 0.0)
+    attention_dropout: float = from_to_below(0, 1, 0.0)
 
     normalization: str = choice("RMSNorm")
     layernorm_epsilon: float = at_least(0, 1e-5)

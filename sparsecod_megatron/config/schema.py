@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsecod_megatron.config.fields import at_least, between, choice, choices_of, text_or_list
+from sparsecod_megatron.config.fields import above, at_least, between, choice, choices_of, from_to_below, text_or_list
 from sparsecod_megatron.config.model_schema import ModelConfig
 
 
@@ -94,16 +94,16 @@ class OptimizerConfig:
     """`muon`: momentum orthogonalised by Newton-Schulz for matrices, AdamW for embeddings, output layer and vectors."""
     lr: float = at_least(0, 4e-4)
     weight_decay: float = at_least(0, 0.1)
-    adam_beta1: float = between(0, 1, 0.9)
-    adam_beta2: float = between(0, 1, 0.95)
-    adam_eps: float = at_least(0, 1e-8)
+    adam_beta1: float = from_to_below(0, 1, 0.9)
+    adam_beta2: float = from_to_below(0, 1, 0.95)
+    adam_eps: float = above(0, 1e-8)
     clip_grad: float = at_least(0, 1.0)
     """Largest global gradient norm; 0 does not clip."""
     no_weight_decay: list[str] = choices_of(
         "norms", "biases", among=("norms", "biases", "embeddings", "output", "router")
     )
     """Parameters that do not decay: `norms` (QK-norms too), `biases`, `embeddings`, `output` (layer), `router`."""
-    muon_momentum: float = between(0, 1, 0.95)
+    muon_momentum: float = from_to_below(0, 1, 0.95)
     muon_use_nesterov: bool = True
     muon_num_ns_steps: int = at_least(1, 5)
     muon_scale_mode: str = choice("spectral", "unit_rms_norm", "shape_scaling")
@@ -141,7 +141,7 @@ class TrainConfig:
     """Sequences per forward pass of one rank."""
     exit_step: int | None = at_least(1, None)
     """Save and stop after this step, leaving the schedule that of `train_steps`."""
-    seed: int = at_least(0, 1234)
+    seed: int = between(0, 2**31, 1234)
     eval_interval: int = at_least(0, 100)
     """Steps between validations; 0 never validates. The last step always does otherwise."""
     eval_steps: int = at_least(1, 10)

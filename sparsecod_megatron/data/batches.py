@@ -30,7 +30,7 @@ class BatchIterator:
         num_workers: loading processes; 0 loads in this one.
 
     Raises:
-        ConfigError: the global batch is no whole number of micro-steps, or the dataset ends within the first one.
+        ConfigError: the global batch is no whole number of micro-steps.
     """
 
     def __init__(
@@ -52,10 +52,7 @@ class BatchIterator:
             )
             raise ConfigError(f"train.global_batch_size {first}: {message}; make it a multiple of {step}")
         length = len(dataset)  # type: ignore[arg-type]
-        left = length - consumed_samples
-        if left < first:
-            message = f"{left} samples left after {consumed_samples} consumed, less than one global batch"
-            raise ConfigError(f"train.global_batch_size {first}: {message}; build a longer dataset")
+        assert length >= consumed_samples + first, "a dataset is built for the samples consumed and the steps to come"
 
         def indices() -> Iterator[list[int]]:
             begin = consumed_samples

@@ -90,6 +90,8 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: the path cannot be written.
     """
+    if path.is_dir():
+        raise ConfigError(f"--output {path}: is a folder; give a file")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsecod_megatron.config import RunConfig, check_config
+from sparsecod_megatron.errors import ConfigError, DataError
 
 ASSUMED_VOCABULARY = 50304
 """Of the paper's models: the GPT-NeoX tokenizer, padded."""
@@ -15,19 +16,28 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str | None]:
     """The run with a vocabulary size, and a note on where it is from if the file does not say.
 
     Raises:
-        ConfigError: the layout does not divide it.
-        DataError: a tokenizer directory that cannot be read.
+        ConfigError: the layout does not divide it, or the tokenizer that training would take cannot be read.
     """
     if config.model.vocab_size is not None:
         return config, None
     name = config.data.tokenizer
-    if name is not None and Path(name).is_dir():
-        from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
-
-        size, note = vocabulary_size(load_tokenizer(name)), f"vocabulary of {name}"
+    if name is not None:
+        if name == f"{config.data.prefix}_tokenizer" and not Path(name).exists():
+            fix = "make it with `sparsecod data`, or set model.vocab_size to plan without it"
+            raise ConfigError(f"data.prefix: {config.data.prefix}: there is no {name}; {fix}")
+        size, note = _vocabulary(name), f"vocabulary of {name}"
     else:
         size, note = ASSUMED_VOCABULARY, "model.vocab_size is not set and there is no tokenizer: the paper's is assumed"
     padded = config.model.padded_vocab_size(size)
     completed = replace(config, model=replace(config.model, vocab_size=padded))
     check_config(completed)
     return completed, f"{note}, {padded} entries"
+
+
+def _vocabulary(name: str) -> int:
+    from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
+
+    try:
+        return vocabulary_size(load_tokenizer(name))
+    except DataError as error:
+        raise ConfigError(f"data.tokenizer: {error}; or set model.vocab_size to plan without it") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from sparsecod_megatron.checkpoint.state import TrainState
 from sparsecod_megatron.config import RunConfig, check_config
 from sparsecod_megatron.config.blend import Blend, parse_blend
 from sparsecod_megatron.data.batches import BatchIterator
@@ -31,14 +33,14 @@ VALIDATION_SEED = 0
 """Shuffles validation text, whatever the run's seed: two runs are compared on the same text."""
 
 
-def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
-    """Check the token files against model and tokenizer, and fill in the vocabulary size. Local; reads the index files.
+def prepare_data(config: RunConfig) -> tuple[RunConfig, PreTrainedTokenizerFast]:
+    """Check the token files against model and tokenizer. Local; reads the index files.
 
     Args:
-        config: its model.vocab_size is set if it was None.
+        config: a checked run.
 
     Returns:
-        The tokenizer.
+        The run with the tokenizer's vocabulary size, padded, where it had none; the tokenizer.
 
     Raises:
         ConfigError: no data configured, or a vocabulary smaller than the tokenizer's.
@@ -55,13 +57,15 @@ def prepare_data(config: RunConfig) -> PreTrainedTokenizerFast:
     for prefix in prefixes:
         check_token_files(prefix, data.seq_length)
     tokenizer = load_tokenizer(data.tokenizer)
-    if config.model.vocab_size is None:
-        config.model.vocab_size = config.model.padded_vocab_size(vocabulary_size(tokenizer))
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        vocab_size = config.model.padded_vocab_size(vocabulary_size(tokenizer))
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         check_config(config)
     for prefix in prefixes:
-        check_vocabulary(prefix, config.model.vocab_size)
+        check_vocabulary(prefix, vocab_size)
         _check_tokenizer(prefix, tokenizer, data.tokenizer)
-    return tokenizer
+    return config, tokenizer
 
 
 def _check_tokenizer(prefix: str, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
@@ -86,9 +90,10 @@ class RunData:
     Args:
         trainer: its layout decides which samples this rank reads.
         tokenizer: of the token files.
+        state: where the run is; earlier steps may have had another batch size than this run's.
     """
 
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, state: TrainState) -> None:
         self.trainer = trainer
         train, data = trainer.config.train, trainer.config.data
         self._blend = parse_blend("data.train", data.train)
@@ -100,7 +105,8 @@ class RunData:
             cache_dir=Path(data.cache_dir) if data.cache_dir else beside,
             reset_position_ids=data.reset_position_ids,
         )
-        self._train = build(self._blend, seed=train.seed, num_samples=samples_of_steps(train, train.train_steps))
+        left = samples_of_steps(train, train.train_steps - state.step, state.consumed_samples)
+        self._train = build(self._blend, seed=train.seed, num_samples=state.consumed_samples + left)
         self._validation: list[ValidationSource] = []
         if train.eval_interval > 0:
             blend = parse_blend("data.validation", data.validation)

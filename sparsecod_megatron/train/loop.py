@@ -50,7 +50,7 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
     """
     # Later than the watchdog, which knows the step, and than the wait for another node's lock.
     timeout_s = max(2 * config.train.step_timeout_s or 1800.0, 2 * LEASE_S)
-    tokenizer = prepare_data(config)
+    config, tokenizer = prepare_data(config)
     run_dir = Path(config.logging.run_dir)
     refuse_unwritable(run_dir)
     with (
@@ -64,7 +64,11 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
         refuse_foreign_run(run_dir, config, resuming=bool(earlier))
         trainer = build_trainer(config, backend, groups)
         state = initial_state(trainer, earlier)
-        data = RunData(trainer, tokenizer)
+        last_step = config.train.exit_step or config.train.train_steps
+        if state.step >= last_step:
+            logger.info("nothing to do: already at step %d of %d", state.step, last_step)
+            return
+        data = RunData(trainer, tokenizer, state)
         state.data = data.check_unchanged(state.data)
         dist.barrier()
         recorder = RunDirectory(run_dir, config, last_step=state.step) if trainer.is_first_rank else None
@@ -106,9 +110,6 @@ class _Loop:
 
     def run(self) -> None:
         """Train to the last step, then save."""
-        if self.state.step >= self.last_step:
-            logger.info("nothing to do: already at step %d of %d", self.state.step, self.last_step)
-            return
         with self._progress() as progress, stop_on_signals() as stop, self.watchdog.watching():
             # Loading processes inherit the handlers, and so outlive a Ctrl-C until the last step is saved.
             batches = self.data.train_batches(self.state.consumed_samples)

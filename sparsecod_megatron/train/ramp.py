@@ -24,11 +24,11 @@ def global_batch_size(train: TrainConfig, consumed_samples: int) -> int:
     return sizes[min(int(consumed_samples / samples_per_size), len(sizes) - 1)]
 
 
-def samples_of_steps(train: TrainConfig, steps: int) -> int:
-    """Sequences of the first `steps` steps of the run together."""
+def samples_of_steps(train: TrainConfig, steps: int, consumed_samples: int = 0) -> int:
+    """Sequences of the `steps` steps that come after `consumed_samples`, together."""
     samples = 0
     for step in range(steps):
-        size = global_batch_size(train, samples)
+        size = global_batch_size(train, consumed_samples + samples)
         if size == train.global_batch_size:
             return samples + (steps - step) * size
         samples += size

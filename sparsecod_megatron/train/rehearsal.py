@@ -88,11 +88,11 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
     """
     if not same_layout(recorded, config, nproc):
         config = replace(config, parallel=ParallelConfig())
-    tokenizer = prepare_data(config)
+    config, tokenizer = prepare_data(config)
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         trainer = build_trainer(config, backend, groups)
         state = load_checkpoint(recorded.step_dir, **trainer.parts)
-        data = RunData(trainer, tokenizer)
+        data = RunData(trainer, tokenizer, state)
         data.check_unchanged(state.data)
         judge = UpdateJudge(config, backend.device, state.monitor)
         batches, consumed, results = data.train_batches(state.consumed_samples), state.consumed_samples, []

@@ -38,17 +38,17 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: RunConfig, *, last_step: int) -> None:
         path.mkdir(parents=True, exist_ok=True)
+        trackers: list[Writer] = []  # the first, because they may refuse
+        if config.logging.wandb.mode != "disabled":
+            trackers.append(TrackerWriter(WandbWriter(config, path), "Weights & Biases"))
+        if config.logging.tensorboard:
+            trackers.append(TrackerWriter(TensorBoardWriter(path, last_step=last_step), "TensorBoard"))
         save_config(config, path / CONFIG_FILE)
         assert config.data.tokenizer is not None
         _copy_tokenizer(Path(config.data.tokenizer), path / TOKENIZER_DIR)
         _record_versions(path / VERSIONS_FILE, last_step)
         self._metrics: list[Writer] = [JsonlWriter(path / METRICS_FILE, last_step=last_step)]
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
-        trackers: list[Writer] = []
-        if config.logging.wandb.mode != "disabled":
-            trackers.append(TrackerWriter(WandbWriter(config, path), "Weights & Biases"))
-        if config.logging.tensorboard:
-            trackers.append(TrackerWriter(TensorBoardWriter(path, last_step=last_step), "TensorBoard"))
         self._metrics += trackers
         self._statistics += trackers
         self._log = _LogFile(path / LOG_FILE)

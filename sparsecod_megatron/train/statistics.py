@@ -15,11 +15,7 @@ from sparsecod_megatron.train.setup import Trainer
 
 
 def statistics_collector(trainer: Trainer) -> StatisticsCollector:
-    """The collector of this run's `statistics` section. Local.
-
-    Raises:
-        ConfigError: a group that the optimizer's settings rule out.
-    """
+    """The collector of this run's `statistics` section. Local."""
     section = trainer.config.statistics
     models = [unwrap(model) for model in trainer.models]
     intervals = {

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN3
@@ -60,7 +61,6 @@ FEATURES: dict[str, tuple[object, ...]] = {
 """Keys that decide what a model computes, and the values that any family expresses; others need it in `features`."""
 DEPENDENT_KEYS = frozenset(
     {
-        "preset",
         "mix_post_fraction",
         "rope_scaling_factor",
         "rope_original_max_position_embeddings",
@@ -69,23 +69,6 @@ DEPENDENT_KEYS = frozenset(
     }
 )
 """Keys without an effect of their own beside those above."""
-TRAINING_KEYS = frozenset(
-    {
-        "make_vocab_size_divisible_by",
-        "hidden_dropout",
-        "attention_dropout",
-        "init",
-        "init_method_std",
-        "init_std",
-        "mup_base_hidden_size",
-        "moe_router_load_balancing_type",
-        "moe_aux_loss_coeff",
-        "moe_z_loss_coeff",
-        "moe_router_bias_update_rate",
-    }
-)
-"""Keys that a trained model no longer depends on. A key of ModelConfig in no set is refused unless it has its default,
-so that no export leaves a new feature out without a word."""
 
 
 def choose_family(model: ModelConfig, families: Sequence[Family] = FAMILIES) -> Family:
@@ -124,13 +107,13 @@ def _missing_feature(model: ModelConfig, family: Family) -> str | None:
 
 
 def _check_keys(model: ModelConfig) -> None:
-    """Refuse what no family could have: dropped tokens, and keys that this file has not heard of."""
+    """Refuse what no family could have: dropped tokens, and keys in no set, which may be new features."""
     if model.is_moe and model.moe_expert_capacity_factor is not None:
         raise ConversionError(
             f"model.moe_expert_capacity_factor: {model.moe_expert_capacity_factor} drops tokens by what else is in the "
             "batch, which no exported model does; train the last steps without it, or set it to null in config.yaml"
         )
-    known = SHAPE_KEYS | FEATURES.keys() | TRAINING_KEYS | DEPENDENT_KEYS
+    known = SHAPE_KEYS | FEATURES.keys() | TRAINING_KEYS.keys() | DEPENDENT_KEYS
     for field in dataclasses.fields(model):
         value, default = getattr(model, field.name), getattr(type(model)(), field.name)
         if field.name not in known and value != default:

@@ -131,6 +131,6 @@ def test_a_global_batch_that_is_no_whole_number_of_steps_is_refused():
         global_batches(24, size=6, parallel=2, micro=2)
 
 
-def test_a_dataset_that_is_used_up_is_refused():
-    with pytest.raises(ConfigError, match="3 samples left after 21 consumed"):
+def test_a_dataset_that_is_used_up_is_our_own_mistake():
+    with pytest.raises(AssertionError, match="is built for the samples consumed"):
         global_batches(24, size=4, parallel=1, consumed=21)

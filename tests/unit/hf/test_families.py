@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.families import FAMILIES, choose_family
-from sparsecod_megatron.hf.families.choose import DEPENDENT_KEYS, FEATURES, SHAPE_KEYS, TRAINING_KEYS
+from sparsecod_megatron.hf.families.choose import DEPENDENT_KEYS, FEATURES, SHAPE_KEYS
 from sparsecod_megatron.hf.source import open_model
 from tests.helpers.reference_gpt import random_tensors
 from tests.unit.hf.models import MODELS, moe, tiny

@@ -73,7 +73,11 @@ def test_vocabulary_that_is_not_set() -> None:
         (["parallel.tensor_model_parallel_size=3", "--gpus", "8"], "model.num_attention_heads: 16 is not divisible"),
         (["parallel.pipeline_model_parallel_size=4", "--gpus", "6"], "does not divide 6 processes"),
         (["--gpus", "7"], "train.global_batch_size: 1024 is not a multiple"),
-        (["--gpus", "0"], "--gpus: 0"),
+        (
+            ["model.vocab_size=null", "data.prefix=data/nothing", "--gpus", "8"],
+            "data.prefix: data/nothing: there is no",
+        ),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
         (["megatron.recompute_granularity=full", "--gpus", "8"], "megatron.recompute_method is not set"),
         (
             [
@@ -105,3 +109,6 @@ def test_what_does_not_fit_names_the_largest_part() -> None:
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(DENSE, "--gpus", "8", "--output", tmp_path / "file" / "plan.json")
+    (tmp_path / "folder").mkdir()
+    assert "is a folder" in refusal(DENSE, "--gpus", "8", "--output", tmp_path / "folder" / "..")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}

@@ -108,7 +108,7 @@ def test_every_study_is_shipped_at_both_scales() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_studies_can_run(path: Path, tmp_path: Path) -> None:
     """Every cell is a run that fits its GPUs, and the header's command names the file."""
-    study = load_study(path, tmp_path, ["run.data.prefix=data/books"])
+    study = load_study(path, tmp_path, ["run.data.prefix=data/books", "run.model.vocab_size=50304"])
     assert study.config.name == path.stem and study.config.claims
     assert f"examples/studies/{path.parent.name}/{path.name} " in path.read_text()
     text = plan_text(study, set())

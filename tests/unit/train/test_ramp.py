@@ -53,6 +53,8 @@ def test_a_ramp_written_down() -> None:
         consumed += sizes[-1]
     assert sizes == [4, 4, 4, 8, 8, 12, 12, 12]
     assert [samples_of_steps(train, steps) for steps in range(9)] == [0, 4, 8, 12, 20, 28, 40, 52, 64]
+    # Behind samples that were consumed in batches of another size.
+    assert [samples_of_steps(train, steps, 21) for steps in range(4)] == [0, 8, 20, 32]
 
 
 def test_without_a_ramp_the_batch_is_constant() -> None:

@@ -24,10 +24,11 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def validation_text(prefix: Path, *overrides: str) -> torch.Tensor:
     """Tokens in the order of two validations, which must agree: [samples, S]."""
+    from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.train.data import RunData, prepare_data
 
     with small_trainer(f"data.prefix={prefix}", "model.vocab_size=384", *overrides) as trainer:
-        data = RunData(trainer, prepare_data(trainer.config))
+        data = RunData(trainer, prepare_data(trainer.config)[1], TrainState())
         seen: list[torch.Tensor] = []
 
         def read(iterators: list[Iterator[dict[str, torch.Tensor]]]) -> float:
