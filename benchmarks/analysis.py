@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -41,6 +42,9 @@ from sparsecod_megatron.analysis.scores.jacobian import Jacobian
 from sparsecod_megatron.analysis.scores.permutation import Permutation
 from sparsecod_megatron.analysis.scores.registry import find_scores
 from sparsecod_megatron.analysis.scores.usefulness import Usefulness
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is no part of the installed package
+
 from tests.unit.analysis.scores import naive
 
 VOCAB_SIZE = 4096

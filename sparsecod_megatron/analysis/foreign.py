@@ -12,7 +12,7 @@ from sparsecod_megatron.errors import ConversionError, SparsecodError
 
 
 @contextmanager
-def running(model: nn.Module, doing: str, scores: str) -> Iterator[None]:
+def running(model: nn.Module, doing: str, advice: str) -> Iterator[None]:
     """Turn whatever the model's code raises into a refusal.
 
     Only a call of the model belongs into the `with` block: an error of our own would be blamed on the model.
@@ -20,7 +20,7 @@ def running(model: nn.Module, doing: str, scores: str) -> Iterator[None]:
     Args:
         model: whose code runs.
         doing: what it is run for, as the subject of a sentence.
-        scores: what to leave out of --scores.
+        advice: what to do instead.
 
     Raises:
         ConversionError: it failed.
@@ -30,8 +30,8 @@ def running(model: nn.Module, doing: str, scores: str) -> Iterator[None]:
     except (SparsecodError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        cause = f"{type(error).__name__}: {reason}"
         raise ConversionError(
-            f"{type(model).__name__}: {doing} fails in the model's own code ({type(error).__name__}: {reason}); "
-            f"leave {scores} out of --scores"
+            f"{type(model).__name__}: {doing} fails in the model's own code ({cause}); {advice}"
         ) from error

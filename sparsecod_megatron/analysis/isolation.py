@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from sparsecod_megatron.analysis.branches import TOLERANCE, branch_error
+from sparsecod_megatron.analysis.foreign import running
 from sparsecod_megatron.analysis.layers import hidden_output
 from sparsecod_megatron.analysis.trace import Call, Trace
 from sparsecod_megatron.errors import ConversionError
@@ -25,10 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "sparsecod_isolated"
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
-"""Of what the isolated block adds to the residual stream against what the real one adds, relative to its size.
-
-Not of the output: one massive channel of the residual stream would hide a wrong branch behind it."""
+_ADVICE = "leave jacobian out of --scores"
 
 
 @dataclass
@@ -73,13 +72,17 @@ class IsolatedBlock:
 
         Returns:
             [copies · b, p, d]; entry [c·b + i, j] depends on `tokens[c·b + i, j]` alone.
+
+        Raises:
+            ConversionError: the block's code does not take tokens apart from the others.
         """
         copies = len(tokens) // len(rows)
         args = tuple(_at(value, rows, positions, copies, self.hidden) for value in self.call.args)
         kwargs = {key: _at(value, rows, positions, copies, self.hidden) for key, value in self.call.kwargs.items()}
         self._chosen = (rows, positions)
         try:
-            after = hidden_output(self.block(tokens, *args, **kwargs))
+            with running(self.block, "a pass of chosen tokens, apart from the others,", _ADVICE):
+                after = hidden_output(self.block(tokens, *args, **kwargs))
         finally:
             self._chosen = None
         assert after is not None
@@ -129,23 +132,21 @@ class IsolatedBlock:
             ConversionError: the block mixes tokens in a way that this file cannot hold fixed.
         """
         self._records.clear()
-        hidden_output(self.block(self.hidden, *self.call.args, **self.call.kwargs))
+        with running(self.block, "a pass with attention exchanged", _ADVICE):
+            self.block(self.hidden, *self.call.args, **self.call.kwargs)
         kind = type(self.block).__name__
         if not self._records:
             raise ConversionError(
                 f"{kind}: its attention is not one of transformers' exchangeable functions, so tokens cannot be taken "
-                "apart; leave jacobian out of --scores"
+                f"apart; {_ADVICE}"
             )
         places = (rows[:, None], positions)
-        before, after = self.hidden[places].double(), self.after[places].double()
-        # Half precision rounds the sum of stream and branch: no branch can be known better than that.
-        rounding = torch.finfo(self.hidden.dtype).eps * after.norm() / 2
-        difference = (self(self.hidden[places], rows, positions).double() - after).norm()
-        excess, branch = (difference - rounding).clamp_min(0), (after - before).norm()
-        if not excess <= TOLERANCE[self.hidden.dtype] * branch:  # a block that adds nothing is itself
+        apart = self(self.hidden[places], rows, positions)
+        error = branch_error(self.hidden[places], self.after[places], apart)
+        if not error <= TOLERANCE[self.hidden.dtype]:
             raise ConversionError(
-                f"{kind}: taken apart by tokens it gives other outputs (relative difference {excess / branch:.1e}), so "
-                "it mixes tokens outside its attention; leave jacobian out of --scores"
+                f"{kind}: taken apart by tokens it gives other outputs (relative difference {error:.1e}), so it mixes "
+                f"tokens outside its attention; {_ADVICE}"
             )
 
 

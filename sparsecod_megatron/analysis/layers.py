@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsecod_megatron.analysis.foreign import running
 from sparsecod_megatron.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -55,31 +56,30 @@ def hidden_output(output: Any) -> Tensor | None:
 
 
 def find_layers(model: PreTrainedModel) -> Layers:
-    """Find the longest list of blocks of one class in which each block's output is the next one's input.
+    """Find the longest list of blocks in which each block's output is the next one's input.
 
-    Runs the model once on a few tokens. A list of experts is never taken: its members do not feed each other.
+    Runs the model twice on a few tokens. A list of experts is never taken: its members do not feed each other.
 
     Args:
         model: a causal LM in evaluation mode.
 
     Raises:
-        ConversionError: an encoder-decoder, or a model without such a list, embeddings or head.
+        ConversionError: an encoder-decoder, a bidirectional encoder, a model that needs more than token ids, or one
+            without such a list, embeddings or head.
     """
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConversionError(f"{kind}: is an encoder-decoder; give a decoder-only causal language model")
     candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
     calls = _trial(model)
     chains = {name: blocks for name, blocks in candidates.items() if _is_chain(blocks, calls)}
     if not chains:
         seen = ", ".join(f"{name} ({len(blocks)})" for name, blocks in candidates.items()) or "no list of modules"
         raise ConversionError(
-            f"{kind}: no list of same-class blocks whose outputs feed each other (looked at: {seen}); give "
-            "a model that is a stack of residual blocks"
+            f"{kind}: no list of blocks each of which is called once, with the output of the one before, and keeps its "
+            f"shape (looked at: {seen}); give a model that is a stack of residual blocks"
         )
     name = max(chains, key=lambda found: len(chains[found]))  # the first, so the outermost, of the longest
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -94,7 +94,11 @@ _Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 
 
 def _trial(model: PreTrainedModel) -> _Calls:
-    """Every module's hidden states while the model sees a few tokens."""
+    """Every module's hidden states while the model sees a few tokens.
+
+    Raises:
+        ConversionError: the model does not run on token ids alone, or a token's logits depend on later tokens.
+    """
     calls: _Calls = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -102,13 +106,22 @@ def _trial(model: PreTrainedModel) -> _Calls:
         if before is not None and after is not None:
             calls.setdefault(module, []).append((before, after))
 
+    tokens = trial_tokens(model)
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model(input_ids=trial_tokens(model), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), running(model, "a pass over token ids alone", "give a causal language model of text"):
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        others = model(input_ids=torch.cat([tokens[:, :-1], tokens[:, -2:-1]], dim=1), use_cache=False).logits
+    before = logits[:, : TRIAL_TOKENS - 1].float()
+    rounding = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * before.abs().max()
+    if (before - others[:, : TRIAL_TOKENS - 1].float()).abs().max() > rounding:
+        raise ConversionError(
+            f"{type(model).__name__}: what it predicts for a token changes with later tokens, as in an encoder "
+            "(`is_decoder: false` in config.json?); give a causal language model"
+        )
     return calls
 
 

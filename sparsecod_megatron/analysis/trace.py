@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsecod_megatron.analysis.foreign import running
 from sparsecod_megatron.analysis.layers import Layers, hidden_input, hidden_output, swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_GIVE_ANOTHER = "its blocks cannot be run by themselves, which every depth score does; leave those out of --scores"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Replay:
 
         hooks = [block.register_forward_hook(note, with_kwargs=True) for block in self.layers.blocks]
         try:
-            with contextlib.suppress(_AllBlocksRan):
+            with running(self.model, "a pass over the sample", _GIVE_ANOTHER), contextlib.suppress(_AllBlocksRan):
                 self.model(input_ids=tokens, use_cache=False)
         finally:
             for hook in hooks:
@@ -104,7 +107,10 @@ class Replay:
     def run_block(self, trace: Trace, layer: int, hidden: Tensor) -> Tensor:
         """Block `layer` with its own mask and angles on hidden states [B, T, d]."""
         call = trace.calls[layer]
-        after = hidden_output(self.layers.blocks[layer](hidden, *call.args, **call.kwargs))
+        block = self.layers.blocks[layer]
+        with running(block, "a pass of one block on hidden states", _GIVE_ANOTHER):
+            output = block(hidden, *call.args, **call.kwargs)
+        after = hidden_output(output)
         assert after is not None
         return after
 
@@ -140,7 +146,8 @@ class Replay:
         answers = {
             layer: _Answer(block, hidden, trace.calls[layer].rest) for layer, block in enumerate(self.layers.blocks)
         }
-        with swapped(self.layers.blocks, answers):
+        doing = "what the model does after its blocks"
+        with swapped(self.layers.blocks, answers), running(self.model, doing, _GIVE_ANOTHER):
             logits: Tensor = self.model(input_ids=trace.tokens, use_cache=False).logits
         return logits
 

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores", default=DEFAULT_SCORES, metavar="A,B", help=f"comma-separated (default {DEFAULT_SCORES})"
     )
+    parser.add_argument(
+        "--pairs", metavar="N", help="pairs of blocks that permutation samples, or `adjacent` (default all)"
+    )
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens of a sequence (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sample and intervals (default 0)")
@@ -86,7 +89,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
     from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
 
-    scores = find_scores(names(args.scores))
+    scores = find_scores(names(args.scores), pairs=args.pairs)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with shared_directory(args.model, processes, verify=not args.no_verify) as directory:
         tokenizer = load_tokenizer(directory)

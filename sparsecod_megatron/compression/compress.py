@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsecod_megatron.compression.calibration import feeder
 from sparsecod_megatron.compression.matrices import Matrix, compare, eligible, follows_pattern
 from sparsecod_megatron.compression.modelopt import quiet_modelopt, require_modelopt
-from sparsecod_megatron.errors import CheckpointError, ConfigError
+from sparsecod_megatron.errors import CheckpointError, ConfigError, ConversionError, SparsecodError
 
 SPARSE_METHODS = ("sparse24", "sparsegpt24")
 QUANTIZED_METHODS = ("fp8", "int8")
@@ -66,7 +67,7 @@ def compress(model: PreTrainedModel, method: str, sequences: Tensor, *, batch_si
     """Compress a model; its own weights are replaced.
 
     Args:
-        model: a causal LM in evaluation mode.
+        model: a causal LM; set to evaluation mode.
         method: one of `METHODS`.
         sequences: calibration data, int64 `[sequences, tokens]`; magnitude pruning needs none.
         batch_size: sequences of a forward pass.
@@ -74,10 +75,10 @@ def compress(model: PreTrainedModel, method: str, sequences: Tensor, *, batch_si
     Raises:
         ConversionError: a model that the method cannot take, or nothing in it was compressed.
     """
-    converted, feed = copy.deepcopy(model), feeder(sequences, batch_size)
+    converted, feed = copy.deepcopy(model.eval()), feeder(sequences, batch_size)
     unreached: list[str] = []
     weights: Mapping[str, Tensor]
-    with quiet_modelopt():
+    with quiet_modelopt(), _refusing(model, method):
         if method in SPARSE_METHODS:
             from sparsecod_megatron.compression.sparsify import prune_by_magnitude, prune_by_sparsegpt
 
@@ -98,6 +99,21 @@ def compress(model: PreTrainedModel, method: str, sequences: Tensor, *, batch_si
             model.get_parameter(name).copy_(weight)
     simulated = converted if method in QUANTIZED_METHODS else None
     return Compression(method, model, simulated, matrices, _warnings(matrices, unreached))
+
+
+@contextlib.contextmanager
+def _refusing(model: PreTrainedModel, method: str) -> Iterator[None]:
+    """What ModelOpt does not foresee in a model's code, as one line."""
+    try:
+        yield
+    except (SparsecodError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConversionError(
+            f"--method {method}: ModelOpt cannot take {type(model).__name__} ({type(error).__name__}: {reason}); use "
+            "another method"
+        ) from error
 
 
 def write_model(compression: Compression, tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> None:

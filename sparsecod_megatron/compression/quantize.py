@@ -106,6 +106,12 @@ def _share_ranges(quantizers: Mapping[str, TensorQuantizer]) -> list[str]:
             if other not in unreached and EXPERT.sub(".experts.*.", other) == place
         ]
         if not fellows:
-            raise ConversionError(f"{name}: no calibration token reached this layer; give more --samples")
+            layer = name.removesuffix(".input_quantizer")
+            if EXPERT.search(name):
+                raise ConversionError(f"{layer}: no calibration token reached this expert; give more --samples")
+            raise ConversionError(
+                f"{layer}: the model uses this layer's weight without calling the layer, or not at all, so what enters "
+                "it cannot be seen; use --method sparse24"
+            )
         quantizers[name].amax = torch.stack(fellows).max()
     return [name.removesuffix(".input_quantizer") for name in unreached]

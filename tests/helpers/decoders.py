@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sparsecod_megatron.analysis.scores.context import make_context
+from sparsecod_megatron.analysis.scores.registry import find_scores
+from sparsecod_megatron.errors import SparsecodError
 
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 VOCAB_SIZE = 61
@@ -125,6 +130,35 @@ def tiny_decoder(family: str) -> PreTrainedModel | None:
         elif parameter.ndim > 1 and parameter.abs().max() < 0.2:
             parameter.mul_(8)
     return model
+
+
+def outcomes(family: str, scores: Sequence[str]) -> dict[str, str] | str | None:
+    """What the scores say of a tiny model: empty, or the line that refuses it.
+
+    Args:
+        family: of `FAMILIES`.
+        scores: names.
+
+    Returns:
+        One entry a score; one line where the model itself is refused; None where it cannot be made tiny.
+    """
+    model = tiny_decoder(family)
+    if model is None:
+        return None
+    tokens = torch.randint(3, VOCAB_SIZE, (52,), generator=torch.Generator().manual_seed(1))
+    try:
+        context = make_context(model, tokens, num_samples=4, seq_length=12, seed=0)
+    except SparsecodError as error:
+        return str(error)
+    found = {}
+    for score in find_scores(scores):
+        try:
+            result = score.run(context)
+            assert result.values and result.tables[score.name]
+            found[score.name] = ""
+        except SparsecodError as error:
+            found[score.name] = str(error)
+    return found
 
 
 def _shrunk(values: dict[str, Any]) -> dict[str, Any]:

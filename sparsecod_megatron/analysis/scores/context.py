@@ -195,7 +195,7 @@ def make_context(
         raise ConfigError(f"--memory-gib {memory_gib}: must be above 0")
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and seq_length > longest:
+    if longest is not None and 0 < longest < seq_length:  # some families write -1 for no limit
         raise ConfigError(f"--seq-length {seq_length}: the model takes at most {longest} (max_position_embeddings)")
     windows = draw_windows(tokens, num_samples=num_samples, seq_length=seq_length, seed=seed)
     largest, smallest = int(windows.max()), int(windows.min())

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecod_megatron.analysis.intervals import Array, bootstrap, finite, ratio_of_sums
+from sparsecod_megatron.analysis.intervals import Z_95, Array, Interval, bootstrap, finite, ratio_of_sums
 from sparsecod_megatron.analysis.scores.base import HeatMap, Number, Result
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.scores.pairs import Pairs, Wanted, choose_pairs
 from sparsecod_megatron.analysis.trace import Replay, Trace
 from sparsecod_megatron.errors import ConfigError
 
 
 class Permutation:
-    """`P[i,j]`, signed; each swap starts at the lower of its two blocks."""
+    """`P[i,j]`, signed; each swap starts at the lower of its two blocks.
+
+    Args:
+        pairs: how many to sample of all, `adjacent` for neighbours alone, None for all.
+    """
 
     name = "permutation"
 
+    def __init__(self, *, pairs: Wanted = None) -> None:
+        self._wanted = pairs
+
     def run(self, context: Context) -> Result:
-        """Compute every pair, the signed mean, and the reference's mean of absolute values."""
+        """Compute the pairs, the signed mean, and the reference's mean of absolute values.
+
+        Raises:
+            ConfigError: a model of one block.
+        """
         num_layers = len(context.layers)
         if num_layers < 2:
             raise ConfigError("--scores permutation: the model has one block, so there is no pair; leave it out")
-        pairs = list(combinations(range(num_layers), 2))
+        chosen = choose_pairs(num_layers, self._wanted, seed=context.seed)
+        pairs = chosen.swaps
         batches = (_swaps(context.replay, trace, pairs) for trace in context.traces("all", title=self.name))
         base, swapped = (column.numpy() for column in context.collect("all", batches))
         change = swapped - base[:, None]
 
         def means(weights: Array) -> Array:
             relative = (weights @ change) / (weights @ base)[:, None]
-            return np.stack([relative.mean(axis=1), np.abs(relative).mean(axis=1)], axis=1)
+            return np.stack([relative @ chosen.weights, np.abs(relative) @ chosen.weights], axis=1)
 
         overall = bootstrap(means, len(base), seed=context.seed)
         each = ratio_of_sums(change, base[:, None], seed=context.seed)
@@ -41,10 +54,12 @@ class Permutation:
         shown: list[list[Number]] = [[None] * num_layers for _ in range(num_layers)]
         for (lower, upper), interval in zip(pairs, intervals, strict=True):
             shown[lower][upper] = shown[upper][lower] = interval.value
+        suffix = "_adjacent" if chosen.are_adjacent else ""
         return Result(
             values={
-                "permutation": overall.at(0).as_dict(),
-                "ref_permutation": overall.at(1).as_dict(),
+                f"permutation{suffix}": _with_sampling(overall.at(0), chosen, each.value).as_dict(),
+                f"ref_permutation{suffix}": _with_sampling(overall.at(1), chosen, np.abs(each.value)).as_dict(),
+                "pairs": len(pairs),
                 "loss": finite(base.mean()),
             },
             tables={
@@ -54,7 +69,7 @@ class Permutation:
                     for (lower, upper), (value, low, high) in zip(pairs, intervals, strict=True)
                 ]
             },
-            per_sequence={"permutation": (change / base[:, None]).mean(axis=1).tolist()},
+            per_sequence={f"permutation{suffix}": (change / base[:, None] @ chosen.weights).tolist()},
             figures=(
                 HeatMap(
                     "permutation",
@@ -65,17 +80,36 @@ class Permutation:
                     diverging=True,
                 ),
             ),
-            warnings=(
-                (
-                    f"{undecided} of {len(pairs)} swaps change the loss by less than this sample can tell from zero; "
-                    "raise --samples",
-                )
-                if undecided
-                else ()
-            ),
+            warnings=_warnings(undecided, chosen),
             num_sequences=context.num_sequences,
             num_tokens=context.num_sequences * context.seq_length,
         )
+
+
+def _with_sampling(interval: Interval, chosen: Pairs, values: Array) -> Interval:
+    """The interval over sequences, wider by what the choice of pairs leaves open."""
+    value, low, high = interval
+    if value is None or low is None or high is None:
+        return interval
+    spread = Z_95**2 * chosen.sampling_variance(values)
+    return Interval(
+        value, value - math.sqrt((value - low) ** 2 + spread), value + math.sqrt((high - value) ** 2 + spread)
+    )
+
+
+def _warnings(undecided: int, chosen: Pairs) -> tuple[str, ...]:
+    warnings = []
+    if undecided:
+        warnings.append(
+            f"{undecided} of {len(chosen.swaps)} swaps change the loss by less than this sample can tell from zero; "
+            "raise --samples"
+        )
+    if chosen.sampled_of is not None:
+        warnings.append(
+            f"{len(chosen.swaps)} of {chosen.sampled_of} pairs were swapped; the intervals of the means include what "
+            "this leaves open"
+        )
+    return tuple(warnings)
 
 
 def _swaps(replay: Replay, trace: Trace, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sparsecod_megatron.analysis.scores.base import Score
 from sparsecod_megatron.errors import ConfigError
@@ -21,14 +22,18 @@ SCORES = {
     "attention": "sparsecod_megatron.analysis.sparsity.attention_score:Attention",
     "activation": "sparsecod_megatron.analysis.sparsity.activation:Activation",
 }
-"""name → module:class, a class without arguments that is a `Score`."""
+"""name → module:class, a class that is a `Score` and needs no arguments."""
 
 
-def find_scores(names: Sequence[str]) -> list[Score]:
+def find_scores(names: Sequence[str], *, pairs: str | None = None) -> list[Score]:
     """The scores of these names, in this order.
 
+    Args:
+        names: of `SCORES`.
+        pairs: a number of pairs or `adjacent`, for permutation.
+
     Raises:
-        ConfigError: an unknown name, one given twice, or none at all.
+        ConfigError: an unknown name, one given twice, or none at all; pairs that are neither, or without permutation.
     """
     if not names:
         raise ConfigError(f"--scores: names no score; give some of {','.join(SCORES)}")
@@ -37,10 +42,19 @@ def find_scores(names: Sequence[str]) -> list[Score]:
             raise ConfigError(f"--scores {name}: no such score; give some of {','.join(SCORES)}")
         if name in names[:index]:
             raise ConfigError(f"--scores {name}: given twice; name each score once")
-    return [_load(SCORES[name]) for name in names]
+    options = {"permutation": {"pairs": _pairs(pairs, names)}} if pairs is not None else {}
+    return [_load(SCORES[name], options.get(name, {})) for name in names]
 
 
-def _load(path: str) -> Score:
+def _pairs(text: str, names: Sequence[str]) -> int | str:
+    if "permutation" not in names:
+        raise ConfigError(f"--pairs {text}: only permutation swaps pairs; leave it out, or add permutation to --scores")
+    if text != "adjacent" and not (text.isdecimal() and int(text) >= 2):
+        raise ConfigError(f"--pairs {text}: give a number of pairs, at least 2, or `adjacent`")
+    return text if text == "adjacent" else int(text)
+
+
+def _load(path: str, options: Mapping[str, Any]) -> Score:
     module, _, name = path.partition(":")
-    score: Score = getattr(importlib.import_module(module), name)()
+    score: Score = getattr(importlib.import_module(module), name)(**options)
     return score

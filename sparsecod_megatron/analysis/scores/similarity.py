@@ -5,6 +5,7 @@ Source: S. Kornblith et al., "Similarity of Neural Network Representations Revis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -35,12 +36,7 @@ class Similarity:
         num_layers, num_groups = sums.shape[1], len(sums)
         grams = _centred_grams(kept)
         cosine = bootstrap(lambda weights: _cosines(weights, sums), num_groups, seed=context.seed)
-        cka = bootstrap(
-            lambda weights: np.stack([_cka(grams, row[owners]) for row in weights]),
-            num_groups,
-            seed=context.seed,
-            num_resamples=CKA_RESAMPLES,
-        )
+        cka = bootstrap(_weighted_cka(grams, owners), num_groups, seed=context.seed, num_resamples=CKA_RESAMPLES)
         different = np.triu_indices(num_layers, k=1)
         values: dict[str, Any] = {"cka_tokens": len(owners)}
         if num_layers > 1:
@@ -98,18 +94,47 @@ def _centred_grams(kept: Tensor) -> Array:
     return grams
 
 
-def _cka(grams: Array, weights: Array) -> Array:
-    """[L, n, n] and how often each token counts [n] → [L, L]."""
-    share = (weights / weights.sum()).astype(grams.dtype)
-    rows = grams @ share  # [L, n]: the weighted mean of each row, which centring takes off
-    centred = grams - rows[:, :, None] - rows[:, None, :] + (rows @ share)[:, None, None]
-    scaled = np.sqrt(np.outer(share, share)) * centred
-    flat = scaled.reshape(len(grams), -1)
-    products = (flat @ flat.T).astype(np.float64)
-    sizes = np.sqrt(products.diagonal())
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cka: Array = products / np.outer(sizes, sizes)
-    return cka
+def _weighted_cka(grams: Array, owners: Array) -> Callable[[Array], Array]:
+    """CKA as a function of how often each group of sequences counts.
+
+    Tokens of a group count alike, so sums over pairs of tokens are taken once, by pairs of groups; a resample then
+    costs no product of whole matrices. With Σ w = 1 and r the row means of a matrix weighted by w, centring by w gives
+    `⟨A, B⟩ = Σ_ij w_i w_j A_ij B_ij − 2 Σ_i w_i rA_i rB_i + (w·rA)(w·rB)`.
+
+    Args:
+        grams: [L, n, n], centred by uniform weights, so that little is left to subtract.
+        owners: [n] group of each token.
+
+    Returns:
+        weights [resamples, groups], of which some may own no token, → [resamples, L, L].
+    """
+    order = np.argsort(owners, kind="stable")
+    grams = grams[:, order][:, :, order]
+    present, starts, sizes = np.unique(owners[order], return_index=True, return_counts=True)
+    by_group = np.add.reduceat(grams, starts, axis=2, dtype=np.float64)  # [L, n, present]
+    num_layers = len(grams)
+    upper = list(combinations_with_replacement(range(num_layers), 2))
+    products = np.empty((len(upper), len(present), len(present)))
+    for index, (first, second) in enumerate(upper):
+        rows = np.add.reduceat(grams[first] * grams[second], starts, axis=0, dtype=np.float64)
+        products[index] = np.add.reduceat(rows, starts, axis=1)
+
+    def statistic(weights: Array) -> Array:
+        result = np.empty((len(weights), num_layers, num_layers))
+        for resample, counts in enumerate(weights[:, present]):
+            share = counts / (counts @ sizes)  # of each token of a group
+            tokens = np.repeat(share, sizes)
+            means = by_group @ share  # [L, n]
+            corrections = means @ tokens  # [L]
+            inner = (means * tokens) @ means.T
+            for value, (first, second) in zip(products @ share @ share, upper, strict=True):
+                centred = value - 2 * inner[first, second] + corrections[first] * corrections[second]
+                result[resample, first, second] = result[resample, second, first] = centred
+        norms = np.sqrt(np.diagonal(result, axis1=1, axis2=2))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(result / (norms[:, :, None] * norms[:, None, :]))
+
+    return statistic
 
 
 def _rows(cosine: Estimate, cka: Estimate) -> list[dict[str, Any]]:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsecod_megatron.analysis.sparsity.attention_rows import STATISTICS, row_statistics
 from sparsecod_megatron.errors import ConversionError
@@ -38,7 +37,7 @@ class RowRecorder:
     def __init__(self, blocks: Iterable[nn.Module], max_scores: int = MAX_SCORES) -> None:
         self._layer_of = {id(module): layer for layer, block in enumerate(blocks) for module in block.modules()}
         self._max_scores = max_scores
-        self._rows: dict[int, list[Tensor]] = {}
+        self._rows: dict[int, dict[nn.Module, list[Tensor]]] = {}  # a block may have several attentions
 
     def __call__(
         self,
@@ -93,12 +92,20 @@ class RowRecorder:
             visible = (mask > torch.finfo(mask.dtype).min / 2).sum(-1)
             output[:, :, part] = weights @ value
             total += row_statistics(weights, visible, start, num_queries).sum(2)
-        self._rows.setdefault(self._layer_of[id(module)], []).append((total / num_queries).cpu())
+        if (layer := self._layer_of.get(id(module))) is not None:
+            self._rows.setdefault(layer, {}).setdefault(module, []).append((total / num_queries).cpu())
         return output.to(query.dtype).transpose(1, 2).contiguous(), None
 
+    def modules(self, layer: int) -> list[nn.Module]:
+        """The attentions of a block that have been called."""
+        return list(self._rows[layer])
+
     def layers(self) -> dict[int, Tensor]:
-        """Means over each sequence's queries, by layer: `[sequences, heads, statistics]`."""
-        return {layer: torch.cat(rows) for layer, rows in sorted(self._rows.items())}
+        """Means over each sequence's queries, by layer: `[sequences, heads, statistics]`, heads of all attentions."""
+        return {
+            layer: torch.cat([torch.cat(rows) for rows in modules.values()], dim=1)
+            for layer, modules in sorted(self._rows.items())
+        }
 
 
 @contextmanager
@@ -109,14 +116,14 @@ def recording(model: PreTrainedModel, recorder: RowRecorder) -> Iterator[None]:
         ConversionError: the model's attention is not exchangeable.
     """
     AttentionMaskInterface.register(_NAME, eager_mask)
-    ALL_ATTENTION_FUNCTIONS[_NAME] = recorder
+    AttentionInterface.register(_NAME, recorder)  # for all models, also those with an interface of their own
     previous = model.config._attn_implementation
     try:
         _set_attention(model, _NAME)
         yield
     finally:
         _set_attention(model, previous)
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
+        AttentionInterface.register(_NAME, _no_recorder)
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:
@@ -128,10 +135,15 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
         raise _refusal(model)
 
 
+def _no_recorder(*_: object, **__: object) -> tuple[Tensor, None]:
+    """In the recorder's place outside of `recording`: transformers offers no way to take a function back."""
+    raise AssertionError("attention of a model that is not being recorded")
+
+
 def _refusal(model: PreTrainedModel) -> ConversionError:
     return ConversionError(
         f"{type(model).__name__} does not call its attention through transformers' attention interface, so its rows "
-        "cannot be seen: leave the attention score out"
+        "cannot be seen; leave attention out of --scores"
     )
 
 

@@ -13,6 +13,7 @@ from sparsecod_megatron.analysis.scores.context import Context, joined
 from sparsecod_megatron.analysis.sparsity.cett import NeuronSample
 from sparsecod_megatron.analysis.sparsity.neurons import NeuronSite, Observer
 from sparsecod_megatron.analysis.trace import sequence_losses
+from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.parallel.processes import Processes
 
 MAX_ROWS = 2048
@@ -70,9 +71,20 @@ class Cut:
         self._seq_length = seq_length
         self.counts = torch.zeros(num_sequences, 3, dtype=torch.int64)
         self.first_sequence = 0
+        self.num_tokens = 0  # of the micro-batch that passes
 
     def activations(self, activations: Tensor, norms: Tensor, tokens: Tensor | None, expert: int) -> Tensor:
-        """Cut and count."""
+        """Cut and count.
+
+        Raises:
+            ConversionError: rows that are not the sample's tokens.
+        """
+        if tokens is None and len(activations) > self.num_tokens:
+            raise ConversionError(
+                f"a feed-forward network sees {len(activations)} rows for {self.num_tokens} tokens (a prompt of the "
+                "model's own, or several streams), so neurons cannot be counted by token; leave activation out of "
+                "--scores"
+            )
         tokens = torch.arange(len(activations), device=activations.device) if tokens is None else tokens
         sequences = (self.first_sequence + tokens // self._seq_length).cpu()
         small = norms <= self._epsilon
@@ -115,7 +127,7 @@ def run_cut(context: Context, sites: Sequence[NeuronSite], epsilons: Sequence[fl
     with _observing(sites, cuts):
         for tokens, labels in _batches(context, sites):
             for cut in cuts:
-                cut.first_sequence = done
+                cut.first_sequence, cut.num_tokens = done, tokens.numel()
             tokens, labels = tokens.to(context.device), labels.to(context.device)
             losses.append(sequence_losses(context.model(input_ids=tokens, use_cache=False).logits, labels))
             done += len(tokens)
@@ -134,17 +146,17 @@ def capture(context: Context, sites: Sequence[NeuronSite], max_rows: int = MAX_R
         max_rows: kept for each site.
     """
     captures = [Capture(site, max_rows) for site in sites]
-    with _observing(sites, captures):
+    with _observing(sites, captures, check=True):
         for tokens, _ in context.batches("fit", title="neurons"):
             context.model(input_ids=tokens.to(context.device), use_cache=False)
     return [found.sample(context.processes) for found in captures]
 
 
 @contextmanager
-def _observing(sites: Sequence[NeuronSite], observers: Sequence[Observer]) -> Iterator[None]:
+def _observing(sites: Sequence[NeuronSite], observers: Sequence[Observer], *, check: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         for site, observer in zip(sites, observers, strict=True):
-            stack.enter_context(site.observed(observer))
+            stack.enter_context(site.observed(observer, check=check))
         yield
 
 

@@ -44,6 +44,9 @@ def expert_activations(experts: nn.Module, hidden: Tensor, expert: int) -> Tenso
 
     Returns:
         `[rows, neurons]`.
+
+    Raises:
+        ConversionError: the module does not let its activation be called.
     """
     name = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
     weight = getattr(experts, name)[expert]
@@ -53,7 +56,14 @@ def expert_activations(experts: nn.Module, hidden: Tensor, expert: int) -> Tenso
         weight.t() if getattr(experts, "is_transposed", False) else weight,
         None if bias is None else bias[expert],
     )
-    activate: Callable[[Tensor], Tensor] = getattr(experts, "act_fn" if name == "up_proj" else "_apply_gate")
+    activate: Callable[[Tensor], Tensor] | None = getattr(
+        experts, "act_fn" if name == "up_proj" else "_apply_gate", None
+    )
+    if activate is None:
+        raise ConversionError(
+            f"{type(experts).__name__}: its experts' activation is not a function of their own, so neurons cannot be "
+            "seen; leave activation out of --scores"
+        )
     return activate(inner)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsecod_megatron.analysis.branches import TOLERANCE, branch_error
 from sparsecod_megatron.analysis.sparsity.expert_modules import (
     expert_activations,
     is_fused_experts,
@@ -88,11 +89,17 @@ class NeuronSite:
         return self._norms[expert]
 
     @contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
-        """Let `observer` see every pass through this site."""
+    def observed(self, observer: Observer, *, check: bool = False) -> Iterator[None]:
+        """Let `observer` see every pass through this site.
+
+        Args:
+            observer: what looks.
+            check: whether fused experts, which are computed one by one here, must give what their module gives in
+                the first pass; the observer changes nothing then.
+        """
         with ExitStack() as stack:
             if self.is_fused:
-                stack.enter_context(replaced_forward(self._matrices[0].module, self._fused_forward(observer)))
+                stack.enter_context(replaced_forward(self._matrices[0].module, self._fused_forward(observer, check)))
             else:
                 for expert, matrix in enumerate(self._matrices):
                     stack.enter_context(self._hooked(matrix.module, expert, observer))
@@ -115,14 +122,17 @@ class NeuronSite:
             for handle in handles:
                 handle.remove()
 
-    def _fused_forward(self, observer: Observer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _fused_forward(self, observer: Observer, check: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """A forward of fused experts, expert by expert, that shows each one's activations."""
         module = self._matrices[0].module
         biases = getattr(module, "down_proj_bias", None)
         if getattr(module, "has_post_expert_norm", False):
             raise ConversionError(f"{self.name}: experts with a norm of their own output are not a sum of neurons")
 
+        is_checked = not check
+
         def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            nonlocal is_checked
             combined = torch.zeros_like(hidden)
             for expert in index.unique().tolist():
                 if expert >= self.num_experts:  # the index that stands for no expert
@@ -134,6 +144,15 @@ class NeuronSite:
                 output = F.linear(seen, self.down(expert), None if biases is None else biases[expert])
                 observer.output(output)
                 combined.index_add_(0, tokens, (output * weights[tokens, slots, None]).to(combined.dtype))
+            if not is_checked:
+                own = type(module).forward(module, hidden, index, weights)
+                error = branch_error(torch.zeros_like(own), own, combined)
+                if not error <= TOLERANCE[own.dtype]:
+                    raise ConversionError(
+                        f"{type(module).__name__}: expert by expert it gives other outputs (relative difference "
+                        f"{error:.1e}); leave activation out of --scores"
+                    )
+                is_checked = True
             return combined
 
         return forward

@@ -65,7 +65,7 @@ def trace_wiring(model: nn.Module, layers: Layers) -> list[Wiring]:
         ConversionError: the model cannot be run this way.
     """
     tracers = [_BlockTracer() for _ in layers.blocks]
-    search = running(model, "the search for its feed-forward networks", "weights and activation")
+    search = running(model, "the search for its feed-forward networks", "leave weights and activation out of --scores")
     with torch.enable_grad(), search, _traced(layers, tracers):
         model(input_ids=trial_tokens(model), use_cache=False)
     return [tracer.wires for tracer in tracers]

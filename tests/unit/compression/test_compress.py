@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sparsecod_megatron.compression.compress import METHODS, compress, round_inputs_as_written, write_model
 from sparsecod_megatron.compression.matrices import eligible
+from sparsecod_megatron.compression.modelopt import quiet_modelopt
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.evaluation.model import load_model
+from tests.helpers.decoders import tiny_decoder
 from tests.helpers.words import save_with_words
 from tests.unit.compression.models import MODELS, sequences, tiny
 
@@ -150,3 +152,36 @@ def test_sizes_that_modelopt_passes_over_are_named() -> None:
 
 def test_methods_are_all_tested() -> None:
     assert {*FORMULAS, "sparsegpt24"} == set(METHODS)
+
+
+def test_an_expert_without_tokens_takes_the_widest_range_of_its_fellows() -> None:
+    with quiet_modelopt():
+        from modelopt.torch.quantization.nn import TensorQuantizer
+
+        from sparsecod_megatron.compression.quantize import _share_ranges
+    ranges = {0: 1.0, 1: 3.0, 2: None, 3: 2.0}
+    quantizers = {f"layers.0.experts.{expert}.up.input_quantizer": TensorQuantizer() for expert in ranges}
+    for quantizer, amax in zip(quantizers.values(), ranges.values(), strict=True):
+        if amax is not None:
+            quantizer.amax = torch.tensor(amax)
+    assert _share_ranges(quantizers) == ["layers.0.experts.2.up"]
+    assert [float(quantizer.amax) for quantizer in quantizers.values()] == [1, 3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "reason"),
+    [
+        (
+            "deepseek_v3",
+            "sparsegpt24",
+            "ModelOpt cannot take DeepseekV3ForCausalLM",
+        ),  # a layer with inputs of four axes
+        ("bloom", "int8", "ModelOpt cannot take BloomForCausalLM"),
+        ("mamba", "int8", "mixer.dt_proj: the model uses this layer's weight without calling the layer"),
+    ],
+)
+def test_a_model_that_a_method_cannot_take_is_one_line(family: str, method: str, reason: str) -> None:
+    tokens = torch.randint(3, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConversionError, match=reason) as caught:
+        compress(tiny_decoder(family), method, tokens, batch_size=2)
+    assert "\n" not in str(caught.value)

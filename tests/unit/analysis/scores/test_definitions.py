@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BambaConfig, BambaForCausalLM
 
+from sparsecod_megatron.analysis.scores import similarity
 from sparsecod_megatron.analysis.scores.base import Result
 from sparsecod_megatron.analysis.scores.causal import Causal
 from sparsecod_megatron.analysis.scores.lens import Lens
@@ -147,3 +148,16 @@ def test_blocks_are_back_in_place_afterwards() -> None:
     assert list(given.layers.blocks) == blocks
     assert given.model.config._attn_implementation == implementation
     assert naive.mean_loss(given.model, given.windows) == before
+
+
+def test_cka_of_a_resample_is_that_of_repeated_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randn(3, 12, 5, generator=generator, dtype=torch.float64)
+    owners, counts = np.arange(12) % 4, np.array([[2, 0, 1, 3], [1, 1, 1, 1]])
+    found = similarity._weighted_cka(similarity._centred_grams(kept), owners)(counts.astype(float))
+    for resample, row in enumerate(counts):
+        repeated = kept.repeat_interleave(torch.from_numpy(row[owners]), dim=1)
+        x = repeated - repeated.mean(1, keepdim=True)
+        products = [[float((x[a].T @ x[b]).norm() ** 2) for b in range(3)] for a in range(3)]
+        expected = [[products[a][b] / (products[a][a] * products[b][b]) ** 0.5 for b in range(3)] for a in range(3)]
+        np.testing.assert_allclose(found[resample], expected, rtol=1e-5)

@@ -125,7 +125,7 @@ def test_refuses_a_block_that_mixes_tokens_outside_attention(massive: float) -> 
                 weight.data.mul_(massive / 4)[0] = 0
     mlp = model.model.layers[1].mlp
     whole = mlp.forward
-    mlp.forward = lambda x: whole(x + x.mean(dim=1, keepdim=True))
+    mlp.forward = lambda x: whole(x + x.cumsum(dim=1))
     before = model.config._attn_implementation
     with pytest.raises(ConversionError, match="mixes tokens outside its attention"):
         Jacobian().run(context(model))

@@ -57,7 +57,7 @@ class _NoBlocks(nn.Module):
 
 
 def test_refuses_branches_side_by_side() -> None:
-    with pytest.raises(ConversionError, match=r"_NoBlocks: no list of same-class blocks .* branches \(3\)"):
+    with pytest.raises(ConversionError, match=r"_NoBlocks: no list of blocks .* branches \(3\)"):
         find_layers(_NoBlocks())  # type: ignore[arg-type]
 
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.sparsity.attention import MAX_SCORES, RowRecorder
 from sparsecod_megatron.analysis.sparsity.attention_rows import EPSILONS, STATISTICS, row_statistics
 from sparsecod_megatron.analysis.sparsity.attention_score import Attention, record_rows
+from sparsecod_megatron.analysis.trace import sequence_losses
 from sparsecod_megatron.errors import ConversionError
+from tests.helpers.decoders import tiny_decoder
 from tests.unit.analysis.sparsity.tiny import CONFIGS, VOCAB, sample, tiny_model
 
 
@@ -63,7 +74,7 @@ def test_recorded_statistics_are_those_of_the_full_rows(family: str) -> None:
     before = model.config._attn_implementation
     found = record_rows(context, max_scores=3 * 4 * 24 * 5)  # five queries at a time
     assert model.config._attn_implementation == before
-    assert "sparsecod_row_statistics" not in ALL_ATTENTION_FUNCTIONS
+    assert not isinstance(ALL_ATTENTION_FUNCTIONS["sparsecod_row_statistics"], RowRecorder)  # nor the rows it keeps
     windows = {"mistral": {0: 5, 1: 5}, "gemma2": {0: 6}, "gpt_oss": {0: 5}}.get(family, {})
     expected = naive_layers(context, model, windows)
     assert found.keys() == expected.keys()
@@ -141,5 +152,33 @@ def test_intervals_hold_the_mean_of_the_sequences() -> None:
 def test_attention_that_cannot_be_exchanged_is_refused() -> None:
     config = AutoConfig.for_model("bloom", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
     context = sample(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ConversionError, match="BloomForCausalLM.*leave the attention score out"):
+    with pytest.raises(ConversionError, match="BloomForCausalLM.*leave attention out"):
+        Attention().run(context)
+
+
+def test_all_attentions_of_a_block_are_counted() -> None:
+    """LongCat's blocks attend twice; their rows were taken for those of further sequences."""
+    context = sample(tiny_decoder("longcat_flash"), num_samples=3)
+    rows = record_rows(context, MAX_SCORES)
+    assert {found.shape[:2] for found in rows.values()} == {(3, 2 * context.model.config.num_attention_heads)}
+    assert Attention().run(context).num_sequences == 3
+
+
+def test_wrong_attention_is_refused_where_the_loss_hardly_shows_it() -> None:
+    """A difference of 0.01 nats was once allowed, whatever the attention did."""
+    model = tiny_model("llama")
+    context = sample(model)
+    model.lm_head.weight.mul_(1e-3)
+    tokens, labels = context.windows[:, :-1], context.windows[:, 1:]
+    own = sequence_losses(model(input_ids=tokens).logits, labels)
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def hotter(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return attend(module, 1.5 * query, *args, **kwargs)
+
+    AttentionInterface.register("hotter", hotter)
+    AttentionMaskInterface.register("hotter", sdpa_mask)
+    model.set_attn_implementation("hotter")
+    assert (sequence_losses(model(input_ids=tokens).logits, labels) - own).abs().max() < 0.01
+    with pytest.raises(ConversionError, match="LlamaAttention of block 0: recomputed, it gives other outputs"):
         Attention().run(context)

@@ -1,0 +1,32 @@
+"""Whether a block computed in another way is still itself, judged by what it adds to the residual stream.
+
+Not by its output: one massive channel of the residual stream would hide a wrong branch behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
+"""Of `branch_error`, by the model's dtype."""
+
+
+def branch_error(before: Tensor, after: Tensor, other: Tensor) -> float:
+    """Norm of the difference of two outputs of a block, relative to what the block adds.
+
+    Half precision rounds the sum of stream and branch, and no branch can be known better than that, so as much of the
+    difference does not count.
+
+    Args:
+        before: the block's input, `[..., d]`.
+        after: its output.
+        other: its output computed in another way.
+
+    Returns:
+        0 where a block that adds nothing still adds nothing, infinity where it adds something.
+    """
+    rounding = torch.finfo(after.dtype).eps * after.double().norm() / 2
+    excess = float(((other.double() - after.double()).norm() - rounding).clamp_min(0))
+    branch = float((after.double() - before.double()).norm())
+    return excess / branch if branch else (torch.inf if excess else 0.0)
