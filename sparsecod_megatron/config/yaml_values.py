@@ -88,7 +88,7 @@ def parse_value(text: str, hint: _Hint, *, where: str) -> Any:
         ConfigError: text that is no YAML, for a key that is no text.
     """
     typed = text.strip()
-    is_list = typed.startswith("[") and any(_origin(kind) is list for kind in _kinds(hint))
+    is_list = typed.startswith(("[", "{")) and any(_origin(kind) is list for kind in _kinds(hint))
     is_line = text.isprintable()  # paths and names with anything else are more likely damage than meant
     if _is_text(hint) and is_line and not is_list and not typed.startswith(_QUOTED) and not _NO_VALUE.fullmatch(typed):
         return text

@@ -23,7 +23,6 @@ def test_blends_are_read(value, blend):
     ("value", "message"),
     [
         ("[]", r"data.train: \[\] is no blend; give a prefix, \[A, B\], or \[0.3, A, 0.7, B\]"),
-        ("3", "data.train: 3 is no blend"),
         ("[0.3, a, b]", "is no blend"),
         ("[a, 0.3]", "is no blend"),
         ("[true, a]", "is no blend"),
@@ -36,6 +35,12 @@ def test_blends_are_read(value, blend):
 def test_what_is_no_blend_is_one_line(value, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, ["data.tokenizer=t", f"data.train={value}"])
+
+
+def test_a_prefix_may_look_like_a_number():
+    assert parse_blend("data.train", load_config(None, ["data.tokenizer=t", "data.train=3"]).data.train) == Blend(
+        ("3",)
+    )
 
 
 def test_a_blend_survives_the_configuration_file(tmp_path):
