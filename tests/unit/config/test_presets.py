@@ -133,8 +133,8 @@ def test_resolved_file_keeps_the_name_and_every_value(
     [
         ("dense1B", ["model.preset: 'dense1B'", "did you mean 'dense-1B'", "moe-1B-7B"]),
         ("gpt", ["model.preset: 'gpt'", "there are dense-1B, "]),
-        ("7", ["model.preset: 7 is not a name"]),
-        ("[dense-1B]", ["model.preset: ['dense-1B'] is not a name"]),
+        ("7", ["model.preset: '7' is not a preset; there are dense-1B, "]),
+        ("[dense-1B]", ["model.preset: '[dense-1B]' is not a preset; did you mean 'dense-1B'"]),
     ],
 )
 def test_unknown_name(value: str, parts: list[str]) -> None:
@@ -143,6 +143,12 @@ def test_unknown_name(value: str, parts: list[str]) -> None:
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_list_is_no_name(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model:\n  preset: [dense-1B]\n")
+    with pytest.raises(ConfigError, match=r"model.preset: \['dense-1B'\] is not a name"):
+        load_config(tmp_path / "run.yaml")
 
 
 def test_preset_over_a_resolved_file_is_refused(tmp_path: Path) -> None:
