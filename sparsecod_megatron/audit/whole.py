@@ -10,7 +10,7 @@ Source: Megatron-Core dist_checkpointing/optimizer.py (a tensor shaped like a pa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +19,14 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
-    apply_factories,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from sparsecod_megatron.metrics.owned_slices import held_slices
-from sparsecod_megatron.model import unwrap
+from sparsecod_megatron.checkpoint.native import model_sharded_state
+from sparsecod_megatron.checkpoint.sharded import Leaf, sharded_leaves
+from sparsecod_megatron.metrics.owned_slices import held_slices, working_parts
 from sparsecod_megatron.train.setup import Trainer
 
 Read = Callable[[torch.nn.Parameter, Tensor, tuple[int, int]], Tensor]
@@ -91,13 +87,9 @@ def whole_buffers(trainer: Trainer) -> dict[str, Tensor]:
     )
 
 
-def _places(trainer: Trainer) -> Iterator[Any]:
+def _places(trainer: Trainer) -> list[Leaf]:
     """Where this rank's tensors lie in the whole model."""
-    metadata = {"singleton_local_shards": False, "dp_cp_group": trainer.groups.dp_cp}
-    for model in trainer.models:
-        for place in nested_values(unwrap(model).sharded_state_dict(metadata=metadata)):
-            if isinstance(place, ShardedTensor | ShardedTensorFactory):
-                yield place
+    return [leaf for _, leaf in sharded_leaves(model_sharded_state(trainer.models, trainer.groups))]
 
 
 @torch.no_grad()
@@ -105,12 +97,7 @@ def _local_values(trainer: Trainer, read: Read) -> dict[torch.nn.Parameter, Tens
     """This rank's parameters → what all data-parallel ranks hold of them together, [shape of its shard]."""
     assert isinstance(trainer.optimizer, ChainedOptimizer)
     groups = trainer.groups
-    held = [
-        entry
-        for part in trainer.optimizer.chained_optimizers
-        if not part.is_stub_optimizer
-        for entry in held_slices(part, groups)
-    ]
+    held = [entry for part in working_parts(trainer.optimizer) for entry in held_slices(part, groups)]
     parameters = [parameter for model in trainer.models for parameter in model.parameters()]
     # In one buffer for each group, so that the ranks of one need to agree on no order but the model's.
     values: dict[torch.nn.Parameter, Tensor] = {}

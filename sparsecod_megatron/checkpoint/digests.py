@@ -8,28 +8,22 @@ the elements of their mixed bits, modulo 2^64: sums of slices add up, in whateve
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedStateDict,
-    ShardedTensor,
-    ShardedTensorFactory,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, is_main_replica
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_parts, whole_shards
+from sparsecod_megatron.checkpoint.sharded import Leaf, pieces, sharded_leaves
 from sparsecod_megatron.checkpoint.stream import Place
 
 Digests: TypeAlias = dict[str, dict[str, int]]
 """By parameter of the whole model (experts of a layer together) and kind (`param`, the fp32 weights, or a moment)."""
-Leaf: TypeAlias = ShardedTensor | ShardedTensorFactory
 LeafDigests: TypeAlias = tuple[Leaf, dict[str, int]]
 
 _SLICED = ("param", "exp_avg", "exp_avg_sq")
@@ -51,27 +45,11 @@ def tensor_digest(tensor: Tensor) -> Tensor:
     return total
 
 
-def leaves(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """What a nested state holds, each with its path. Local."""
-    if isinstance(state, dict | list):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from leaves(value, (*path, key))
-    else:
-        yield path, state
-
-
-def sharded_leaves(state: ShardedStateDict) -> Iterator[tuple[tuple[Any, ...], Leaf]]:
-    """The tensors of a sharded state, each with its path. Local."""
-    for path, leaf in leaves(state):
-        if isinstance(leaf, ShardedTensor | ShardedTensorFactory):
-            yield path, leaf
-
-
 def place_of(leaf: Leaf) -> tuple[str | None, Place]:
     """What a leaf is: the optimizer's kind (None: the model's own), and its place in the checkpoint. Local."""
     found = _OPTIMIZER_KEY.fullmatch(leaf.key)
     kind, key = found.groups() if found else (None, leaf.key)
-    piece = leaf if isinstance(leaf, ShardedTensor) else next(iter(nested_values(leaf.build())))
+    piece = next(pieces(leaf))
     return kind, Place(key, tuple(piece.global_offset[: piece.prepend_axis_num]))
 
 

@@ -13,7 +13,7 @@ from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.export import DEFAULT_SHARD_BYTES
-from sparsecod_megatron.hf.verify import Verification, verify_export
+from sparsecod_megatron.hf.verify import Verification, verify_directory
 
 DEFAULT_SEED = 1234
 
@@ -53,7 +53,8 @@ def export_checkpoint(
     with streamed_checkpoint(path, digests=digests) as source:
 
         def check(folder: Path) -> None:
-            found.append(_verified(source.step_dir, folder, dtype, seed))
+            found.append(verify_checkpoint(source.step_dir, folder, exported_as=dtype, seed=seed))
+            found[0].publish(folder)
 
         if not verify:
             _require_plain(source.config)
@@ -71,21 +72,37 @@ def export_checkpoint(
     return found[0] if found else None
 
 
-def _verified(step_dir: Path, folder: Path, dtype: torch.dtype, seed: int) -> Verification:
-    """The checkpoint, loaded by Megatron-Core, against the files just written."""
-    backend = select_backend()
-    with whole_model(step_dir, backend) as whole:
-        verification = verify_export(
+def verify_checkpoint(
+    step_dir: Path,
+    hf_dir: Path,
+    *,
+    exported_as: torch.dtype | None,
+    seq_length: int | None = None,
+    seed: int = DEFAULT_SEED,
+) -> Verification:
+    """A checkpoint, loaded by Megatron-Core, against a HuggingFace directory. Local, as `whole_model`.
+
+    Args:
+        step_dir: the checkpoint.
+        hf_dir: made from it, or what it was made from.
+        exported_as: as `verify_directory`.
+        seq_length: longest sequence, in tokens; None takes the run's.
+        seed: of the random tokens.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConversionError: as `verify_directory`.
+    """
+    with whole_model(step_dir, select_backend()) as whole:
+        return verify_directory(
             whole.model,
-            lambda tokens: whole.logits(tokens.to(backend.device)).cpu(),
+            whole.logits,
             whole.config.model,
-            folder,
-            dtype=dtype,
-            seq_length=whole.config.data.seq_length,
+            hf_dir,
+            exported_as=exported_as,
+            seq_length=seq_length or whole.config.data.seq_length,
             generator=torch.Generator().manual_seed(seed),
         )
-    verification.publish(folder)
-    return verification
 
 
 def _require_plain(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""What only rank 0 does, so that all ranks learn how it went."""
+"""What one rank does or finds, so that all ranks learn of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sparsecod_megatron.errors import CheckpointError
+from sparsecod_megatron.errors import CheckpointError, SparsecodError
 
 T = TypeVar("T")
 
@@ -16,16 +16,30 @@ def on_first_rank(action: Callable[[], T]) -> T:
     """Do something on rank 0 and hand its result to all. Collective over all processes.
 
     Raises:
-        CheckpointError: on all ranks, where it raised OSError.
+        SparsecodError: on all ranks, as it was raised there; CheckpointError, where it raised OSError.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
+        except SparsecodError as error:
+            outcome[1] = error
         except OSError as error:
             place = f": {error.filename}" if error.filename else ""
-            outcome[1] = f"{error.strerror or error}{place}"
+            reason = f"{error.strerror or error}{place}"
+            outcome[1] = CheckpointError(f"{reason}; make room there or change logging.run_dir")
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise CheckpointError(f"{outcome[1]}; make room there or change logging.run_dir")
+        raise outcome[1]
     return outcome[0]
+
+
+def first_problem(problem: str | None) -> str | None:
+    """What the first rank with a problem says, on all. Collective over all processes.
+
+    Args:
+        problem: of this rank.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), None)

@@ -21,17 +21,16 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from sparsecod_megatron.checkpoint.digests import (
     Digests,
-    Leaf,
     by_name,
     first_difference,
-    leaves,
     parameter_name,
     place_of,
-    sharded_leaves,
     stepped_digests,
     total,
     whole_digests,
 )
+from sparsecod_megatron.checkpoint.first_rank import first_problem
+from sparsecod_megatron.checkpoint.sharded import Leaf, leaves, sharded_leaves
 from sparsecod_megatron.checkpoint.stream import Place
 from sparsecod_megatron.errors import CheckpointError
 
@@ -60,7 +59,7 @@ def verified_digests(optimizer: MegatronOptimizer, sharded: ShardedStateDict) ->
     problem = _unlike_its_master(tensors, types={})
     if (moved := first_difference(written, by_name(stepped, replicas=True))) and not problem:
         problem = f"{moved} as gathered is not what the ranks step"
-    if reason := _first(problem):
+    if reason := first_problem(problem):
         raise CheckpointError(reason)
     return _whole(by_name(stepped, replicas=False))
 
@@ -88,7 +87,7 @@ def require_own_masters(
         if isinstance(entry, TensorStorageMetadata)
     }
     asked = [(leaf, tensors[path]) for path, leaf in sharded_leaves(sharded)]
-    if reason := _first(_unlike_its_master(asked, types)):
+    if reason := first_problem(_unlike_its_master(asked, types)):
         raise CheckpointError(f"{directory}: {reason}; {REPAIR}")
 
 
@@ -110,7 +109,7 @@ def require_digests(
         return
     now = _whole(by_name(stepped_digests(optimizer, model_state), replicas=False))
     problem = first_difference(saved, now) if dist.get_rank() == 0 else None
-    if moved := _first(problem):
+    if moved := first_problem(problem):
         raise CheckpointError(
             f"{directory}: {moved} as loaded is not what was saved of it; it cannot be continued from under this layout"
         )
@@ -151,10 +150,3 @@ def _whole(mine: Digests) -> Digests:
     shares: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, shares, dst=0)
     return total(shares or [])
-
-
-def _first(problem: str | None) -> str | None:
-    """What the first process with a problem says, on all. Collective."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next(filter(None, problems), None)

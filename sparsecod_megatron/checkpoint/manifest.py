@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
+from sparsecod_megatron.checkpoint.first_rank import first_problem
 from sparsecod_megatron.checkpoint.paths import METADATA_FILE, STATE_FILE
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
@@ -103,10 +104,8 @@ def check_files(directory: Path, *, digests: bool) -> None:
     Raises:
         DamagedCheckpoint: a file is missing, incomplete or not what was written.
     """
-    world = dist.get_world_size()
-    found: list[str | None] = [None] * world
-    dist.all_gather_object(found, find_damage(directory, digests=digests, share=(dist.get_rank(), world)))
-    for damage in filter(None, found):
+    share = (dist.get_rank(), dist.get_world_size())
+    if damage := first_problem(find_damage(directory, digests=digests, share=share)):
         raise DamagedCheckpoint(f"{directory}: damaged ({damage}); choose another step")
 
 

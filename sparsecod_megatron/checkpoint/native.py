@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,6 +26,7 @@ from sparsecod_megatron.checkpoint.invariants import require_digests, require_ow
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, check_files
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set_optimizer_tensors
 from sparsecod_megatron.checkpoint.random_states import restore_random_states
+from sparsecod_megatron.checkpoint.sharded import pieces, sharded_leaves
 from sparsecod_megatron.checkpoint.state import TrainState, check_same_model, layout_of, read_state, saved_config
 from sparsecod_megatron.checkpoint.untrusted import read_metadata, tensors_only
 from sparsecod_megatron.config import RunConfig
@@ -49,7 +49,7 @@ def sharded_state(
         groups: the run's process groups.
     """
     gather_weights(models)
-    sharded = _model_state(models, groups)
+    sharded = model_sharded_state(models, groups)
     if optimizer is None:
         return sharded
     # Data-parallel rank 0 has gathered the others' parts; they write none.
@@ -127,7 +127,7 @@ def load_checkpoint(
     check_files(directory, digests=config.checkpoint.verify)
     saved = read_state(directory)
     check_same_model(config, directory)
-    model_state = _model_state(models, groups)
+    model_state = model_sharded_state(models, groups)
     if saved.is_weights_alone:
         loaded, _ = _load(model_state, directory)
         _set_model_state(models, loaded)
@@ -141,7 +141,7 @@ def load_checkpoint(
     _set_model_state(models, loaded)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
     # Loading has taken the tensors out of the sharded state.
-    require_digests(directory, optimizer, _model_state(models, groups), saved.digests)
+    require_digests(directory, optimizer, model_sharded_state(models, groups), saved.digests)
     try:
         if saved.layout == layout_of(config.parallel):
             restore_random_states(saved.random_states)
@@ -165,7 +165,7 @@ def load_weights(
     """
     check_files(directory, digests=config.checkpoint.verify)
     read_state(directory)
-    sharded = _model_state(models, groups)
+    sharded = model_sharded_state(models, groups)
     differences = [
         f"{key} is {theirs!r} there and {ours!r} here"
         for key, theirs, ours in model_differences(saved_config(directory), config)
@@ -189,7 +189,7 @@ def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -
         CheckpointError: names the first that differs.
         DamagedCheckpoint: the list of its tensors cannot be read.
     """
-    here = {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(sharded)}
+    here = {tensor.key: tuple(tensor.global_shape) for _, leaf in sharded_leaves(sharded) for tensor in pieces(leaf)}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, here)
     ours = {key: shape for part in ranks for key, shape in part.items()}
@@ -206,13 +206,6 @@ def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -
                 f"{directory}: weights of another model: {key} is {shapes[0]} there and {shapes[1]} here "
                 f"({reason or 'configurations agree'}); use that model, or another checkpoint"
             )
-
-
-def _tensors(sharded: ShardedStateDict) -> Iterator[ShardedTensor]:
-    """Every tensor, those too that are saved in parts."""
-    for value in nested_values(sharded):
-        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else (value,)
-        yield from (part for part in parts if isinstance(part, ShardedTensor))
 
 
 def _load(sharded: ShardedStateDict, directory: Path) -> tuple[dict[str, Any], Metadata]:
@@ -255,7 +248,8 @@ def _chunk_names(models: Sequence[torch.nn.Module]) -> list[str]:
     return ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
 
 
-def _model_state(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> ShardedStateDict:
+def model_sharded_state(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> ShardedStateDict:
+    """Where this rank's tensors lie in the whole model: weights, and buffers that are kept. Local."""
     metadata = _metadata(groups)
     return {
         name: unwrap(model).sharded_state_dict(metadata=metadata)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint.manifest import require_undamaged
@@ -37,9 +38,10 @@ class WholeModel:
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, S] token ids → [B, S, V] logits in fp32."""
+        """[B, S] token ids → [B, S, V] logits in fp32, both on the CPU."""
+        tokens = tokens.to(next(self.model.parameters()).device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.model(tokens, positions, None).float()
+        return self.model(tokens, positions, None).float().cpu()
 
 
 @contextlib.contextmanager
@@ -57,11 +59,22 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     require_undamaged(step_dir, digests=False)
     config = load_config(step_dir / CONFIG_FILE)
     config = replace(single_process(config), megatron=shape_only(config))
-    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
-        megatron = transformer_config(config, transformer_engine=False)
-        models = build_model(config, megatron, groups, device=backend.device, transformer_engine=False)
+    with unsharded(config, backend) as (models, groups):
         load_weights(step_dir, config=config, models=models, groups=groups)
         yield WholeModel(config, unwrap(models[0]).eval(), step_dir)
+
+
+@contextlib.contextmanager
+def unsharded(config: RunConfig, backend: Backend) -> Iterator[tuple[list[GPTModel], ProcessGroupCollection]]:
+    """A model with fresh weights and reference layers, and groups of this process alone, while the block runs. Local.
+
+    Args:
+        config: as `single_process` gives it.
+        backend: where the model lives.
+    """
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        megatron = transformer_config(config, transformer_engine=False)
+        yield build_model(config, megatron, groups, device=backend.device, transformer_engine=False), groups
 
 
 def single_process(config: RunConfig) -> RunConfig:

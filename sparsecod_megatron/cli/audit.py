@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsecod_megatron.cli.launch import RanksFailed, is_first, is_rank, launch, run_rank
+from sparsecod_megatron.cli.launch import RanksFailed, add_answer_argument, answer, is_rank, launch_for_answer, run_rank
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", metavar="ROW", help="rows of this name and what they need; * stands for any text"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="also write DIR/audit.json; replaced")
-    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)  # between the command and its processes
+    add_answer_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,15 +56,12 @@ def run(args: argparse.Namespace) -> None:
     small = small_run(load_config(args.config, args.overrides), capability=capability)
     plan = plan_rows(small.config, nproc=nproc, only=args.only)
     if args.found is not None:
-        run_rank(lambda: _be_rank(args.found, plan, small))
+        run_rank(lambda: _be_rank(args, plan, small))
         return
     from sparsecod_megatron.audit.report import audit_json, audit_text, write_audit
 
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="sparsecod-audit-") as folder:
-        found = Path(folder, "found.json")
-        launch([*args.command_line, f"--nproc={nproc}", f"--found={found}"], nproc=nproc)
-        verdicts = json.loads(found.read_text())
+    verdicts = launch_for_answer(args, nproc=nproc)
     content = audit_json(verdicts, config=str(args.config), notes=small.notes, left_out=plan.left_out)
     if args.output is not None:
         write_audit(content, args.output)
@@ -91,13 +86,13 @@ def _processes(asked: int | None) -> tuple[int, tuple[int, int] | None]:
     return asked, capability
 
 
-def _be_rank(found: Path, plan: Plan, small: Small) -> None:
+def _be_rank(args: argparse.Namespace, plan: Plan, small: Small) -> None:
     from sparsecod_megatron.backend import select_backend
 
     config = small.config
     backend = select_backend(config.backend, precision=config.precision, cpu_kernels=config.cpu_kernels)
     from sparsecod_megatron.audit.ranks import audit_rows, started_processes
 
-    verdicts = audit_rows(started_processes(), plan.rows, config, backend, found.parent)
-    if is_first():
-        found.write_text(json.dumps([verdict.json() for verdict in verdicts]))
+    # Checkpoints of rows lie beside the answer: the same folder for all processes, which goes with it.
+    verdicts = audit_rows(started_processes(), plan.rows, config, backend, args.found.parent)
+    answer(args, [verdict.json() for verdict in verdicts])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparsecod_megatron.cli.launch import RanksFailed, is_first, is_rank, launch, run_rank
+from sparsecod_megatron.cli.launch import RanksFailed, add_answer_argument, answer, is_rank, launch_for_answer, run_rank
 from sparsecod_megatron.errors import ConfigError, SparsecodError
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NEW_RUN",
         help="instead, write a run that continues from the model's weights with fresh fp32 weights and moments",
     )
-    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)  # between the command and its processes
+    add_answer_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -116,13 +114,12 @@ def _data(step_dir: Path, overrides: list[str]) -> Finding:
 def _versions(run_dir: Path) -> Finding:
     from sparsecod_megatron.checkpoint.examination import Finding
     from sparsecod_megatron.config.run_files import VERSIONS_FILE
-    from sparsecod_megatron.config.versions import installed_versions
+    from sparsecod_megatron.config.versions import installed_versions, recorded_versions
 
-    path = run_dir / VERSIONS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if not lines:
+    recorded = recorded_versions(run_dir)
+    if recorded is None:
         return Finding("versions", None, f"no {VERSIONS_FILE}")
-    then, now = ({**entry, **entry["packages"]} for entry in (json.loads(lines[-1]), installed_versions()))
+    then, now = ({**entry, **entry["packages"]} for entry in (recorded, installed_versions()))
     for name in NUMERIC:
         if then.get(name) != now.get(name):
             return Finding("versions", False, f"{name} was {then.get(name)} and is {now.get(name)}")
@@ -139,13 +136,10 @@ def _rehearsed(args: argparse.Namespace, step_dir: Path) -> Finding:
         return Finding("rehearsal", None, f"no checkpoint with {STEPS} recorded steps behind it")
     config = load_config(recorded.config, args.overrides)
     nproc = args.nproc or _available(recorded.layout["world_size"])
-    with tempfile.TemporaryDirectory(prefix="sparsecod-doctor-") as folder:
-        found = Path(folder, "found.json")
-        try:
-            launch([*args.command_line, f"--nproc={nproc}", f"--found={found}"], nproc=nproc)
-        except SparsecodError as error:
-            return Finding("rehearsal", False, " ".join(str(error).split()))
-        again = json.loads(found.read_text())
+    try:
+        again = launch_for_answer(args, nproc=nproc)
+    except SparsecodError as error:
+        return Finding("rehearsal", False, " ".join(str(error).split()))
     bitwise = same_layout(recorded, config, nproc)
     where = f"from {recorded.step_dir.name}, {nproc} processes, {'the same' if bitwise else 'another'} layout"
     if deviation := first_deviation(recorded, again, bitwise=bitwise, dtype=config.precision.dtype):
@@ -165,9 +159,7 @@ def _available(wanted: int) -> int:
 
 
 def _repaired(args: argparse.Namespace, step_dir: Path) -> None:
-    nproc = args.nproc or 1
-    with tempfile.TemporaryDirectory(prefix="sparsecod-doctor-") as folder:
-        launch([*args.command_line, f"--nproc={nproc}", f"--found={folder}"], nproc=nproc)
+    launch_for_answer(args, nproc=args.nproc or 1)
     print(f"{args.repair}  from {step_dir}; go on with: sparsecod train {args.repair / 'config.yaml'}")
 
 
@@ -189,7 +181,6 @@ def _be_rank(args: argparse.Namespace) -> None:
     if recorded is None:
         one = replace(config, parallel=ParallelConfig()) if args.nproc == 1 else config
         repair(step_dir.parent.parent, step_dir, args.repair, one, backend)
+        answer(args, None)
         return
-    again: Any = rehearse(recorded, config, backend, nproc=args.nproc)
-    if is_first():
-        args.found.write_text(json.dumps(again))
+    answer(args, rehearse(recorded, config, backend, nproc=args.nproc))

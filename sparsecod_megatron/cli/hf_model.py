@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsecod_megatron.cli.launch import is_rank
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def huggingface_directory(path: Path, *, verify: bool = True) -> Iterator[Path]:
 def _export(path: Path, output: Path, *, verify: bool) -> None:
     import torch.distributed as dist
 
-    if verify and ("RANK" in os.environ or dist.is_initialized()):
+    if verify and (is_rank() or dist.is_initialized()):
         _export_apart(path, output)
         return
     from sparsecod_megatron.backend import select_backend

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.backend import select_backend
 
     select_backend()
+    from sparsecod_megatron.checkpoint.exported import verify_checkpoint
     from sparsecod_megatron.config import save_config
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
     from sparsecod_megatron.hf.directory import directory_in_the_making
@@ -51,12 +52,14 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.hf, vocab_size=vocab_size) if has_tokenizer(args.hf) else None
     with directory_in_the_making(args.output) as folder:
         step_dir = write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
-        found = _verified(source, step_dir, folder) if args.verify else None
+        if args.verify:
+            found = verify_checkpoint(step_dir, source.directory, exported_as=None, seq_length=source.seq_length)
+            found.publish(folder)
         save_config(config, folder / CONFIG_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / TOKENIZER_DIR)
-    if found is not None:
-        print(found)
+    if args.verify:
+        print(found.described())
     print(f"{args.output}  from {args.hf} ({source.family.architecture})")
 
 
@@ -95,40 +98,14 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
     from sparsecod_megatron.backend import select_backend
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
-    from sparsecod_megatron.checkpoint.whole import single_process
-    from sparsecod_megatron.model import build_model, transformer_config, unwrap
-    from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.checkpoint.whole import single_process, unsharded
+    from sparsecod_megatron.model import unwrap
 
-    backend = select_backend()
     config = single_process(config)
-    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
-        megatron = transformer_config(config, transformer_engine=False)
-        models = build_model(config, megatron, groups, device=backend.device, transformer_engine=False)
+    with unsharded(config, select_backend()) as (models, groups):
         own = {**dict(unwrap(models[0]).named_parameters()), **dict(unwrap(models[0]).named_buffers())}
         with torch.no_grad():
             for name, tensor in source.tensors():
                 own[name].copy_(tensor)
         parts = {"models": models, "optimizer": None, "scheduler": None, "groups": groups}
         return save_checkpoint(checkpoints, config=config, state=TrainState(), **parts)
-
-
-def _verified(source: HFSource, step_dir: Path, folder: Path) -> str:
-    """The checkpoint, loaded by Megatron-Core, against what transformers makes of the directory it is from."""
-    import torch
-
-    from sparsecod_megatron.backend import select_backend
-    from sparsecod_megatron.checkpoint.whole import whole_model
-    from sparsecod_megatron.hf.verify import compare_models
-
-    backend = select_backend()
-    with whole_model(step_dir, backend) as whole:
-        verification = compare_models(
-            whole.model,
-            lambda tokens: whole.logits(tokens.to(backend.device)).cpu(),
-            whole.config.model,
-            source.directory,
-            seq_length=source.seq_length,
-            generator=torch.Generator().manual_seed(1234),
-        )
-    verification.publish(folder)
-    return verification.described()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from sparsecod_megatron.errors import ConfigError, SparsecodError
+from sparsecod_megatron.cli.numbers import check_at_least
+from sparsecod_megatron.errors import SparsecodError
 
 if TYPE_CHECKING:
     from sparsecod_megatron.parallel.processes import Processes
@@ -185,6 +187,36 @@ def report_to_launcher(error: BaseException) -> bool:
     return True
 
 
+def launch_for_answer(args: argparse.Namespace, *, nproc: int) -> Any:
+    """Start the command on processes of its own, and take what their first one found.
+
+    Args:
+        args: with the `command_line` that `main` was given; `add_answer_argument` has declared `--found`.
+        nproc: processes.
+
+    Returns:
+        What `answer` was given there.
+
+    Raises:
+        BaseException: what `launch` raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparsecod-") as folder:
+        found = Path(folder, "found.json")
+        launch([*args.command_line, f"--nproc={nproc}", f"--found={found}"], nproc=nproc)
+        return json.loads(found.read_text())
+
+
+def add_answer_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare what lies between the command and the processes that `launch_for_answer` starts: a file."""
+    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
+
+
+def answer(args: argparse.Namespace, found: Any) -> None:
+    """Hand plain data to the command that started this process; the first process's counts."""
+    if is_first():
+        args.found.write_text(json.dumps(found))
+
+
 def is_rank() -> bool:
     """Whether torchrun or `launch` started this process as one of several."""
     return "RANK" in os.environ
@@ -206,8 +238,7 @@ def share_work(args: argparse.Namespace, work: Callable[[Processes], None]) -> N
         ConfigError: --nproc is below 1.
         BaseException: what `launch` and `work` raise.
     """
-    if args.nproc < 1:
-        raise ConfigError(f"--nproc {args.nproc}: must be at least 1")
+    check_at_least(args, nproc=1)
     if args.nproc > 1 and not is_rank():
         launch(args.command_line, nproc=args.nproc)
         return

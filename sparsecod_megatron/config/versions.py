@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsecod_megatron.config.run_files import VERSIONS_FILE
+
+
+def recorded_versions(run_dir: Path) -> dict[str, Any] | None:
+    """What a run's last start wrote down: `step`, and as `installed_versions`; None where none did. Local."""
+    path = run_dir / VERSIONS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else None
 
 
 def installed_versions() -> dict[str, Any]:

@@ -71,50 +71,35 @@ class Verification:
 
 
 @torch.no_grad()
-def verify_export(
+def verify_directory(
     reference: nn.Module,
     logits: Callable[[Tensor], Tensor],
     model: ModelConfig,
     hf_dir: Path,
     *,
-    dtype: torch.dtype,
+    exported_as: torch.dtype | None,
     seq_length: int,
     generator: torch.Generator,
 ) -> Verification:
-    """Compare an export with the model that it was made from. Local.
+    """Compare a HuggingFace directory with the model of ours that it was made from, or that was made from it. Local.
 
     Args:
-        reference: single-process GPTModel in fp32 with the checkpoint's weights; they are rounded to `dtype`.
+        reference: single-process GPTModel in fp32.
         logits: its forward pass, tokens `[batch, seq]` to logits `[batch, seq, vocab]`, both on CPU.
         model: its configuration.
-        hf_dir: the export.
-        dtype: of the export's weights.
+        hf_dir: the directory.
+        exported_as: type of an export's weights, to which the reference's are rounded; None for a model that holds the
+            directory's numbers.
         seq_length: longest sequence, in tokens.
         generator: of the random tokens.
 
     Raises:
         ConversionError: a table that does not invert itself, naming the tensor; or weights that do not load.
     """
-    own = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
-    for name, rounded in as_exported(model, own, dtype):
-        own[name].copy_(rounded)
-    return compare_models(reference, logits, model, hf_dir, seq_length=seq_length, generator=generator)
-
-
-@torch.no_grad()
-def compare_models(
-    reference: nn.Module,
-    logits: Callable[[Tensor], Tensor],
-    model: ModelConfig,
-    hf_dir: Path,
-    *,
-    seq_length: int,
-    generator: torch.Generator,
-) -> Verification:
-    """Compare a model of ours, which holds the directory's numbers, with the directory. Local.
-
-    Arguments and errors as `verify_export`'s.
-    """
+    if exported_as is not None:
+        own = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+        for name, rounded in as_exported(model, own, exported_as):
+            own[name].copy_(rounded)
     assert model.vocab_size is not None
     loaded = load_in_fp32(hf_dir)
 

@@ -64,8 +64,12 @@ def owned_slices(models: Sequence[GPTModel], optimizer: ChainedOptimizer) -> lis
     layers = [layer for model in models for layer in model.decoder.layers]
     rows = {parameter: row for row, layer in enumerate(layers) for parameter in layer.parameters()}
     device = next(models[0].parameters()).device
-    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
-    return [_owned_slices(part, rows, models[0].pg_collection, device) for part in parts]
+    return [_owned_slices(part, rows, models[0].pg_collection, device) for part in working_parts(optimizer)]
+
+
+def working_parts(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chain that have parameters on this rank. Local."""
+    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
 def _owned_slices(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend
+from sparsecod_megatron.checkpoint.first_rank import on_first_rank
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.saver import save_checkpoint
 from sparsecod_megatron.checkpoint.state import read_state
@@ -51,12 +52,7 @@ def repair(run_dir: Path, step_dir: Path, output: Path, config: RunConfig, backe
         running_processes(config, communication=backend.communication, device=backend.device) as groups,
         ExitStack() as making,
     ):
-        place: list[Path | None] = [None]
-        if dist.get_rank() == 0:
-            place[0] = making.enter_context(directory_in_the_making(output))
-        dist.broadcast_object_list(place, src=0)
-        folder = place[0]
-        assert folder is not None
+        folder = on_first_rank(lambda: making.enter_context(directory_in_the_making(output)))
         trainer = build_trainer(config, backend, groups)
         load_weights(step_dir, config=config, models=trainer.models, groups=groups)
         trainer.optimizer.reload_model_params()

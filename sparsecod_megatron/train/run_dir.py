@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ from sparsecod_megatron.config.run_files import (
     TOKENIZER_DIR,
     VERSIONS_FILE,
 )
-from sparsecod_megatron.config.versions import installed_versions
+from sparsecod_megatron.config.versions import installed_versions, recorded_versions
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, TrackerWriter, WandbWriter, Writer
@@ -46,7 +45,7 @@ class RunDirectory:
         save_config(config, path / CONFIG_FILE)
         assert config.data.tokenizer is not None
         _copy_tokenizer(Path(config.data.tokenizer), path / TOKENIZER_DIR)
-        _record_versions(path / VERSIONS_FILE, last_step)
+        _record_versions(path, last_step)
         self._metrics: list[Writer] = [JsonlWriter(path / METRICS_FILE, last_step=last_step)]
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
         self._metrics += trackers
@@ -128,13 +127,13 @@ def refuse_foreign_run(path: Path, config: RunConfig, *, resuming: bool) -> None
         )
 
 
-def _record_versions(path: Path, last_step: int) -> None:
+def _record_versions(run_dir: Path, last_step: int) -> None:
     """Add a line with the step that an attempt starts after, unless the attempt before it had the same versions."""
-    writer = JsonlWriter(path, last_step=last_step)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    installed = installed_versions()
-    if not lines or {**json.loads(lines[-1]), "step": last_step} != {"step": last_step, **installed}:
-        writer.write({"step": last_step, **installed})
+    writer = JsonlWriter(run_dir / VERSIONS_FILE, last_step=last_step)
+    now = {"step": last_step, **installed_versions()}
+    before = recorded_versions(run_dir)
+    if before is None or before | {"step": last_step} != now:
+        writer.write(now)
     writer.close()
 
 

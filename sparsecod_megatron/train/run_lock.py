@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
+from sparsecod_megatron.checkpoint.first_rank import on_first_rank
 from sparsecod_megatron.config.run_files import LOCK_FILE
 from sparsecod_megatron.errors import ConfigError
 
@@ -63,20 +64,12 @@ def locked_run(run_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: on all ranks, where another run has it.
     """
-    lock = RunLock(run_dir) if dist.get_rank() == 0 else None
-    refusal: list[str | None] = [None]
-    if lock is not None:
-        try:
-            lock.take()
-        except ConfigError as error:
-            refusal[0] = str(error)
-    dist.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise ConfigError(refusal[0])
+    lock = RunLock(run_dir)
+    on_first_rank(lock.take)
     try:
         yield
     finally:
-        if lock is not None:
+        if dist.get_rank() == 0:
             lock.release()
 
 

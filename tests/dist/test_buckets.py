@@ -78,7 +78,7 @@ def test_upstream_still_counts_the_padding() -> None:
         train_step(trainer, trainer_batches(trainer))
         (part,) = trainer.optimizer.chained_optimizers
         names = native._metadata(trainer.groups)
-        state = native._model_state(trainer.models, trainer.groups)
+        state = native.model_sharded_state(trainer.models, trainer.groups)
         cut = part.sharded_state_dict(state, is_loading=False, metadata=names)["param_state"]
         parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
         wrong = [not torch.equal(cut[i]["param"].data, parameter) for i, parameter in enumerate(parameters)]

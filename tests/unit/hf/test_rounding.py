@@ -14,7 +14,7 @@ from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import ParityReport, choose_family, export_model
 from sparsecod_megatron.hf.rounding import channel_limits
-from sparsecod_megatron.hf.verify import Verification, verify_export
+from sparsecod_megatron.hf.verify import Verification, verify_directory
 from tests.helpers.megatron import SMALL, megatron_model, run_forward
 
 DEEP = ("model.num_layers=30",)
@@ -39,12 +39,12 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Calla
         export_model(model, named, folder, seq_length=16, dtype=torch.float32, tokenizer_dir=None)
 
         def compare() -> Verification:
-            return verify_export(
+            return verify_directory(
                 built,
                 lambda tokens: run_forward(built, tokens),
                 model,
                 folder,
-                dtype=torch.float32,
+                exported_as=torch.float32,
                 seq_length=16,
                 generator=torch.Generator().manual_seed(3),
             )

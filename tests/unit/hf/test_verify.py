@@ -14,7 +14,7 @@ from sparsecod_megatron.config import ModelConfig, load_config
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import choose_family, export_model
 from sparsecod_megatron.hf.table import Entry
-from sparsecod_megatron.hf.verify import Verification, verify_export
+from sparsecod_megatron.hf.verify import Verification, verify_directory
 from tests.helpers.megatron import SMALL, megatron_model, run_forward
 from tests.unit.hf.test_variants import CASES
 
@@ -35,12 +35,12 @@ def gate(overrides: Sequence[str], folder: Path, dtype: torch.dtype, change: Cal
         named = {name: tensors[name].detach().clone() for name in choose_family(model).table(model).megatron_shapes}
         export_model(model, named, folder, seq_length=16, dtype=dtype, tokenizer_dir=None)
         change(folder)
-        return verify_export(
+        return verify_directory(
             built,
             lambda tokens: run_forward(built, tokens),
             model,
             folder,
-            dtype=dtype,
+            exported_as=dtype,
             seq_length=16,
             generator=torch.Generator().manual_seed(3),
         )
