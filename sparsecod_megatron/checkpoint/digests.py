@@ -135,6 +135,9 @@ def _sliced_digests(part: DistributedOptimizer) -> list[tuple[torch.nn.Parameter
     if part.is_stub_optimizer:
         return []
     parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
+    # A pipeline stage of dense layers has a part for experts too, without parameters; so have all ranks of its group.
+    if not parameters:
+        return []
     sums = torch.zeros((len(parameters), len(_SLICED)), dtype=torch.int64, device=parameters[0].device)
     for row, parameter in enumerate(parameters):
         if parameter in part.model_param_group_index_map:
