@@ -36,9 +36,9 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
         # torch first: Megatron-Core reads devices and streams while it is imported.
         _applied.extend(each for each in torch_cuda.redirections() if each.apply())
         with eager.no_compilation():
-            from sparsecod_megatron.backend.cpu import collectives, megatron, optimizer, results, speed
+            from sparsecod_megatron.backend.cpu import collectives, gloo_device, megatron, optimizer, results, speed
 
-        modules = [eager, megatron, collectives, optimizer, results, speed]
+        modules = [eager, megatron, collectives, gloo_device, optimizer, results, speed]
         if importlib.util.find_spec("megatron.core.optimizer.muon"):  # upstream moves it about; AdamW must not care
             from sparsecod_megatron.backend.cpu import orthogonalized
 
