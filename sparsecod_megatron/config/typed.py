@@ -125,7 +125,8 @@ def _with_home(value: Any) -> Any:
 
 def _merge(schema: type, base: Any, update: DictConfig, *, where: str) -> Any:
     try:
-        return OmegaConf.merge(base, update)
+        # `merge` copies all of the base first, for every override again.
+        return OmegaConf.unsafe_merge(base, update)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         raise ConfigError(f"{where}: unknown key {key!r}; {_suggest(schema, key)}") from None

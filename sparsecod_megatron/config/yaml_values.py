@@ -7,10 +7,11 @@ octal, `no` is false, and of two equal keys the first is lost. What a scalar mea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import yaml
@@ -103,7 +104,8 @@ def hint_of(schema: type, key: str) -> _Hint:
     return hint
 
 
-def _hints(hint: _Hint) -> dict[str, _Hint]:
+@functools.cache  # every override asks again, and Python evaluates the annotations each time
+def _hints(hint: _Hint) -> Mapping[str, _Hint]:
     """Types of the keys below a section; text that may also be a list is marked as such."""
     if not dataclasses.is_dataclass(hint):
         return {}
