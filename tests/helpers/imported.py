@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 from sparsecod_megatron.backend import select_backend
 
 select_backend()
 
-import sparsecod_megatron.train  # noqa: E402, F401 - after the backend, as everywhere
+# After the backend, as everywhere.
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+import sparsecod_megatron.hf.verify  # noqa: E402, F401
+import sparsecod_megatron.train  # noqa: E402, F401
+
+# Each collection in a process forked from here would look at all of that again, and copy the pages it lies in.
+gc.collect()
+gc.freeze()
