@@ -22,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("sparsecod")
     cache = tempfile.TemporaryDirectory(prefix="sparsecod-tests-")
     config.add_cleanup(cache.cleanup)
+    # Where it is set, every process that a test starts would compile the whole package anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.update(HF_HOME=cache.name, HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
 
 

@@ -79,7 +79,12 @@ venv_usable() {
 
 build_venv() {
     local python=""
-    if ! venv_usable; then python="$(python_for_venv)"; fi
+    if ! venv_usable; then
+        # `venv --clear` would empty the folder that the link names: an environment of another checkout, say.
+        [ ! -L "$VENV" ] || [ -z "$(ls -A "$VENV/")" ] ||
+            fail ".venv is a link to $(readlink "$VENV"), which is not this folder's environment: remove the link"
+        python="$(python_for_venv)"
+    fi
     # Outlives a kill or Ctrl-C, which may leave a package half there that pip would take for whole.
     touch "$UNFINISHED"
     trap 'exit 130' INT TERM

@@ -14,10 +14,10 @@ model: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, num_query_groups
 precision: {dtype: fp32}
 data: {prefix: %s, seq_length: 32}
 optimizer: {lr: 2.0e-3}
-schedule: {lr_warmup_steps: 5}
-train: {train_steps: 20, global_batch_size: 8, micro_batch_size: 2, eval_interval: 0}
+schedule: {lr_warmup_steps: 3}
+train: {train_steps: 12, global_batch_size: 8, micro_batch_size: 2, eval_interval: 0}
 statistics: {variance: {interval: 1}, moments: {interval: 1}, norms: {interval: 1}, router: {interval: 1}}
-checkpoint: {save_interval: 10}
+checkpoint: {save_interval: 6}
 """
 MOE = (
     "model.num_moe_experts=4",
@@ -76,7 +76,7 @@ def initial(bench: Bench) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def reference(bench: Bench, initial: dict[str, Path]) -> dict[str, Path]:
-    """Twenty steps of each model in one process, from the shared initial weights."""
+    """Twelve steps of each model in one process, from the shared initial weights."""
     return {
         name: bench.train(f"reference-{name}", f"checkpoint.init_from={initial[name]}", *overrides)
         for name, overrides in MODELS.items()

@@ -34,15 +34,15 @@ def test_goes_on_from_the_one_before_and_in_the_end_refuses(bench: Bench, refere
     run = bench.directory / "damaged"
     shutil.copytree(reference["dense"], run)
     checkpoints = run / "checkpoints"
-    damage(checkpoints / "step_00000020")
-    (checkpoints / "step_00000020.tmp-0badcafe").mkdir()
+    damage(checkpoints / "step_00000012")
+    (checkpoints / "step_00000012.tmp-0badcafe").mkdir()
     command = ("train", "--nproc", "2", bench.config, f"logging.run_dir={run}")
     result = sparsecod(*command, "checkpoint.keep_last=1")
-    assert "step_00000020: damaged (" in result.stderr and "using step_00000010 instead" in result.stderr
+    assert "step_00000012: damaged (" in result.stderr and "using step_00000006 instead" in result.stderr
     np.testing.assert_allclose(series(run, "loss"), series(reference["dense"], "loss"), rtol=1e-4)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000020"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000012"]
 
-    damage(checkpoints / "step_00000020")
+    damage(checkpoints / "step_00000012")
     before = snapshot(run)
     result = sparsecod(*command, "train.train_steps=30", check=False)
     assert result.returncode == 2 and "none of 1 checkpoints can be used" in result.stderr
@@ -67,7 +67,7 @@ def test_layers_of_several_kinds_resume_under_another_layout(variant: tuple[str,
     for nproc, layout in ((1, ()), (2, (TP2, SP))):
         run = bench.directory / f"{name}-{nproc}"
         shutil.copytree(straight, run)
-        (run / "checkpoints" / "latest").write_text("step_00000010\n")
+        (run / "checkpoints" / "latest").write_text("step_00000006\n")
         bench.train(run.name, *variant, *layout, nproc=nproc)
         ours, theirs = series(run, "loss"), series(straight, "loss")
         np.testing.assert_allclose(ours, theirs, rtol=1e-5 if nproc > 1 else 0)

@@ -26,10 +26,10 @@ pytestmark = pytest.mark.dist
 
 
 def stopped_copy(reference: Path, target: Path) -> Path:
-    """The reference run as it was when it saved step 10, with later lines that a resume must drop."""
+    """The reference run as it was when it saved step 6, with later lines that a resume must drop."""
     shutil.copytree(reference, target)
-    shutil.rmtree(target / "checkpoints" / "step_00000020")
-    (target / "checkpoints" / "latest").write_text("step_00000010\n")
+    shutil.rmtree(target / "checkpoints" / "step_00000012")
+    (target / "checkpoints" / "latest").write_text("step_00000006\n")
     return target
 
 
@@ -41,7 +41,7 @@ LAYOUTS = {"dp2": BUCKETS, "tp2-sp": (TP2, SP)}
 
 @pytest.fixture(scope="module")
 def straight(bench: Bench, initial: dict[str, Path]) -> Callable[[str, str], Path]:
-    """Twenty steps with dropout on two processes, never stopped, by model and layout."""
+    """Twelve steps with dropout on two processes, never stopped, by model and layout."""
 
     @functools.cache
     def run(model: str, layout: str) -> Path:
@@ -53,7 +53,7 @@ def straight(bench: Bench, initial: dict[str, Path]) -> Callable[[str, str], Pat
 
 def outcome(run: Path) -> dict[str, Any]:
     """What a run leaves, without what the clock says: metrics, statistics, tensors, and the rest of its last state."""
-    last = run / "checkpoints" / "step_00000020"
+    last = run / "checkpoints" / "step_00000012"
     metrics = [
         {name: value for name, value in record.items() if name not in WALL_CLOCK}
         for record in read_jsonl(run / "metrics.jsonl")
@@ -82,10 +82,10 @@ def test_same_layout_is_bitwise(model: str, layout: str, bench: Bench, straight:
 
 
 def changed_state(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change state.json of step 10, and say so in its manifest."""
+    """Change state.json of step 6, and say so in its manifest."""
     from sparsecod_megatron.checkpoint.manifest import write_manifest
 
-    path = run / "checkpoints" / "step_00000010" / "state.json"
+    path = run / "checkpoints" / "step_00000006" / "state.json"
     state = json.loads(path.read_text())
     change(state)
     path.write_text(json.dumps(state))
@@ -103,8 +103,8 @@ def test_a_wrong_random_state_shows(bench: Bench, straight: Callable[[str, str],
     changed_state(run, other_generator)
     bench.train(run.name, *DROPOUT, *LAYOUTS["dp2"], nproc=2)
     ours, theirs = series(run, "loss"), series(straight("dense", "dp2"), "loss")
-    np.testing.assert_array_equal(ours[:10], theirs[:10])
-    assert (ours[10:] != theirs[10:]).all()
+    np.testing.assert_array_equal(ours[:6], theirs[:6])
+    assert (ours[6:] != theirs[6:]).all()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_other_layout_continues(
 def test_many_processes_to_one(bench: Bench, initial: dict[str, Path], reference: dict[str, Path]) -> None:
     """Experts over two ranks, optimizer state and all, gathered into one process."""
     name = "ep2-to-one"
-    settings = (f"checkpoint.init_from={initial['moe']}", *MODELS["moe"], EP2, *BUCKETS, "train.exit_step=10")
+    settings = (f"checkpoint.init_from={initial['moe']}", *MODELS["moe"], EP2, *BUCKETS, "train.exit_step=6")
     bench.train(name, *settings, nproc=2)
     run = bench.train(name, *MODELS["moe"])
     np.testing.assert_allclose(series(run, "loss"), series(reference["moe"], "loss"), rtol=1e-4)
@@ -139,14 +139,14 @@ def test_a_wrong_optimizer_step_shows(bench: Bench, reference: dict[str, Path]) 
     changed_state(run, lambda state: state["train"].update(optimizer_steps=0))
     bench.train(run.name)
     ours, theirs = series(run, "loss"), series(reference["dense"], "loss")
-    np.testing.assert_array_equal(ours[:11], theirs[:11])
-    assert np.abs(ours[12:] - theirs[12:]).max() > 1e-3
+    np.testing.assert_array_equal(ours[:7], theirs[:7])
+    assert np.abs(ours[8:] - theirs[8:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_sigterm_saves_and_the_same_command_goes_on(nproc: int, bench: Bench, initial: dict[str, Path]) -> None:
     """Exit 0 with a checkpoint of the last whole step; resumed, the run ends as if it had never been asked."""
-    overrides = (f"checkpoint.init_from={initial['dense']}", "train.train_steps=60", "checkpoint.save_interval=0")
+    overrides = (f"checkpoint.init_from={initial['dense']}", "train.train_steps=40", "checkpoint.save_interval=0")
     straight = bench.train(f"straight-{nproc}", *overrides, nproc=nproc)
     run = bench.directory / f"stopped-{nproc}"
     command = [sys.executable, "-m", "sparsecod_megatron", "train", str(bench.config), f"logging.run_dir={run}"]
@@ -158,6 +158,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(nproc: int, bench: Bench, in
         _, errors = process.communicate(timeout=PACE.patience_s)
     assert process.returncode == 0, errors
     stopped_at = len(series(run, "step"))
-    assert 3 <= stopped_at < 60 and f"asked to stop at step {stopped_at}" in errors
+    assert 3 <= stopped_at < 40 and f"asked to stop at step {stopped_at}" in errors
     bench.train(run.name, *overrides, nproc=nproc)
     np.testing.assert_array_equal(series(run, "loss"), series(straight, "loss"))

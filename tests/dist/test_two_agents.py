@@ -20,7 +20,7 @@ from tests.helpers.running import end, ended_with_block, until
 
 pytestmark = pytest.mark.dist
 
-OVERRIDES = ("train.train_steps=40", "checkpoint.save_interval=4", "statistics.moments.interval=0")
+OVERRIDES = ("train.train_steps=16", "checkpoint.save_interval=4", "statistics.moments.interval=0")
 
 
 @contextlib.contextmanager

@@ -12,13 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sparsecod_megatron.config import load_config
+from tests.helpers.cli import script
 
 pytestmark = pytest.mark.e2e
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
-
-
-def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def test_from_huggingface_through_another_layout_and_back(tmp_path: Path) -> None:
@@ -31,7 +28,7 @@ def test_from_huggingface_through_another_layout_and_back(tmp_path: Path) -> Non
         ("--saver", "hf", "--load-dir", tmp_path / "spread", "--save-dir", tmp_path / "back"),
     )
     for arguments in steps:
-        result = convert(*arguments)
+        result = script(TOOL, *arguments)
         assert result.returncode == 0, result.stderr
     parallel = load_config(tmp_path / "spread" / "config.yaml").parallel
     assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (2, 2)
@@ -39,10 +36,11 @@ def test_from_huggingface_through_another_layout_and_back(tmp_path: Path) -> Non
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    impossible = convert(
-        *("--load-dir", tmp_path / "run", "--save-dir", tmp_path / "no", "--target-tensor-parallel-size", "3")
+    impossible = script(
+        TOOL, *("--load-dir", tmp_path / "run", "--save-dir", tmp_path / "no", "--target-tensor-parallel-size", "3")
     )
     assert (impossible.returncode, impossible.stderr.count("\n")) == (2, 1), impossible.stderr
     assert not (tmp_path / "no").exists()
-    occupied = convert("--load-dir", tmp_path / "run", "--save-dir", tmp_path / "spread")
+    again = ("--load-dir", tmp_path / "run", "--save-dir", tmp_path / "spread")
+    occupied = subprocess.run([sys.executable, TOOL, *again], capture_output=True, text=True)
     assert (occupied.returncode, "is not empty" in occupied.stderr) == (2, True)

@@ -138,7 +138,7 @@ def test_two_processes_give_what_one_gives(world: Path) -> None:
     """A tensor-parallel run evaluated while it trains, and its checkpoint by two processes and by one."""
     run = world / "tensor-parallel"
     arguments = [*evaluated(world), "parallel.tensor_model_parallel_size=2", f"logging.run_dir={run}"]
-    sparsecod("train", world / "config.yaml", *arguments, "train.train_steps=2", "--nproc", "2")
+    sparsecod_ranks("train", world / "config.yaml", *arguments, "train.train_steps=2", nproc=2)
     one, two = world / "one", world / "two"
     assert main(scoring(world, run, 2, one)) == 0
     sparsecod(*scoring(world, run, 2, two), "--nproc", "2")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from tests.helpers.cli import read_jsonl, sparsecod
+from tests.helpers.cli import read_jsonl, sparsecod, sparsecod_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.dist]
 PROMPTS = ("Once upon a time", "Lily and her mom", "Tom had a big", "The little dog", "One day, a bird")
@@ -65,7 +65,7 @@ def losses(run: Path, prefix: Path, output: Path, *overrides: str, nproc: int = 
         "train.eval_interval=0",
         "optimizer.lr=1e-3",
     )
-    sparsecod("train", run / "config.yaml", *options, *overrides, "--nproc", str(nproc))
+    sparsecod_ranks("train", run / "config.yaml", *options, *overrides, nproc=nproc)
     return [record["loss"] for record in read_jsonl(output / "metrics.jsonl")]
 
 

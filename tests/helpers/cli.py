@@ -95,8 +95,7 @@ def _script(arguments: list[str]) -> int:
     worker is torch and Megatron-Core, seconds on every rank.
     """
     sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="worker")["main"]()
-    return 0
+    return runpy.run_path(arguments[0], run_name="worker")["main"]() or 0
 
 
 def sparsecod(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -112,6 +111,11 @@ def sparsecod(*arguments: str | Path, check: bool = True) -> subprocess.Complete
 def sparsecod_ranks(*arguments: str | Path, nproc: int) -> subprocess.CompletedProcess[str]:
     """Run `sparsecod ARGUMENTS` as `nproc` ranks; fails, showing the output, unless all exit with 0."""
     return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=True)
+
+
+def script(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a script; its `main` gives the exit status."""
+    return _run(_script, [*map(str, (path, *arguments))], [{}], check=False)
 
 
 def script_ranks(script: Path, *arguments: str | Path, nproc: int) -> subprocess.CompletedProcess[str]:

@@ -191,6 +191,18 @@ def test_without_a_recent_python_nothing_is_made(lonely_tree: Path, tmp_path: Pa
     assert not (lonely_tree / ".venv").exists()
 
 
+def test_an_environment_that_belongs_elsewhere_is_not_cleared(lonely_tree: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "kept").write_text("")
+    (lonely_tree / ".venv").symlink_to(other)
+    done = run_in_venv(lonely_tree, "true", cwd=tmp_path)
+    assert done.returncode == 1 and (other / "kept").exists()
+    assert done.stderr == (
+        f"run_in_venv.sh: .venv is a link to {other}, which is not this folder's environment: remove the link\n"
+    )
+
+
 def test_failed_install_leaves_no_stamp_and_no_lock(lonely_tree: Path, tmp_path: Path) -> None:
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
     for _ in range(2):  # the second call must start over, not believe the first
