@@ -6,16 +6,24 @@ import dataclasses
 import math
 import typing
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
-TEXT_OR_LIST = "text_or_list"
-"""Metadata of a key that takes text or a list, for which the schema has no type."""
+READ_AS = "read_as"
+"""Metadata of a key whose YAML is of another type than the schema can say: that type, or `ValuesOf`."""
+
+
+@dataclass(frozen=True)
+class ValuesOf:
+    """The type of a list of values for a key of `schema`, which `named_by` names in the same section."""
+
+    schema: type
+    named_by: str
 
 
 def text_or_list() -> Any:
     """An optional field that takes text or a list of texts and numbers."""
-    return field(default=None, metadata={TEXT_OR_LIST: True})
+    return field(default=None, metadata={READ_AS: str | list[Any]})
 
 
 def choice(default: str, *others: str) -> Any:

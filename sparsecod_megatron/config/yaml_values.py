@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from sparsecod_megatron.config.fields import TEXT_OR_LIST
+from sparsecod_megatron.config.fields import READ_AS, ValuesOf
 from sparsecod_megatron.errors import ConfigError
 
 _STRING, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
@@ -97,21 +97,20 @@ def parse_value(text: str, hint: _Hint, *, where: str) -> Any:
 
 
 def hint_of(schema: type, key: str) -> _Hint:
-    """The type of a dotted key; Any below free dictionaries and where there is none."""
+    """The type of a dotted key; Any where there is none."""
     hint: _Hint = schema
     for name in key.split("."):
-        hint = _hints(hint).get(name, Any)
+        hint = _hints(hint).get(name, _entry(hint, dict))
     return hint
 
 
 @functools.cache  # every override asks again, and Python evaluates the annotations each time
 def _hints(hint: _Hint) -> Mapping[str, _Hint]:
-    """Types of the keys below a section; text that may also be a list is marked as such."""
+    """Types that the keys below a section are read as."""
     if not dataclasses.is_dataclass(hint):
         return {}
-    marked = {item.name for item in dataclasses.fields(hint) if item.metadata.get(TEXT_OR_LIST)}
-    hints = typing.get_type_hints(hint)
-    return {name: str | list[Any] if name in marked else kind for name, kind in hints.items()}
+    marked = {item.name: item.metadata[READ_AS] for item in dataclasses.fields(hint) if READ_AS in item.metadata}
+    return typing.get_type_hints(hint) | marked
 
 
 def _kinds(hint: _Hint) -> tuple[_Hint, ...]:
@@ -130,11 +129,10 @@ def _is_text(hint: _Hint) -> bool:
 def _keep_text(node: yaml.Node, hint: _Hint) -> None:
     """Mark plain scalars as strings where their key is text."""
     if isinstance(node, yaml.MappingNode):
-        below, free = _hints(hint), _entry(hint, dict)
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 key.tag = _STRING
-                _keep_text(value, below.get(key.value, free))
+                _keep_text(value, _below(node, hint, key.value))
             else:
                 _keep_text(value, hint)
     elif isinstance(node, yaml.SequenceNode):
@@ -142,6 +140,15 @@ def _keep_text(node: yaml.Node, hint: _Hint) -> None:
             _keep_text(entry, _entry(hint, list))
     elif _is_text(hint) and node.tag != _NULL:
         node.tag = _STRING
+
+
+def _below(node: yaml.MappingNode, hint: _Hint, name: str) -> _Hint:
+    """The type of what stands under a name, which has dots where changes of a run are written in short."""
+    found = hint_of(hint, name) if _hints(hint) else _entry(hint, dict)
+    if not isinstance(found, ValuesOf):
+        return found
+    named = (value.value for key, value in node.value if key.value == found.named_by)
+    return types.GenericAlias(list, (hint_of(found.schema, str(next(named, ""))),))
 
 
 def _entry(hint: _Hint, container: type) -> _Hint:

@@ -38,6 +38,38 @@ def test_a_study_without_grid_is_its_base(write_study: WriteStudy, tmp_path: Pat
     assert [cell.name for cell in study.cells] == ["seed=5"]
 
 
+TYPED = ("1e3", "0123", "2024_01_01", "no", "12:30")
+
+
+@pytest.mark.parametrize("typed", TYPED)
+@pytest.mark.parametrize("section", ["run:", "grid: [{name: text, cells: {0.1:"])
+def test_changes_of_a_run_keep_text_as_it_is_typed(
+    section: str, typed: str, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    changes = f"{{data: {{prefix: {typed}}}, data.cache_dir: {typed}, optimizer.lr: 1e3}}"
+    path = write_study(grid=[], seeds=[1])
+    closing = "}}]" if section.startswith("grid") else ""
+    study = path.read_text(encoding="utf-8").replace("grid: []\n", "")
+    path.write_text(f"{study}{section} {changes}{closing}\n", encoding="utf-8")
+    (cell,) = load_study(path, tmp_path / "out", [f"run.logging.wandb.project={typed}"]).cells
+    found = cell.config.data.prefix, cell.config.data.cache_dir, cell.config.logging.wandb.project
+    assert found == (typed, typed, typed)
+    assert cell.config.optimizer.lr == 1000, "a number where the key is one"
+
+
+@pytest.mark.parametrize("typed", [text for text in TYPED if ":" not in text])
+@pytest.mark.parametrize("axis", ["key: data.prefix, values: [other, {}]", "values: [other, {}], key: data.prefix"])
+def test_values_of_an_axis_keep_text_where_its_key_is_text(
+    axis: str, typed: str, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    path = write_study(grid=[], seeds=[1])
+    grid = f"grid: [{{name: text, {axis.format(typed)}}}]"
+    path.write_text(path.read_text(encoding="utf-8").replace("grid: []", grid), encoding="utf-8")
+    cells = load_study(path, tmp_path / "out", [f"budget.reference.text={typed}"]).cells
+    assert [cell.labels for cell in cells] == [(("text", "other"),), (("text", typed),)]
+    assert [cell.config.data.prefix for cell in cells] == ["other", typed]
+
+
 AXIS: dict[str, Any] = {"name": "depth", "key": "model.num_layers", "values": [2, 4]}
 CLAIM: dict[str, Any] = {"text": "so", "metric": "loss"}
 
