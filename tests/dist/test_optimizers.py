@@ -106,14 +106,14 @@ def test_what_a_layout_saved_goes_on_in_one_process(
     assert in_one_process(layout.model, next((folder / name).glob("step_*"))) == single[layout.model]
 
 
-RAMP = ("train.rampup_batch_size=[2,2,36]", "train.micro_batch_size=1")
-SIZES = [2] * 6 + [4] * 3 + [6] * 2 + [8] * 9
-"""[2, 2, 36] to 8: twelve samples each for 2, 4 and 6."""
+RAMP = ("train.rampup_batch_size=[2,2,24]", "train.micro_batch_size=1")
+SIZES = [2] * 4 + [4] * 2 + [6] * 2 + [8] * 4
+"""[2, 2, 24] to 8: eight samples each for 2, 4 and 6."""
 
 
 @pytest.fixture(scope="module")
 def ramp(bench: Bench, initial: dict[str, Path]) -> Path:
-    """Twenty steps with a ramp, in one process."""
+    """Twelve steps with a ramp, in one process."""
     return bench.train("ramp", f"checkpoint.init_from={initial['dense']}", *RAMP)
 
 
@@ -142,12 +142,12 @@ def test_a_resumed_ramp_is_bitwise(bench: Bench, initial: dict[str, Path], ramp:
 
 @pytest.mark.parametrize("model", BENCH_MODELS)
 def test_muon_learns_text_and_resumes_bitwise(model: str, bench: Bench, initial: dict[str, Path]) -> None:
-    """Through the command: twenty steps on the corpus, straight and resumed, statistics and all."""
+    """Through the command: twelve steps on the corpus, straight and resumed, statistics and all."""
     settings = (f"checkpoint.init_from={initial[model]}", *BENCH_MODELS[model], "optimizer.optimizer=muon")
     straight = bench.train(f"muon-{model}", *settings)
     losses = series(straight, "loss")
     assert losses[-1] < losses[0] - 0.5
-    bench.train(f"muon-stopped-{model}", *settings, "train.exit_step=10")
+    bench.train(f"muon-stopped-{model}", *settings, "train.exit_step=6")
     run = bench.train(f"muon-stopped-{model}", *settings)
     for field in ("loss", "grad_norm", "lr"):
         np.testing.assert_array_equal(series(run, field), series(straight, field), err_msg=field)
