@@ -25,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Where it is set, every process that a test starts would compile the whole package anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.update(HF_HOME=cache.name, HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
+    # Which library multiplies must not depend on who was faster at the time.
+    os.environ["SPARSECOD_ONEDNN"] = "none"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,7 +40,7 @@ def analyze(context: Context, scores: Sequence[Score], *, settings: dict[str, An
         ConfigError: the sample is too small for a score.
         ConversionError: the architecture does not let a score be computed.
     """
-    with fast_products():
+    with fast_products(context.model.device):
         results = {score.name: score.run(context) for score in scores}
     facts = {
         "architecture": type(context.model).__name__,

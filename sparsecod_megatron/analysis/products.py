@@ -1,4 +1,4 @@
-"""Matrix products of a forward pass by oneDNN, where the library that torch prefers would use half of the processor."""
+"""Matrix products of a forward pass by oneDNN, where that is faster than the library that torch prefers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparsecod_megatron.backend import onednn
+from sparsecod_megatron.backend import choice, onednn
 
 
-def fast_products() -> contextlib.AbstractContextManager[Any]:
-    """Context in which linear layers on the CPU use the faster of the two libraries; elsewhere it changes nothing."""
-    return _OneDnnLinears() if onednn.is_faster() else contextlib.nullcontext()
+def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context in which linear layers on the CPU use the faster of the two libraries; elsewhere it changes nothing.
+
+    Collective over all processes.
+    """
+    return _OneDnnLinears() if device.type == "cpu" and choice.agree().output else contextlib.nullcontext()
 
 
 class _OneDnnLinears(TorchFunctionMode):

@@ -1,13 +1,10 @@
-"""fp32 matrix products by oneDNN, where the library that torch prefers would use half of the processor.
+"""fp32 matrix products by oneDNN, in place of the library that torch prefers.
 
-torch hands fp32 products on a CPU to Intel's MKL, which takes its AVX2 kernels on other makers' processors; oneDNN,
-also part of torch, takes AVX-512 wherever there is one and is about twice as fast there. Both compute in fp32.
+torch hands fp32 products on a CPU to Intel's MKL. oneDNN, also part of torch, takes half the time on some processors
+and more on others (`choice.py` finds out); both compute in fp32.
 """
 
 from __future__ import annotations
-
-import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,21 +13,13 @@ FEWEST_PRODUCTS = 1 << 20
 """Multiplications of a product for which setting oneDNN up costs less than it saves."""
 
 
-@functools.cache
-def is_faster() -> bool:
-    """Whether MKL is in use on a processor with AVX-512 that is not Intel's."""
-    information = Path("/proc/cpuinfo")
-    return (
-        torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and information.is_file()
-        and "GenuineIntel" not in information.read_text(encoding="utf-8")
-    )
+def is_available() -> bool:
+    """Whether torch has both libraries, so that there is something to choose."""
+    return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 def is_suited(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes these operands, [..., in] and [out, in], and is worth it."""
+    """Whether `linear` takes these operands, [..., in] and [out, in], and may be worth it."""
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"

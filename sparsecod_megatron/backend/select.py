@@ -44,7 +44,7 @@ def select_backend(
 
     Raises:
         ConfigError: `cuda` without CUDA or Transformer Engine, `cpu` where CUDA is visible, or a precision that the
-            device does not have.
+            device does not have; or an environment variable that holds no choice of products.
     """
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
@@ -71,7 +71,10 @@ def _cuda(precision: PrecisionConfig | None) -> Backend:
 
 
 def _cpu(kernels: str | None) -> Backend:
+    from sparsecod_megatron.backend import choice
     from sparsecod_megatron.backend.cpu import apply_redirections
+
+    choice.asked()  # refused now if it is none, by every rank
 
     apply_redirections(kernels)
     return Backend(name="cpu", communication="gloo", device=torch.device("cpu"), transformer_engine=False)

@@ -24,7 +24,7 @@ from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.divergence import DivergenceError, UpdateJudge
 from sparsecod_megatron.train.ramp import global_batch_size
 from sparsecod_megatron.train.restore import checkpoint_saver, initial_state, roll_back
-from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run, refuse_unwritable
+from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run, refuse_unwritable, restore_products
 from sparsecod_megatron.train.run_lock import LEASE_S, locked_run
 from sparsecod_megatron.train.setup import Trainer, build_trainer
 from sparsecod_megatron.train.signals import stop_on_signals
@@ -62,6 +62,8 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
         checkpoints = run_dir / CHECKPOINTS_DIR
         earlier = resume_candidates(checkpoints) if config.checkpoint.resume else []
         refuse_foreign_run(run_dir, config, resuming=bool(earlier))
+        if earlier:
+            restore_products(run_dir)
         trainer = build_trainer(config, backend, groups)
         state = initial_state(trainer, earlier)
         last_step = config.train.exit_step or config.train.train_steps
@@ -71,7 +73,11 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
         data = RunData(trainer, tokenizer, state)
         state.data = data.check_unchanged(state.data)
         dist.barrier()
-        recorder = RunDirectory(run_dir, config, last_step=state.step) if trainer.is_first_rank else None
+        recorder = (
+            RunDirectory(run_dir, config, last_step=state.step, products=trainer.products)
+            if trainer.is_first_rank
+            else None
+        )
         try:
             with checkpoint_saver(trainer, checkpoints) as saver:
                 _Loop(trainer, data, state, recorder, checkpoints, saver, evaluate).run()

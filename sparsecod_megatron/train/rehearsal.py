@@ -18,6 +18,7 @@ from sparsecod_megatron.parallel import running_processes
 from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.divergence import UpdateJudge
 from sparsecod_megatron.train.ramp import global_batch_size
+from sparsecod_megatron.train.run_dir import restore_products
 from sparsecod_megatron.train.setup import build_trainer
 from sparsecod_megatron.train.step import train_step
 
@@ -90,6 +91,7 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
         config = replace(config, parallel=ParallelConfig())
     config, tokenizer = prepare_data(config)
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        restore_products(recorded.step_dir.parent.parent)
         trainer = build_trainer(config, backend, groups)
         state = load_checkpoint(recorded.step_dir, **trainer.parts)
         data = RunData(trainer, tokenizer, state)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsecod_megatron.backend import choice
 from sparsecod_megatron.config import RunConfig, load_config, save_config
 from sparsecod_megatron.config.run_files import (
     CONFIG_FILE,
@@ -33,9 +34,12 @@ class RunDirectory:
         path: RUN.
         config: resolved, kept as config.yaml.
         last_step: step the run starts after; later lines of an earlier attempt are dropped.
+        products: the trainer's, kept in versions.jsonl.
     """
 
-    def __init__(self, path: Path, config: RunConfig, *, last_step: int) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, *, last_step: int, products: dict[str, Any] | None = None
+    ) -> None:
         path.mkdir(parents=True, exist_ok=True)
         trackers: list[Writer] = []  # the first, because they may refuse
         if config.logging.wandb.mode != "disabled":
@@ -45,7 +49,7 @@ class RunDirectory:
         save_config(config, path / CONFIG_FILE)
         assert config.data.tokenizer is not None
         _copy_tokenizer(Path(config.data.tokenizer), path / TOKENIZER_DIR)
-        _record_versions(path, last_step)
+        _record_versions(path, last_step, products)
         self._metrics: list[Writer] = [JsonlWriter(path / METRICS_FILE, last_step=last_step)]
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
         self._metrics += trackers
@@ -127,10 +131,15 @@ def refuse_foreign_run(path: Path, config: RunConfig, *, resuming: bool) -> None
         )
 
 
-def _record_versions(run_dir: Path, last_step: int) -> None:
+def restore_products(run_dir: Path) -> None:
+    """Multiply as the run's last start did, where that was on such a machine. Local."""
+    choice.restore((recorded_versions(run_dir) or {}).get("products"))
+
+
+def _record_versions(run_dir: Path, last_step: int, products: dict[str, Any] | None) -> None:
     """Add a line with the step that an attempt starts after, unless the attempt before it had the same versions."""
     writer = JsonlWriter(run_dir / VERSIONS_FILE, last_step=last_step)
-    now = {"step": last_step, **installed_versions()}
+    now = {"step": last_step, **installed_versions(), "products": products}
     before = recorded_versions(run_dir)
     if before is None or before | {"step": last_step} != now:
         writer.write(now)

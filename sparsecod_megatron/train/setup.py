@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sparsecod_megatron.backend import Backend
+from sparsecod_megatron.backend import Backend, choice
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model import build_model, transformer_config
@@ -36,6 +36,7 @@ class Trainer:
         models: data-parallel wrapped model chunks of this rank.
         optimizer: a chain of optimizers over them.
         scheduler: learning rate and weight decay by step.
+        products: which library multiplies, as `choice.record` has it; None where there is no choice.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class Trainer:
     models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    products: dict[str, Any] | None
 
     def num_microbatches(self, global_batch_size: int) -> int:
         """Forward passes of one rank in a step of `global_batch_size` sequences."""
@@ -72,13 +74,15 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
     Raises:
         ConfigError: a combination that Megatron-Core refuses, or a `megatron:` field that nothing here reads.
     """
+    chooses = backend.name == "cpu" and config.cpu_kernels != "plain"
+    products = choice.record(choice.agree()) if chooses else None
     megatron = transformer_config(config, transformer_engine=backend.transformer_engine)
     chunks = build_model(config, megatron, groups, device=backend.device, transformer_engine=backend.transformer_engine)
     models = _data_parallel(config, backend, groups, megatron, chunks)
     optimizer = build_optimizer(config, models, groups)
     scheduler = build_scheduler(config, optimizer)
     _connect(megatron, models, optimizer)
-    return Trainer(config, backend, groups, megatron, models, optimizer, scheduler)
+    return Trainer(config, backend, groups, megatron, models, optimizer, scheduler, products)
 
 
 def _data_parallel(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sparsecod_megatron.backend import choice
 from sparsecod_megatron.parallel.processes import connected_processes
 
 
@@ -17,6 +18,7 @@ def main() -> None:
         rank = processes.rank
         made = processes.from_first(lambda: f"by {rank}")
         processes.wait()
+        choice.use(choice.Choice(output=rank == 0, experts=rank == 1))
         found = {
             "size": processes.size,
             "is_first": processes.is_first,
@@ -25,6 +27,7 @@ def main() -> None:
             "dealt": processes.deal(list(range(7)), lambda parts: [[rank, part] for part in parts]),
             "total": processes.total(torch.tensor([1.0, rank])).tolist(),
             "from_first": made,
+            "agreed": [str(choice.agree()), str(choice.in_use())],
         }
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
 

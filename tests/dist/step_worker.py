@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparsecod_megatron.backend import Backend, select_backend
+from sparsecod_megatron.backend import Backend, choice, select_backend
 from sparsecod_megatron.config import load_config
 from tests.dist.layouts import CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP2
 from tests.helpers.megatron import SMALL
@@ -56,7 +56,9 @@ def series(backend: Backend, groups: Any, overrides: tuple[str, ...]) -> list[li
     from sparsecod_megatron.train.setup import build_trainer
     from sparsecod_megatron.train.step import train_step
 
+    choice.use(choice.Choice(weight_gradient=dist.get_rank() > 0))
     trainer = build_trainer(load_config(None, [*RUN, *overrides]), backend, groups)
+    assert trainer.products is not None and str(choice.in_use()) == trainer.products["onednn"] == "none"
     # Routers that overload some experts, so that the balance matters.
     for name, parameter in (named for model in trainer.models for named in model.named_parameters()):
         if name.endswith("router.weight"):

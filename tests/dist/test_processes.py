@@ -23,4 +23,5 @@ def test_everybody_gets_everything_in_order(repo_root: Path, tmp_path: Path) -> 
             "dealt": [[part % 3, part] for part in range(7)],
             "total": [3.0, 3.0],
             "from_first": "by 0",
+            "agreed": ["output", "output"],
         }

@@ -8,7 +8,7 @@ SequentialMLP's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from sparsecod_megatron.backend import choice
 from sparsecod_megatron.backend.cpu import products
 from sparsecod_megatron.backend.cpu.linear import weight_gradient
 
@@ -31,7 +32,7 @@ class Window:
     """Rows that an expert's products run over: its own, and neighbours' up to a size that comes back.
 
     oneDNN generates code for every new shape, which costs more than a small product; token counts change every step,
-    but rounded up they repeat.
+    but rounded up they repeat. torch's own products take rows as they come.
 
     Attributes:
         rows: of the sorted tokens, the expert's own.
@@ -45,16 +46,25 @@ class Window:
 
     def mask(self, probabilities: Tensor) -> Tensor:
         """Probabilities [tokens] of these rows, 0 for neighbours, so that they add nothing: [size, 1]."""
+        if self.around == self.rows:
+            return probabilities[self.rows, None]
         masked = probabilities.new_zeros(self.around.stop - self.around.start, 1)
         masked[self.inner, 0] = probabilities[self.rows]
         return masked
 
+    def write(self, target: Tensor, product: Callable[..., Tensor], *operands: Tensor, by_onednn: bool) -> None:
+        """Put the expert's own rows of a product of `operands` where they belong in target [tokens, out]."""
+        if self.around == self.rows:
+            product(*operands, by_onednn, target[self.rows])
+        else:
+            target[self.rows] = product(*operands, by_onednn)[self.inner]
 
-def windows(counts: list[int]) -> Iterator[Window]:
-    """The window of each expert, of rows sorted by expert."""
+
+def windows(counts: list[int], rounded: bool) -> Iterator[Window]:
+    """The window of each expert, of rows sorted by expert; its own rows alone unless `rounded`."""
     total, first = sum(counts), 0
     for count in counts:
-        size = min(products.repeated_size(count), total)
+        size = min(products.repeated_size(count), total) if rounded else count
         start = min(first, total - size)
         inner = slice(first - start, first - start + count)
         yield Window(slice(first, first + count), slice(start, start + size), inner)
@@ -79,15 +89,16 @@ class SwiGLUExperts(torch.autograd.Function):
         Returns:
             [tokens, H].
         """
+        by_onednn, rounded = _by_onednn(x)
         output, entered = torch.empty_like(x), []
-        for window, entry, exit_ in zip(windows(counts), weights[::2], weights[1::2], strict=True):
-            gate_up = products.output(x[window.around], entry)
+        for window, entry, exit_ in zip(windows(counts, rounded), weights[::2], weights[1::2], strict=True):
+            gate_up = products.output(x[window.around], entry, by_onednn)
             gate, up = gate_up.chunk(2, dim=-1)
             activated = F.silu(gate).mul_(up).mul_(window.mask(probabilities))
-            output[window.rows] = products.output(activated, exit_)[window.inner]
+            window.write(output, products.output, activated, exit_, by_onednn=by_onednn)
             entered.append(gate_up)
         ctx.save_for_backward(x, probabilities, *weights, *entered)
-        ctx.counts = counts
+        ctx.counts, ctx.by_onednn, ctx.rounded = counts, by_onednn, rounded
         ctx.main_grads = [getattr(weight, "main_grad", None) if fuse else None for weight in weights]
         return output
 
@@ -98,24 +109,32 @@ class SwiGLUExperts(torch.autograd.Function):
         weights, entered = others[: 2 * len(ctx.counts)], others[2 * len(ctx.counts) :]
         grad_x, grad_probabilities = torch.empty_like(x), torch.empty_like(probabilities)
         grads: list[Tensor | None] = [None] * len(weights)
-        for expert, (window, gate_up) in enumerate(zip(windows(ctx.counts), entered, strict=True)):
+        for expert, (window, gate_up) in enumerate(zip(windows(ctx.counts, ctx.rounded), entered, strict=True)):
             entry, exit_ = 2 * expert, 2 * expert + 1
             mask = window.mask(probabilities)
             gate, up = gate_up.chunk(2, dim=-1)
             silu = F.silu(gate)
             plain = silu * up
-            grad_plain = products.input_gradient(grad[window.around], weights[exit_])
+            grad_plain = products.input_gradient(grad[window.around], weights[exit_], ctx.by_onednn)
             grad_probabilities[window.rows] = torch.linalg.vecdot(grad_plain, plain)[window.inner]
             grad_plain.mul_(mask)
             grad_gate_up = torch.empty_like(gate_up)
             grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
             torch.mul(grad_plain, silu, out=grad_up)
             torch.mul(torch.ops.aten.silu_backward(grad_plain, gate), up, out=grad_gate)
-            grad_x[window.rows] = products.input_gradient(grad_gate_up, weights[entry])[window.inner]
+            window.write(grad_x, products.input_gradient, grad_gate_up, weights[entry], by_onednn=ctx.by_onednn)
             pairs = ((entry, grad_gate_up, x[window.around]), (exit_, grad[window.around], plain.mul_(mask)))
             for index, grad_output, operand in pairs:
-                grads[index] = weight_gradient(weights[index], ctx.main_grads[index], grad_output, operand)
+                main_grad = ctx.main_grads[index]
+                grads[index] = weight_gradient(weights[index], main_grad, grad_output, operand, by_onednn=ctx.by_onednn)
         return grad_x, grad_probabilities, None, None, *grads
+
+
+def _by_onednn(x: Tensor) -> tuple[bool, bool]:
+    """(whether products are oneDNN's, whether rows are rounded up)."""
+    made = choice.in_use()
+    is_fp32 = x.dtype == torch.float32
+    return is_fp32 and made.experts, made.experts if is_fp32 else made.bf16_rows
 
 
 def forward(

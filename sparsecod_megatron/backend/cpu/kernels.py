@@ -1,8 +1,9 @@
 """What computes: three sets of functions with the same results up to rounding, one of which is in use.
 
 `plain` is torch's own products and Megatron-Core's loop over experts. `fast`, the default, takes oneDNN's products
-where those are faster, and one function for all experts of a layer. `compiled` is `fast` with elementwise formulas
-through torch.compile. docs/PERFORMANCE.md says what each gains.
+where those were measured to be faster (`backend/choice.py`), one function for all experts of a layer, and sums over a
+token's experts in one pass. `compiled` is `fast` with elementwise formulas through torch.compile. docs/PERFORMANCE.md
+says what each gains.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from sparsecod_megatron.backend import functional
-from sparsecod_megatron.backend.cpu import experts, linear, speed
+from sparsecod_megatron.backend.cpu import experts, linear, permutation, speed
 from sparsecod_megatron.backend.cpu.redirection import Redirection
 
 DEFAULT = "fast"
@@ -27,6 +28,8 @@ _PLAIN = SimpleNamespace(  # None, if upstream drops a name: then no set replace
     linear=getattr(layers, "linear_with_grad_accumulation_and_async_allreduce", None),
     experts=SequentialMLP.forward,
     sort_chunks=getattr(token_dispatcher, "sort_chunks_by_idxs", None),
+    permute=getattr(token_dispatcher, "permute", None),
+    unpermute=getattr(token_dispatcher, "unpermute", None),
     rms_norm=functional.rms_norm,
     cross_entropy=tensor_parallel.vocab_parallel_cross_entropy,
     swiglu=speed.swiglu,
@@ -38,6 +41,8 @@ _FAST = SimpleNamespace(
         "linear": linear.linear,
         "experts": experts.forward,
         "sort_chunks": experts.sort_chunks,
+        "permute": permutation.permute,
+        "unpermute": permutation.unpermute,
         "rms_norm": speed.rms_norm,
     }
 )
@@ -57,7 +62,7 @@ def redirections(kernels: str) -> list[Redirection]:
             "linear_with_grad_accumulation_and_async_allreduce",
             use.linear,
             "tensor_parallel/layers.py:952",
-            "MKL's fp32 products are slow on other makers' processors",
+            "torch's fp32 products are slow on some processors",
         ),
         (SequentialMLP, "forward", use.experts, f"{moe}/experts.py:876", "a loop over modules"),
         (
@@ -67,6 +72,8 @@ def redirections(kernels: str) -> list[Redirection]:
             f"{moe}/token_dispatcher.py:732",
             "copies for nothing",
         ),
+        (token_dispatcher, "permute", use.permute, f"{moe}/token_dispatcher.py:637", "its gradient adds row by row"),
+        (token_dispatcher, "unpermute", use.unpermute, f"{moe}/token_dispatcher.py:833", "adds row by row"),
         (functional, "rms_norm", use.rms_norm, "transformer/torch_norm.py:32", "torch's is not fused on CPU"),
         (
             tensor_parallel,

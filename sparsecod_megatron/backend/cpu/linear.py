@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from sparsecod_megatron.backend import choice
 from sparsecod_megatron.backend.cpu import products
 
 
@@ -21,25 +22,29 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         # Not saved with the others: it changes in place between forward and backward.
         ctx.main_grad = getattr(weight, "main_grad", None) if accumulate else None
-        return products.output(x, weight)
+        return products.output(x, weight, choice.in_use().output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """[..., out] → gradients of x and weight."""
         x, weight = ctx.saved_tensors
-        grad_x = products.input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
-        return grad_x, weight_gradient(weight, ctx.main_grad, grad.flatten(0, -2), x.flatten(0, -2)), None
+        by_onednn = choice.in_use()
+        grad_x = products.input_gradient(grad, weight, by_onednn.input_gradient) if ctx.needs_input_grad[0] else None
+        rows = grad.flatten(0, -2), x.flatten(0, -2)
+        return grad_x, weight_gradient(weight, ctx.main_grad, *rows, by_onednn=by_onednn.weight_gradient), None
 
 
-def weight_gradient(weight: Tensor, main_grad: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | None:
+def weight_gradient(
+    weight: Tensor, main_grad: Tensor | None, grad: Tensor, x: Tensor, *, by_onednn: bool
+) -> Tensor | None:
     """What a backward pass returns for a weight [out, in] after grad [tokens, out] and x [tokens, in].
 
     Once the gradient is in `main_grad`, that is a tensor without values, which only makes the data-parallel wrapper's
     hook run; zeros where the weight is also an embedding, whose own gradient is added to it.
     """
     if main_grad is None:
-        return products.weight_gradient(grad, x)
-    products.add_weight_gradient(main_grad, grad, x)
+        return products.weight_gradient(grad, x, by_onednn)
+    products.add_weight_gradient(main_grad, grad, x, by_onednn)
     if not hasattr(weight, "grad_added_to_main_grad"):
         # A copy, from hooks on saved tensors: the wrapper would not see the mark, and add what is returned.
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +13,26 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecod_megatron.backend import onednn, select_backend
+from sparsecod_megatron.backend import choice, onednn, select_backend
 from tests.helpers.training import small_trainer, trainer_batches
 from tests.unit.backend.test_speed import assert_same
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is for machines without CUDA")
 select_backend()
 
-from sparsecod_megatron.backend.cpu import apply_redirections, compiled, experts, linear, products, speed  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 
+from sparsecod_megatron.backend.cpu import (  # noqa: E402
+    apply_redirections,
+    compiled,
+    experts,
+    linear,
+    permutation,
+    products,
+    speed,
+)
+
+ALL = choice.Choice.parse("output,input_gradient,weight_gradient,experts,bf16_rows")
 LARGE = ("model.hidden_size=64", "model.ffn_hidden_size=192", "data.seq_length=128", "optimizer.clip_grad=0.5")
 TIED = ("model.untie_embeddings_and_output_weights=false",)
 EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=96", "model.moe_aux_loss_coeff=0.01")
@@ -27,11 +40,22 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 
 @pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["onednn", "mkl"])
-def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Both libraries, whatever the machine would choose; oneDNN for products of any size."""
-    monkeypatch.setattr(onednn, "is_faster", lambda: request.param)
     monkeypatch.setattr(onednn, "FEWEST_PRODUCTS", 1)
-    return bool(request.param)
+    with using(ALL if request.param else choice.Choice()):
+        yield request.param
+
+
+@contextlib.contextmanager
+def using(chosen: choice.Choice) -> Iterator[None]:
+    """Multiply by it within the block."""
+    before = choice.in_use()
+    choice.use(chosen)
+    try:
+        yield
+    finally:
+        choice.use(before)
 
 
 @pytest.fixture
@@ -69,9 +93,9 @@ def test_a_gradient_with_gaps_never_reaches_the_reference_loop(
     product = onednn.linear
     monkeypatch.setattr(onednn, "linear", lambda x, weight: given.append(weight) or product(x, weight))
     x, grad = torch.randn(tokens, 24), torch.randn(tokens, 80)[:, :40]
-    got = products.weight_gradient(grad, x)
+    got = products.weight_gradient(grad, x, by_onednn)
     torch.testing.assert_close(got.double(), grad.double().t() @ x.double(), rtol=1e-5, atol=1e-4)
-    products.weight_gradient(grad.contiguous(), x)
+    products.weight_gradient(grad.contiguous(), x, by_onednn)
     assert len(given) >= by_onednn, "dense operands still go to oneDNN"
     assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in given)
 
@@ -117,15 +141,14 @@ def test_experts_equal_a_loop_and_do_not_read_their_neighbours(counts: list[int]
     def ours(x: torch.Tensor, probabilities: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         return experts.SwiGLUExperts.apply(x, probabilities, counts, False, *weights)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onednn, "is_faster", lambda: torch.backends.mkldnn.is_available())
-        assert_same_in_double(ours, loop, x, probabilities, *(torch.randn(size) for size in sizes))
+    for chosen in (ALL if torch.backends.mkldnn.is_available() else None, choice.Choice()):
+        if chosen is not None:
+            with using(chosen):
+                assert_same_in_double(ours, loop, x, probabilities, *(torch.randn(size) for size in sizes))
 
 
 def test_expert_shapes_come_back() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onednn, "is_faster", lambda: True)
-        sizes = [products.repeated_size(rows) for rows in range(1, 4097)]
+    sizes = [products.repeated_size(rows) for rows in range(1, 4097)]
     assert len(set(sizes)) < 100
     assert all(0 <= size - rows < max(16, rows / 8) for rows, size in enumerate(sizes, start=1))
 
@@ -199,3 +222,26 @@ def test_no_choice_leaves_the_set_in_use(restored_kernels: None) -> None:
     plain = apply_redirections("plain")
     select_backend()
     assert apply_redirections() == plain != apply_redirections("fast")
+
+
+def permuted(functions: tuple[Callable[..., Any], ...], tokens: torch.Tensor, routing: torch.Tensor) -> list[Any]:
+    """Tokens [T, H] to their experts and back, and all gradients."""
+    permute, unpermute = functions
+    leaf, probabilities = tokens.clone().requires_grad_(), torch.rand(routing.shape).requires_grad_()
+    rows, weights, indices = permute(leaf, routing, probs=probabilities, num_out_tokens=int(routing.sum()))
+    back = unpermute(rows * weights[:, None].to(rows.dtype), indices, tokens.shape, routing_map=routing)
+    grads = torch.autograd.grad((back * torch.linspace(-1, 1, back.numel()).view_as(back)).sum(), (leaf, probabilities))
+    return [rows, weights, indices, back, *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_permutation_is_upstreams_to_the_bit(dtype: torch.dtype) -> None:
+    """Also for tokens that no expert takes, and experts that take none."""
+    tokens, routing = torch.randn(9, 4).to(dtype), torch.rand(9, 5) < 0.5
+    routing[3], routing[:, 2], routing[5] = False, False, True
+    torch.manual_seed(0)
+    ours = permuted((permutation.permute, permutation.unpermute), tokens, routing)
+    torch.manual_seed(0)
+    upstream = permuted((moe_utils.permute, moe_utils.unpermute), tokens, routing)
+    for got, expected in zip(ours, upstream, strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)

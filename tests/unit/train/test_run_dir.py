@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.backend import choice, select_backend
 from sparsecod_megatron.config import load_config, save_config
 from sparsecod_megatron.errors import ConfigError
 
@@ -76,3 +76,18 @@ def test_versions_are_kept_whenever_they_change(tmp_path: Path, monkeypatch: pyt
     later = {**line, "step": 9, "python": "3.99"}
     monkeypatch.setattr(run_dir, "installed_versions", lambda: {key: later[key] for key in later if key != "step"})
     assert start(9) == [line, later]
+
+
+def test_the_choice_of_products_is_kept_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, [f"logging.run_dir={tmp_path}", f"data.tokenizer={tmp_path / 'none'}"])
+    monkeypatch.delenv(choice.VARIABLE)
+    monkeypatch.setattr(choice, "_in_use", [])
+    of_the_run = choice.Choice(weight_gradient=True)
+    for last_step, chosen in ((0, choice.Choice()), (5, of_the_run), (5, of_the_run)):
+        RunDirectory(tmp_path, config, last_step=last_step, products=choice.record(chosen)).close()
+    lines = [json.loads(line) for line in (tmp_path / "versions.jsonl").read_text().splitlines()]
+    assert [line["products"]["onednn"] for line in lines] == ["none", "weight_gradient"]
+    run_dir.restore_products(tmp_path)
+    assert choice.in_use() == of_the_run
+    run_dir.restore_products(tmp_path / "no run")
+    assert choice.in_use() == of_the_run
