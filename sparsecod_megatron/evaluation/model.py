@@ -50,7 +50,7 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
         raise CheckpointError(
             f"{directory}: the weight files lack {len(missing)} tensors, the first {missing[0]}; export it again"
         )
-    return model.to(device).eval()
+    return model.to(device)  # in evaluation mode since `from_pretrained`
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -234,7 +234,7 @@ def load_in_fp32(hf_dir: Path) -> Any:
                 f"{hf_dir}: loading it as {type(model).__name__} reports {len(info[problem])} "
                 f"{problem.replace('_', ' ')} ({named}); export it again"
             )
-    return model.eval()
+    return model  # in evaluation mode since `from_pretrained`
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def decay_rows(
         weight_decay: λ it was trained with, if known.
         lr: η it was trained with, if known.
     """
-    layers = find_layers(model.eval().requires_grad_(False))
+    layers = find_layers(model.requires_grad_(False))
     matrices = find_matrices(model, layers)
     rows = matrix_rows(matrices, initial_std(model.config))
     head = {"model": label, "weight_decay": weight_decay, "equilibrium_std": equilibrium_std(lr, weight_decay)}

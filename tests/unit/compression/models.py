@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
-def tiny(name: str, **changes: int) -> PreTrainedModel:
+def tiny(name: str, **changes: float) -> PreTrainedModel:
     """A model in evaluation mode, the same each time. No token reaches the last expert of `mixtral` and `sparsecod`."""
     torch.manual_seed(1)
     model = MODELS[name](**changes)

@@ -150,6 +150,18 @@ def test_sizes_that_modelopt_passes_over_are_named() -> None:
         compress(everything_odd, "sparse24", sequences(), batch_size=4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_in_training_mode_is_calibrated_and_scored_without_dropout(method: str) -> None:
+    results = []
+    for training in (False, True):
+        model = tiny("llama", attention_dropout=0.5).train(training)
+        results.append(compress(model, method, sequences(), batch_size=4))
+    evaluated, trained = results
+    assert torch.equal(logits(trained.scored), logits(evaluated.scored))
+    for name, weight in evaluated.model.state_dict().items():
+        assert torch.equal(trained.model.state_dict()[name], weight), name
+
+
 def test_methods_are_all_tested() -> None:
     assert {*FORMULAS, "sparsegpt24"} == set(METHODS)
 

@@ -70,7 +70,7 @@ MIXED_FAMILIES = {
 ALL_FAMILIES = FAMILIES | MIXED_FAMILIES
 
 
-def tiny(family: str, **changes: int) -> PreTrainedModel:
+def tiny(family: str, **changes: float) -> PreTrainedModel:
     """A model in evaluation mode; the same weights each time."""
     prefix, config, sizes, _ = ALL_FAMILIES[family]
     name = prefix if prefix.endswith("Model") else f"{prefix}ForCausalLM"

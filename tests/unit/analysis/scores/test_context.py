@@ -42,6 +42,13 @@ def test_batches_fit_the_memory_and_keep_the_order() -> None:
     assert torch.equal(torch.cat([labels for _, labels in batches]), given.windows[:, 1:])
 
 
+def test_a_model_in_training_mode_is_measured_without_dropout() -> None:
+    dropping = tiny("gpt2", attn_pdrop=0.5, resid_pdrop=0.5)
+    (score,) = find_scores(["causal"])
+    expected = score.run(context(dropping)).values
+    assert score.run(context(dropping.train())).values == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
