@@ -1,11 +1,12 @@
 """How fast a checkpoint becomes a HuggingFace directory, beside a plain copy of the same bytes.
 
-    bash tools/run_in_venv.sh python3 benchmarks/export.py [--hidden-size 1024] [--repeats 3] [--dtype bf16] [--memory]
+    bash tools/run_in_venv.sh python3 benchmarks/export.py [--hidden-size 1024] [--repeats 3] [--dtype bf16]
+    bash tools/run_in_venv.sh python3 benchmarks/export.py --memory [--hidden-size 1024] [--tied] [--experts 8]
 
 A fresh checkpoint of one process is written once; then export and copy take turns, so that a noisy machine slows both
 alike. Printed are medians in GB of exported weights a second, and the peak of the process's memory. With --memory, the
 commands themselves run on two models, and what is printed is how their memory grows with the model: anonymous pages of
-the command and its children, because those of mapped files are the kernel's to take back.
+the command and its children, which the kernel cannot take back, and all resident ones, those of mapped files included.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -31,17 +33,55 @@ from sparsecod_megatron.config import load_config
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_checkpoint(folder: Path, hidden_size: int) -> None:
-    """A dense model of 8 layers, at step 0."""
+@dataclass(frozen=True)
+class Shape:
+    """Of a model of 8 layers.
+
+    Attributes:
+        hidden_size: width.
+        tied: embeddings are the output layer.
+        experts: of a mixture; 0 for a dense model.
+    """
+
+    hidden_size: int
+    tied: bool = False
+    experts: int = 0
+
+    @property
+    def overrides(self) -> list[str]:
+        """As configuration."""
+        sizes = {"num_layers": 8, "hidden_size": self.hidden_size, "vocab_size": 8192, "num_attention_heads": 8}
+        if self.experts:
+            width = 3 * self.hidden_size // self.experts
+            sizes |= {"num_moe_experts": self.experts, "moe_router_topk": 2, "moe_ffn_hidden_size": width}
+        else:
+            sizes["ffn_hidden_size"] = 3 * self.hidden_size
+        overrides = [f"model.{name}={value}" for name, value in sizes.items()]
+        return [*overrides, f"model.untie_embeddings_and_output_weights={str(not self.tied).lower()}"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that processes hold, pages that several share counted in parts.
+
+    Attributes:
+        anonymous: what no file backs.
+        resident: all.
+    """
+
+    anonymous: int = 0
+    resident: int = 0
+
+
+def write_checkpoint(folder: Path, shape: Shape) -> None:
+    """A model at step 0."""
     backend = select_backend()
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
 
-    shape = {"num_layers": 8, "hidden_size": hidden_size, "ffn_hidden_size": 3 * hidden_size, "vocab_size": 8192}
-    overrides = [f"model.{name}={value}" for name, value in shape.items()]
-    config = load_config(None, [*overrides, "model.num_attention_heads=8", "precision.dtype=fp32"])
+    config = load_config(None, [*shape.overrides, "precision.dtype=fp32"])
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         trainer = build_trainer(config, backend, groups)
         save_checkpoint(folder, state=TrainState(), **trainer.parts)
@@ -65,38 +105,43 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype, *, digests: bool)
         )
 
 
-def peak_memory(*arguments: str | Path) -> int:
-    """Most anonymous memory, in bytes, that a `sparsecod` command and its children hold at a time."""
+def peak_memory(*arguments: str | Path) -> Memory:
+    """Most that a `sparsecod` command and its children hold at a time, of each kind."""
     command = [sys.executable, "-m", "sparsecod_megatron", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0
+    peak = Memory()
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             running = psutil.Process(process.pid)
             tree = [running, *running.children(recursive=True)]
-            peak = max(peak, sum(anonymous_memory(each.pid) for each in tree))
-        time.sleep(0.05)
+            held = [memory(each.pid) for each in tree]
+            peak = Memory(
+                max(peak.anonymous, sum(each.anonymous for each in held)),
+                max(peak.resident, sum(each.resident for each in held)),
+            )
+        time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: status {process.returncode}")
     return peak
 
 
-def anonymous_memory(pid: int) -> int:
-    """Bytes of a process's anonymous and shared pages, shared ones in parts; 0 of one that has ended."""
+def memory(pid: int) -> Memory:
+    """Of one process; nothing of one that has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+        return Memory()
+    fields = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines[1:])}
+    return Memory(fields["Pss_Anon"] + fields["Pss_Shmem"], fields["Pss"])
 
 
-def print_memory(folder: Path, hidden_sizes: tuple[int, int]) -> None:
+def print_memory(folder: Path, shapes: tuple[Shape, Shape]) -> None:
     """Peaks of export and import on two models, and what they say about any other."""
-    peaks: dict[str, list[int]] = {}
+    peaks: dict[str, list[Memory]] = {}
     sizes = []
-    for hidden_size in hidden_sizes:
-        run, directory, imported = (folder / f"{name}-{hidden_size}" for name in ("run", "hf", "imported"))
-        write_apart(run, hidden_size)
+    for number, shape in enumerate(shapes):
+        run, directory, imported = (folder / f"{name}-{number}" for name in ("run", "hf", "imported"))
+        write_apart(run, shape)
         commands: dict[str, tuple[str | Path, ...]] = {
             "export --no-verify": ("export", "--checkpoint", run, "--output", folder / "plain", "--no-verify"),
             "export": ("export", "--checkpoint", run, "--output", directory),
@@ -107,19 +152,21 @@ def print_memory(folder: Path, hidden_sizes: tuple[int, int]) -> None:
         sizes.append((directory / "model.safetensors").stat().st_size)
         for path in (run, folder / "plain", imported):
             shutil.rmtree(path)
-    for name, (small, large) in peaks.items():
-        slope = (large - small) / (sizes[1] - sizes[0])
-        print(
-            f"{name:20} {small / 2**30:.2f} and {large / 2**30:.2f} GiB for {sizes[0] / 2**30:.2f} and "
-            f"{sizes[1] / 2**30:.2f} GiB of fp32 weights: {slope:.2f} × the model + "
-            f"{(small - slope * sizes[0]) / 2**30:.2f} GiB"
-        )
+    print(f"models of {sizes[0] / 2**30:.2f} and {sizes[1] / 2**30:.2f} GiB of fp32 weights")
+    for name, (first, second) in peaks.items():
+        for kind in ("anonymous", "resident"):
+            small, large = getattr(first, kind), getattr(second, kind)
+            slope = (large - small) / (sizes[1] - sizes[0])
+            print(
+                f"{name:20} {kind:9} {small / 2**30:.2f} and {large / 2**30:.2f} GiB: {slope:.2f} × the model + "
+                f"{(small - slope * sizes[0]) / 2**30:.2f} GiB"
+            )
 
 
-def write_apart(folder: Path, hidden_size: int) -> None:
+def write_apart(folder: Path, shape: Shape) -> None:
     """`write_checkpoint` in a process of its own: the trainer's memory is not the export's."""
-    command = [sys.executable, __file__, "--write-to", str(folder), "--hidden-size", str(hidden_size)]
-    subprocess.run(command, check=True)
+    sizes = ["--hidden-size", str(shape.hidden_size), "--experts", str(shape.experts), *["--tied"] * shape.tied]
+    subprocess.run([sys.executable, __file__, "--write-to", str(folder), *sizes], check=True)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -135,18 +182,21 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--tied", action="store_true", help="embeddings are the output layer too")
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture instead of a dense model")
     parser.add_argument("--memory", action="store_true", help="measure the memory of the commands instead")
     parser.add_argument("--write-to", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    shape = Shape(args.hidden_size, args.tied, args.experts)
     if args.write_to is not None:
-        write_checkpoint(args.write_to, args.hidden_size)
+        write_checkpoint(args.write_to, shape)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.memory:
-            print_memory(folder, (args.hidden_size, args.hidden_size * 3 // 2))
+            print_memory(folder, (shape, replace(shape, hidden_size=args.hidden_size * 3 // 2)))
             return
-        write_apart(folder / "run", args.hidden_size)
+        write_apart(folder / "run", shape)
         weights = folder / "hf" / "model.safetensors"
         ways: dict[str, Callable[[], object]] = {
             "export": lambda: export(folder / "run", folder / "hf", DTYPES[args.dtype], digests=False),

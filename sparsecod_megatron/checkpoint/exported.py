@@ -9,7 +9,8 @@ import torch
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
-from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.export import DEFAULT_SHARD_BYTES
@@ -93,16 +94,15 @@ def verify_checkpoint(
         CheckpointError: it cannot be read.
         ConversionError: as `verify_directory`.
     """
-    with whole_model(step_dir, select_backend()) as whole:
-        return verify_directory(
-            whole.model,
-            whole.logits,
-            whole.config.model,
-            hf_dir,
-            exported_as=exported_as,
-            seq_length=seq_length or whole.config.data.seq_length,
-            generator=torch.Generator().manual_seed(seed),
-        )
+    config = load_config(step_dir / CONFIG_FILE)
+    return verify_directory(
+        lambda: whole_model(step_dir, select_backend()),
+        config.model,
+        hf_dir,
+        exported_as=exported_as,
+        seq_length=seq_length or config.data.seq_length,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def _require_plain(config: RunConfig) -> None:

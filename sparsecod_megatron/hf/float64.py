@@ -1,43 +1,66 @@
-"""A transformers model's forward pass in float64, without holding the model in float64."""
+"""A transformers model's forward pass in float64, without holding the model, or even a block of it, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+PIECE = 2**21
+"""Elements of a matrix that are in memory in float64 at a time: 16 MiB."""
 
 
 @contextmanager
 def computing_in_float64(model: Any) -> Iterator[None]:
     """While the block runs, an fp32 causal language model computes in float64. Local.
 
-    Each block, norm and the output layer is widened when its turn comes and narrowed after it, both exactly, so that
-    one of them is in memory twice as wide, not the model. What the class itself computes in fp32 (the statistics of
+    Embeddings are widened exactly, and what meets them becomes as wide: torch widens the weights of elementwise
+    operations, and those of products and norms are widened here, a few rows at a time. The model itself stays as it is,
+    so weights that are mapped from a file stay the file's. What the class itself computes in fp32 (the statistics of
     norms, rotary tables, router probabilities) stays so.
     """
-    decoder = model.get_decoder()
-    modules = [*decoder.layers, decoder.norm, model.get_output_embeddings(), getattr(decoder, "embedding_norm", None)]
-    handles = [decoder.embed_tokens.register_forward_hook(lambda _module, _inputs, output: output.double())]
-    for module in modules:
-        if module is not None:
-            handles.append(module.register_forward_pre_hook(_widen))
-            handles.append(module.register_forward_hook(_narrow, always_call=True))
+    embeddings = model.get_decoder().embed_tokens
+    handle = embeddings.register_forward_hook(lambda _module, _inputs, output: output.double())
     # The products of all experts at once that torch has know no float64.
     experts = model.get_experts_implementation()
     model.set_experts_implementation("eager")
     try:
-        yield
+        with _WideWeights():
+            yield
     finally:
         model.set_experts_implementation(experts)
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
-def _widen(module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-    module.double()
+class _WideWeights(TorchFunctionMode):
+    """Products and norms of float64 activations take fp32 weights, which torch itself refuses or warns about."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and args[0].dtype == torch.float64:
+            return _product(*args, **(kwargs or {}))
+        if func is F.rms_norm and args[0].dtype == torch.float64:
+            args = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
 
 
-def _narrow(module: nn.Module, _inputs: tuple[Any, ...], _output: Tensor) -> None:
-    module.float()
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, [..., in] and [out, in] to [..., out]."""
+    if weight.dtype == torch.float64:
+        return F.linear(x, weight, bias)
+    output = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    rows = max(1, PIECE // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        output[..., part] = F.linear(x, weight[part].double(), None if bias is None else bias[part].double())
+    return output

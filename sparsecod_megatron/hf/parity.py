@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,13 +24,17 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.float64 import computing_in_float64
 from sparsecod_megatron.hf.rounding import PASSES, limit_of, ulp_apart
 from sparsecod_megatron.hf.witness import (
+    Hooks,
     Outputs,
+    Record,
+    by_channel,
     described,
     first_difference,
-    largest_differences,
     transformers_outputs,
 )
 
+Watch: TypeAlias = Callable[[Any, Record], AbstractContextManager[None]]
+"""Hands the outputs of a model's modules to a function while the block runs."""
 NOISE_CEILING = 1e-3
 """Rounding, relative to the largest logit, above which a difference of that relative size would hide in it."""
 
@@ -110,13 +114,27 @@ class ParityReport:
         )
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a reference gave, all that its comparison needs: the reference itself need not be in memory any more.
+
+    Attributes:
+        tokens: `[batch, seq]`, on the device to compare on.
+        logits: `[batch, seq, vocab]`.
+        outputs: by name, of modules or blocks, each `[batch, seq, channels]`; may be of the first tokens alone.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    outputs: Mapping[str, Tensor]
+
+
 def compare_logits(
     reference: Callable[[Tensor], Tensor],
     hf_dir: Path,
     *,
     tokens: Tensor,
     reference_hidden_states: Sequence[Tensor] | None = None,
-    reference_outputs: Callable[[], AbstractContextManager[Mapping[str, Tensor]]] | None = None,
 ) -> ParityReport:
     """Load a HuggingFace directory in fp32 and compare it with a reference. Local: one process calls it.
 
@@ -128,8 +146,6 @@ def compare_logits(
         tokens: `[batch, seq]`, on the device to run on.
         reference_hidden_states: output of each block, before the final norm, each `[batch, seq, hidden]`. Read after
             `reference` has run, so hooks may fill it meanwhile.
-        reference_outputs: opens the witnesses of the reference (`witness.megatron_outputs`), which tell which layer
-            and which tensor is at fault, also where the logits hardly show it.
 
     Returns:
         The report; `require()` it to refuse a difference.
@@ -137,41 +153,38 @@ def compare_logits(
     Raises:
         ConversionError: weights are missing, left over or of the wrong shape; or the logits' shapes differ.
     """
-    return compare_loaded(
-        reference,
-        load_in_fp32(hf_dir).to(tokens.device),
-        hf_dir,
-        tokens=tokens,
-        reference_hidden_states=reference_hidden_states,
-        reference_outputs=reference_outputs,
-    )
+    with torch.no_grad():
+        logits = reference(tokens)
+    blocks = {f"layers.{index}": states for index, states in enumerate(reference_hidden_states or ())}
+    found = Recorded(tokens, logits, blocks)
+    return compare_loaded(found, load_in_fp32(hf_dir).to(tokens.device), hf_dir, by_module=False)
 
 
 @torch.no_grad()
-def compare_loaded(
-    reference: Callable[[Tensor], Tensor],
-    model: Any,
-    hf_dir: Path,
-    *,
-    tokens: Tensor,
-    reference_hidden_states: Sequence[Tensor] | None = None,
-    reference_outputs: Callable[[], AbstractContextManager[Mapping[str, Tensor]]] | None = None,
-) -> ParityReport:
-    """`compare_logits` with a directory that `load_in_fp32` has loaded."""
-    with reference_outputs() if reference_outputs else nullcontext({}) as ours:
-        expected = reference(tokens).float().to(tokens.device)
-    exact = _Exact.of(model, tokens, transformers_outputs if reference_outputs else _layer_outputs)
+def compare_loaded(found: Recorded, model: Any, hf_dir: Path, *, by_module: bool) -> ParityReport:
+    """Compare a directory that `load_in_fp32` has loaded with what a reference gave. Local.
+
+    Args:
+        found: of the reference.
+        model: of transformers.
+        hf_dir: where it lies, for messages.
+        by_module: the reference's outputs are those of every module, so that the tensor at fault can be named; else of
+            blocks, or none.
+
+    Raises:
+        ConversionError: the logits' shapes differ.
+    """
+    tokens, expected = found.tokens, found.logits.float().to(found.tokens.device)
+    exact = _Exact.of(model, tokens, transformers_outputs if by_module else _layer_outputs)
     if expected.shape != exact.logits.shape:
         raise ConversionError(
             f"{hf_dir}: logits have shape {list(exact.logits.shape)}, the reference's {list(expected.shape)}; use its "
             "model"
         )
-    difference = (expected - exact.logits).abs()
+    difference = (expected - exact.logits).abs_()
     worst = int(difference.flatten().argmax())  # the first NaN, if there is one
     sequence, token, entry = (int(i) for i in torch.unravel_index(torch.tensor(worst), difference.shape))
-    if reference_hidden_states is not None:
-        ours = {f"layers.{index}": states for index, states in enumerate(reference_hidden_states)}
-    name = first_difference(ours, exact.outputs, exact.output_noise)
+    name = first_difference(found.outputs, exact.outputs, exact.output_noise)
     report = ParityReport(
         model_dir=hf_dir,
         num_tokens=tokens.numel(),
@@ -183,7 +196,7 @@ def compare_loaded(
         largest_logit=float(exact.logits.abs().max()),
         first_differing_layer=int(name.split(".")[1]) if name is not None and name.startswith("layers.") else None,
     )
-    if reference_outputs is None or (name is None and report.passed):
+    if not by_module or (name is None and report.passed):
         return report
     tensor = "the output layer: lm_head.weight" if name is None else described(name)
     return replace(report, first_differing_tensor=tensor)
@@ -199,16 +212,20 @@ class _Exact:
     output_noise: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: Any, tokens: Tensor, watch: Callable[[Any], AbstractContextManager[Outputs]]) -> _Exact:
-        with computing_in_float64(model), watch(model) as outputs:
+    def of(cls, model: Any, tokens: Tensor, watch: Watch) -> _Exact:
+        outputs: Outputs = {}
+        with computing_in_float64(model), watch(model, lambda name, value: outputs.update({name: value.clone()})):
             logits = _logits(model, tokens)
         noise = logits.new_zeros(())
         output_noise: Outputs = {}
+
+        def compare(name: str, value: Tensor) -> None:
+            difference = by_channel(value - outputs[name])
+            output_noise[name] = torch.maximum(output_noise.get(name, difference), difference)
+
         for index in range(PASSES):
-            with ulp_apart(model, index), watch(model) as found:
-                noise = torch.maximum(noise, (_logits(model, tokens) - logits).abs().max())
-            for name, difference in largest_differences(found, outputs).items():
-                output_noise[name] = torch.maximum(output_noise.get(name, difference), difference)
+            with ulp_apart(model, index), watch(model, compare):
+                noise = torch.maximum(noise, (_logits(model, tokens) - logits).abs_().max())
         return cls(logits, outputs, float(noise), output_noise)
 
 
@@ -238,22 +255,15 @@ def load_in_fp32(hf_dir: Path) -> Any:
 
 
 @contextmanager
-def _layer_outputs(model: Any) -> Iterator[Outputs]:
-    """Collects each block's output; transformers' own `hidden_states` has the last one only after the final norm."""
-    outputs: Outputs = {}
-
-    def keep(index: int, output: Any) -> None:
-        outputs[f"layers.{index}"] = output[0] if isinstance(output, tuple) else output
-
-    handles = [
-        layer.register_forward_hook(lambda _module, _inputs, output, index=index: keep(index, output))
-        for index, layer in enumerate(model.get_decoder().layers)
-    ]
+def _layer_outputs(model: Any, record: Record) -> Iterator[None]:
+    """Records each block's output; transformers' own `hidden_states` has the last one only after the final norm."""
+    hooks = Hooks(record)
+    for index, layer in enumerate(model.get_decoder().layers):
+        hooks.after(layer, f"layers.{index}")
     try:
-        yield outputs
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        hooks.remove()
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""A HuggingFace directory against our model: on random tokens, and on what the model itself says."""
+"""A HuggingFace directory against our model: on random tokens, and on what the model itself says.
+
+One of the two is in memory at a time: ours computes first and leaves what it found.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import choose_family
-from sparsecod_megatron.hf.parity import ParityReport, compare_loaded, load_in_fp32
+from sparsecod_megatron.hf.parity import ParityReport, Recorded, compare_loaded, load_in_fp32
 from sparsecod_megatron.hf.witness import megatron_outputs
 
 PARITY_FILE = "parity.json"
@@ -29,6 +32,17 @@ DRAWS = 3
 is far off. That is rare, so that another sequence shows it to be chance; a wrong tensor fails all."""
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 """Relative change that storing a weight in a type may make: twice its half unit in the last place, for folded ones."""
+
+
+class Reference(Protocol):
+    """A single-process GPTModel in fp32, in evaluation mode."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[batch, seq] to [batch, seq, vocab], both on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,8 @@ class Verification:
         (folder / PARITY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
 def verify_directory(
-    reference: nn.Module,
-    logits: Callable[[Tensor], Tensor],
+    reference: Callable[[], AbstractContextManager[Reference]],
     model: ModelConfig,
     hf_dir: Path,
     *,
@@ -84,8 +96,7 @@ def verify_directory(
     """Compare a HuggingFace directory with the model of ours that it was made from, or that was made from it. Local.
 
     Args:
-        reference: single-process GPTModel in fp32.
-        logits: its forward pass, tokens `[batch, seq]` to logits `[batch, seq, vocab]`, both on CPU.
+        reference: opens ours; left before the directory's weights are read, so that its memory can be theirs.
         model: its configuration.
         hf_dir: the directory.
         exported_as: type of an export's weights, to which the reference's are rounded; None for a model that holds the
@@ -96,27 +107,44 @@ def verify_directory(
     Raises:
         ConversionError: a table that does not invert itself, naming the tensor; or weights that do not load.
     """
-    if exported_as is not None:
-        own = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
-        for name, rounded in as_exported(model, own, exported_as):
-            own[name].copy_(rounded)
     assert model.vocab_size is not None
-    loaded = load_in_fp32(hf_dir)
-
-    def watch() -> AbstractContextManager[Mapping[str, Tensor]]:
-        return megatron_outputs(reference, model)
-
     for _ in range(DRAWS if model.is_moe else 1):
-        random = torch.randint(model.vocab_size, (1, min(seq_length, RANDOM_LENGTH)), generator=generator)
-        report = compare_loaded(logits, loaded, hf_dir, tokens=random, reference_outputs=watch)
-        if not report.passed:
-            verification = Verification(report, report)
-            continue
-        greedy = _greedy(logits, random[:, :PROMPT], min(seq_length, GREEDY_LENGTH))
-        verification = Verification(report, compare_loaded(logits, loaded, hf_dir, tokens=greedy))
+        tokens = torch.randint(model.vocab_size, (1, min(seq_length, RANDOM_LENGTH)), generator=generator)
+        random, greedy = _recorded(reference, model, tokens, exported_as=exported_as, seq_length=seq_length)
+        verification = _compared(random, greedy, hf_dir)
         if verification.greedy.passed:
             break
     return verification
+
+
+@torch.no_grad()
+def _recorded(
+    reference: Callable[[], AbstractContextManager[Reference]],
+    model: ModelConfig,
+    tokens: Tensor,
+    *,
+    exported_as: torch.dtype | None,
+    seq_length: int,
+) -> tuple[Recorded, Recorded]:
+    """What ours gives on the tokens, with what its modules give, and on its own continuation of the first of them."""
+    with reference() as ours:
+        if exported_as is not None:
+            own = {**dict(ours.model.named_parameters()), **dict(ours.model.named_buffers())}
+            for name, rounded in as_exported(model, own, exported_as):
+                own[name].copy_(rounded)
+        with megatron_outputs(ours.model, model) as outputs:
+            random = Recorded(tokens, ours.logits(tokens), outputs)
+        greedy = _greedy(ours.logits, tokens[:, :PROMPT], min(seq_length, GREEDY_LENGTH))
+        return random, Recorded(greedy, ours.logits(greedy), {})
+
+
+def _compared(random: Recorded, greedy: Recorded, hf_dir: Path) -> Verification:
+    """Both sequences, the second where the first agrees."""
+    loaded = load_in_fp32(hf_dir)
+    report = compare_loaded(random, loaded, hf_dir, by_module=True)
+    if not report.passed:
+        return Verification(report, report)
+    return Verification(report, compare_loaded(greedy, loaded, hf_dir, by_module=False))
 
 
 def as_exported(model: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

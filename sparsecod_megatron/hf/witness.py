@@ -39,7 +39,7 @@ def megatron_outputs(model: Any, config: ModelConfig) -> Iterator[Outputs]:
         # Megatron holds the sequence first, and adds the residual stream to some outputs in place.
         outputs[name] = value.detach()[:TOKENS].transpose(0, 1).flatten(start_dim=2).float().clone()
 
-    hooks = _Hooks(record)
+    hooks = Hooks(record)
     embedding = getattr(model, "embedding_norm", model.embedding)
     hooks.after(embedding, "embed_tokens")
     for index, layer in enumerate(model.decoder.layers):
@@ -52,14 +52,9 @@ def megatron_outputs(model: Any, config: ModelConfig) -> Iterator[Outputs]:
 
 
 @contextmanager
-def transformers_outputs(model: Any) -> Iterator[Outputs]:
-    """The same of a causal language model of transformers."""
-    outputs: Outputs = {}
-
-    def record(name: str, value: Tensor) -> None:
-        outputs[name] = value.detach()[:, :TOKENS].flatten(start_dim=2)
-
-    hooks = _Hooks(record)
+def transformers_outputs(model: Any, record: Record) -> Iterator[None]:
+    """Hand the same of a causal language model of transformers to a function, which may not keep it: it is a view."""
+    hooks = Hooks(lambda name, value: record(name, value.detach()[:, :TOKENS].flatten(start_dim=2)))
     decoder = model.get_decoder()
     norm = getattr(decoder, "embedding_norm", None)
     hooks.after(decoder.embed_tokens if norm is None else norm, "embed_tokens")
@@ -67,14 +62,9 @@ def transformers_outputs(model: Any) -> Iterator[Outputs]:
         _watch_transformers_layer(hooks, layer, f"layers.{index}")
     hooks.after(decoder.norm, "norm")
     try:
-        yield outputs
+        yield
     finally:
         hooks.remove()
-
-
-def largest_differences(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Outputs:
-    """Of each output, its channels' largest difference over all tokens, [channels]."""
-    return {name: _by_channel(found[name] - exact[name]) for name in exact}
 
 
 def first_difference(
@@ -85,7 +75,7 @@ def first_difference(
     Args:
         expected: of ours.
         exact: of transformers' in float64.
-        noise: `largest_differences` of transformers' fp32 passes.
+        noise: largest differences of transformers' fp32 passes from it, by channel.
     """
     stream = torch.zeros(())
     for name in sorted(expected.keys() & exact.keys(), key=_order):
@@ -93,16 +83,17 @@ def first_difference(
         ours = expected[name].to(reference.device)
         if ours.shape != reference.shape:
             return name
-        largest = _by_channel(reference)
+        largest = by_channel(reference)
         if _is_residual_stream(name):
             # What a branch takes away again has left its rounding in the sum.
             largest = stream = torch.maximum(largest, stream.to(largest.device))
-        if not bool((_by_channel(ours - reference) <= channel_limits(noise[name], largest)).all()):
+        if not bool((by_channel(ours - reference) <= channel_limits(noise[name], largest)).all()):
             return name
     return None
 
 
-def _by_channel(values: Tensor) -> Tensor:
+def by_channel(values: Tensor) -> Tensor:
+    """Largest absolute value of each channel, [channels]."""
     return values.abs().amax((0, 1)).double()
 
 
@@ -122,7 +113,9 @@ def described(name: str) -> str:
     return f"layer {prefix[1]}: {what}"
 
 
-class _Hooks:
+class Hooks:
+    """Forward hooks that hand outputs to a function by name, until they are removed."""
+
     def __init__(self, record: Record) -> None:
         self.record = record
         self._handles: list[Any] = []
@@ -150,11 +143,12 @@ class _Hooks:
             self._handles.append(module.register_forward_pre_hook(hook))
 
     def remove(self) -> None:
+        """End it."""
         for handle in self._handles:
             handle.remove()
 
 
-def _watch_megatron_layer(hooks: _Hooks, layer: Any, at: str, config: ModelConfig) -> None:
+def _watch_megatron_layer(hooks: Hooks, layer: Any, at: str, config: ModelConfig) -> None:
     attention, record = layer.self_attention, hooks.record
     hooks.after(layer.input_layernorm, f"{at}.input_layernorm")
 
@@ -186,7 +180,7 @@ def _watch_megatron_layer(hooks: _Hooks, layer: Any, at: str, config: ModelConfi
     hooks.after(layer, at)
 
 
-def _watch_megatron_mlp(hooks: _Hooks, mlp: Any, at: str, config: ModelConfig) -> None:
+def _watch_megatron_mlp(hooks: Hooks, mlp: Any, at: str, config: ModelConfig) -> None:
     def split(output: Tensor) -> None:
         gate, up = output.chunk(2, dim=-1) if config.is_gated else (None, output)
         hooks.record(f"{at}.up_proj", up)
@@ -207,7 +201,7 @@ def _record_megatron_experts(record: Record, moe: Any, x: Tensor, at: str) -> No
         record(f"{at}.shared_expert", moe.shared_experts(x))
 
 
-def _watch_transformers_layer(hooks: _Hooks, layer: Any, at: str) -> None:
+def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str) -> None:
     attention, record = layer.self_attn, hooks.record
     for name in ("input_layernorm", "post_attention_layernorm", "attention_join_norm", "mlp_join_norm"):
         hooks.after(getattr(layer, name, None), f"{at}.{name}")

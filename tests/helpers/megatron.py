@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -44,3 +45,14 @@ def megatron_model(*overrides: str) -> Iterator[torch.nn.Module]:
 def run_forward(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [B, S, V] of token ids [B, S]."""
     return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model as the reference of `verify_directory`."""
+
+    model: torch.nn.Module
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `run_forward`."""
+        return run_forward(self.model, tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,42 @@ def test_a_model_that_the_classes_cannot_say_is_not_written(verify: bool, messag
     with pytest.raises(ConversionError, match=message):
         export_checkpoint(tmp_path / "run", tmp_path / "hf", verify=verify)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+MEASURE = """
+import json, resource, sys
+from sparsecod_megatron.cli.main import main
+
+def peak_after(arguments):
+    assert main(arguments) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small, large = json.loads(sys.argv[1])
+print(-peak_after(small) + peak_after(large))
+"""
+
+
+@pytest.mark.slow
+def test_export_and_import_hold_less_than_two_models(tmp_path: Path) -> None:
+    """All resident pages, those of mapped files included, beyond what the same command takes for a tiny model."""
+    shape = ("model.hidden_size=512", "model.ffn_hidden_size=1536", "model.num_layers=8", "model.vocab_size=4096")
+    models = {"small": (), "large": shape}
+    for name, overrides in models.items():
+        write(tmp_path / name, *overrides)
+    commands = {
+        "export": [
+            ["export", "--checkpoint", str(tmp_path / name), "--output", str(tmp_path / f"{name}-hf")]
+            for name in models
+        ],
+        "import": [
+            ["import", "--hf", str(tmp_path / f"{name}-hf"), "--output", str(tmp_path / f"{name}-run")]
+            for name in models
+        ],
+    }
+    for name, both in commands.items():
+        measured = subprocess.run(
+            [sys.executable, "-c", MEASURE, json.dumps(both)], capture_output=True, text=True, timeout=600, check=True
+        )
+        size = (tmp_path / "large-hf" / "model.safetensors").stat().st_size
+        assert size > 100e6
+        assert int(measured.stdout.splitlines()[-1]) < 2 * size, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import ParityReport, choose_family, export_model
 from sparsecod_megatron.hf.rounding import channel_limits
 from sparsecod_megatron.hf.verify import Verification, verify_directory
-from tests.helpers.megatron import SMALL, megatron_model, run_forward
+from tests.helpers.megatron import SMALL, BuiltModel, megatron_model
 
 DEEP = ("model.num_layers=30",)
 MASSIVE = 5
@@ -40,8 +41,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Calla
 
         def compare() -> Verification:
             return verify_directory(
-                built,
-                lambda tokens: run_forward(built, tokens),
+                lambda: nullcontext(BuiltModel(built)),
                 model,
                 folder,
                 exported_as=torch.float32,
