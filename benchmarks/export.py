@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -33,8 +33,7 @@ from sparsecod_megatron.config import load_config
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Of a model of 8 layers.
 
     Attributes:
@@ -60,8 +59,7 @@ class Shape:
         return [*overrides, f"model.untie_embeddings_and_output_weights={str(not self.tied).lower()}"]
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that processes hold, pages that several share counted in parts.
 
     Attributes:
@@ -194,7 +192,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.memory:
-            print_memory(folder, (shape, replace(shape, hidden_size=args.hidden_size * 3 // 2)))
+            print_memory(folder, (shape, shape._replace(hidden_size=args.hidden_size * 3 // 2)))
             return
         write_apart(folder / "run", shape)
         weights = folder / "hf" / "model.safetensors"
