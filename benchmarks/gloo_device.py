@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -65,32 +63,10 @@ def worker(way: str, steps: int) -> None:
 
 def seconds_per_step(way: str, processes: int, steps: int) -> float:
     """From fresh processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    common["WORLD_SIZE"] = common["LOCAL_WORLD_SIZE"] = str(processes)
-    paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    common["PYTHONPATH"] = paths
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", way, "--steps", str(steps)]
-    started = [
-        subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                **common,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(processes),
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    printed = [process.communicate()[0] for process in started]
-    assert not any(process.returncode for process in started), "a process failed; its message is above"
-    return float(printed[0])
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*starter, __file__, "--worker", way, "--steps", str(steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main() -> None:

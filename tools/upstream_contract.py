@@ -149,7 +149,7 @@ def contract() -> Iterator[str]:
     uses = [Uses(ast.parse(path.read_text("utf-8"))) for path in sorted((ROOT / "sparsecod_megatron").rglob("*.py"))]
     for name in sorted(set().union(*(each.names for each in uses))):
         optional = name.endswith("?")  # a method that the base may not have
-        if name.startswith("torch") and not re.search(r"\._[a-z]", name):
+        if name.startswith("torch") and not re.search(r"\._\w", name):
             continue
         try:
             yield name.rstrip("?") + parameters(resolve(name.rstrip("?")))

@@ -132,9 +132,8 @@ def first_difference(ours: Digests, theirs: Digests) -> str | None:
 
 def _sliced_digests(part: DistributedOptimizer) -> list[tuple[torch.nn.Parameter, dict[str, int]]]:
     """Of each parameter, all data-parallel ranks' slices together; on the rank that writes them, nothing elsewhere."""
-    if part.is_stub_optimizer:
-        return []
-    parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
+    buffers = [] if part.is_stub_optimizer else part.buffers
+    parameters = [parameter for buffer in buffers for parameter in buffer.param_index_map]
     # A pipeline stage of dense layers has a part for experts too, without parameters; so have all ranks of its group.
     if not parameters:
         return []

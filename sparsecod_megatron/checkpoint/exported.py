@@ -9,8 +9,7 @@ import torch
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
-from sparsecod_megatron.config import RunConfig, load_config
-from sparsecod_megatron.config.run_files import CONFIG_FILE
+from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.export import DEFAULT_SHARD_BYTES
@@ -54,8 +53,16 @@ def export_checkpoint(
     with streamed_checkpoint(path, digests=digests) as source:
 
         def check(folder: Path) -> None:
-            found.append(verify_checkpoint(source.step_dir, folder, exported_as=dtype, seed=seed))
-            found[0].publish(folder)
+            verification = verify_checkpoint(
+                source.step_dir,
+                source.config.model,
+                folder,
+                exported_as=dtype,
+                seq_length=source.config.data.seq_length,
+                seed=seed,
+            )
+            verification.publish(folder)
+            found.append(verification)
 
         if not verify:
             _require_plain(source.config)
@@ -75,32 +82,33 @@ def export_checkpoint(
 
 def verify_checkpoint(
     step_dir: Path,
+    model: ModelConfig,
     hf_dir: Path,
     *,
     exported_as: torch.dtype | None,
-    seq_length: int | None = None,
+    seq_length: int,
     seed: int = DEFAULT_SEED,
 ) -> Verification:
     """A checkpoint, loaded by Megatron-Core, against a HuggingFace directory. Local, as `whole_model`.
 
     Args:
         step_dir: the checkpoint.
+        model: its configuration.
         hf_dir: made from it, or what it was made from.
         exported_as: as `verify_directory`.
-        seq_length: longest sequence, in tokens; None takes the run's.
+        seq_length: longest sequence, in tokens.
         seed: of the random tokens.
 
     Raises:
         CheckpointError: it cannot be read.
         ConversionError: as `verify_directory`.
     """
-    config = load_config(step_dir / CONFIG_FILE)
     return verify_directory(
         lambda: whole_model(step_dir, select_backend()),
-        config.model,
+        model,
         hf_dir,
         exported_as=exported_as,
-        seq_length=seq_length or config.data.seq_length,
+        seq_length=seq_length,
         generator=torch.Generator().manual_seed(seed),
     )
 

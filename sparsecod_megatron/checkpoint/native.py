@@ -125,8 +125,8 @@ def load_checkpoint(
         CheckpointError: of another model or version, or its optimizer is not of its weights.
     """
     check_files(directory, digests=config.checkpoint.verify)
-    saved = read_state(directory)
-    check_same_model(config, directory)
+    saved, theirs = read_state(directory), saved_config(directory)
+    check_same_model(theirs, config, directory)
     model_state = model_sharded_state(models, groups)
     if saved.is_weights_alone:
         loaded, _ = _load(model_state, directory)
@@ -136,7 +136,7 @@ def load_checkpoint(
     tensors = optimizer_tensors(optimizer, model_state, metadata=_metadata(groups), is_loading=True)
     sharded = model_state | {"optimizer": tensors}
     loaded, metadata = _load(sharded, directory)
-    if not (config.precision.fp8_param_gather or saved_config(directory).precision.fp8_param_gather):
+    if not (config.precision.fp8_param_gather or theirs.precision.fp8_param_gather):
         require_own_masters(directory, sharded, loaded, metadata)
     _set_model_state(models, loaded)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)

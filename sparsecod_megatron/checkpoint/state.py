@@ -118,14 +118,13 @@ def saved_config(directory: Path) -> RunConfig:
         raise DamagedCheckpoint(f"{directory}: damaged ({' '.join(str(error).split())}); choose another step") from None
 
 
-def check_same_model(config: RunConfig, directory: Path) -> None:
+def check_same_model(saved: RunConfig, config: RunConfig, directory: Path) -> None:
     """Refuse to go on with a checkpoint of another model or optimizer, naming the first key that differs.
 
     Raises:
         CheckpointError: a key differs that shapes the weights, decides what is computed with them, or what steps them.
         DamagedCheckpoint: its configuration cannot be read.
     """
-    saved = saved_config(directory)
     differences = [*model_differences(saved, config)]
     if saved.optimizer.optimizer != config.optimizer.optimizer:
         differences.append(Difference("optimizer.optimizer", saved.optimizer.optimizer, config.optimizer.optimizer))

@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
     with directory_in_the_making(args.output) as folder:
         step_dir = write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
         if args.verify:
-            found = verify_checkpoint(step_dir, source.directory, exported_as=None, seq_length=source.seq_length)
+            found = verify_checkpoint(
+                step_dir, config.model, source.directory, exported_as=None, seq_length=source.seq_length
+            )
             found.publish(folder)
         save_config(config, folder / CONFIG_FILE)
         if tokenizer is not None:

@@ -68,7 +68,7 @@ def owned_slices(models: Sequence[GPTModel], optimizer: ChainedOptimizer) -> lis
 
 
 def working_parts(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chain that have parameters on this rank. Local."""
+    """The optimizers of a chain but Megatron-Core's stubs; one may still have no parameters on this rank. Local."""
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 

@@ -16,16 +16,14 @@ import torch.distributed as dist
 
 from sparsecod_megatron.backend.cpu.redirection import Redirection
 
-_Gloo: Any = dist.ProcessGroupGloo  # the stubs of torch miss some names
-
 
 @functools.cache
-def _devices() -> list[Any]:
+def _devices() -> list[dist.ProcessGroupGloo.Device]:
     """As torch makes them for each group: on the interfaces of GLOO_SOCKET_IFNAME, or the host name's."""
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if not interfaces:
-        return [_Gloo.create_default_device()]
-    return [_Gloo.create_device(interface=name) for name in interfaces.split(",")]
+        return [dist.ProcessGroupGloo.create_default_device()]
+    return [dist.ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
 
 
 def on_shared_devices(create: Any) -> Callable[..., None]:
@@ -35,7 +33,7 @@ def on_shared_devices(create: Any) -> Callable[..., None]:
     def run(self: Any, store: dist.Store, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
         timeout = args[0] if args else kwargs.get("timeout")
         if isinstance(timeout, datetime.timedelta):
-            options = _Gloo._Options()
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined] # torch's stubs lack it
             options._timeout, options._devices = timeout, _devices()
             options._threads = 2 * len(options._devices)
             args, kwargs = (options,), {}
@@ -48,9 +46,9 @@ def redirections() -> list[Redirection]:
     """The constructor of gloo's groups."""
     return [
         Redirection(
-            _Gloo,
+            dist.ProcessGroupGloo,
             "__init__",
-            on_shared_devices(_Gloo.__init__),
+            on_shared_devices(dist.ProcessGroupGloo.__init__),
             "torch's distributed/distributed_c10d.py:2169",
             "each group's device has a polling thread",
             speed_only=True,
