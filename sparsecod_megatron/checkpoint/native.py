@@ -22,6 +22,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from sparsecod_megatron.checkpoint.fp8_state import (
+    check_scales,
+    is_extra_state,
+    model_state_to_keep,
+    without_absent_scales,
+)
 from sparsecod_megatron.checkpoint.invariants import require_digests, require_own_masters
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, check_files
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set_optimizer_tensors
@@ -130,7 +136,7 @@ def load_checkpoint(
     model_state = model_sharded_state(models, groups)
     if saved.is_weights_alone:
         loaded, _ = _load(model_state, directory)
-        _set_model_state(models, loaded)
+        _set_model_state(models, loaded, directory)
         optimizer.reload_model_params()
         return saved.train
     tensors = optimizer_tensors(optimizer, model_state, metadata=_metadata(groups), is_loading=True)
@@ -138,15 +144,15 @@ def load_checkpoint(
     loaded, metadata = _load(sharded, directory)
     if not (config.precision.fp8_param_gather or theirs.precision.fp8_param_gather):
         require_own_masters(directory, sharded, loaded, metadata)
-    _set_model_state(models, loaded)
+    _set_model_state(models, loaded, directory)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
     # Loading has taken the tensors out of the sharded state.
     require_digests(directory, optimizer, model_sharded_state(models, groups), saved.digests)
     try:
-        if saved.layout == layout_of(config.parallel):
-            restore_random_states(saved.random_states)
-        else:
+        if saved.layout != layout_of(config.parallel):
             logger.info("%s: saved under another layout, so random states start from train.seed", directory)
+        elif not restore_random_states(saved.random_states):
+            logger.info("%s: saved on another kind of device, so random states start from train.seed", directory)
         scheduler.num_steps = 0  # loading adds the checkpoint's to them
         scheduler.load_state_dict(saved.scheduler)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -174,7 +180,7 @@ def load_weights(
     for difference in differences:
         logger.info("%s: %s", directory, difference)
     loaded, _ = _load(sharded, directory)
-    _set_model_state(models, loaded)
+    _set_model_state(models, loaded, directory)
 
 
 def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -> None:
@@ -212,7 +218,7 @@ def _load(sharded: ShardedStateDict, directory: Path) -> tuple[dict[str, Any], M
     try:
         metadata = read_metadata(directory)  # first, so that what unpickles it below meets nothing unexpected
         with tensors_only():
-            return dist_checkpointing.load(sharded, str(directory)), metadata
+            return dist_checkpointing.load(without_absent_scales(sharded, metadata), str(directory)), metadata
     except CheckpointException as failures:
         # torch's own, which is no Exception: what went wrong on each rank.
         error: BaseException = next(iter(failures.failures.values()))[0]
@@ -249,14 +255,22 @@ def _chunk_names(models: Sequence[torch.nn.Module]) -> list[str]:
 
 
 def model_sharded_state(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> ShardedStateDict:
-    """Where this rank's tensors lie in the whole model: weights, and buffers that are kept. Local."""
+    """Where this rank's tensors lie in the whole model: weights, buffers that are kept, and FP8 scales. Local."""
     metadata = _metadata(groups)
+    chunks = map(unwrap, models)
     return {
-        name: unwrap(model).sharded_state_dict(metadata=metadata)
-        for name, model in zip(_chunk_names(models), models, strict=True)
+        name: model_state_to_keep(model, model.sharded_state_dict(metadata=metadata))
+        for name, model in zip(_chunk_names(models), chunks, strict=True)
     }
 
 
-def _set_model_state(models: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+def _set_model_state(models: Sequence[torch.nn.Module], loaded: dict[str, Any], directory: Path) -> None:
     for name, model in zip(_chunk_names(models), models, strict=True):
-        unwrap(model).load_state_dict(loaded[name], strict=True)
+        with tensors_only():
+            try:
+                check_scales(loaded[name])
+            except pickle.UnpicklingError as error:
+                raise _damaged(directory, error) from error
+            found = unwrap(model).load_state_dict(loaded[name], strict=False)
+        wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not is_extra_state(key)]
+        assert not wrong, f"{directory}: loaded other tensors than the model's: {wrong[:3]}"

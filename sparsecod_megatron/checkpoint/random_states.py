@@ -27,13 +27,20 @@ def gather_random_states() -> RandomStates:
     return states
 
 
-def restore_random_states(states: RandomStates) -> None:
+def restore_random_states(states: RandomStates) -> bool:
     """Put this rank's generators where they were. Local.
+
+    Returns:
+        False, and nothing has changed, where CPU and CUDA differ: their generators have states of other kinds.
 
     Raises:
         LookupError, TypeError, ValueError, RuntimeError: not what `gather_random_states` gave.
     """
-    _restore(states[dist.get_rank()])
+    mine = states[dist.get_rank()]
+    if ("cuda" in mine) != torch.cuda.is_available():
+        return False
+    _restore(mine)
+    return True
 
 
 @contextmanager
@@ -48,7 +55,7 @@ def unchanged_random_states() -> Iterator[None]:
 
 def _restore(mine: dict[str, Any]) -> None:
     torch.set_rng_state(_decode(mine["cpu"]))
-    if torch.cuda.is_available() and "cuda" in mine:
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(mine["cuda"]))
     get_cuda_rng_tracker().set_states({name: _decode(text) for name, text in mine["tracker"].items()})
     version, words, gauss = mine["python"]

@@ -2,6 +2,7 @@
 
 torch's reader unpickles `.metadata`, and Megatron-Core's planner unpickles objects inside the shards; a pickle can call
 any function. Here `.metadata` may name only the classes that it is made of, and torch.load only restores tensors.
+FP8 scales are the one pickle more; `fp8_state.py` reads them before Transformer Engine does.
 """
 
 from __future__ import annotations
