@@ -1,13 +1,22 @@
-"""Prepares one rank for CUDA: its device, the order of launches that overlap relies on, and Transformer Engine."""
+"""Prepares one rank for CUDA: its device, the order of launches that overlap relies on, and where modules come from.
+
+A machine without that package trains with the reference modules of the CPU backend, on CUDA and NCCL.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import os
 
 import torch
 
+from sparsecod_megatron.backend.packages import TRANSFORMER_ENGINE, hide, why_no_transformer_engine
+from sparsecod_megatron.backend.redirection import Redirection
 from sparsecod_megatron.errors import ConfigError
+
+logger = logging.getLogger("sparsecod")
+
+_applied: list[Redirection] = []
 
 
 def prepare(local_rank: int) -> torch.device:
@@ -20,17 +29,12 @@ def prepare(local_rank: int) -> torch.device:
         The device of this rank.
 
     Raises:
-        ConfigError: more ranks than GPUs on the node, or no Transformer Engine.
+        ConfigError: more ranks than GPUs on the node.
     """
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"LOCAL_RANK: {local_rank}, but this node shows {torch.cuda.device_count()} GPUs; start at most one "
             f"process per GPU"
-        )
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError(
-            "backend: 'cuda' needs Transformer Engine, which is not installed; use an NGC PyTorch container or "
-            'pip install "sparsecod_megatron[gpu]"'
         )
     # Megatron's overlap of communication with matrix products counts on kernels running in the order they were
     # launched.
@@ -44,3 +48,36 @@ def versions(device: torch.device) -> tuple[tuple[int, int], tuple[int, int]]:
     assert torch.version.cuda is not None, "a CUDA device is visible only to a PyTorch built with CUDA"
     major, minor = torch.version.cuda.split(".")[:2]
     return torch.cuda.get_device_capability(device), (int(major), int(minor))
+
+
+def prepare_modules(*, needs_fp8: bool) -> bool:
+    """Decide where Megatron-Core's modules come from, once in a process and before it is imported. Local.
+
+    Args:
+        needs_fp8: whether the run multiplies in FP8, which only Transformer Engine does.
+
+    Returns:
+        Whether layers are Transformer Engine's; otherwise one line of warning says why not.
+
+    Raises:
+        ConfigError: FP8 without Transformer Engine, or Megatron-Core was imported before and holds a broken one.
+    """
+    absent = why_no_transformer_engine()
+    if absent and needs_fp8:
+        raise ConfigError(
+            f"precision.fp8_recipe: FP8 needs Transformer Engine, but {absent}; use an NGC PyTorch container, "
+            'pip install "sparsecod_megatron[gpu]", or precision.fp8_recipe=none'
+        )
+    if _applied:
+        return absent is None
+    if absent:
+        hide(TRANSFORMER_ENGINE)
+        logger.warning(
+            "training without Transformer Engine (%s): the same model from PyTorch's modules, slower and in more "
+            'memory; an NGC PyTorch container or pip install "sparsecod_megatron[gpu]" brings it',
+            absent,
+        )
+    from sparsecod_megatron.backend import stand_ins
+
+    _applied.extend(each for each in stand_ins.redirections() if each.apply())
+    return absent is None

@@ -43,8 +43,8 @@ def select_backend(
         cpu_kernels: the configuration's; None leaves those in use. CUDA has no choice of them.
 
     Raises:
-        ConfigError: `cuda` without CUDA or Transformer Engine, `cpu` where CUDA is visible, or a precision that the
-            device does not have; or an environment variable that holds no choice of products.
+        ConfigError: `cuda` without CUDA, `cpu` where CUDA is visible, a precision that the device does not have, FP8
+            without Transformer Engine, or an environment variable that holds no choice of products.
     """
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
@@ -61,13 +61,14 @@ def select_backend(
 
 
 def _cuda(precision: PrecisionConfig | None) -> Backend:
-    from sparsecod_megatron.backend.cuda import prepare, versions
+    from sparsecod_megatron.backend.cuda import prepare, prepare_modules, versions
 
     device = prepare(local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if precision is not None:
         capability, cuda_version = versions(device)
         check_precision(precision, capability=capability, cuda_version=cuda_version)
-    return Backend(name="cuda", communication="nccl", device=device, transformer_engine=True)
+    engine = prepare_modules(needs_fp8=precision is not None and precision.fp8)
+    return Backend(name="cuda", communication="nccl", device=device, transformer_engine=engine)
 
 
 def _cpu(kernels: str | None) -> Backend:

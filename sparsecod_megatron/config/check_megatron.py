@@ -57,10 +57,10 @@ def without_effect(config: RunConfig) -> set[str]:
 
 
 def needs_transformer_engine(field: str) -> str | None:
-    """Why a field that passes cannot be used with the reference modules of the CPU backend; None if it can."""
+    """Why a field that passes cannot be used with the reference modules; None if it can."""
     if field not in NEEDS_TRANSFORMER_ENGINE:
         return None
-    return "only Transformer Engine reads it, which runs on CUDA; remove it on the CPU backend"
+    return "only Transformer Engine reads it, which runs on CUDA where it is installed; remove it here"
 
 
 def _hint(field: str, known: list[str]) -> str:

@@ -164,7 +164,8 @@ NEEDS_TRANSFORMER_ENGINE = frozenset(
         "use_te_activation_func",
     }
 )
-"""Fields that nothing reads, or that end in a traceback, without Transformer Engine: on the CPU backend."""
+"""Fields that nothing reads, or that end in a traceback, without Transformer Engine: on the CPU, and on CUDA without
+the package."""
 
 SET_BY: dict[str, str] = {
     **{

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -124,8 +125,11 @@ def _yarn(model: ModelConfig) -> dict[str, Any]:
 
 
 def _has_fused_rope(config: RunConfig, transformer_engine: bool) -> bool:
-    """YaRN scales what it rotates, which no fused kernel does; ours on CPU knows neither packed documents nor pairs."""
-    if config.model.rope_scaling == "yarn":
+    """YaRN scales what it rotates, which no fused kernel does; ours on CPU knows neither packed documents nor pairs.
+
+    CUDA has one only with Transformer Engine.
+    """
+    if config.model.rope_scaling == "yarn" or rope_utils.fused_apply_rotary_pos_emb is None:
         return False
     unknown = config.data.reset_attention_mask or config.megatron.get("rotary_interleaved", False)
     return transformer_engine or not unknown
@@ -191,7 +195,10 @@ def _refuse_unread(fields: dict[str, Any], transformer_engine: bool) -> None:
     if fields.get("moe_token_dispatcher_type") != "flex":
         return
     if not transformer_engine:
-        raise ConfigError("megatron.moe_token_dispatcher_type: 'flex', but DeepEP runs on CUDA; use alltoall here")
+        raise ConfigError(
+            "megatron.moe_token_dispatcher_type: 'flex', but DeepEP runs on CUDA, and here beside Transformer Engine "
+            "alone; use alltoall"
+        )
     if importlib.util.find_spec("deep_ep") is None:
         raise ConfigError("megatron.moe_token_dispatcher_type: 'flex' needs DeepEP; install deep_ep or use alltoall")
 

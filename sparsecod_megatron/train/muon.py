@@ -11,7 +11,6 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.errors import ConfigError
 
 _SPREAD_EXPERTS = ParamPredicate(name="spread_experts", fn=lambda parameter: not getattr(parameter, "allreduce", True))
 """Parameters of experts that are spread over ranks."""
@@ -35,15 +34,7 @@ def build_muon(
         models: wrapped for data parallelism, without the distributed optimizer.
         overrides: of parameter groups.
         groups: the run's process groups.
-
-    Raises:
-        ConfigError: the package that it comes from is not installed.
     """
-    if not muon.HAVE_EMERGING_OPTIMIZERS:
-        raise ConfigError(
-            "optimizer.optimizer: 'muon' needs NVIDIA's Emerging-Optimizers (module emerging_optimizers), which is not "
-            "installed; install it from NVIDIA-NeMo, or set optimizer.optimizer=adam"
-        )
     overrides = overrides | {ParamKey(predicate=_SPREAD_EXPERTS): _ANOTHER_LENGTH}
     chain = muon.get_megatron_muon_optimizer(fields, list(models), config_overrides=overrides, pg_collection=groups)
     # Upstream removes the experts' groups from the list that it walks through, which would miss a neighbour.

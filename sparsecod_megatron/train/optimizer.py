@@ -33,9 +33,6 @@ def build_optimizer(
     Returns:
         A chain: one optimizer for what is replicated and one for experts spread over ranks; under Muon these two for
         matrices, routers among them, and AdamW for embeddings, output layer and vectors.
-
-    Raises:
-        ConfigError: Muon without the package that it comes from.
     """
     fields, overrides = optimizer_config(config), group_overrides(config)
     if config.optimizer.optimizer == "muon":

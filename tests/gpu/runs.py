@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
 from tests.helpers.megatron import SMALL, run_forward
 from tests.helpers.training import small_trainer, trainer_batches
+
+needs_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
 
 Statistics = list[dict[str, float]]
 """Of one step, by layer."""

@@ -11,10 +11,10 @@ from sparsecod_megatron.backend.cuda import versions
 from sparsecod_megatron.backend.precision_support import check_precision
 from sparsecod_megatron.config import PrecisionConfig
 from sparsecod_megatron.errors import ConfigError
-from tests.gpu.runs import SHAPE, Training, assert_alike, train
+from tests.gpu.runs import SHAPE, Training, assert_alike, needs_engine, train
 from tests.helpers.training import small_trainer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, needs_engine]
 STEPS = 20
 BF16 = "precision.dtype=bf16"
 MOE = ("model.num_moe_experts=4", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=256")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsecod_megatron.metrics.moments import token_cosines, token_shapes
-from tests.gpu.runs import Statistics, fresh_model, load_plain_weights, statistics_of
+from tests.gpu.runs import Statistics, fresh_model, load_plain_weights, needs_engine, statistics_of
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,7 @@ def test_reference_layers_equal_the_cpu(cpu: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@needs_engine
 def test_transformer_engine_layers_equal_the_cpu(cpu: dict[str, Any]) -> None:
     """Transformer Engine multiplies fp32 matrices in TF32, with ten bits of mantissa."""
     assert_close(statistics_here(cpu, transformer_engine=True), cpu["layers"], rtol=2e-2, atol=1e-2)

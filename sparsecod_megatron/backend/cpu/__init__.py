@@ -7,11 +7,10 @@ it stands for. The last of them, which only make a run faster (`kernels.py`), ca
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.packages import APEX, TRANSFORMER_ENGINE, hide
+from sparsecod_megatron.backend.redirection import Redirection
 
 _applied: list[Redirection] = []
 _kernels: list[Redirection] = []
@@ -28,21 +27,20 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
 
     Raises:
         AssertionError: CUDA is present; `select_backend` never comes here then.
+        ConfigError: Megatron-Core was imported before, with packages that run on CUDA alone.
     """
     assert not torch.cuda.is_available(), "the CPU redirections must not touch a process that has CUDA"
     from sparsecod_megatron.backend.cpu import eager, torch_cuda
 
     if not _applied:
+        hide((*TRANSFORMER_ENGINE, *APEX))
         # torch first: Megatron-Core reads devices and streams while it is imported.
         _applied.extend(each for each in torch_cuda.redirections() if each.apply())
         with eager.no_compilation():
+            from sparsecod_megatron.backend import stand_ins
             from sparsecod_megatron.backend.cpu import collectives, gloo_device, megatron, optimizer, results, speed
 
-        modules = [eager, megatron, collectives, gloo_device, optimizer, results, speed]
-        if importlib.util.find_spec("megatron.core.optimizer.muon"):  # upstream moves it about; AdamW must not care
-            from sparsecod_megatron.backend.cpu import orthogonalized
-
-            modules.append(orthogonalized)
+        modules = [eager, stand_ins, megatron, collectives, gloo_device, optimizer, results, speed]
         for module in modules:
             _applied.extend(each for each in module.redirections() if each.apply())
     from sparsecod_megatron.backend.cpu import kernels as sets

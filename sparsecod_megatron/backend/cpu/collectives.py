@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import mappings
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 _gather_even = mappings._gather_along_first_dim
 _reduce_scatter_even = mappings._reduce_scatter_along_first_dim

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 COMPILED_FROM = "_torchdynamo_orig_callable"
 """Where a function that torch.compile returned has the one that it was given."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from sparsecod_megatron.backend import functional
 from sparsecod_megatron.backend.cpu import experts, linear, permutation, speed
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 DEFAULT = "fast"
 

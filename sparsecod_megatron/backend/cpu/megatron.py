@@ -9,22 +9,9 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import token_dispatcher
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
-
-
-class NoFP8:
-    """Stands for Transformer Engine's FP8 state, which activation recompute asks unconditionally."""
-
-    @staticmethod
-    def is_fp8_enabled() -> bool:
-        """Never on CPU."""
-        return False
-
-
-def _no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
+from sparsecod_megatron.backend.redirection import Redirection
 
 
 def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -89,14 +76,4 @@ def redirections() -> list[Redirection]:
         table.append(
             (module, name, positions_on_this_cp_rank, "models/common/embeddings/rope_utils.py:62", "pinned memory")
         )
-    engine = "Transformer Engine is CUDA only"
-    absent = [
-        (moe_utils, "te_general_gemm", None, "transformer/moe/moe_utils.py:1192"),
-        (megatron_random, "FP8GlobalStateManager", NoFP8, "tensor_parallel/random.py:589"),
-        (megatron_random, "activation_recompute_forward", _no_context, "tensor_parallel/random.py:592"),
-        (megatron_random, "fp8_autocast", _no_context, "tensor_parallel/random.py:687"),
-    ]
-    return [
-        *(Redirection(*row) for row in table),
-        *(Redirection(*row, reason=engine, absent=True) for row in absent),
-    ]
+    return [Redirection(*row) for row in table]

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 
 class ResultsQueue:

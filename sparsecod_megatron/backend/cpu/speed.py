@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import mlp
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 
 class SwiGLU(torch.autograd.Function):

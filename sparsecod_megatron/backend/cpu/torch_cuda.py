@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 _CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ from sparsecod_megatron.backend import select_backend
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is for machines without CUDA")
 select_backend()
 
-from sparsecod_megatron.backend.cpu.optimizer import FusedAdam, clip_grad_by_total_norm  # noqa: E402
+from sparsecod_megatron.backend.adamw import FusedAdam  # noqa: E402
+from sparsecod_megatron.backend.cpu.optimizer import clip_grad_by_total_norm  # noqa: E402
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 

@@ -16,7 +16,7 @@ select_backend()
 
 from megatron.core.optimizer import muon  # noqa: E402
 
-from sparsecod_megatron.backend.cpu.orthogonalized import get_muon_scale_factor, newton_schulz_tp  # noqa: E402
+from sparsecod_megatron.backend.orthogonalized import get_muon_scale_factor, newton_schulz_tp  # noqa: E402
 
 SHAPES = ((6, 4), (4, 6), (5, 5), (1, 7))
 

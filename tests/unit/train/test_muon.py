@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecod_megatron.errors import ConfigError
 from tests.helpers.newton_schulz import orthogonalized
 from tests.helpers.training import collected_steps, small_trainer, trainer_batches
 
@@ -148,15 +147,3 @@ def test_the_loss_falls(model: str) -> None:
         data = trainer_batches(trainer)
         losses = [train_step(trainer, data).loss for _ in range(40)]
     assert losses[0] > 4.1 and sum(losses[-5:]) / 5 < losses[0] - 0.15
-
-
-def test_without_the_package_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU machine, where nothing stands in for it."""
-    from sparsecod_megatron.backend import select_backend
-
-    select_backend()
-    from megatron.core.optimizer import muon
-
-    monkeypatch.setattr(muon, "HAVE_EMERGING_OPTIMIZERS", False)
-    with pytest.raises(ConfigError, match="needs NVIDIA's Emerging-Optimizers"), small_trainer(*MUON):
-        pass

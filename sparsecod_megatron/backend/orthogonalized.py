@@ -1,7 +1,7 @@
 """Muon's arithmetic where NVIDIA's Emerging-Optimizers, from which Megatron-Core takes it, is not installed.
 
-The package comes with NVIDIA's containers, not with a package index, so a laptop has none. Three names stand in for it,
-with the same signatures, coefficients and order of operations; where the package is there, nothing is redirected.
+The package is on no package index, and not in NGC's PyTorch image either. Three names stand in for it on any device,
+with the same signatures, coefficients and order of operations; where it is there, nothing is redirected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import muon
 from torch import Tensor
 
-from sparsecod_megatron.backend.cpu.redirection import Redirection
+from sparsecod_megatron.backend.redirection import Redirection
 
 COEFFICIENTS = {
     "simple": ((3.4445, -4.7750, 2.0315),),
