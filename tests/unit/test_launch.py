@@ -290,3 +290,12 @@ def test_image_is_pinned() -> None:
     found = {line.partition(":")[0] for line in check["problems"]()}
     assert "transformer-engine" in found or shutil.which("nvidia-smi"), "CPU machines have none, and the check says so"
     assert not found & {"torch", "omegaconf"}
+
+
+def test_the_image_check_imports_what_a_run_takes() -> None:
+    """A Transformer Engine whose compiled part is for another PyTorch, as far as its version: fitting."""
+    check = runpy.run_path(str(ROOT / "examples/ngc/check_image.py"))
+    if shutil.which("nvidia-smi") is None:
+        engine, *rest = check["failed_imports"]()
+        assert engine.startswith("transformer_engine.pytorch: cannot be imported in this image (ModuleNotFoundError")
+        assert engine.endswith("choose another BASE") and not rest
