@@ -3,8 +3,8 @@
 # under examples/ngc alike. A variable that is already set keeps its value: `NCCL_DEBUG=INFO sbatch ...`.
 
 # One queue from the host to the GPU, so that kernels run in the order of their launches: Megatron-Core launches communication
-# before the matrix product that hides it, and relies on that. Set 8 or 32 where megatron.overlap_moe_expert_parallel_comm is
-# on, whose all-to-all must run beside other kernels, and on Blackwell. (github.com/NVIDIA/Megatron-LM, issues 533 and 2180)
+# before the matrix product that hides it, and relies on that. Set 8 or 32 on Blackwell. (github.com/NVIDIA/Megatron-LM,
+# issues 533 and 2180)
 : "${CUDA_DEVICE_MAX_CONNECTIONS:=1}"
 
 # Transformer Engine's norm kernels take all 132 multiprocessors for as long as they run. Gradients are reduced and weights
@@ -13,8 +13,7 @@
 : "${NVTE_BWD_LAYERNORM_SM_MARGIN:=16}"
 
 # Experts get another number of tokens at every step, and blocks of fixed segments then leave gaps; expandable ones do not.
-# By its older name, which torch 2.13 still reads first and Megatron-Core 0.16 alone: with expandable segments it refuses
-# megatron.nccl_ub, and CUDA graphs unless NCCL_GRAPH_REGISTER=0. Set expandable_segments:False for these.
+# By its older name, which torch 2.13 still reads first and Megatron-Core 0.16 alone.
 : "${PYTORCH_CUDA_ALLOC_CONF:=expandable_segments:True}"
 
 # Otherwise torchrun sets 1. Threads of a rank: data, checkpoints and SHA-256 are work of the CPU; 8 ranks times 8 leave room

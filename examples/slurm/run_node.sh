@@ -10,6 +10,14 @@ set -euo pipefail
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+# Every rank has a connection to every other one in each gloo group, and the first rank's store one to each: more than the
+# usual 1,024 open files.
+files="$(ulimit -Hn)"
+if [ "$files" = unlimited ] || [ "$files" -gt 65536 ]; then
+    files=65536
+fi
+ulimit -Sn "$files"
+
 (
     trap '' USR1 TERM INT
     exec bash tools/run_in_venv.sh torchrun \

@@ -1,4 +1,4 @@
-"""Prepares one rank for CUDA: its device, the order of launches that overlap relies on, and where modules come from.
+"""Prepares one rank for CUDA: its device, and where modules come from.
 
 A machine without that package trains with the reference modules of the CPU backend, on CUDA and NCCL.
 """
@@ -6,7 +6,6 @@ A machine without that package trains with the reference modules of the CPU back
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 
@@ -36,9 +35,6 @@ def prepare(local_rank: int) -> torch.device:
             f"LOCAL_RANK: {local_rank}, but this node shows {torch.cuda.device_count()} GPUs; start at most one "
             f"process per GPU"
         )
-    # Megatron's overlap of communication with matrix products counts on kernels running in the order they were
-    # launched.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -46,6 +46,9 @@ def select_backend(
         ConfigError: `cuda` without CUDA, `cpu` where CUDA is visible, a precision that the device does not have, FP8
             without Transformer Engine, or an environment variable that holds no choice of products.
     """
+    # Before the driver is asked anything, because it reads this once. Megatron's overlap of communication with matrix
+    # products counts on kernels running in the order they were launched.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
         raise ConfigError(

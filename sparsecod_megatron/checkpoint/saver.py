@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -34,7 +33,7 @@ from sparsecod_megatron.checkpoint.writer import start_saving, stop_writers
 from sparsecod_megatron.config import RunConfig, save_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
-from sparsecod_megatron.parallel import any_rank
+from sparsecod_megatron.parallel import any_rank, wait_for_all
 
 logger = logging.getLogger("sparsecod")
 
@@ -211,7 +210,7 @@ class CheckpointSaver:
         """End the writers and delete what they wrote. Collective."""
         self._flight = None
         self._stop_writers()
-        dist.barrier()
+        wait_for_all(self._device)
         on_first_rank(lambda: remove_leftovers(self._checkpoints))
         self._failed = f"{directory}: not saved ({reason}); the checkpoints before it stay"
 

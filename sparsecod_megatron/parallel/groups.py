@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import random
 from collections.abc import Iterator
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -21,11 +23,13 @@ from torch.distributed.rendezvous import rendezvous
 from sparsecod_megatron.config import RunConfig, data_parallel_size
 
 ProcessGroups: TypeAlias = ProcessGroupCollection
+TIMEOUT_S = 1800.0
+"""Of a collective, where a run does not say."""
 
 
 @contextlib.contextmanager
 def running_processes(
-    config: RunConfig, *, communication: str, device: torch.device, timeout_s: float = 1800.0
+    config: RunConfig, *, communication: str, device: torch.device, timeout_s: float = TIMEOUT_S
 ) -> Iterator[ProcessGroups]:
     """The run's processes and their groups while the block runs. Collective over all processes.
 
@@ -42,24 +46,34 @@ def running_processes(
         ConfigError: the layout does not fit the number of processes.
     """
     data_parallel_size(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    with world(communication=communication, device=device, timeout_s=timeout_s), process_groups(config) as groups:
+    with (
+        world(communication=communication, timeout_s=timeout_s),
+        process_groups(config, timeout_s=timeout_s) as groups,
+    ):
+        if device.type == "cuda":
+            # The barriers of torch and Megatron-Core take the device that this group was first used with.
+            dist.all_reduce(torch.zeros(1, device=device))
         yield groups
 
 
 @contextlib.contextmanager
-def world(*, communication: str, device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
-    """torch.distributed over the processes that torchrun started, or over this one. Collective over all processes."""
+def world(*, communication: str, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+    """torch.distributed over the processes that torchrun started, or over this one. Collective over all processes.
+
+    Args:
+        communication: torch.distributed backend; with `nccl`, the process is bound to its GPU already.
+        timeout_s: after this long a collective that some rank never joins raises.
+    """
     timeout = datetime.timedelta(seconds=timeout_s)
-    device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"attempt_{_attempt()}", store)
     else:
         store, rank, size = dist.HashStore(), 0, 1
     store.set_timeout(timeout)
-    dist.init_process_group(
-        communication, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
-    )
+    # Without `device_id`, given which every group that is made later is a split of this one on all ranks, members or
+    # not: Megatron-Core makes 11,000 of them on 1,024 ranks (torch's distributed_c10d.py, `perform_nocolor_split`).
+    dist.init_process_group(communication, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield
     except BaseException:
@@ -83,8 +97,12 @@ def _attempt() -> str:
 
 
 @contextlib.contextmanager
-def process_groups(config: RunConfig) -> Iterator[ProcessGroups]:
+def process_groups(config: RunConfig, *, timeout_s: float = TIMEOUT_S) -> Iterator[ProcessGroups]:
     """Groups of one layout over running processes, seeded. Collective over all processes.
+
+    Args:
+        config: layout and seed.
+        timeout_s: of collectives in every group.
 
     Raises:
         ConfigError: the layout does not fit the number of processes.
@@ -99,7 +117,12 @@ def process_groups(config: RunConfig) -> Iterator[ProcessGroups]:
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            # Upstream makes a timedelta of it, which takes fractions.
+            distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]
         )
+        # The one group that upstream makes without it (megatron-core 0.16.1 parallel_state.py:1279).
+        forgotten = parallel_state.get_expert_data_parallel_group_gloo()
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), forgotten)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         _seed(config.train.seed, groups)
         yield groups
@@ -110,5 +133,7 @@ def process_groups(config: RunConfig) -> Iterator[ProcessGroups]:
 def _seed(seed: int, groups: ProcessGroups) -> None:
     """Megatron's convention: stages differ by 100, tensor-parallel ranks through the tracker, replicas are equal."""
     stage_seed = seed + 100 * groups.pp.rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed)
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)

@@ -25,7 +25,12 @@ def all_reduce_sums(sums: torch.Tensor, group: dist.ProcessGroup | None = None) 
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` holds on any process. Collective over all processes."""
-    value = torch.tensor([1.0 if flag else 0.0], device=device)
+    """Whether `flag` holds on any process. Collective over all processes; waits for the device."""
+    value = torch.full((1,), float(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item() > 0)
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Until every process is here. Collective over all processes."""
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)

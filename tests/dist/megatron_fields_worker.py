@@ -126,7 +126,7 @@ def main() -> None:
     from sparsecod_megatron.parallel import process_groups, world
 
     read, losses = record_reads(), {}
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         for name, overrides in [*SAME.items(), *EXCHANGES.items(), *((f"other-{n}", o) for n, o in OTHER.items())]:
             with process_groups(load_config(None, [*RUN, *overrides])) as groups, fresh_router_losses():
                 losses[name] = series(backend, groups, overrides)

@@ -73,7 +73,7 @@ def main() -> None:
     from sparsecod_megatron.train.setup import build_trainer
 
     measured = {}
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         for layout in LAYOUTS:
             config = layout_config(layout)
             with fresh_router_losses(), process_groups(config) as groups:

@@ -88,7 +88,7 @@ def main() -> None:
     from sparsecod_megatron.parallel import process_groups, world
 
     collected = {}
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         for layout in ALL_LAYOUTS:
             config = layout_config(layout)
             with process_groups(config) as groups:

@@ -107,7 +107,7 @@ def main() -> None:
     from sparsecod_megatron.parallel import process_groups, world
 
     collected = {}
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         for layout in [*LAYOUTS, BLOCKWISE]:
             config = layout_config(layout)
             with process_groups(config) as groups:

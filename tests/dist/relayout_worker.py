@@ -27,7 +27,7 @@ def main() -> None:
     backend = select_backend()
     from sparsecod_megatron.train.setup import build_trainer
 
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         for layout in LAYOUTS:
             config = load_config(
                 source[layout.model] / "config.yaml", [*layout.overrides, "train.global_batch_size=16"]

@@ -77,7 +77,7 @@ def main() -> None:
     from sparsecod_megatron.parallel import process_groups, world
 
     collected = {}
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         for name, overrides in LAYOUTS.items():
             with process_groups(load_config(None, [*RUN, *overrides])) as groups:
                 collected[name] = series(backend, groups, overrides)

@@ -30,7 +30,7 @@ def main() -> None:
 
     from sparsecod_megatron.parallel import world
 
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         rank = dist.get_rank()
         mine = pieces()[rank].requires_grad_()
         gathered = gather_from_sequence_parallel_region(mine, group=dist.group.WORLD, output_split_sizes=list(SPLITS))

@@ -119,7 +119,7 @@ def main() -> None:
     from sparsecod_megatron.parallel import process_groups, world
 
     runs = {}
-    with world(communication=backend.communication, device=backend.device):
+    with world(communication=backend.communication):
         for layout in dict.fromkeys((case.model, case.layout) for case in CASES):
             cases = [case for case in CASES if (case.model, case.layout) == layout]
             with process_groups(cases[0].config()) as groups:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -25,7 +26,13 @@ from sparsecod_megatron.planning import GPUS, make_plan, require_fit
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "examples" / "slurm" / "jobs").glob("*.sh"))
 NOTE = 'printf "%s\\n" "$(basename "$0")" "$@" >>"$NOTES"\n'
-SLURM = {"SLURM_JOB_ID": "21007", "SLURM_JOB_NAME": "moe", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+SLURM = {
+    "SLURM_JOB_ID": "21007",
+    "SLURM_JOB_NAME": "moe",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_CPUS_PER_TASK": "96",
+}
 
 
 class Site:
@@ -161,7 +168,7 @@ def test_step_of_a_job(site: Site) -> None:
     run = f"{site.root}/runs/moe-21007"
     mounts = f"{site.root}:/workspace/sparsecod_megatron,{site.root},{run},/data:/data"
     step = site.noted()[site.noted().index("srun") :]
-    assert step[:3] == ["srun", "--kill-on-bad-exit=1", "--label"]
+    assert step[:4] == ["srun", "--cpus-per-task=96", "--kill-on-bad-exit=1", "--label"]
     assert {"--container-image=image.sqsh", f"--container-mounts={mounts}"} <= set(step)
     assert step[-6:-1] == ["bash", "examples/slurm/run_node.sh", "config.yaml", "a.b=c", f"logging.run_dir={run}"]
     assert step[-1] == "at n1:21007 python3"
@@ -257,6 +264,14 @@ def test_environment_of_a_node(site: Site) -> None:
         "TRITON_CACHE_DIR": f"/tmp/triton-{os.getuid()}",
     }
     assert {name: found.get(name) for name in expected} == expected
+
+
+def test_open_files_of_a_node(site: Site) -> None:
+    """As many as may be, within reason, whatever the limit of the shell that starts it."""
+    site.stand_in("torchrun", 'ulimit -Sn >"$NOTES"\n')
+    assert site.run("-c", "ulimit -Sn 256; exec bash examples/slurm/run_node.sh config.yaml")[0] == 0
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert site.noted() == [str(65536 if most == resource.RLIM_INFINITY else min(most, 65536))]
 
 
 # ---------------------------------------------------------------- the image
