@@ -107,6 +107,18 @@ def _optimizer(layout: Layout, kinds: Kinds) -> int:
     return sum(count * layout.on_rank(kind) * (main + moments(kind) * _FP32) for kind, count in kinds)
 
 
+def gathered_optimizer(layout: Layout, stage: int) -> int:
+    """Bytes of host memory in which the first data-parallel rank of a stage gathers the optimizer for a checkpoint.
+
+    Master weights and both moments in fp32 of all that the rank holds a part of; Muon's are whole on each rank anyway.
+
+    Source: Megatron-Core optimizer/distrib_optimizer.py, `get_parameter_state_dp_zero`.
+    """
+    if layout.config.optimizer.optimizer != "adam":
+        return 0
+    return sum(count * layout.on_rank(kind) for kind, count in layout.stage_parameters(stage)) * 3 * _FP32
+
+
 def _activations(layout: Layout, stage: int) -> tuple[int, int]:
     """(activations, logits) of a stage. What is recomputed comes back when the last layers' own have gone."""
     chunks = [_chunk_activations(layout, stage, chunk) for chunk in range(layout.chunks)]

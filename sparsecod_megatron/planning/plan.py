@@ -12,7 +12,7 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.planning.communication import Traffic, step_traffic
 from sparsecod_megatron.planning.hardware import Gpu
 from sparsecod_megatron.planning.layout import Layout, layout_of
-from sparsecod_megatron.planning.memory import GIB, RankMemory, rank_memory
+from sparsecod_megatron.planning.memory import GIB, RankMemory, gathered_optimizer, rank_memory
 from sparsecod_megatron.planning.step_time import StepTime, step_time
 
 _RECOMPUTES: dict[str, dict[str, Any]] = {
@@ -43,6 +43,7 @@ class Plan:
         parameters: of the model.
         flops: of one token, forward and backward, by convention.
         memory: of a rank of each pipeline stage.
+        gathered: bytes that the first data-parallel rank of each stage gathers in host memory for a checkpoint.
         activations: bytes of the rank that has most, logits included, by kind of recompute; `selective` is of the core
             attention.
         traffic: of a rank of each pipeline stage.
@@ -54,6 +55,7 @@ class Plan:
     parameters: ParameterCount
     flops: dict[str, float]
     memory: list[RankMemory]
+    gathered: list[int]
     activations: dict[str, int]
     traffic: list[list[Traffic]]
     time: StepTime
@@ -84,6 +86,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu) -> Plan:
         parameters=count_parameters(config.model, qkv_bias=config.qkv_bias),
         flops={name: flops_per_token(config.model, length, convention=name) for name in CONVENTIONS},
         memory=[rank_memory(layout, stage) for stage in stages],
+        gathered=[gathered_optimizer(layout, stage) for stage in stages],
         activations={name: _activations(config, gpus, recompute) for name, recompute in _RECOMPUTES.items()},
         traffic=[step_traffic(layout, stage) for stage in stages],
         time=step_time(layout, gpu),

@@ -71,6 +71,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "parameters": asdict(plan.parameters),
         "flops_per_token": plan.flops,
         "memory_bytes": [{**memory.parts(), "total": memory.total} for memory in plan.memory],
+        "gathered_bytes": plan.gathered,
         "activation_bytes_by_recompute": plan.activations,
         "sent_bytes": [{traffic.group: traffic.bytes for traffic in stage} for stage in plan.traffic],
         "step": asdict(plan.time),
@@ -152,8 +153,10 @@ def _memory_table(plan: Plan) -> str:
     rows += [[f"  {name}", *(f"{part[name] / GIB:.2f}" for part in parts)] for name in parts[0]]
     there = plan.gpu.memory_bytes / GIB
     share = plan.fullest.total / plan.gpu.memory_bytes
+    gathered = f"while saving, host memory of the first data-parallel rank: {max(plan.gathered) / GIB:.2f} and more"
     by_recompute = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.activations.items())
-    return f"{table(rows)}\n  of {there:.1f} ({share:.0%})\n  activations and logits by recompute: {by_recompute}"
+    by_recompute = f"activations and logits by recompute: {by_recompute}"
+    return f"{table(rows)}\n  of {there:.1f} ({share:.0%})\n  {by_recompute}\n  {gathered}"
 
 
 def _traffic_table(plan: Plan) -> str:

@@ -54,6 +54,12 @@ def test_weights_are_those_of_the_last_update(straight: tuple[Path, tuple[str, .
         assert torch.equal(master.to(tensors[name].dtype), tensors[name]), name
 
 
+def test_random_states_of_replicas_are_stored_once(straight: tuple[Path, tuple[str, ...]]) -> None:
+    state = json.loads((straight[0] / "checkpoints" / "step_00000020" / "state.json").read_text())
+    first, second = state["random_states"]
+    assert isinstance(first, dict) and second == 0
+
+
 def test_weights_that_nobody_gathered_are_not_written(repo_root: Path, tmp_path: Path) -> None:
     """Negative control: without the gather before a save, all ranks are told, and no file is left."""
     folder, told = tmp_path / "checkpoints", tmp_path / "told.json"

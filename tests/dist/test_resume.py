@@ -98,7 +98,7 @@ def test_a_wrong_random_state_shows(bench: Bench, straight: Callable[[str, str],
 
     def other_generator(state: dict[str, Any]) -> None:
         other = torch.Generator().manual_seed(99).get_state()
-        state["random_states"][1]["cpu"] = bytes(other.numpy()).hex()
+        state["random_states"][1] = state["random_states"][0] | {"cpu": bytes(other.numpy()).hex()}
 
     changed_state(run, other_generator)
     bench.train(run.name, *DROPOUT, *LAYOUTS["dp2"], nproc=2)

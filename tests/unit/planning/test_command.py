@@ -32,6 +32,7 @@ def test_dense(tmp_path: Path) -> None:
     assert memory["weights"] == 2 * parameters
     assert memory["gradients"] == 4 * parameters
     assert memory["optimizer"] == 12 * parameters // 16
+    assert plan["gathered_bytes"] == [12 * parameters]
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
     assert plan["flops_per_token"]["full"] > plan["flops_per_token"]["causal"]
     kept = plan["activation_bytes_by_recompute"]
