@@ -100,6 +100,10 @@ def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
         yield from _expert_obstacles(config, field)
     if field in UNEVEN_STAGES:
         yield from _stage_obstacles(config, field)
+    if field == "batch_p2p_comm" and megatron[field] and megatron.get("overlap_p2p_comm"):
+        yield "what is batched cannot overlap (megatron.overlap_p2p_comm); set one of them to false"
+    if field == "cp_comm_type":
+        yield from _context_obstacles(config)
     if field.startswith("recompute_"):
         yield from _recompute_obstacles(megatron, field)
     if field.startswith("cross_entropy_"):
@@ -112,6 +116,21 @@ def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
         yield f"model.activation={model.activation} has no gate to add it to; remove it"
     if field == "bias_activation_fusion" and megatron[field] and model.activation != "swiglu":
         yield f"only swiglu's fused function is model.activation={model.activation} without bias; set it to false"
+
+
+def _context_obstacles(config: RunConfig) -> Iterator[str]:
+    """What Transformer Engine would refuse in the first forward pass, or never read.
+
+    Source: Transformer Engine pytorch/attention/dot_product_attention/context_parallel.py.
+    """
+    model, parallel, kind = config.model, config.parallel, config.megatron["cp_comm_type"]
+    size, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if size == 1:
+        yield "there is one context-parallel rank; raise parallel.context_parallel_size or remove it"
+    elif kind == "p2p" and model.sliding_window is not None:
+        yield "a ring has no sliding window (model.sliding_window); use all_gather or a2a"
+    elif kind == "a2a" and max(1, model.query_groups // tensor) % size:
+        yield f"it deals {model.query_groups} query groups over {tensor} tensor × {size} context ranks; use all_gather"
 
 
 def _loss_obstacles(config: RunConfig, field: str) -> Iterator[str]:

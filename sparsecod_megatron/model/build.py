@@ -71,8 +71,22 @@ def build_model(
         mark_sharded(model, gated=config.model.is_gated)
         initialize(model, config.model, groups, seed=config.train.seed)
         model.vp_stage = vp_stage
+        if transformer_engine and config.megatron.get("gradient_accumulation_fusion", True):
+            fuse_weight_gradients(model)
         models.append(Float16Module(megatron, model) if megatron.bf16 else model)
     return models
+
+
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's layers add weight gradients to fp32 `main_grad` in the product that makes them. Local.
+
+    Megatron-Core's field for it also asks for apex's extension, for the output layer, which not everybody has.
+
+    Source: Transformer Engine pytorch/module/linear.py; Megatron-Core tensor_parallel/layers.py:924.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _rotary(model: ModelConfig) -> dict[str, Any]:

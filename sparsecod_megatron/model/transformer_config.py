@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.config.check_megatron import needs_transformer_engine
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model.init import leave_as_is
@@ -52,11 +53,12 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         "bias_dropout_fusion": transformer_engine,
         # Megatron-Core's rounds its gradient to bf16 whatever the model's type (fused_cross_entropy.py:82).
         "cross_entropy_loss_fusion": transformer_engine and dtype == torch.bfloat16,
-        # The CPU backend has a function for it; on CUDA the extension comes with apex, which a user may not have.
-        "gradient_accumulation_fusion": not torch.cuda.is_available(),
-        # Batched exchange silently corrupts the interleaved schedule on gloo.
-        "batch_p2p_comm": False,
-        "overlap_p2p_comm": False,
+        # Of Megatron-Core's own layers: the CPU backend has a function for it, and CUDA an extension of apex.
+        # Transformer Engine's have their own (`fuse_weight_gradients`).
+        "gradient_accumulation_fusion": layers._grad_accum_fusion_available,
+        # A ring of keys, which Transformer Engine would choose, has no window (its context_parallel.py:4026).
+        "cp_comm_type": None if config.model.sliding_window is None else "all_gather",
+        **_exchange_between_stages(config.parallel, config.megatron),
     }
     _refuse_unread(config.megatron, transformer_engine)
     arguments = passthrough(config.megatron, TransformerConfig, ours, defaults)
@@ -187,11 +189,27 @@ def _layout(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _exchange_between_stages(parallel: ParallelConfig, asked: dict[str, Any]) -> dict[str, Any]:
+    """As Megatron-LM has it on NCCL; gloo exchanges one tensor at a time (docs/GPU.md)."""
+    nccl, interleaved = torch.cuda.is_available(), parallel.virtual_pipeline_model_parallel_size is not None
+    overlap = asked.get("overlap_p2p_comm", nccl and interleaved and not asked.get("batch_p2p_comm"))
+    return {
+        "overlap_p2p_comm": overlap,
+        "batch_p2p_comm": nccl and not overlap,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
 def _refuse_unread(fields: dict[str, Any], transformer_engine: bool) -> None:
     """Fields whose module or package is not there; what needs no machine to know is refused with the configuration."""
     for field in fields:
         if not transformer_engine and (obstacle := needs_transformer_engine(field)):
             raise ConfigError(f"megatron.{field}: {fields[field]!r}, but {obstacle}")
+    if fields.get("gradient_accumulation_fusion") and not layers._grad_accum_fusion_available:
+        raise ConfigError(
+            "megatron.gradient_accumulation_fusion: true, but Megatron-Core's own layers need apex's extension for it; "
+            "remove it (Transformer Engine's layers do it all the same) or install apex"
+        )
     if fields.get("moe_token_dispatcher_type") != "flex":
         return
     if not transformer_engine:

@@ -107,15 +107,13 @@ def _data_parallel(
     if "bucket_size" in config.megatron and not ddp_config.overlap_grad_reduce:
         fix = "set megatron.overlap_grad_reduce=true or remove it"
         raise ConfigError(f"megatron.bucket_size: {ddp_config.bucket_size}, but without overlap there is one; {fix}")
-    models = [
+    # Nothing is broadcast: weights are drawn by their names, alike on all replicas, and FP8 ones cannot be.
+    return [
         # Only the first chunk of an interleaved schedule is worth bucketing; the others are complete when their
         # backward ends.
         DistributedDataParallel(megatron, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups)
         for index, chunk in enumerate(chunks)
     ]
-    for model in models:
-        model.broadcast_params()
-    return models
 
 
 def _connect(megatron: TransformerConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
@@ -161,3 +162,77 @@ def test_training_planning_and_studies_answer_alike(tmp_path: Path) -> None:
         (line,) = result.stderr.splitlines()
         assert "megatron.qk_l2_norm: true, but it changes the architecture" in line
     assert not output.exists()
+
+
+CP2 = "parallel.context_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("megatron.cp_comm_type=all_gather",), "there is one context-parallel rank"),
+        ((CP2, "model.sliding_window=8", "megatron.cp_comm_type=p2p"), "a ring has no sliding window"),
+        ((CP2, "megatron.cp_comm_type=a2a", "model.num_query_groups=1"), "it deals 1 query groups"),
+    ],
+)
+def test_exchanges_of_keys_that_would_fail(overrides: tuple[str, ...], expected: str) -> None:
+    line = answer("backend=cuda", *overrides)
+    assert line.startswith("megatron.cp_comm_type: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(("window", "expected"), [((), None), (("model.sliding_window=8",), "all_gather")])
+def test_a_window_gathers_its_keys(window: tuple[str, ...], expected: str | None) -> None:
+    """What Transformer Engine's own choice, a ring, would refuse in the first forward pass."""
+    from sparsecod_megatron.model import transformer_config
+
+    run = load_config(None, ["model.vocab_size=64", CP2, *window])
+    assert transformer_config(run, transformer_engine=True).cp_comm_type == expected
+
+
+def test_fused_weight_gradients_without_their_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line instead of Megatron-Core's traceback; by default they are off for its own layers where it is missing."""
+    from megatron.core.tensor_parallel import layers
+
+    from sparsecod_megatron.model import transformer_config
+
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+    run = load_config(None, ["model.vocab_size=64"])
+    assert not transformer_config(run, transformer_engine=True).gradient_accumulation_fusion
+    asked = load_config(None, ["model.vocab_size=64", "megatron.gradient_accumulation_fusion=true"])
+    with pytest.raises(ConfigError, match="megatron.gradient_accumulation_fusion: true, but .* install apex"):
+        transformer_config(asked, transformer_engine=True)
+
+
+VPP2 = (PP2, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=4")
+BATCHED, OVERLAPPED = (False, True), (True, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((PP2,), BATCHED),
+        (VPP2, OVERLAPPED),
+        ((*VPP2, "megatron.batch_p2p_comm=true"), BATCHED),
+        ((*VPP2, "megatron.overlap_p2p_comm=false"), BATCHED),
+        ((PP2, "megatron.overlap_p2p_comm=true"), OVERLAPPED),
+    ],
+)
+def test_stages_exchange_as_nccl_can(
+    overrides: tuple[str, ...], expected: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron-LM's choices, and never both of them; gloo has neither."""
+    from sparsecod_megatron.model import transformer_config
+
+    run = load_config(None, ["model.vocab_size=64", *overrides])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = transformer_config(run, transformer_engine=True)
+    assert (made.overlap_p2p_comm, made.batch_p2p_comm) == expected
+
+
+def test_stages_exchange_one_by_one_on_gloo() -> None:
+    from sparsecod_megatron.model import transformer_config
+
+    made = transformer_config(load_config(None, ["model.vocab_size=64", *VPP2]), transformer_engine=False)
+    assert (made.overlap_p2p_comm, made.batch_p2p_comm, made.deallocate_pipeline_outputs) == (False, False, True)
+    assert "set one of them to false" in answer("megatron.batch_p2p_comm=true", "megatron.overlap_p2p_comm=true")
