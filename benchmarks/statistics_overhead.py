@@ -84,6 +84,8 @@ def main() -> None:
                 began = time.perf_counter()
                 train_step(trainer, batches, observing=collector.collecting(step))
                 collector.reduce(step)
+                if backend.device.type == "cuda":
+                    torch.cuda.synchronize()  # or the next way pays for this one's update
                 if step > 3:
                     seconds[name].append(time.perf_counter() - began)
     median = {name: statistics.median(values) for name, values in seconds.items()}

@@ -17,7 +17,7 @@ from sparsecod_megatron.config.check_model import model_problems
 from sparsecod_megatron.config.check_optimizer import optimizer_problems
 from sparsecod_megatron.config.check_precision import precision_problems
 from sparsecod_megatron.config.fields import bound_problems, indivisible
-from sparsecod_megatron.config.schema import CheckpointConfig, RunConfig
+from sparsecod_megatron.config.schema import CheckpointConfig, ProfileConfig, RunConfig
 from sparsecod_megatron.errors import ConfigError
 
 
@@ -75,6 +75,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _run_problems(config)
     yield from fault_problems(config)
     yield from _checkpoint_problems(config.checkpoint)
+    yield from _profile_problems(config.profile)
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:
@@ -108,3 +109,14 @@ def _checkpoint_problems(section: CheckpointConfig) -> Iterator[str]:
         yield f"checkpoint.keep_every: {section.keep_every} changes nothing while keep_last=0 keeps all; set keep_last"
     if section.keep_every and section.save_interval:
         yield from indivisible("checkpoint.keep_every", section.keep_every, "save_interval", section.save_interval)
+
+
+def _profile_problems(section: ProfileConfig) -> Iterator[str]:
+    steps = section.steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        yield f"profile.steps: {steps} is not two steps in order, from 1; give [first, last]"
+    for name in ("memory", "layers"):
+        if not steps and getattr(section, name):
+            yield f"profile.{name}: true, but profile.steps traces none; give [first, last]"
+    if steps and not (section.ranks and min(section.ranks) >= 0):
+        yield f"profile.ranks: {section.ranks} names no process; give some, from 0"

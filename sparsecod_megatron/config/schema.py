@@ -148,6 +148,8 @@ class TrainConfig:
     """Global batches of one validation."""
     step_timeout_s: float = at_least(0, 1800.0)
     """Longest that a phase of a step (or a save, or a validation) may take before the process gives up; 0 waits."""
+    manual_gc_interval: int = at_least(0, 100)
+    """Steps after which all ranks collect garbage at the same time; 0 leaves it to Python, on each at another."""
     on_divergence: str = choice("stop", "skip", "rollback")
     """When loss or gradient is no number: stop, leave out the update, or go back to the last checkpoint's weights."""
     max_divergences: int = at_least(1, 10)
@@ -247,6 +249,20 @@ class LoggingConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """What a few steps spend their time and memory on, written to RUN/profile; see docs/how-to/profile-a-run.md."""
+
+    steps: list[int] = field(default_factory=list)
+    """[first, last] of the steps to trace; empty traces none."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Processes that trace."""
+    memory: bool = False
+    """Allocations in the trace too, and on CUDA a snapshot of the allocator."""
+    layers: bool = False
+    """Ranges with the names of layers and their parts, in the trace and (NVTX) for Nsight Systems."""
+
+
+@dataclass
 class RunConfig:
     """One training run."""
 
@@ -261,6 +277,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     backend: str = choice("auto", "cpu", "cuda")
     cpu_kernels: str = choice("fast", "plain", "compiled")
     """On CPU: the fastest eager functions, torch's and Megatron-Core's own, or elementwise formulas compiled too."""

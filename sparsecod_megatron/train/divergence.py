@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config import TrainConfig
 from sparsecod_megatron.errors import SparsecodError
-from sparsecod_megatron.parallel import any_rank
 from sparsecod_megatron.train.spikes import SpikeMonitor
 
 
@@ -46,25 +43,22 @@ def require_finite(loss: float, grad_norm: float) -> Verdict:
 
 
 class UpdateJudge:
-    """Judges the steps of a run by its policy.
+    """Judges the steps of a run by its policy, each rank for itself: all of them see the same numbers.
 
     Args:
-        config: of the run; `train.on_divergence` and `train.spike_*`.
-        device: of this rank.
+        train: `on_divergence`, `max_divergences` and `spike_*`.
         state: what an earlier part of the run left (`state()`), or nothing.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, state: Mapping[str, Any]) -> None:
-        self._train, self._device = config.train, device
-        self._spikes = SpikeMonitor(
-            ("loss", "grad_norm"), window=config.train.spike_window, threshold=config.train.spike_threshold
-        )
+    def __init__(self, train: TrainConfig, state: Mapping[str, Any]) -> None:
+        self._train = train
+        self._spikes = SpikeMonitor(("loss", "grad_norm"), window=train.spike_window, threshold=train.spike_threshold)
         self._spikes.restore(state.get("window", {}))
         self._skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
         self._rollbacks = (-1, 0)
 
     def __call__(self, loss: float, grad_norm: float) -> Verdict:
-        """The verdict on one step. Collective over all processes.
+        """The verdict on one step. Local.
 
         Args:
             loss: of the global batch.
@@ -73,11 +67,8 @@ class UpdateJudge:
         Raises:
             DivergenceError: the policy is to stop, or has left out as many updates in a row as it may.
         """
-        # Gradient norms are computed per group of ranks: one that is no number need not be so on all of them.
-        diverged = any_rank(not _finite(loss, grad_norm), self._device)
-        # Rank 0's numbers decide no spike alone either, in case the last bit differs.
-        seen = not diverged and self._spikes.see({"loss": loss, "grad_norm": grad_norm})
-        spike = self._train.spike_window > 0 and any_rank(seen, self._device)
+        diverged = not _finite(loss, grad_norm)
+        spike = not diverged and self._spikes.see({"loss": loss, "grad_norm": grad_norm})
         if diverged:
             self._refuse_divergence(loss, grad_norm)
         left = self._skipped_in_a_row < self._train.max_divergences
@@ -107,7 +98,6 @@ class UpdateJudge:
         policy, limit = self._train.on_divergence, self._train.max_divergences
         if policy == "stop":
             require_finite(loss, grad_norm)
-            raise DivergenceError("another rank's gradient norm is no number; lower optimizer.lr or look at the data")
         if policy == "skip" and self._skipped_in_a_row >= limit:
             raise DivergenceError(
                 f"{self._skipped_in_a_row + 1} steps in a row diverged (train.max_divergences={limit}), the last with "

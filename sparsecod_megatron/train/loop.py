@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.flops import flops_per_token
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, LOG_FILE
 from sparsecod_megatron.metrics import Statistics
-from sparsecod_megatron.parallel import any_rank, running_processes
+from sparsecod_megatron.parallel import running_processes, wait_for_all
+from sparsecod_megatron.train.clock import StepClock
 from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.divergence import DivergenceError, UpdateJudge
+from sparsecod_megatron.train.garbage import collected_in_step
+from sparsecod_megatron.train.profile import StepProfiler
 from sparsecod_megatron.train.ramp import global_batch_size
 from sparsecod_megatron.train.restore import checkpoint_saver, initial_state, roll_back
 from sparsecod_megatron.train.run_dir import RunDirectory, refuse_foreign_run, refuse_unwritable, restore_products
@@ -72,7 +75,7 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
             return
         data = RunData(trainer, tokenizer, state)
         state.data = data.check_unchanged(state.data)
-        dist.barrier()
+        wait_for_all(backend.device)
         recorder = (
             RunDirectory(run_dir, config, last_step=state.step, products=trainer.products)
             if trainer.is_first_rank
@@ -106,7 +109,10 @@ class _Loop:
         self.statistics = statistics_collector(trainer)
         self.saved_step = state.step
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length)
-        self.judge = UpdateJudge(config, trainer.backend.device, state.monitor)
+        self.profiler = StepProfiler(
+            config.profile, Path(config.logging.run_dir), trainer.models, trainer.backend.device
+        )
+        self.judge = UpdateJudge(config.train, state.monitor)
         self.watchdog = Watchdog(
             timeout_s=config.train.step_timeout_s,
             log_path=Path(config.logging.run_dir) / LOG_FILE,
@@ -116,15 +122,22 @@ class _Loop:
 
     def run(self) -> None:
         """Train to the last step, then save."""
-        with self._progress() as progress, stop_on_signals() as stop, self.watchdog.watching():
+        with (
+            self._progress() as progress,
+            stop_on_signals() as stop,
+            self.watchdog.watching(),
+            self.profiler.watching(),
+            collected_in_step(self.trainer.config.train.manual_gc_interval) as collect_garbage,
+        ):
             # Loading processes inherit the handlers, and so outlive a Ctrl-C until the last step is saved.
             batches = self.data.train_batches(self.state.consumed_samples)
+            self.clock = StepClock(self.trainer.backend.device)
             while self.state.step < self.last_step:
-                record = self._step(batches)
-                progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+                result = self._step(batches, asked_to_stop=lambda: bool(stop))
+                progress.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
                 progress.update()
-                # The signal may reach one rank only, and not all of them in the same step.
-                if any_rank(bool(stop), self.trainer.backend.device):
+                collect_garbage(self.state.step)
+                if result.stop:
                     break
             if self.saved_step != self.state.step:
                 self._save()
@@ -136,10 +149,10 @@ class _Loop:
         hidden = None if self.trainer.is_first_rank else True
         return tqdm(total=self.last_step, initial=self.state.step, unit="step", disable=hidden)
 
-    def _step(self, batches: list[Any]) -> dict[str, Any]:
+    def _step(self, batches: list[Any], *, asked_to_stop: Callable[[], bool]) -> StepResult:
         config, step = self.trainer.config, self.state.step + 1
-        began = time.perf_counter()
         size = global_batch_size(config.train, self.state.consumed_samples)
+        self.profiler.begin(step)
         try:
             result = train_step(
                 self.trainer,
@@ -147,16 +160,18 @@ class _Loop:
                 global_batch_size=size,
                 judge=self.judge,
                 enter=lambda phase: self.watchdog.enter(step, phase),
+                asked_to_stop=asked_to_stop,
                 observing=self.statistics.collecting(step),
             )
         except DivergenceError:
             if self.recorder is not None:
                 self.recorder.write_metrics({"step": step, "tokens": self.state.consumed_tokens, "diverged": True})
             raise
-        elapsed = time.perf_counter() - began
+        elapsed = self.clock.lap()
         self._advance(result)
         # A step without update has no statistics of updates, and after divergence none at all.
         layers = self._collected(step) if result.verdict.update else None
+        self.profiler.end(step)
         if layers is not None and self.recorder is not None:
             self.recorder.write_statistics(step=step, tokens=self.state.consumed_tokens, layers=layers)
         record = self._record(result, elapsed) | self._follow(result)
@@ -165,7 +180,8 @@ class _Loop:
             record.update(self._validate())
         evaluated = config.evaluation.interval and (_due(step, config.evaluation.interval) or last)
         if evaluated:
-            record.update(self.tasks.run(self.state))
+            with self.clock.paused():
+                record.update(self.tasks.run(self.state))
             self.saved_step = step
         notable = {"validation_loss", "spike", "diverged"} & record.keys() or evaluated
         if _due(step, config.logging.log_interval) or step == 1 or last or notable:
@@ -173,7 +189,7 @@ class _Loop:
         self.saver.poll()
         if _due(step, config.checkpoint.save_interval) and self.saved_step != step:
             self._save()
-        return record
+        return result
 
     def _advance(self, result: StepResult) -> None:
         self.state.step += 1
@@ -207,11 +223,12 @@ class _Loop:
         """Go on with the last checkpoint's weights, behind the data used since; returns its step."""
         step = self.state.step
         self.watchdog.enter(step, "rollback")
-        self.saver.wait()
-        candidates = resume_candidates(self.checkpoints)
-        if not candidates:
-            raise DivergenceError(f"step {step} diverged before the first checkpoint; lower optimizer.lr")
-        earlier = roll_back(self.trainer, self.state, candidates)
+        with self.clock.paused():
+            self.saver.wait()
+            candidates = resume_candidates(self.checkpoints)
+            if not candidates:
+                raise DivergenceError(f"step {step} diverged before the first checkpoint; lower optimizer.lr")
+            earlier = roll_back(self.trainer, self.state, candidates)
         self.judge.rolled_back(earlier)
         logger.warning("step %d: weights and optimizer are those of step %d again", step, earlier)
         return earlier
@@ -233,7 +250,8 @@ class _Loop:
     def _validate(self) -> dict[str, float]:
         self.watchdog.enter(self.state.step, "validation")
         steps = self.trainer.config.train.eval_steps
-        return self.data.validation_losses(lambda batches: evaluate(self.trainer, batches, num_steps=steps))
+        with self.clock.paused():
+            return self.data.validation_losses(lambda batches: evaluate(self.trainer, batches, num_steps=steps))
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.recorder is None:
@@ -255,7 +273,8 @@ class _Loop:
 
     def _save(self) -> None:
         self.watchdog.enter(self.state.step, "save")
-        self.saver.save(self.state)
+        with self.clock.paused():
+            self.saver.save(self.state)
         self.saved_step = self.state.step
 
 

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from sparsecod_megatron.parallel import all_reduce_sums
 from sparsecod_megatron.train.forward import Batch, make_forward_step
 from sparsecod_megatron.train.setup import Trainer
 
 
 def forward_backward(
     trainer: Trainer, data: Sequence[Iterator[Batch]], *, samples: int, forward_only: bool
-) -> tuple[float, int]:
+) -> torch.Tensor:
     """Forward over one global batch and, unless `forward_only`, backward. Collective over all processes.
 
     Args:
@@ -24,7 +23,8 @@ def forward_backward(
         forward_only: compute no gradient; the pass keeps no activations either.
 
     Returns:
-        Mean loss in nats per token, and tokens that counted; the same on every rank.
+        This rank's (Σ loss in nats, Σ tokens that counted), [2] in fp64 on the device; tensor-parallel replicas hold
+        the same, earlier pipeline stages zeros.
     """
     config, groups = trainer.config, trainer.groups
     parallel = config.parallel
@@ -47,6 +47,4 @@ def forward_backward(
     sums = torch.zeros(2, dtype=torch.float64, device=trainer.backend.device)
     for report in reports:
         sums += report["loss"]
-    # Tensor-parallel replicas add the same to both sums; earlier pipeline stages add nothing.
-    loss_sum, tokens = all_reduce_sums(sums).tolist()
-    return loss_sum / tokens, round(tokens / groups.tp.size())
+    return sums

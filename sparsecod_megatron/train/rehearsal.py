@@ -96,7 +96,7 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
         state = load_checkpoint(recorded.step_dir, **trainer.parts)
         data = RunData(trainer, tokenizer, state)
         data.check_unchanged(state.data)
-        judge = UpdateJudge(config, backend.device, state.monitor)
+        judge = UpdateJudge(config.train, state.monitor)
         batches, consumed, results = data.train_batches(state.consumed_samples), state.consumed_samples, []
         for step in range(state.step + 1, state.step + STEPS + 1):
             size = global_batch_size(config.train, consumed)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from megatron.core.optimizer import optimizer as megatron_optimizer
 
+from sparsecod_megatron.parallel import all_reduce_sums
 from sparsecod_megatron.train.balance import balanced_by_step
 from sparsecod_megatron.train.divergence import Verdict, require_finite
 from sparsecod_megatron.train.forward import Batch
+from sparsecod_megatron.train.outcome import agreed_outcome
 from sparsecod_megatron.train.passes import forward_backward
 from sparsecod_megatron.train.schedule import nominal_lr
 from sparsecod_megatron.train.setup import Trainer
@@ -28,6 +31,7 @@ class StepResult:
         grad_norm: L2 norm of the whole gradient before clipping.
         lr: learning rate used, of parameters that have none of their own.
         verdict: whether the weights changed, and why not.
+        stop: whether any rank was asked to stop.
     """
 
     loss: float
@@ -36,6 +40,7 @@ class StepResult:
     grad_norm: float
     lr: float
     verdict: Verdict
+    stop: bool
 
 
 def train_step(
@@ -45,6 +50,7 @@ def train_step(
     global_batch_size: int | None = None,
     judge: Callable[[float, float], Verdict] = require_finite,
     enter: Callable[[str], None] = lambda phase: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
     observing: AbstractContextManager[None] | None = None,
 ) -> StepResult:
     """Forward and backward over one global batch, then one update. Collective over all processes.
@@ -56,8 +62,9 @@ def train_step(
         trainer: this rank's model, optimizer and schedule.
         data: micro-batches, one iterator a model chunk.
         global_batch_size: sequences of this step; None is the configuration's.
-        judge: says from (loss, gradient norm), on all ranks alike, whether the weights change.
+        judge: says from (loss, gradient norm), which are the same on every rank, whether the weights change.
         enter: told each phase as it begins.
+        asked_to_stop: whether this rank was; the ranks tell each other.
         observing: entered around the pass that trains and the update; a pass before it, which only counts, is none of
             a statistic's business.
 
@@ -71,17 +78,17 @@ def train_step(
     samples = global_batch_size or trainer.config.train.global_batch_size
     with balanced_by_step(trainer, data, samples=samples) as batches, observing or nullcontext():
         buffers = KeptBuffers(trainer.models)
-        loss, tokens = forward_backward(trainer, batches, samples=samples, forward_only=False)
+        sums = forward_backward(trainer, batches, samples=samples, forward_only=False)
         # The schedule counts from 1, so that the first step of a warm-up already moves the weights.
         trainer.scheduler.step(increment=1)
         enter("optimizer")
         trainer.optimizer.prepare_grads()
-        grad_norm = float(trainer.optimizer.get_grad_norm())
-        verdict = _judge(judge, loss, grad_norm, buffers)
+        found = agreed_outcome(sums, trainer.optimizer, replicas=trainer.groups.tp.size(), stop=asked_to_stop())
+        verdict = _judge(judge, found.loss, found.grad_norm, buffers)
         if verdict.update:
-            _update(trainer, grad_norm)
+            _update(trainer, found.grad_norm)
     lr = nominal_lr(trainer.scheduler)
-    return StepResult(loss=loss, samples=samples, tokens=tokens, grad_norm=grad_norm, lr=lr, verdict=verdict)
+    return StepResult(samples=samples, lr=lr, verdict=verdict, **vars(found))
 
 
 def _judge(judge: Callable[[float, float], Verdict], loss: float, grad_norm: float, buffers: KeptBuffers) -> Verdict:
@@ -103,11 +110,12 @@ def evaluate(trainer: Trainer, data: Sequence[Iterator[Batch]], *, num_steps: in
     not gathered yet are gathered by the forward passes.
     """
     samples = trainer.config.train.global_batch_size
-    total, count = 0.0, 0
     with evaluating(trainer.models):
-        for _ in range(num_steps):
-            loss, tokens = forward_backward(trainer, data, samples=samples, forward_only=True)
-            total, count = total + loss * tokens, count + tokens
+        sums = [forward_backward(trainer, data, samples=samples, forward_only=True) for _ in range(num_steps)]
+    total, count = 0.0, 0
+    for loss_sum, tokens_of_replicas in all_reduce_sums(torch.stack(sums)).tolist():
+        tokens = round(tokens_of_replicas / trainer.groups.tp.size())
+        total, count = total + loss_sum / tokens_of_replicas * tokens, count + tokens
     return total / count
 
 

@@ -48,7 +48,7 @@ def poisoned_steps(trainer: Trainer) -> list[dict[str, Any]]:
     from sparsecod_megatron.train.divergence import UpdateJudge
     from sparsecod_megatron.train.step import train_step
 
-    judge = UpdateJudge(trainer.config, trainer.backend.device, {})
+    judge = UpdateJudge(trainer.config.train, {})
     per_step = trainer.num_microbatches(trainer.config.train.global_batch_size)
 
     def poison(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:

@@ -51,7 +51,7 @@ def test_policies_that_cannot_act_are_refused(overrides: list[str], message: str
 def judge(trainer: Trainer, state: dict[str, Any] | None = None) -> UpdateJudge:
     from sparsecod_megatron.train.divergence import UpdateJudge
 
-    return UpdateJudge(trainer.config, trainer.backend.device, state or {})
+    return UpdateJudge(trainer.config.train, state or {})
 
 
 def tensors(trainer: Trainer) -> list[torch.Tensor]:
