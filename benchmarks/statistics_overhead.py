@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import IntervalConfig, RunConfig, StatisticsConfig, load_config
 
 EVERY, NEVER = IntervalConfig(interval=1), IntervalConfig(interval=0)
@@ -28,9 +28,13 @@ WAYS = {
 }
 
 
-def model_config(experts: int) -> RunConfig:
+WARM_UP = 3
+"""Steps of each way that are not measured."""
+
+
+def model_config(experts: int, *overrides: str) -> RunConfig:
     """A grouped-query model of 10M parameters on 2,048 tokens a step; with experts, as wide in active parameters."""
-    overrides = [
+    shape = [
         "model.num_layers=8",
         "model.hidden_size=256",
         "model.ffn_hidden_size=704",
@@ -43,8 +47,8 @@ def model_config(experts: int) -> RunConfig:
         "train.micro_batch_size=8",
     ]
     if experts:
-        overrides += [f"model.num_moe_experts={experts}", "model.moe_ffn_hidden_size=352"]
-    return load_config(None, overrides)
+        shape += [f"model.num_moe_experts={experts}", "model.moe_ffn_hidden_size=352"]
+    return load_config(None, [*shape, *overrides])
 
 
 def random_batches(config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
@@ -58,19 +62,21 @@ def random_batches(config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
         yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": positions}
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="steps of each way (default 40)")
-    parser.add_argument("--experts", type=int, default=0, help="experts of each layer (default 0: dense)")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    config, backend = model_config(args.experts), select_backend()
+def measure(config: RunConfig, backend: Backend, *, steps: int) -> dict[str, float]:
+    """Median seconds of a step by way, over `steps` of each.
+
+    Args:
+        config: a checked run of one process.
+        backend: the selected backend.
+        steps: of each way, after the warm-up.
+    """
+    from sparsecod_megatron.audit.measure import release
     from sparsecod_megatron.parallel import running_processes
     from sparsecod_megatron.train.setup import build_trainer
     from sparsecod_megatron.train.statistics import statistics_collector
     from sparsecod_megatron.train.step import train_step
 
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         trainer = build_trainer(config, backend, groups)
         collectors = {
@@ -78,17 +84,32 @@ def main() -> None:
             for name, section in WAYS.items()
         }
         batches = [random_batches(config)]
-        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-        for step in range(1, args.steps + 4):
+        for step in range(1, steps + WARM_UP + 1):
             for name, collector in collectors.items():
+                _settle()
                 began = time.perf_counter()
                 train_step(trainer, batches, observing=collector.collecting(step))
                 collector.reduce(step)
-                if backend.device.type == "cuda":
-                    torch.cuda.synchronize()  # or the next way pays for this one's update
-                if step > 3:
+                _settle()  # or the end of this update would count as the next way's
+                if step > WARM_UP:
                     seconds[name].append(time.perf_counter() - began)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+        release(trainer)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="steps of each way (default 40)")
+    parser.add_argument("--experts", type=int, default=0, help="experts of each layer (default 0: dense)")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    median = measure(model_config(args.experts), select_backend(), steps=args.steps)
     for name, value in median.items():
         print(f"{name:>10}: {1000 * value:7.1f} ms a step, {value / median['off']:.3f} x off")
 
