@@ -86,7 +86,7 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # torch types attributes as tensors
 
 
 def _rotary(model: ModelConfig) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def process_groups(config: RunConfig, *, timeout_s: float = TIMEOUT_S) -> Iterat
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             # Upstream makes a timedelta of it, which takes fractions.
-            distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]
+            distributed_timeout_minutes=timeout_s / 60,
         )
         # The one group that upstream makes without it (megatron-core 0.16.1 parallel_state.py:1279).
         forgotten = parallel_state.get_expert_data_parallel_group_gloo()
