@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_last_update(straight: tuple[Path, tuple[str, .
 
 
 def test_random_states_of_replicas_are_stored_once(straight: tuple[Path, tuple[str, ...]]) -> None:
-    state = json.loads((straight[0] / "checkpoints" / "step_00000020" / "state.json").read_text())
+    state = json.loads((straight[0] / "checkpoints" / "step_00000012" / "state.json").read_text())
     first, second = state["random_states"]
     assert isinstance(first, dict) and second == 0
 
