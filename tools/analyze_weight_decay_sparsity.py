@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sparsecod_megatron.analysis.sparsity.decay import as_csv, decay_rows, match_decays
 from sparsecod_megatron.errors import SparsecodError
-from sparsecod_megatron.evaluation.files import check_writable, write_text
 from sparsecod_megatron.evaluation.model import load_model
+from sparsecod_megatron.files import check_writable, write_text
 
 SHOWN = ("std", "equilibrium_std", "below_init_1e-02", "below_own_1e-02", "hoyer", "gini")
 

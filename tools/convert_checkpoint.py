@@ -73,11 +73,11 @@ def _copy_step(source: Path, run: Path, sizes: dict[str, int]) -> None:
     from sparsecod_megatron.checkpoint.paths import point_latest_to, resolve_step_dir, tokenizer_dir
     from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
-    from sparsecod_megatron.hf.directory import directory_in_the_making
+    from sparsecod_megatron.files import making_output
 
     step = resolve_step_dir(source)
     tokenizer = tokenizer_dir(step)
-    with directory_in_the_making(run) as folder:
+    with making_output(run) as folder:
         copied = folder / CHECKPOINTS_DIR / step.name
         shutil.copytree(step, copied)
         with streamed_checkpoint(copied) as checkpoint:

@@ -15,9 +15,9 @@ from typing import Any
 from sparsecod_megatron.analysis.directory import PLOTS_FOLDER, SCORES_FILE
 from sparsecod_megatron.analysis.plots import draw
 from sparsecod_megatron.analysis.products import fast_products
-from sparsecod_megatron.analysis.report.output import replacing
 from sparsecod_megatron.analysis.scores.base import Result, Score
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.files import replacing_output
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+    with replacing_output(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")

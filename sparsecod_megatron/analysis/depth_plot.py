@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from sparsecod_megatron.analysis.report.output import replacing
 from sparsecod_megatron.analysis.runs import Run
 from sparsecod_megatron.errors import DataError
+from sparsecod_megatron.files import replacing_output
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, told apart with every kind of colour vision, with markers for print in grey.
@@ -61,7 +61,7 @@ def plot_variance_by_depth(runs: Sequence[Run], output: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = variance_by_depth(runs)
         dates: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        with replacing(output) as temporary:
+        with replacing_output(output) as temporary:
             figure.savefig(temporary, dpi=220, metadata=dates[output.suffix])
 
 

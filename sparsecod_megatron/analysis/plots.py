@@ -14,8 +14,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS, STYLE
-from sparsecod_megatron.analysis.report.output import replacing
 from sparsecod_megatron.analysis.scores.base import Bars, Figure, HeatMap, Lines, Number
+from sparsecod_megatron.files import replacing_output
 
 WIDTH, HEIGHT = 4.6, 3.4
 DPI = 160
@@ -42,7 +42,7 @@ def draw(figure: Figure, output: Path) -> None:
         else:
             _draw_lines(axes, figure)
         axes.set_title(figure.title, loc="left")
-        with replacing(output) as temporary:
+        with replacing_output(output) as temporary:
             canvas.savefig(temporary, dpi=DPI, metadata={})
 
 

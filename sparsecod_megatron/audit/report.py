@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsecod_megatron.evaluation.files import write_text
+from sparsecod_megatron.files import write_text
 
 FILE = "audit.json"
 

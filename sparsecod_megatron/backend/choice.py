@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from sparsecod_megatron import __version__
 from sparsecod_megatron.backend import onednn
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.files import write_text
 
 logger = logging.getLogger("sparsecod")
 
@@ -215,10 +215,7 @@ def _measured(path: Path | None) -> Choice:
     try:
         if path is None:
             raise OSError("no home directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(kept, file)
-        os.replace(file.name, path)
+        write_text(path, json.dumps(kept))
     except OSError as error:
         logger.debug("%s cannot be written (%s); the next start measures again", path, error)
     return choice

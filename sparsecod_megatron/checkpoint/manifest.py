@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sparsecod_megatron.checkpoint.first_rank import first_problem
 from sparsecod_megatron.checkpoint.paths import METADATA_FILE, STATE_FILE
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
+from sparsecod_megatron.files import flush
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -54,12 +54,12 @@ def write_manifest(directory: Path, digests: Mapping[str, str]) -> None:
         if path.name == MANIFEST_FILE:
             continue
         if path.name not in digests:
-            _flush(path)
+            flush(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": digests.get(path.name) or file_digest(path)}
     path = directory / MANIFEST_FILE
     path.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-    _flush(path)
-    _flush(directory)
+    flush(path)
+    flush(directory)
 
 
 def find_damage(directory: Path, *, digests: bool, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -118,11 +118,3 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         if name not in files or name != Path(name).name:
             raise ValueError(f"{path.name} does not list {name}")
     return files
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

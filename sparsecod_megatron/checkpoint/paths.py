@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path
 
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, TOKENIZER_DIR
 from sparsecod_megatron.errors import CheckpointError
+from sparsecod_megatron.files import write_text
 
 STATE_FILE = "state.json"
 METADATA_FILE = ".metadata"
@@ -59,13 +59,7 @@ def resume_candidates(checkpoints: Path) -> list[Path]:
 
 def point_latest_to(directory: Path) -> None:
     """Make `latest` name `directory`, atomically and durably."""
-    pointer = directory.parent / LATEST_FILE
-    temporary = pointer.with_name(pointer.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(directory.name + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(pointer)
+    write_text(directory.parent / LATEST_FILE, directory.name + "\n", durable=True)
 
 
 def resolve_step_dir(path: Path) -> Path:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SparsecodError: arguments, model or data that cannot be used.
     """
-    from sparsecod_megatron.evaluation.files import check_writable
+    from sparsecod_megatron.files import check_writable
 
     check_writable(args.output)
     if args.compare:
@@ -114,7 +114,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
 
 def _compare(first: Path, second: Path, output: Path) -> None:
     from sparsecod_megatron.analysis.compare import compare, comparison_json
-    from sparsecod_megatron.evaluation.files import write_text
+    from sparsecod_megatron.files import write_text
 
     differences = compare(first, second)
     write_text(output / "comparison.json", comparison_json(first, second, differences))

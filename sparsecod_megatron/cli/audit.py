@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.audit.rows import plan_rows
     from sparsecod_megatron.audit.small import small_run
     from sparsecod_megatron.config import load_config
-    from sparsecod_megatron.evaluation.files import check_writable
+    from sparsecod_megatron.files import check_writable
 
     if is_rank() and args.found is None:
         raise ConfigError("audit starts its own processes; run it without torchrun")

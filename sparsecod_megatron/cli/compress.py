@@ -65,15 +65,14 @@ def run(args: argparse.Namespace) -> None:
 
     from sparsecod_megatron.compression.calibration import split_text
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
-    from sparsecod_megatron.evaluation.files import check_writable
     from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
-    from sparsecod_megatron.hf.directory import directory_in_the_making
+    from sparsecod_megatron.files import check_writable, making_output
 
     check_writable(args.output)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with (
         huggingface_directory(args.model, verify=not args.no_verify) as directory,
-        directory_in_the_making(args.output, overwrite=args.overwrite) as folder,
+        making_output(args.output, overwrite=args.overwrite) as folder,
     ):
         tokenizer = load_tokenizer(directory)
         model = load_model(directory, dtype=args.dtype, device=device(args.device))

@@ -117,9 +117,9 @@ def _check(args: argparse.Namespace, tasks: list[str]) -> None:
 
 def _evaluate(args: argparse.Namespace, tasks: list[str], processes: Processes) -> None:
     from sparsecod_megatron.evaluation.corpus import dataset_prefix
-    from sparsecod_megatron.evaluation.files import check_writable
     from sparsecod_megatron.evaluation.model import load_tokenizer
     from sparsecod_megatron.evaluation.report import write_report
+    from sparsecod_megatron.files import check_writable
 
     output = args.output or args.model[0] / "eval"
     check_writable(output)

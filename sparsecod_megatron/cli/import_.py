@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.checkpoint.exported import verify_checkpoint
     from sparsecod_megatron.config import save_config
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
-    from sparsecod_megatron.hf.directory import directory_in_the_making
+    from sparsecod_megatron.files import making_output
     from sparsecod_megatron.hf.source import open_model
     from sparsecod_megatron.hf.tokenizer import has_tokenizer, load_tokenizer
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     config = run_config(source, args.config)
     vocab_size = config.model.vocab_size or 0
     tokenizer = load_tokenizer(args.hf, vocab_size=vocab_size) if has_tokenizer(args.hf) else None
-    with directory_in_the_making(args.output) as folder:
+    with making_output(args.output) as folder:
         step_dir = write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
         if args.verify:
             found = verify_checkpoint(

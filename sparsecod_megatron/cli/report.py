@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SparsecodError: an output that cannot be written, or a path that is neither a readable run nor an analysis.
     """
-    from sparsecod_megatron.analysis.report.output import check_output
+    from sparsecod_megatron.files import check_output
 
     check_output(args.output, (".html", ".png", ".svg", ".pdf"))  # before reading gigabytes of runs
 

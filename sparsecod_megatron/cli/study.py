@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         RanksFailed: cells failed; the table is of the others.
         Stopped: a signal ended the study; the running cells have saved.
     """
-    from sparsecod_megatron.evaluation.files import check_writable
+    from sparsecod_megatron.files import check_writable
     from sparsecod_megatron.studies import load_study
 
     study = load_study(args.study, args.output, args.overrides)

@@ -12,6 +12,7 @@ from sparsecod_megatron.config.presets import preset_model
 from sparsecod_megatron.config.schema import RunConfig
 from sparsecod_megatron.config.typed import Update, merge_typed, read_updates
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.files import write_text
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -38,9 +39,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration; `load_config` reads it back equal."""
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def _preset(updates: Sequence[Update]) -> list[Update]:

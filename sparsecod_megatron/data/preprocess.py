@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import shutil
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from sparsecod_megatron.data.staging import Journal, is_complete, output_paths, 
 from sparsecod_megatron.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
 from sparsecod_megatron.data.tokenizer_identity import tokenizer_digest
 from sparsecod_megatron.errors import DataError
+from sparsecod_megatron.files import making
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -149,10 +149,8 @@ class _Run:
         """The tokenizer of the output; a directory under its final name is complete."""
         directory = self._named("_tokenizer")
         if not directory.exists():
-            unfinished = self.staging / "tokenizer"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            save_tokenizer(self._make_tokenizer(held_out), unfinished)
-            unfinished.replace(directory)
+            with making(directory) as unfinished:
+                save_tokenizer(self._make_tokenizer(held_out), unfinished)
         return load_tokenizer(str(directory))
 
     def _make_tokenizer(self, held_out: np.ndarray | None) -> PreTrainedTokenizerFast:

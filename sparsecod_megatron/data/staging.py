@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 from sparsecod_megatron.data.metadata import read_info
 from sparsecod_megatron.data.writer import SplitProgress
 from sparsecod_megatron.errors import DataError
+from sparsecod_megatron.files import write_text
 
 _JOURNAL, _LOCK = "journal.json", "lock"
 
@@ -44,12 +44,7 @@ class Journal:
 
     def save(self, staging: Path) -> None:
         """Replace the journal on disk."""
-        temporary = staging / f"{_JOURNAL}.tmp"
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(asdict(self), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(staging / _JOURNAL)
+        write_text(staging / _JOURNAL, json.dumps(asdict(self)), durable=True)
 
 
 @contextmanager

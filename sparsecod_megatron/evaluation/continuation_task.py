@@ -16,7 +16,7 @@ from typing import NamedTuple
 import yaml
 
 from sparsecod_megatron.errors import DataError
-from sparsecod_megatron.evaluation.files import write_text
+from sparsecod_megatron.files import write_text
 
 NUM_CHOICES = 4
 MAX_BYTES_PER_WORD = 12

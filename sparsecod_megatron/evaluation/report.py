@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsecod_megatron.evaluation.files import write_text
 from sparsecod_megatron.evaluation.harness import TaskMetric
 from sparsecod_megatron.evaluation.result import Difference, ModelResult, differences
+from sparsecod_megatron.files import write_text
 
 
 def write_report(output: Path, settings: dict[str, Any], results: Sequence[ModelResult]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.hf.directory import directory_in_the_making
+from sparsecod_megatron.files import making_output
 from sparsecod_megatron.hf.families import choose_family
 from sparsecod_megatron.hf.shards import plan_shards, write_shards
 from sparsecod_megatron.hf.tokenizer import check_tokenizer, load_tokenizer, special_token_ids
@@ -59,7 +59,7 @@ def export_model(
     table = family.table(model)
     tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir, vocab_size=model.vocab_size or 0)
     token_ids = special_token_ids(tokenizer)
-    with directory_in_the_making(output, overwrite=overwrite) as folder:
+    with making_output(output, overwrite=overwrite) as folder:
         family.config(model, seq_length=seq_length, dtype=dtype, token_ids=token_ids).save_pretrained(folder)
         GenerationConfig(**token_ids).save_pretrained(folder)
         for source in family.code:

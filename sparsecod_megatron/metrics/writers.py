@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.files import write_text
 
 logger = logging.getLogger("sparsecod")
 
@@ -104,9 +105,7 @@ def _keep_until(path: Path, last_step: int) -> None:
         return
     with path.open(encoding="utf-8") as lines:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 class WandbWriter:
@@ -169,9 +168,7 @@ def _wandb_id(run_dir: Path) -> str:
     path = run_dir / WANDB_ID_FILE
     if path.exists():
         return path.read_text().strip()
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(uuid.uuid4().hex[:8] + "\n")
-    temporary.replace(path)
+    write_text(path, uuid.uuid4().hex[:8] + "\n")
     return path.read_text().strip()
 
 

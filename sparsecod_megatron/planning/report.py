@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.files import check_output, replacing_output
 from sparsecod_megatron.planning.hardware import Gpu, Range
 from sparsecod_megatron.planning.layout import Layout
 from sparsecod_megatron.planning.memory import GIB
@@ -86,20 +86,14 @@ def search_json(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write beside the target, then rename.
+    """Write the file whole or not at all.
 
     Raises:
         ConfigError: the path cannot be written.
     """
-    if path.is_dir():
-        raise ConfigError(f"--output {path}: is a folder; give a file")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
+    with replacing_output(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--output {path}: cannot be written ({error.strerror}); give another path") from None
 
 
 def table(rows: Table) -> str:

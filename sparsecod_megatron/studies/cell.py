@@ -14,7 +14,7 @@ from sparsecod_megatron.config import load_config, save_config
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE
 from sparsecod_megatron.config.stop_signals import handling_stop_signals
 from sparsecod_megatron.errors import ConfigError, SparsecodError
-from sparsecod_megatron.evaluation.files import write_text
+from sparsecod_megatron.files import write_text
 from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
 from sparsecod_megatron.studies.metrics import cell_metrics
 from sparsecod_megatron.studies.scoring import evaluate, export, score

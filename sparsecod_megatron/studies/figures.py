@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS, STYLE
-from sparsecod_megatron.analysis.report.output import replacing
+from sparsecod_megatron.files import replacing_output
 from sparsecod_megatron.studies.cell import trained_run
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.metrics import last_variances
@@ -50,7 +50,7 @@ def _picture(path: Path) -> Iterator[Axes]:
         figure = Figure(figsize=(4.6, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure.subplots()
-        with replacing(path) as temporary:
+        with replacing_output(path) as temporary:
             figure.savefig(temporary, dpi=DPI, metadata={})
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.evaluation.files import write_text
+from sparsecod_megatron.files import write_text
 from sparsecod_megatron.studies.cell import trained_run, write_config
 from sparsecod_megatron.studies.grid import Cell, Study
 from sparsecod_megatron.studies.schema import SlurmConfig

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from sparsecod_megatron.evaluation.files import write_text
+from sparsecod_megatron.files import write_text
 from sparsecod_megatron.studies.cell import is_done, read_result
 from sparsecod_megatron.studies.claims import Results, Verdict, judge
 from sparsecod_megatron.studies.grid import Study

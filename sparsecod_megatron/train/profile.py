@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sparsecod_megatron.config import ProfileConfig
 from sparsecod_megatron.config.run_files import PROFILE_DIR
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.files import replacing
 from sparsecod_megatron.model import unwrap
 
 logger = logging.getLogger("sparsecod")
@@ -94,7 +95,6 @@ class StepProfiler:
         order = "self_device_time_total" if cuda else "self_cpu_time_total"
         table = trace.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=TABLE_ROWS)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._write(".json.gz", lambda path: trace.export_chrome_trace(str(path)))
             self._write(".txt", lambda path: path.write_text(table, encoding="utf-8"))
             if self._section.memory and cuda:
@@ -106,10 +106,8 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, suffix: str, write: Callable[[Path], Any]) -> None:
-        """Beside the target, then renamed; torch goes by the end of the name."""
-        temporary = self._folder / f"unfinished_{self._name}{suffix}"
-        write(temporary)
-        temporary.rename(self._folder / f"{self._name}{suffix}")
+        with replacing(self._folder / f"{self._name}{suffix}") as temporary:
+            write(temporary)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

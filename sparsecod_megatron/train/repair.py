@@ -23,7 +23,7 @@ from sparsecod_megatron.config.run_files import (
     TOKENIZER_DIR,
     VERSIONS_FILE,
 )
-from sparsecod_megatron.hf.directory import directory_in_the_making
+from sparsecod_megatron.files import making_output
 from sparsecod_megatron.parallel import running_processes
 from sparsecod_megatron.train.setup import build_trainer
 
@@ -52,7 +52,7 @@ def repair(run_dir: Path, step_dir: Path, output: Path, config: RunConfig, backe
         running_processes(config, communication=backend.communication, device=backend.device) as groups,
         ExitStack() as making,
     ):
-        folder = on_first_rank(lambda: making.enter_context(directory_in_the_making(output)))
+        folder = on_first_rank(lambda: making.enter_context(making_output(output)))
         trainer = build_trainer(config, backend, groups)
         load_weights(step_dir, config=config, models=trainer.models, groups=groups)
         trainer.optimizer.reload_model_params()

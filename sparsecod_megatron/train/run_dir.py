@@ -21,6 +21,7 @@ from sparsecod_megatron.config.run_files import (
 )
 from sparsecod_megatron.config.versions import installed_versions, recorded_versions
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.files import making
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, TrackerWriter, WandbWriter, Writer
 
@@ -148,7 +149,5 @@ def _record_versions(run_dir: Path, last_step: int, products: dict[str, Any] | N
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
     if source.is_dir() and source.resolve() != target.resolve() and not target.exists():
-        temporary = target.with_name(target.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
-        temporary.rename(target)
+        with making(target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)

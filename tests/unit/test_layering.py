@@ -12,11 +12,11 @@ import pytest
 PACKAGE = "sparsecod_megatron"
 SENTENCE = (
     "config | backend, parallel | model, mechanisms, data, metrics, hf | checkpoint | "
-    "train, analysis, evaluation, planning, compression | studies, audit | cli"
+    "train, analysis, evaluation, planning, compression | models | studies, audit | cli"
 )
 LAYER_OF = {folder.strip(): layer for layer, group in enumerate(SENTENCE.split("|")) for folder in group.split(",")}
-# Files at the top of the package: the errors and the version lie left of every bar, `python -m` right of all of them.
-LAYER_OF |= {"errors": -1, "": -1, "__main__": len(SENTENCE.split("|"))}
+# Files at the top of the package: errors, files and version lie left of every bar, `python -m` right of all of them.
+LAYER_OF |= {"errors": -2, "": -2, "files": -1, "__main__": len(SENTENCE.split("|"))}
 MAX_LINES = 400
 PATCHED_BY_BACKEND_ONLY = ("torch", "megatron", "transformer_engine", "apex")
 
@@ -227,6 +227,8 @@ CASES = [
     ("layers", "model/a.py", "def f():\n    from ..checkpoint import save", "a.py:2"),
     ("layers", "config/a.py", "import importlib as i\ni.import_module(f'sparsecod_megatron.cli.{1}')", "a.py:2"),
     ("layers", "errors.py", "from sparsecod_megatron.config import load", "errors.py:1"),
+    ("layers", "files.py", "from sparsecod_megatron.config import load", "files.py:1"),
+    ("layers", "config/a.py", "from sparsecod_megatron.files import write_text", None),
     ("layers", "__init__.py", "from .train import loop", "__init__.py:1"),
     ("layers", "gadgets/one.py", "x = 1", "'gadgets' is not in the layering sentence"),
     ("layers", "model/a.py", "from ..errors import ConfigError\nfrom ..backend import pick\nfrom . import norms", None),

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sparsecod_megatron.files import write_text
 from tools.gpu_bring_up.bench import PASS, Check, totals
 from tools.gpu_bring_up.environment import CARD
 from tools.gpu_bring_up.process import ROOT
@@ -31,9 +32,7 @@ def write_results(output: Path, checks: Sequence[Check], *, seconds: float) -> N
         "checks": [asdict(check) for check in checks],
     }
     for name, text in ((RESULTS_FILE, json.dumps(content, indent=1) + "\n"), (TABLE_FILE, markdown(content))):
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(output / name)
+        write_text(output / name, text)
 
 
 def markdown(content: dict[str, Any]) -> str:

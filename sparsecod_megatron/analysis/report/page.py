@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsecod_megatron.analysis.directory import AnalysisDirectory
-from sparsecod_megatron.analysis.report.output import replacing
 from sparsecod_megatron.analysis.report.payload import report_payload
 from sparsecod_megatron.analysis.runs import Run
+from sparsecod_megatron.files import replacing_output
 
 ASSETS_PACKAGE, ASSETS_FOLDER = "sparsecod_megatron.analysis", "report_assets"
 STYLES = ("page.css", "figures.css", "controls.css")
@@ -55,7 +55,7 @@ def write_report(runs: Sequence[Run], output: Path, *, analyses: Sequence[Analys
         ConfigError: `output` cannot be written.
     """
     page = report_page(runs, analyses)
-    with replacing(output) as temporary:
+    with replacing_output(output) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 

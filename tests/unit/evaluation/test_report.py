@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.evaluation.files import check_writable, write_text
 from sparsecod_megatron.evaluation.harness import HarnessResult, TaskMetric
 from sparsecod_megatron.evaluation.perplexity import PerplexityResult
 from sparsecod_megatron.evaluation.report import markdown_table, write_report
@@ -92,18 +90,3 @@ def test_models_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_large_values_stay_readable() -> None:
     assert cells(markdown_table([TaskMetric("t", "ppl", 1.5e9, 2e7, 3)]))[2][2:4] == ["1.5000e+09", "± 2.0000e+07"]
-
-
-def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "results.md"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
-    assert [entry.read_text() for entry in path.parent.iterdir()] == ["old"]
-
-
-def test_output_below_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    check_writable(tmp_path / "a" / "b")
-    with pytest.raises(ConfigError, match="is a file; give a folder"):
-        check_writable(tmp_path / "file" / "eval")

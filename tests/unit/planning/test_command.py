@@ -109,7 +109,8 @@ def test_what_does_not_fit_names_the_largest_part() -> None:
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refusal(DENSE, "--gpus", "8", "--output", tmp_path / "file" / "plan.json")
+    refused = refusal(DENSE, "--gpus", "8", "--output", tmp_path / "file" / "plan.json")
+    assert "is a file; give a path in a folder" in refused
     (tmp_path / "folder").mkdir()
     assert "is a folder" in refusal(DENSE, "--gpus", "8", "--output", tmp_path / "folder" / "..")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
