@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sparsecod_megatron.analysis.sparsity.decay import as_csv, decay_rows, match_decays
 from sparsecod_megatron.errors import SparsecodError
-from sparsecod_megatron.evaluation.model import load_model
 from sparsecod_megatron.files import check_writable, write_text
+from sparsecod_megatron.models.opening import open_model
 
 SHOWN = ("std", "equilibrium_std", "below_init_1e-02", "below_own_1e-02", "hoyer", "gini")
 
@@ -24,7 +24,7 @@ SHOWN = ("std", "equilibrium_std", "below_init_1e-02", "below_own_1e-02", "hoyer
 def main() -> int:
     """Read the models one after another and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL_DIR", help="HuggingFace model directories")
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL_DIR", help="model directories or training runs")
     parser.add_argument("--weight-decay", type=float, nargs="+", default=[], help="of each model, in the same order")
     parser.add_argument("--lr", type=float, help="learning rate of all models, for the predicted equilibrium")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -33,8 +33,8 @@ def main() -> int:
         check_writable(args.output)
         rows = []
         for path, decay in zip(args.models, match_decays(len(args.models), args.weight_decay), strict=True):
-            model = load_model(path, dtype="float32", device="cpu")
-            rows += decay_rows(model, label=str(path), weight_decay=decay, lr=args.lr)
+            with open_model(path, device="cpu", round_inputs=False) as opened:
+                rows += decay_rows(opened.model, label=str(path), weight_decay=decay, lr=args.lr)
         write_text(args.output / "weight_decay_sparsity.csv", as_csv(rows))
         write_text(args.output / "weight_decay_sparsity.json", json.dumps(rows, indent=1))
     except SparsecodError as error:

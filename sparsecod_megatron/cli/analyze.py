@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.hf_model import add_model_options, device, names, shared_directory
 from sparsecod_megatron.cli.launch import share_work
-from sparsecod_megatron.cli.numbers import check_above_zero, check_at_least
+from sparsecod_megatron.cli.options import add_model_options, check_above_zero, check_at_least, names
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,14 +86,20 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
-    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+    from sparsecod_megatron.models.opening import open_model
 
     scores = find_scores(names(args.scores), pairs=args.pairs)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
-    with shared_directory(args.model, processes, verify=not args.no_verify) as directory:
-        tokenizer = load_tokenizer(directory)
-        corpus = read_corpus(args.data, tokenizer)
-        model = load_model(directory, dtype=args.dtype, device=device(args.device))
+    with open_model(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        verify=not args.no_verify,
+        round_inputs=False,  # what is rounded has no derivative, of which Jacobians are made
+        processes=processes,
+    ) as opened:
+        corpus = read_corpus(args.data, opened.tokenizer)
+        model = opened.model
     context = make_context(
         model,
         corpus.tokens,

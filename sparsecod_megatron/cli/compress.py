@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.hf_model import add_model_options, device, huggingface_directory
-from sparsecod_megatron.cli.numbers import check_at_least
+from sparsecod_megatron.cli.options import add_model_options, check_at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,17 +64,18 @@ def run(args: argparse.Namespace) -> None:
 
     from sparsecod_megatron.compression.calibration import split_text
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
-    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
     from sparsecod_megatron.files import check_writable, making_output
+    from sparsecod_megatron.models.opening import open_model
 
     check_writable(args.output)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with (
-        huggingface_directory(args.model, verify=not args.no_verify) as directory,
+        open_model(
+            args.model, dtype=args.dtype, device=args.device, verify=not args.no_verify, round_inputs=False
+        ) as opened,
         making_output(args.output, overwrite=args.overwrite) as folder,
     ):
-        tokenizer = load_tokenizer(directory)
-        model = load_model(directory, dtype=args.dtype, device=device(args.device))
+        model, tokenizer = opened.model, opened.tokenizer
         text = split_text(
             read_corpus(args.data, tokenizer).tokens,
             num_samples=args.samples,
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         before = _score(args, "before", model, text.held_out)
         compression = compress(model, args.method, text.calibration, batch_size=args.batch_size)
         after = _score(args, "after", compression.scored, text.held_out)
-        write_model(compression, tokenizer, directory, folder)
+        write_model(compression, tokenizer, opened.directory, folder)
         report = _report(args, compression, before, after)
         (folder / "compression.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     _print(compression, report)

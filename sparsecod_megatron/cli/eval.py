@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.hf_model import add_model_options, device, names, shared_directory
 from sparsecod_megatron.cli.launch import share_work
-from sparsecod_megatron.cli.numbers import check_at_least
+from sparsecod_megatron.cli.options import add_model_options, check_at_least, names
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from sparsecod_megatron.evaluation.harness import LoadedTasks
     from sparsecod_megatron.evaluation.perplexity import ScoredWindows
     from sparsecod_megatron.evaluation.result import ModelResult
+    from sparsecod_megatron.models.opening import Opened
     from sparsecod_megatron.parallel.processes import Processes
 
 HELP = "Score models: lm-eval tasks, perplexity on held-out text, or both; several models are compared in one table."
@@ -117,24 +117,22 @@ def _check(args: argparse.Namespace, tasks: list[str]) -> None:
 
 def _evaluate(args: argparse.Namespace, tasks: list[str], processes: Processes) -> None:
     from sparsecod_megatron.evaluation.corpus import dataset_prefix
-    from sparsecod_megatron.evaluation.model import load_tokenizer
     from sparsecod_megatron.evaluation.report import write_report
     from sparsecod_megatron.files import check_writable
+    from sparsecod_megatron.models.opening import open_model
 
     output = args.output or args.model[0] / "eval"
     check_writable(output)
     if args.perplexity:
         dataset_prefix(args.perplexity)  # a wrong path should not wait for the model
-    with contextlib.ExitStack() as exports:
-        directories = [
-            exports.enter_context(shared_directory(path, processes, verify=not args.no_verify)) for path in args.model
-        ]
-        tokenizers = [load_tokenizer(directory) for directory in directories]
-        loaded = _load_tasks(args, tasks, tokenizers[0], output, processes)
-        results = [
-            _measure(args, str(path), directory, tokenizer, loaded, processes)
-            for path, directory, tokenizer in zip(args.model, directories, tokenizers, strict=True)
-        ]
+    options = {"dtype": args.dtype, "device": args.device, "verify": not args.no_verify, "processes": processes}
+    results = []
+    with contextlib.ExitStack() as stack:
+        models = [stack.enter_context(open_model(path, **options)) for path in args.model]
+        loaded = _load_tasks(args, tasks, models[0].tokenizer, output, processes)
+        for path, opened in zip(args.model, models, strict=True):
+            results.append(_measure(args, str(path), opened, loaded, processes))
+            opened.close()
     if processes.is_first:
         print(write_report(output, _settings(args, tasks, output), results), end="")
         print(f"wrote {output / 'results.json'} and {output / 'results.md'}")
@@ -142,10 +140,12 @@ def _evaluate(args: argparse.Namespace, tasks: list[str], processes: Processes) 
 
 def _settings(args: argparse.Namespace, tasks: list[str], output: Path) -> dict[str, Any]:
     """What was run, without what changes no number."""
+    from sparsecod_megatron.models.loading import usable_device
+
     given = {name: value for name, value in vars(args).items() if name not in ("nproc", "command_line")}
     model = str(args.model[0]) if len(args.model) == 1 else list(map(str, args.model))
     ran = [*tasks, CONTINUATION_TASK] if args.continuation_task else tasks
-    return given | {"model": model, "tasks": ran, "device": device(args.device), "output": output}
+    return given | {"model": model, "tasks": ran, "device": usable_device(args.device), "output": output}
 
 
 def _load_tasks(
@@ -175,20 +175,16 @@ def _load_tasks(
 def _measure(
     args: argparse.Namespace,
     name: str,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    opened: Opened,
     loaded: LoadedTasks | None,
     processes: Processes,
 ) -> ModelResult:
     """Everything that was asked for, of one model."""
-    from sparsecod_megatron.compression.compress import round_inputs_as_written
     from sparsecod_megatron.evaluation.harness import run_tasks
-    from sparsecod_megatron.evaluation.model import load_model
     from sparsecod_megatron.evaluation.perplexity import summary
     from sparsecod_megatron.evaluation.result import ModelResult
 
-    model = load_model(directory, dtype=args.dtype, device=device(args.device))
-    round_inputs_as_written(model, directory)
+    model, tokenizer = opened.model, opened.tokenizer
     perplexity = windows = scores = None
     if args.perplexity:
         windows, num_bytes = _score_text(args, model, tokenizer, processes)

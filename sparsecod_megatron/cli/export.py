@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparsecod_megatron.cli.numbers import check_above_zero, check_at_least
+from sparsecod_megatron.cli.options import check_above_zero, check_at_least
 
 HELP = "Write a training checkpoint as a HuggingFace model directory that plain transformers loads."
 EXAMPLE = "sparsecod export --checkpoint runs/nano_dense --output exported/nano_dense"

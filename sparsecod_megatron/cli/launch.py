@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from sparsecod_megatron.cli.numbers import check_at_least
+from sparsecod_megatron.cli.options import check_at_least
 from sparsecod_megatron.errors import SparsecodError
 
 if TYPE_CHECKING:

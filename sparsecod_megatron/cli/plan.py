@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.numbers import check_at_least
+from sparsecod_megatron.cli.options import check_at_least
 
 if TYPE_CHECKING:
     from sparsecod_megatron.config import RunConfig

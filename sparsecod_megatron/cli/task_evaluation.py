@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsecod_megatron.cli.hf_model import huggingface_directory
 from sparsecod_megatron.config import EvaluationConfig
 
 
 def task_evaluator(section: EvaluationConfig, device: str) -> Callable[[Path], dict[str, float]]:
     """Load the tasks, so that what they lack is found before training, and return what evaluates a step directory.
 
-    The numbers are those of `sparsecod eval` with the same tasks and limit: float32, one process. What that does for
-    quantised directories is not needed: a checkpoint of a run is none.
+    The numbers are those of `sparsecod eval` with the same tasks and limit: float32, one process.
 
     Args:
         section: what to evaluate.
@@ -28,7 +26,7 @@ def task_evaluator(section: EvaluationConfig, device: str) -> Callable[[Path], d
         DataError: a task's data cannot be loaded.
     """
     from sparsecod_megatron.evaluation.harness import load_tasks, run_tasks
-    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+    from sparsecod_megatron.models.opening import open_model
 
     include_paths = [Path(section.include_path)] if section.include_path else []
     loaded = load_tasks(section.tasks, include_paths=include_paths)
@@ -36,11 +34,10 @@ def task_evaluator(section: EvaluationConfig, device: str) -> Callable[[Path], d
 
     def evaluate(step_dir: Path) -> dict[str, float]:
         # Later checkpoints of the run differ from the first in their numbers alone.
-        with huggingface_directory(step_dir, verify=not compared) as directory:
+        with open_model(step_dir, device=device, verify=not compared) as opened:
             compared.append(step_dir)
-            tokenizer = load_tokenizer(directory)
-            model = load_model(directory, dtype="float32", device=device)
-        result = run_tasks(model, tokenizer, loaded, limit=section.limit, batch_size=section.batch_size)
+            options = {"limit": section.limit, "batch_size": section.batch_size}
+            result = run_tasks(opened.model, opened.tokenizer, loaded, **options)
         values = {}
         for row in result.metrics:
             values[f"task/{row.task}/{row.metric}"] = row.value

@@ -7,7 +7,7 @@ import logging
 import os
 
 from sparsecod_megatron.cli.launch import is_first, is_rank, launch, run_rank
-from sparsecod_megatron.cli.numbers import check_at_least
+from sparsecod_megatron.cli.options import check_at_least
 
 HELP = "Pretrain a model. Under torchrun or Slurm this process is one rank; --nproc N starts N ranks on this machine."
 EXAMPLE = "sparsecod train examples/configs/nano_dense.yaml data.prefix=data/stdlib train.train_steps=200 --nproc 2"

@@ -145,6 +145,11 @@ def write_model(compression: Compression, tokenizer: PreTrainedTokenizerBase, so
         tokenizer.save_pretrained(folder / ENGINE_FOLDER)
 
 
+def is_quantised(directory: Path) -> bool:
+    """Whether quantisation wrote a model directory."""
+    return (directory / RANGES_FILE).is_file()
+
+
 def round_inputs_as_written(model: PreTrainedModel, directory: Path) -> bool:
     """Make a model loaded from a quantised directory compute as it was measured: rounding the inputs of its layers.
 

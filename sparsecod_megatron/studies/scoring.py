@@ -41,15 +41,16 @@ def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, outp
     from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
     from sparsecod_megatron.evaluation.corpus import read_corpus
-    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+    from sparsecod_megatron.models.opening import open_model
 
     if not settings.names or is_analysis(output):
         return
     scores = find_scores(settings.names)
     source = held_out_text(config)
-    corpus = read_corpus(source, load_tokenizer(model_directory))
+    with open_model(model_directory, round_inputs=False) as opened:
+        corpus, model = read_corpus(source, opened.tokenizer), opened.model
     context = make_context(
-        load_model(model_directory, dtype="float32", device=_device()),
+        model,
         corpus.tokens,
         num_samples=settings.samples,
         seq_length=settings.seq_length,
@@ -68,15 +69,15 @@ def evaluate(settings: HeldOutConfig, config: RunConfig, model_directory: Path, 
     """
     from sparsecod_megatron.evaluation.corpus import read_corpus
     from sparsecod_megatron.evaluation.harness import load_tasks, run_tasks
-    from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
     from sparsecod_megatron.evaluation.perplexity import score_windows, summary
     from sparsecod_megatron.evaluation.report import write_report
     from sparsecod_megatron.evaluation.result import ModelResult
+    from sparsecod_megatron.models.opening import open_model
 
     if (output / "results.json").is_file():
         return
-    tokenizer = load_tokenizer(model_directory)
-    model = load_model(model_directory, dtype="float32", device=_device())
+    with open_model(model_directory) as opened:
+        model, tokenizer = opened.model, opened.tokenizer
     source, length = held_out_text(config), config.data.seq_length
     max_tokens = None if settings.windows is None else settings.windows * length
     corpus = read_corpus(source, tokenizer, max_tokens=max_tokens)
@@ -104,9 +105,3 @@ def held_out_text(config: RunConfig) -> Path:
     if not sources or not isinstance(sources[0], str):
         raise ConfigError("data.validation: not set; a study scores held-out text: set run.data.prefix=PREFIX")
     return Path(sources[0])
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,7 @@ from sparsecod_megatron.compression.compress import METHODS, compress, round_inp
 from sparsecod_megatron.compression.matrices import eligible
 from sparsecod_megatron.compression.modelopt import quiet_modelopt
 from sparsecod_megatron.errors import CheckpointError, ConversionError
-from sparsecod_megatron.evaluation.model import load_model
+from sparsecod_megatron.models.loading import load_model
 from tests.helpers.decoders import tiny_decoder
 from tests.helpers.words import save_with_words
 from tests.unit.compression.models import MODELS, sequences, tiny

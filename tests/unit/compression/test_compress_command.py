@@ -14,7 +14,7 @@ from sparsecod_megatron.cli.main import main
 from sparsecod_megatron.compression.compress import round_inputs_as_written
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.evaluation.corpus import read_corpus
-from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+from sparsecod_megatron.models.loading import load_model, load_tokenizer
 from tests.helpers.perplexity import perplexity
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.compression.models import VOCAB_SIZE, tiny

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -25,11 +26,8 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
         CheckpointError: no such folder, no `config.json`, unreadable weights, weights that the architecture needs
             and the folder lacks (transformers would fill them with random numbers), or ModelOpt's quantised weights
             (transformers would take them without their scales).
-        ConfigError: `cuda` where there is none.
     """
     check_model_directory(directory)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     if _for_engines(directory):
         raise CheckpointError(
             f"{directory}: 8-bit weights for inference engines, whose scales transformers leaves out; give the folder "
@@ -68,8 +66,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def usable_device(asked: str | None) -> str:
+    """Where to compute: what was asked for, or cuda where there is one; of several GPUs each process takes its own.
+
+    Raises:
+        ConfigError: `cuda` was asked for and there is none.
+    """
+    if not torch.cuda.is_available():
+        if asked == "cuda":
+            raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+        return "cpu"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return asked or "cuda"
+
+
 def check_model_directory(directory: Path) -> None:
-    """Refuse a path that is no HuggingFace model directory.
+    """Refuse a path that is not a HuggingFace model directory.
 
     Raises:
         CheckpointError: no such folder, or it has no `config.json`.

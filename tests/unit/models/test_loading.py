@@ -7,19 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 from sparsecod_megatron.errors import CheckpointError
-from sparsecod_megatron.evaluation.model import load_model, load_tokenizer
+from sparsecod_megatron.models.loading import load_model, load_tokenizer
+from tests.helpers.words import save_with_words
+from tests.unit.compression.models import tiny
 
 
-def test_round_trip(model_dir: Path, model: LlamaForCausalLM) -> None:
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return save_with_words(tiny("llama"), tmp_path / "model")
+
+
+def test_round_trip(model_dir: Path) -> None:
     loaded = load_model(model_dir, dtype="float32", device="cpu")
     assert not loaded.training
-    for name, weight in model.state_dict().items():
+    for name, weight in tiny("llama").state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
     assert load_model(model_dir, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
-    assert load_tokenizer(model_dir)("argument")["input_ids"]
+    assert load_tokenizer(model_dir)("w1")["input_ids"] == [2]
 
 
 def test_missing_tensor_is_not_made_up(model_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Numbers on the command line: refused in one line before work begins, whichever command they are given to."""
+"""Options that several commands have: those of a model, names in a list, and numbers, refused before work begins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ import argparse
 import math
 
 from sparsecod_megatron.errors import ConfigError
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Declare --dtype, --device and --no-verify."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and computation (default float32)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="of a training run: do not compare the exported model's logits with Megatron's",
+    )
+
+
+def names(text: str | None) -> list[str]:
+    """What stands between the commas."""
+    return [name for name in map(str.strip, (text or "").split(",")) if name]
 
 
 def check_at_least(args: argparse.Namespace, **minimums: int) -> None:
@@ -16,7 +37,7 @@ def check_at_least(args: argparse.Namespace, **minimums: int) -> None:
         **minimums: smallest value by option, `seq_length` for `--seq-length`.
 
     Raises:
-        ConfigError: one line about the first that is below, or no number.
+        ConfigError: one line about the first that is below, or not a number.
     """
     for name, minimum in minimums.items():
         value = getattr(args, name)

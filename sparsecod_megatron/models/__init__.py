@@ -1,0 +1,1 @@
+"""Trained models as the rest uses them, from wherever they lie."""
