@@ -36,8 +36,9 @@ def task_evaluator(section: EvaluationConfig, device: str) -> Callable[[Path], d
         # Later checkpoints of the run differ from the first in their numbers alone.
         with open_model(step_dir, device=device, verify=not compared) as opened:
             compared.append(step_dir)
-            options = {"limit": section.limit, "batch_size": section.batch_size}
-            result = run_tasks(opened.model, opened.tokenizer, loaded, **options)
+            model, tokenizer = opened.model, opened.tokenizer
+            result = run_tasks(model, tokenizer, loaded, limit=section.limit, batch_size=section.batch_size)
+            del model
         values = {}
         for row in result.metrics:
             values[f"task/{row.task}/{row.metric}"] = row.value
