@@ -18,7 +18,7 @@ from sparsecod_megatron.errors import SparsecodError
 from sparsecod_megatron.files import check_writable, write_text
 from sparsecod_megatron.models.opening import open_model
 
-SHOWN = ("std", "equilibrium_std", "below_init_1e-02", "below_own_1e-02", "hoyer", "gini")
+COLUMNS = ("std", "equilibrium_std", "below_init_1e-02", "below_own_1e-02", "hoyer", "gini")
 
 
 def main() -> int:
@@ -40,9 +40,9 @@ def main() -> int:
     except SparsecodError as error:
         print(f"analyze_weight_decay_sparsity: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{'model':32} {'decay':>8} " + " ".join(f"{name:>16}" for name in SHOWN))
+    print(f"{'model':32} {'decay':>8} " + " ".join(f"{name:>16}" for name in COLUMNS))
     for row in (row for row in rows if row["kind"] == "all"):
-        numbers = " ".join(f"{'-' if row[name] is None else format(row[name], '.4g'):>16}" for name in SHOWN)
+        numbers = " ".join(f"{'-' if row[name] is None else format(row[name], '.4g'):>16}" for name in COLUMNS)
         print(f"{row['model'][-32:]:32} {'-' if row['weight_decay'] is None else row['weight_decay']:>8} {numbers}")
     return 0
 

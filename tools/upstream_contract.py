@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = Path(__file__).with_suffix(".txt")
 UPSTREAM = ("megatron", "torch", "transformers", "modelopt")
-SEARCHED = (
+PATHS_SEARCHED = (
     "megatron/core",
     "torch/nn/modules",
     "torch/optim",
@@ -167,7 +167,7 @@ def _sources() -> dict[str, str]:
     site = Path(inspect.getfile(importlib.import_module("torch"))).parents[1]
     megatron = Path(importlib.import_module("megatron.core").__path__[0]).parents[1]
     texts = {}
-    for place in SEARCHED:
+    for place in PATHS_SEARCHED:
         base = megatron if place.startswith("megatron") else site
         pattern = place if place.endswith(".py") else f"{place}/**/*.py"
         texts[place] = "\n".join(path.read_text("utf-8") for path in sorted(base.glob(pattern)))

@@ -21,7 +21,7 @@ from sparsecod_megatron.analysis.layers import Layers, hidden_input, hidden_outp
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_GIVE_ANOTHER = "its blocks cannot be run by themselves, which every depth score does; leave those out of --scores"
+_ADVICE = "its blocks cannot be run by themselves, which every depth score does; leave those out of --scores"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Replay:
 
         hooks = [block.register_forward_hook(note, with_kwargs=True) for block in self.layers.blocks]
         try:
-            with running(self.model, "a pass over the sample", _GIVE_ANOTHER), contextlib.suppress(_AllBlocksRan):
+            with running(self.model, "a pass over the sample", _ADVICE), contextlib.suppress(_AllBlocksRan):
                 self.model(input_ids=tokens, use_cache=False)
         finally:
             for hook in hooks:
@@ -108,7 +108,7 @@ class Replay:
         """Block `layer` with its own mask and angles on hidden states [B, T, d]."""
         call = trace.calls[layer]
         block = self.layers.blocks[layer]
-        with running(block, "a pass of one block on hidden states", _GIVE_ANOTHER):
+        with running(block, "a pass of one block on hidden states", _ADVICE):
             output = block(hidden, *call.args, **call.kwargs)
         after = hidden_output(output)
         assert after is not None
@@ -147,7 +147,7 @@ class Replay:
             layer: _Answer(block, hidden, trace.calls[layer].rest) for layer, block in enumerate(self.layers.blocks)
         }
         doing = "what the model does after its blocks"
-        with swapped(self.layers.blocks, answers), running(self.model, doing, _GIVE_ANOTHER):
+        with swapped(self.layers.blocks, answers), running(self.model, doing, _ADVICE):
             logits: Tensor = self.model(input_ids=trace.tokens, use_cache=False).logits
         return logits
 

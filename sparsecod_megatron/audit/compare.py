@@ -35,7 +35,7 @@ class Tolerance:
     state: float
 
 
-EXACT = Tolerance(0.0, 0.0, 0.0, 0.0, 0.0)
+EQUALITY = Tolerance(0.0, 0.0, 0.0, 0.0, 0.0)
 """The same arithmetic in the same order, on a CPU."""
 FP32 = Tolerance(loss=1e-5, grad_norm=1e-4, gradients=1e-3, statistics=1e-3, state=1e-5)
 """Sums in another order. A right layout is a hundred times closer; a wrong one is off by the size of what it leaves out
@@ -43,9 +43,9 @@ or counts twice."""
 BF16 = Tolerance(loss=2e-3, grad_norm=5e-2, gradients=0.25, statistics=0.25, state=2e-3)
 """A bf16 number has 8 bits, so that every product is off by up to 4e-3, and a router near a tie chooses otherwise. Rows
 in fp32 show what is finer; these show what fp32 has not: weights apart from their master weights."""
-SMALLEST = 1e-4
+MIN_NORM_SHARE = 1e-4
 """Share of the whole norm below which a tensor's own is rounding of others; smaller ones are measured by this."""
-COUNTED = 100.0
+SHARE_FACTOR = 100.0
 """How much more a share of elements may differ: one element that rounding takes over its limit is a hundredth of it."""
 LATE = ("grad_", "param_", "update_")
 """Beginnings of the names of statistics that follow from the gradients, not from the forward pass."""
@@ -131,7 +131,7 @@ def compare(row: Row, found: Measurement | str, expected: Measurement | str | No
         verdict.first = f"{row.against}, which it must equal, could not run"
         return verdict
     wide = FP32 if row.precision == "fp32" else BF16
-    tolerance = EXACT if row.exact and on_cpu else wide
+    tolerance = EQUALITY if row.exact and on_cpu else wide
     for difference in _differences(found, expected):
         size, section = difference.size, difference.section
         if section == "gradients":
@@ -183,13 +183,13 @@ def _differences(found: Measurement, expected: Measurement) -> Iterator[_Differe
 
 
 def _statistic(where: str, name: str, layer: int, size: float) -> _Difference:
-    counted = COUNTED if name.endswith("_outlier_frac") else 1.0
+    counted = SHARE_FACTOR if name.endswith("_outlier_frac") else 1.0
     return _Difference("statistics", f"{where}: {name} of layer {layer}", size, scale=counted)
 
 
 def _tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
     """(name, ‖a − b‖ / ‖b‖) in the order of the forward pass; a tensor that one side lacks is infinitely off."""
-    smallest = SMALLEST * math.hypot(*(float(tensor.norm()) for tensor in expected.values()))
+    smallest = MIN_NORM_SHARE * math.hypot(*(float(tensor.norm()) for tensor in expected.values()))
     for name in [*expected, *(name for name in found if name not in expected)]:
         ours, theirs = found.get(name), expected.get(name)
         if ours is None or theirs is None or ours.shape != theirs.shape:

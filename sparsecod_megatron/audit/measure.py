@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from torch import Tensor
 
 from sparsecod_megatron.audit.measurement import Measurement
-from sparsecod_megatron.audit.rows import ONE, Row
+from sparsecod_megatron.audit.rows import REFERENCE, Row
 from sparsecod_megatron.audit.small import MIDDLE, STEPS
 from sparsecod_megatron.audit.whole import gradient, master_weights, weights, whole_buffers, whole_parameters
 from sparsecod_megatron.backend import Backend
@@ -53,7 +53,7 @@ def measure(row: Row, small: RunConfig, backend: Backend, checkpoints: Path) -> 
     # Other fresh weights, so that what continues can only come from the checkpoint.
     config = replace(config, train=replace(config.train, seed=config.train.seed + 1))
     if row.mechanism == "resume-as-dp":
-        config = replace(config, parallel=ONE.parallel)
+        config = replace(config, parallel=REFERENCE.parallel)
     with _trainer(config, backend) as trainer:
         _finish(trainer, load_checkpoint(directory, **trainer.parts), found)
     return found

@@ -14,7 +14,7 @@ from sparsecod_megatron.errors import ConfigError
 BUCKETS = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20_000}
 """What CUDA runs by default, with buckets so small that the model has many, and padding in them."""
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-ON_FOUR = ("plain", "overlap", "resume")
+KINDS_ON_FOUR = ("plain", "overlap", "resume")
 """Those of layouts of four processes, which combine what layouts of two have shown."""
 MECHANISMS = ("plain", "overlap", "recompute", "micro-batch", "resume", "resume-as-dp", "validation")
 """How a layout is stepped: as it is; with bucketed gradients and overlap (`BUCKETS`), as are all below that save; with
@@ -93,7 +93,7 @@ class Plan:
     left_out: dict[str, str]
 
 
-ONE = Layout("1 process", 1, ParallelConfig())
+REFERENCE = Layout("1 process", 1, ParallelConfig())
 
 
 def plan_rows(small: RunConfig, *, nproc: int, only: list[str] | None = None) -> Plan:
@@ -109,8 +109,8 @@ def plan_rows(small: RunConfig, *, nproc: int, only: list[str] | None = None) ->
     """
     left_out: dict[str, str] = {}
     layouts = [layout for layout in _layouts(small.model, nproc) if _allowed(layout, small, left_out)]
-    if ONE not in layouts:
-        raise ConfigError(f"the small model cannot be built: {left_out[ONE.name]}")
+    if REFERENCE not in layouts:
+        raise ConfigError(f"the small model cannot be built: {left_out[REFERENCE.name]}")
     own = "fp8" if small.precision.fp8 else small.precision.dtype
     rows = [row for layout in layouts for row in _rows_of(layout, small, left_out)]
     if own != "fp32":
@@ -119,7 +119,7 @@ def plan_rows(small: RunConfig, *, nproc: int, only: list[str] | None = None) ->
             for layout in layouts
             if layout.nproc < 4
             for mechanism in (
-                ("plain", own, None if layout is ONE else f"{ONE.name} {own}"),
+                ("plain", own, None if layout is REFERENCE else f"{REFERENCE.name} {own}"),
                 ("overlap", own, f"{layout.name} {own}"),
                 ("resume", own, f"{layout.name} overlap {own}", True),
             )
@@ -151,22 +151,28 @@ def with_references(rows: Sequence[Row], names: Iterable[str]) -> list[Row]:
 
 
 def _rows_of(layout: Layout, small: RunConfig, left_out: dict[str, str]) -> Iterator[Row]:
-    for mechanism in MECHANISMS if layout.nproc < 4 else ON_FOUR:
+    for mechanism in MECHANISMS if layout.nproc < 4 else KINDS_ON_FOUR:
         against: str | None = layout.name
         exact = False
         if mechanism == "plain":
-            against = None if layout is ONE else ONE.name
+            against = None if layout is REFERENCE else REFERENCE.name
         elif mechanism == "micro-batch":
             by_micro_batch = _depends_on_micro_batch(small.model)
             if by_micro_batch:
                 left_out["1 process micro-batch against 1 process"] = by_micro_batch
-            against = f"{ONE.name} micro-batch" if layout is not ONE else None if by_micro_batch else ONE.name
+            against = (
+                f"{REFERENCE.name} micro-batch"
+                if layout is not REFERENCE
+                else None
+                if by_micro_batch
+                else REFERENCE.name
+            )
         elif mechanism == "resume":
             against, exact = f"{layout.name} overlap", True
         elif mechanism == "resume-as-dp":
-            if layout.nproc == 1 or layout.parallel == ONE.parallel:
+            if layout.nproc == 1 or layout.parallel == REFERENCE.parallel:
                 continue
-            against = ONE.name
+            against = REFERENCE.name
         elif mechanism == "validation":
             exact = True
         yield Row(layout, mechanism, "fp32", against, exact)
@@ -201,7 +207,7 @@ def _allowed(layout: Layout, small: RunConfig, left_out: dict[str, str]) -> bool
 
 def _layouts(model: ModelConfig, nproc: int) -> Iterator[Layout]:
     """Those of one, two and four processes; sizes are 1 or 2, so that every kind is there and every pair of kinds."""
-    for layout in (ONE, *(_moe_layouts() if model.is_moe else _dense_layouts()), *_common_layouts(model.is_moe)):
+    for layout in (REFERENCE, *(_moe_layouts() if model.is_moe else _dense_layouts()), *_common_layouts(model.is_moe)):
         if layout.nproc <= nproc:
             yield layout
 

@@ -13,7 +13,7 @@ from typing import Any
 from sparsecod_megatron.backend.precision_support import check_precision
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.check_megatron import needs_transformer_engine
-from sparsecod_megatron.config.megatron_fields import PASSED, UNEVEN_STAGES
+from sparsecod_megatron.config.megatron_fields import FIELDS_PASSED, STAGE_FIELDS
 from sparsecod_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -34,9 +34,9 @@ STEPS = 3
 MIDDLE = 2
 """Step after which a row saves, resumes or validates."""
 LAYERS, SEQUENCE, VOCABULARY, EXPERTS = 4, 32, 192, 8
-_EVERY_STEP = IntervalConfig(interval=1)
-_LEFT_TO_ROWS = {
-    *UNEVEN_STAGES,
+_STEP_INTERVAL = IntervalConfig(interval=1)
+_FIELDS_OF_ROWS = {
+    *STAGE_FIELDS,
     "align_param_gather",
     "batch_p2p_comm",
     "batch_p2p_sync",
@@ -50,7 +50,7 @@ _LEFT_TO_ROWS = {
     "overlap_param_gather",
     "pad_buckets_for_high_nccl_busbw",
     "moe_input_jitter_eps",
-    *(field for field in PASSED if field.startswith(("cpu_offloading", "recompute_"))),
+    *(field for field in FIELDS_PASSED if field.startswith(("cpu_offloading", "recompute_"))),
 }
 """`megatron:` fields of a layout, its communication or memory, and one whose random numbers belong to the layout."""
 
@@ -85,7 +85,7 @@ def small_run(config: RunConfig, *, capability: tuple[int, int] | None) -> Small
     except ConfigError:
         notes.append(f"precision.fp8_recipe={precision.fp8_recipe} is not this device's; rows are in bf16 instead")
         precision = PrecisionConfig(dtype=precision.dtype)
-    left = [key for key in config.megatron if key in _LEFT_TO_ROWS]
+    left = [key for key in config.megatron if key in _FIELDS_OF_ROWS]
     lacking = [key for key in config.megatron if capability is None and needs_transformer_engine(key)]
     notes += [f"megatron.{key} is left out: rows choose communication and memory" for key in left]
     notes += [f"megatron.{key} is left out: it needs Transformer Engine, and this is a CPU" for key in lacking]
@@ -109,7 +109,9 @@ def small_run(config: RunConfig, *, capability: tuple[int, int] | None) -> Small
             eval_steps=1,
         ),
         # Without spikes: g²/v̂ is largest where v̂ is rounding.
-        statistics=StatisticsConfig(variance=_EVERY_STEP, moments=_EVERY_STEP, norms=_EVERY_STEP, router=_EVERY_STEP),
+        statistics=StatisticsConfig(
+            variance=_STEP_INTERVAL, moments=_STEP_INTERVAL, norms=_STEP_INTERVAL, router=_STEP_INTERVAL
+        ),
         checkpoint=CheckpointConfig(save_interval=0),
         evaluation=EvaluationConfig(),
         logging=LoggingConfig(),

@@ -31,7 +31,7 @@ logger = logging.getLogger("sparsecod")
 VARIABLE = "SPARSECOD_ONEDNN"
 """Environment variable that fixes the choice: a choice as text."""
 NOTHING = "none"
-FASTER = 0.97
+TIME_RATIO = 0.97
 """Share of torch's time below which oneDNN is taken: what differs by less may come out either way."""
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that make a library slower than the processor."""
@@ -202,7 +202,7 @@ def _choice_for_this_machine(recorded: Any) -> Choice | None:
 
 def faster(seconds: Mapping[str, tuple[float, float]]) -> Choice:
     """What is chosen after (by torch, by oneDNN) for names of fields; a field without any is torch's. Local."""
-    return Choice(**{name: by_onednn < FASTER * by_torch for name, (by_torch, by_onednn) in seconds.items()})
+    return Choice(**{name: by_onednn < TIME_RATIO * by_torch for name, (by_torch, by_onednn) in seconds.items()})
 
 
 def _measured(path: Path | None) -> Choice:

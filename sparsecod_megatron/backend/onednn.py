@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FEWEST_PRODUCTS = 1 << 20
+MIN_PRODUCTS = 1 << 20
 """Multiplications of a product for which setting oneDNN up costs less than it saves."""
 
 
@@ -24,7 +24,7 @@ def is_suited(x: Tensor, weight: Tensor) -> bool:
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.dim() > 1
-        and x.numel() * len(weight) >= FEWEST_PRODUCTS
+        and x.numel() * len(weight) >= MIN_PRODUCTS
         # A second operand with gaps between rows takes oneDNN's reference loop, about a thousand times as slow
         # (benchmarks/products.py); the first may lie anyhow.
         and (weight.is_contiguous() or weight.t().is_contiguous())

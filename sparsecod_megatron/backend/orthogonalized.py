@@ -33,7 +33,7 @@ COEFFICIENTS = {
 
 Sources: Jordan et al., Muon (2024) for `simple`; Cesista et al., Squeezing 1-2 % Efficiency Gains Out of Muon (2025).
 """
-_SMALLEST_NORM = 1e-7
+_MIN_NORM = 1e-7
 
 
 def newton_schulz_tp(
@@ -90,7 +90,7 @@ def _iterate(
     squares = matrix.square().sum()
     if group is not None:
         dist.all_reduce(squares, group=group)
-    matrix = matrix / squares.sqrt().clamp_min(_SMALLEST_NORM)
+    matrix = matrix / squares.sqrt().clamp_min(_MIN_NORM)
     if torch.get_float32_matmul_precision() == "medium":
         matrix = matrix.bfloat16()
     for a, b, c in coefficients:

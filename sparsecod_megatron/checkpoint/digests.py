@@ -26,7 +26,7 @@ Digests: TypeAlias = dict[str, dict[str, int]]
 """By parameter of the whole model (experts of a layer together) and kind (`param`, the fp32 weights, or a moment)."""
 LeafDigests: TypeAlias = tuple[Leaf, dict[str, int]]
 
-_SLICED = ("param", "exp_avg", "exp_avg_sq")
+_KINDS_SLICED = ("param", "exp_avg", "exp_avg_sq")
 """What the distributed optimizer keeps of a parameter."""
 _OPTIMIZER_KEY = re.compile(r"optimizer\.state\.(\w+?)\.(.+)")
 _MODULUS = 1 << 64
@@ -137,13 +137,13 @@ def _sliced_digests(part: DistributedOptimizer) -> list[tuple[torch.nn.Parameter
     # A pipeline stage of dense layers has a part for experts too, without parameters; so have all ranks of its group.
     if not parameters:
         return []
-    sums = torch.zeros((len(parameters), len(_SLICED)), dtype=torch.int64, device=parameters[0].device)
+    sums = torch.zeros((len(parameters), len(_KINDS_SLICED)), dtype=torch.int64, device=parameters[0].device)
     for row, parameter in enumerate(parameters):
         if parameter in part.model_param_group_index_map:
             tensors = part._get_main_param_and_optimizer_states(parameter)
-            sums[row] = torch.stack([tensor_digest(tensors[kind]) for kind in _SLICED])
+            sums[row] = torch.stack([tensor_digest(tensors[kind]) for kind in _KINDS_SLICED])
     dist.all_reduce(sums, group=part.data_parallel_group)
     if part.data_parallel_group.rank() or part.distributed_optimizer_instance_id:
         return []
-    rows = [dict(zip(_SLICED, row, strict=True)) for row in sums.tolist()]
+    rows = [dict(zip(_KINDS_SLICED, row, strict=True)) for row in sums.tolist()]
     return list(zip(parameters, rows, strict=True))

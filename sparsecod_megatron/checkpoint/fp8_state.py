@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 logger = logging.getLogger("sparsecod")
 
-_ALLOWED = {
+_CLASSES_ALLOWED = {
     "collections": {"OrderedDict"},
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
     "torch._utils": {"_rebuild_tensor_v2"},
@@ -34,7 +34,7 @@ class _ScalesReader(pickle.Unpickler):
     """Refuses, before it is looked up, every name that does not belong into scales."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
+        if name not in _CLASSES_ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"FP8 scales name {module}.{name}, which does not belong there")
         return super().find_class(module, name)
 

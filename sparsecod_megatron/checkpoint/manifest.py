@@ -25,7 +25,7 @@ from sparsecod_megatron.files import flush
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 """Version of manifest.json; a reader refuses any other."""
-REQUIRED_FILES = (STATE_FILE, CONFIG_FILE, COMMON_STATE_FNAME, CONFIG_FNAME, METADATA_FILE)
+FILES_REQUIRED = (STATE_FILE, CONFIG_FILE, COMMON_STATE_FNAME, CONFIG_FNAME, METADATA_FILE)
 _BLOCK = 1 << 22
 
 
@@ -114,7 +114,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if content["format"] != FORMAT:
         raise ValueError(f"{path.name} has format {content['format']}, this version reads {FORMAT}")
     files = content["files"]
-    for name in (*REQUIRED_FILES, *files):
+    for name in (*FILES_REQUIRED, *files):
         if name not in files or name != Path(name).name:
             raise ValueError(f"{path.name} does not list {name}")
     return files

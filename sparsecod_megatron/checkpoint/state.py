@@ -19,8 +19,8 @@ from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError, ConfigError
 
 FORMAT = 3
-"""Version of state.json; a reader refuses any other but `WITHOUT_DIGESTS`."""
-WITHOUT_DIGESTS = 2
+"""Version of state.json; a reader refuses any other but `FORMAT_WITHOUT_DIGESTS`."""
+FORMAT_WITHOUT_DIGESTS = 2
 """Read as well: whether such a checkpoint is right, its weights tell."""
 
 
@@ -88,7 +88,7 @@ def read_state(directory: Path) -> StateFile:
     try:
         content = json.loads(path.read_text())
         found = content["format"]
-        if found in (FORMAT, WITHOUT_DIGESTS):
+        if found in (FORMAT, FORMAT_WITHOUT_DIGESTS):
             return StateFile(**{**content, "train": TrainState(**content["train"])})
     except FileNotFoundError:
         raise DamagedCheckpoint(

@@ -27,7 +27,7 @@ from sparsecod_megatron.checkpoint.untrusted import read_metadata
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 
-FUSED_NORMS = {
+NORM_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -191,7 +191,7 @@ def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
         layers = range(entry.size[0]) if numbered is None else [int(numbered)]
         for layer in layers:
             above = (layer,) if numbered is None else ()
-            for name, expert in _expert_names(FUSED_NORMS.get(rest, rest), entry, len(above)):
+            for name, expert in _expert_names(NORM_NAMES.get(rest, rest), entry, len(above)):
                 yield f"decoder.layers.{layer}.{name}", Place(key, above + expert)
 
 

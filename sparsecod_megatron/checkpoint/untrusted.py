@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from sparsecod_megatron.checkpoint.paths import METADATA_FILE
 
-_ALLOWED = {
+_CLASSES_ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -43,7 +43,7 @@ class _MetadataReader(pickle.Unpickler):
     """Refuses, before it is looked up, every name that does not belong into `.metadata`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
+        if name not in _CLASSES_ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"{METADATA_FILE} names {module}.{name}, which does not belong there")
         return super().find_class(module, name)
 

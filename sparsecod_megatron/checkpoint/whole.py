@@ -16,7 +16,7 @@ from sparsecod_megatron.checkpoint.manifest import require_undamaged
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig, load_config
-from sparsecod_megatron.config.megatron_fields import CHANGES_MODEL
+from sparsecod_megatron.config.megatron_fields import FUNCTION_FIELDS
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
 from sparsecod_megatron.parallel import running_processes
@@ -86,4 +86,4 @@ def single_process(config: RunConfig) -> RunConfig:
 
 def shape_only(config: RunConfig) -> dict[str, object]:
     """`megatron:` fields without those that steer memory, speed or communication of training."""
-    return {field: value for field, value in config.megatron.items() if field in CHANGES_MODEL}
+    return {field: value for field, value in config.megatron.items() if field in FUNCTION_FIELDS}

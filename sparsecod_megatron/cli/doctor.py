@@ -20,7 +20,7 @@ HELP = (
     "those of the run, and two of its steps once more. Exit status 1 if something differs. Writes nothing into the run."
 )
 EXAMPLE = "sparsecod doctor runs/nano_dense"
-NUMERIC = ("python", "cuda", "nccl", "torch", "numpy", "megatron-core", "transformer-engine", "sparsecod-megatron")
+PACKAGES = ("python", "cuda", "nccl", "torch", "numpy", "megatron-core", "transformer-engine", "sparsecod-megatron")
 """Versions that the numbers of a step depend on."""
 MARKS = {True: "ok", False: "DIFFERS", None: "-"}
 
@@ -120,10 +120,10 @@ def _versions(run_dir: Path) -> Finding:
     if recorded is None:
         return Finding("versions", None, f"no {VERSIONS_FILE}")
     then, now = ({**entry, **entry["packages"]} for entry in (recorded, installed_versions()))
-    for name in NUMERIC:
+    for name in PACKAGES:
         if then.get(name) != now.get(name):
             return Finding("versions", False, f"{name} was {then.get(name)} and is {now.get(name)}")
-    return Finding("versions", True, ", ".join(f"{name} {now[name]}" for name in NUMERIC if now.get(name)))
+    return Finding("versions", True, ", ".join(f"{name} {now[name]}" for name in PACKAGES if now.get(name)))
 
 
 def _rehearsed(args: argparse.Namespace, step_dir: Path) -> Finding:

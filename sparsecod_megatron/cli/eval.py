@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HELP = "Score models: lm-eval tasks, perplexity on held-out text, or both; several models are compared in one table."
 EXAMPLE = "sparsecod eval --model runs/dense runs/moe --perplexity data/x_val --tasks arc_easy,piqa --output compared"
-LONGEST_DEFAULT_TOKENS = 2048
+MAX_DEFAULT_TOKENS = 2048
 CONTINUATION_TASK = "true_continuation"
 
 
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-length",
         type=int,
         metavar="N",
-        help=f"tokens of a perplexity window (default: the model's longest, at most {LONGEST_DEFAULT_TOKENS})",
+        help=f"tokens of a perplexity window (default: the model's longest, at most {MAX_DEFAULT_TOKENS})",
     )
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: --seq-length, no overlap)"
@@ -203,8 +203,8 @@ def _score_text(
     from sparsecod_megatron.evaluation.corpus import read_corpus
     from sparsecod_megatron.evaluation.perplexity import score_windows
 
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_TOKENS
-    seq_length = args.seq_length or min(longest, LONGEST_DEFAULT_TOKENS)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_DEFAULT_TOKENS
+    seq_length = args.seq_length or min(longest, MAX_DEFAULT_TOKENS)
     if seq_length > longest:
         raise ConfigError(
             f"--seq-length {seq_length}: the model takes at most {longest} tokens (max_position_embeddings)"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _REPORT = "TORCHELASTIC_ERROR_FILE"
 """Names, in a rank's environment, the file that the agent reads its error from."""
-_ENDED_BY_OTHERS = (-signal.SIGTERM, -signal.SIGABRT)
+_STATUSES_OF_BYSTANDERS = (-signal.SIGTERM, -signal.SIGABRT)
 """How a rank ends because another did: told to by the agent, or by the communication library."""
 
 
@@ -153,7 +153,7 @@ def _order(failure: Any) -> tuple[int, int]:
     report = Path(failure.error_file)
     if report.is_file():
         return 1, report.stat().st_mtime_ns
-    return (2 if failure.exitcode in _ENDED_BY_OTHERS else 0), 0
+    return (2 if failure.exitcode in _STATUSES_OF_BYSTANDERS else 0), 0
 
 
 def _described(rank: int, failure: Any) -> RanksFailed:

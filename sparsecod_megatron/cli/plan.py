@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HELP = "Say what a run needs on N GPUs and how long a step may take, or search for the layouts that fit."
 EXAMPLE = "sparsecod plan examples/configs/moe_1B_7B.yaml --gpus 16 --gpu h100 --search"
-SHOWN = 5
+LAYOUTS_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help=f"show the {SHOWN} fastest layouts that fit with 10 %% of the memory to spare, whatever the file's layout",
+        help=f"show the {LAYOUTS_SHOWN} fastest layouts that fit with 10 %% of the memory to spare, whatever the file says",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write everything as JSON; replaced")
 
@@ -68,4 +68,4 @@ def _search(config: RunConfig, gpus: int, gpu: Gpu) -> tuple[str, dict[str, Any]
     from sparsecod_megatron.planning.report import search_json, search_text
 
     candidates = search_layouts(config, gpus, gpu)
-    return search_text(candidates, gpu, limit=SHOWN), {"gpus": gpus, "layouts": search_json(candidates)}
+    return search_text(candidates, gpu, limit=LAYOUTS_SHOWN), {"gpus": gpus, "layouts": search_json(candidates)}

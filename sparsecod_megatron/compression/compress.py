@@ -19,9 +19,9 @@ from sparsecod_megatron.compression.matrices import Matrix, compare, eligible, f
 from sparsecod_megatron.compression.modelopt import quiet_modelopt, require_modelopt
 from sparsecod_megatron.errors import CheckpointError, ConfigError, ConversionError, SparsecodError
 
-SPARSE_METHODS = ("sparse24", "sparsegpt24")
-QUANTIZED_METHODS = ("fp8", "int8")
-METHODS = SPARSE_METHODS + QUANTIZED_METHODS
+SPARSITY_METHODS = ("sparse24", "sparsegpt24")
+QUANTIZATION_METHODS = ("fp8", "int8")
+METHODS = SPARSITY_METHODS + QUANTIZATION_METHODS
 RANGES_FILE = "input_ranges.json"
 ENGINE_FOLDER = "engine"
 ENGINE_UNKNOWN = ("sparsecod",)
@@ -79,7 +79,7 @@ def compress(model: PreTrainedModel, method: str, sequences: Tensor, *, batch_si
     unreached: list[str] = []
     weights: Mapping[str, Tensor]
     with quiet_modelopt(), _refusing(model, method):
-        if method in SPARSE_METHODS:
+        if method in SPARSITY_METHODS:
             from sparsecod_megatron.compression.sparsify import prune_by_magnitude, prune_by_sparsegpt
 
             if method == "sparse24":
@@ -97,7 +97,7 @@ def compress(model: PreTrainedModel, method: str, sequences: Tensor, *, batch_si
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_parameter(name).copy_(weight)
-    simulated = converted if method in QUANTIZED_METHODS else None
+    simulated = converted if method in QUANTIZATION_METHODS else None
     return Compression(method, model, simulated, matrices, _warnings(matrices, unreached))
 
 

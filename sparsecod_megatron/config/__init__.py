@@ -3,7 +3,7 @@
 from sparsecod_megatron.config.check import check_config, data_parallel_size
 from sparsecod_megatron.config.check_batch import batch_sizes
 from sparsecod_megatron.config.load import load_config, save_config
-from sparsecod_megatron.config.model_schema import GATED_ACTIVATIONS, InitStdConfig, ModelConfig
+from sparsecod_megatron.config.model_schema import ACTIVATIONS_WITH_GATE, InitStdConfig, ModelConfig
 from sparsecod_megatron.config.presets import preset_names
 from sparsecod_megatron.config.schema import (
     CheckpointConfig,
@@ -23,7 +23,7 @@ from sparsecod_megatron.config.schema import (
 )
 
 __all__ = [
-    "GATED_ACTIVATIONS",
+    "ACTIVATIONS_WITH_GATE",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",

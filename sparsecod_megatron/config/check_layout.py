@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparsecod_megatron.config.fields import indivisible
-from sparsecod_megatron.config.megatron_fields import UNEVEN_STAGES
+from sparsecod_megatron.config.megatron_fields import STAGE_FIELDS
 from sparsecod_megatron.config.schema import RunConfig
 
 
@@ -30,7 +30,7 @@ def _pipeline_problems(config: RunConfig) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     pp_key, stages = "parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size
     vpp_key, chunks = "virtual_pipeline_model_parallel_size", parallel.virtual_pipeline_model_parallel_size
-    if any(config.megatron.get(field) for field in UNEVEN_STAGES):
+    if any(config.megatron.get(field) for field in STAGE_FIELDS):
         return
     if chunks is None:
         yield from indivisible("model.num_layers", model.num_layers, pp_key, stages)

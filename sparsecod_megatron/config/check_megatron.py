@@ -10,18 +10,18 @@ from typing import Any
 
 from sparsecod_megatron.config.megatron_fields import (
     ADAM_FIELDS,
+    FIELDS_PASSED,
     FP8_FIELDS,
+    KEYS_OF_FIELDS,
+    MODULES_TO_RECOMPUTE,
     MOE_FIELDS,
     MUON_FIELDS,
-    NEEDS_TRANSFORMER_ENGINE,
-    PASSED,
-    READ_WITH,
-    RECOMPUTED_MODULES,
-    SET_BY,
-    UNEVEN_STAGES,
+    READING_CONDITIONS,
+    STAGE_FIELDS,
+    TRANSFORMER_ENGINE_FIELDS,
     Kind,
 )
-from sparsecod_megatron.config.megatron_refused import REFUSED
+from sparsecod_megatron.config.megatron_refused import REFUSALS
 from sparsecod_megatron.config.schema import RunConfig
 
 _NAMES: dict[Kind, str] = {
@@ -35,16 +35,16 @@ _NAMES: dict[Kind, str] = {
 
 def megatron_problems(config: RunConfig) -> Iterator[str]:
     """One line for each field that is unknown, set elsewhere, refused, of a wrong kind or without effect."""
-    refused = {field: reason for reason, fields in REFUSED.items() for field in fields}
+    refused = {field: reason for reason, fields in REFUSALS.items() for field in fields}
     for field, value in config.megatron.items():
         said = f"megatron.{field}: {_shown(value)}"
-        if field in SET_BY:
-            yield f"{said}, but {SET_BY[field]} says what it is here; set that instead"
+        if field in KEYS_OF_FIELDS:
+            yield f"{said}, but {KEYS_OF_FIELDS[field]} says what it is here; set that instead"
         elif field in refused:
             yield f"{said}, but {refused[field]}; remove it"
-        elif field not in PASSED:
-            yield f"{said}: no such Megatron-Core field; {_hint(field, [*PASSED, *SET_BY, *refused])}"
-        elif not _is_of_kind(value, kind := PASSED[field]):
+        elif field not in FIELDS_PASSED:
+            yield f"{said}: no such Megatron-Core field; {_hint(field, [*FIELDS_PASSED, *KEYS_OF_FIELDS, *refused])}"
+        elif not _is_of_kind(value, kind := FIELDS_PASSED[field]):
             wanted = _NAMES[kind] if not isinstance(kind, tuple) else f"one of {', '.join(kind)}"
             yield f"{said} is not {wanted}; give that"
         else:
@@ -53,12 +53,12 @@ def megatron_problems(config: RunConfig) -> Iterator[str]:
 
 def without_effect(config: RunConfig) -> set[str]:
     """Fields that pass, but that nothing reads in this run, or that would not do what they say."""
-    return {field for field in config.megatron if field in PASSED and any(_obstacles(config, field))}
+    return {field for field in config.megatron if field in FIELDS_PASSED and any(_obstacles(config, field))}
 
 
 def needs_transformer_engine(field: str) -> str | None:
     """Why a field that passes cannot be used with the reference modules; None if it can."""
-    if field not in NEEDS_TRANSFORMER_ENGINE:
+    if field not in TRANSFORMER_ENGINE_FIELDS:
         return None
     return "only Transformer Engine reads it, which runs on CUDA where it is installed; remove it here"
 
@@ -88,7 +88,9 @@ def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
     model, megatron = config.model, config.megatron
     if config.backend == "cpu" and (obstacle := needs_transformer_engine(field)):
         yield obstacle
-    if field in READ_WITH and megatron.get(other := READ_WITH[field][0]) not in (values := READ_WITH[field][1]):
+    if field in READING_CONDITIONS and megatron.get(other := READING_CONDITIONS[field][0]) not in (
+        values := READING_CONDITIONS[field][1]
+    ):
         yield f"only megatron.{other}={_shown(values[0])} reads it; set that or remove this"
     if field in FP8_FIELDS and not config.precision.fp8:
         yield "precision.fp8_recipe is none; choose a recipe or remove it"
@@ -98,7 +100,7 @@ def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
         yield "optimizer.optimizer is not adam; remove it"
     if field in MOE_FIELDS:
         yield from _expert_obstacles(config, field)
-    if field in UNEVEN_STAGES:
+    if field in STAGE_FIELDS:
         yield from _stage_obstacles(config, field)
     if field == "batch_p2p_comm" and megatron[field] and megatron.get("overlap_p2p_comm"):
         yield "what is batched cannot overlap (megatron.overlap_p2p_comm); set one of them to false"
@@ -153,9 +155,11 @@ def _recompute_obstacles(megatron: dict[str, Any], field: str) -> Iterator[str]:
     if field == "recompute_num_layers" and value < 1:
         yield "full recompute needs a number of at least 1; raise it"
     if field == "recompute_modules":
-        strangers = [name for name in (value if isinstance(value, list) else [value]) if name not in RECOMPUTED_MODULES]
+        strangers = [
+            name for name in (value if isinstance(value, list) else [value]) if name not in MODULES_TO_RECOMPUTE
+        ]
         if strangers or not isinstance(value, list):
-            yield f"it is a list of {', '.join(RECOMPUTED_MODULES)}; give some of them"
+            yield f"it is a list of {', '.join(MODULES_TO_RECOMPUTE)}; give some of them"
 
 
 def _stage_obstacles(config: RunConfig, field: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-READ_AS = "read_as"
+TYPE_KEY = "read_as"
 """Metadata of a key whose YAML is of another type than the schema can say: that type, or `ValuesOf`."""
 
 
@@ -23,7 +23,7 @@ class ValuesOf:
 
 def text_or_list() -> Any:
     """An optional field that takes text or a list of texts and numbers."""
-    return field(default=None, metadata={READ_AS: str | list[Any]})
+    return field(default=None, metadata={TYPE_KEY: str | list[Any]})
 
 
 def choice(default: str, *others: str) -> Any:

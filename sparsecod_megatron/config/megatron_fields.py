@@ -15,7 +15,7 @@ from typing import Any
 Kind = type | tuple[str, ...]
 """bool, int, float, str, list (entries of one or several of these), or the strings to choose among."""
 
-CHANGES_MODEL: dict[str, Kind] = {
+FUNCTION_FIELDS: dict[str, Kind] = {
     "add_qkv_bias": bool,
     "glu_linear_offset": float,
     "no_rope_freq": list,
@@ -24,7 +24,7 @@ CHANGES_MODEL: dict[str, Kind] = {
 }
 """Fields that change the function that is computed, and are read by the modules of either backend."""
 
-UNEVEN_STAGES: dict[str, Kind] = {
+STAGE_FIELDS: dict[str, Kind] = {
     "account_for_embedding_in_pipeline_split": bool,
     "account_for_loss_in_pipeline_split": bool,
     "num_layers_in_first_pipeline_stage": int,
@@ -62,9 +62,9 @@ FP8_FIELDS: dict[str, Kind] = {
 MUON_FIELDS: dict[str, Kind] = {"muon_fp32_matmul_prec": ("low", "medium", "high", "highest"), "muon_split_qkv": bool}
 ADAM_FIELDS: dict[str, Kind] = {"decoupled_weight_decay": bool}
 
-PASSED: dict[str, Kind] = {
-    **CHANGES_MODEL,
-    **UNEVEN_STAGES,
+FIELDS_PASSED: dict[str, Kind] = {
+    **FUNCTION_FIELDS,
+    **STAGE_FIELDS,
     **MOE_FIELDS,
     **FP8_FIELDS,
     **MUON_FIELDS,
@@ -113,13 +113,13 @@ PASSED: dict[str, Kind] = {
 }
 """Performance, layout and numerics: given to Megatron-Core as they are."""
 
-RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
+MODULES_TO_RECOMPUTE = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
 """Entries of `recompute_modules`."""
 
-_FULL: tuple[str, tuple[Any, ...]] = ("recompute_granularity", ("full",))
+_RECOMPUTE_FULL: tuple[str, tuple[Any, ...]] = ("recompute_granularity", ("full",))
 _OFFLOADING: tuple[str, tuple[Any, ...]] = ("cpu_offloading", (True,))
 _FLEX: tuple[str, tuple[Any, ...]] = ("moe_token_dispatcher_type", ("flex",))
-READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+READING_CONDITIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "align_param_gather": ("overlap_param_gather", (True, None)),
     "batch_p2p_sync": ("batch_p2p_comm", (True,)),
     "bucket_size": ("overlap_grad_reduce", (True, None)),
@@ -128,19 +128,19 @@ READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cpu_offloading_num_layers": _OFFLOADING,
     "cpu_offloading_weights": _OFFLOADING,
     "cross_entropy_fusion_impl": ("cross_entropy_loss_fusion", (True, None)),
-    "distribute_saved_activations": _FULL,
+    "distribute_saved_activations": _RECOMPUTE_FULL,
     "fused_single_qkv_rope": ("apply_rope_fusion", (True, None)),
     "moe_deepep_num_sms": _FLEX,
     "moe_flex_dispatcher_backend": _FLEX,
     "moe_hybridep_num_sms": _FLEX,
     "overlap_p2p_comm_warmup_flush": ("overlap_p2p_comm", (True,)),
-    "recompute_method": _FULL,
+    "recompute_method": _RECOMPUTE_FULL,
     "recompute_modules": ("recompute_granularity", ("selective",)),
-    "recompute_num_layers": _FULL,
+    "recompute_num_layers": _RECOMPUTE_FULL,
 }
 """Field → another field of `megatron:`, and the values (None: not set) with which anything reads the first."""
 
-NEEDS_TRANSFORMER_ENGINE = frozenset(
+TRANSFORMER_ENGINE_FIELDS = frozenset(
     {
         *FP8_FIELDS,
         "activation_func_fp8_input_store",
@@ -167,7 +167,7 @@ NEEDS_TRANSFORMER_ENGINE = frozenset(
 """Fields that nothing reads, or that end in a traceback, without Transformer Engine: on the CPU, and on CUDA without
 the package."""
 
-SET_BY: dict[str, str] = {
+KEYS_OF_FIELDS: dict[str, str] = {
     **{
         name: f"parallel.{name}"
         for name in (

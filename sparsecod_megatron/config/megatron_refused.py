@@ -5,7 +5,7 @@ Beside `megatron_fields.py`, which says what happens to the others.
 
 from __future__ import annotations
 
-REFUSED: dict[str, tuple[str, ...]] = {
+REFUSALS: dict[str, tuple[str, ...]] = {
     "it changes the architecture, and the model section has no key for it": (
         "activation_func_clamp_value",
         "apply_residual_connection_post_layernorm",

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sparsecod_megatron.config.megatron_fields import CHANGES_MODEL
+from sparsecod_megatron.config.megatron_fields import FUNCTION_FIELDS
 from sparsecod_megatron.config.model_schema import ModelConfig
 from sparsecod_megatron.config.schema import RunConfig
 
@@ -30,7 +30,7 @@ TRAINING_KEYS: dict[str, str] = {
 }
 """Key → why a trained model no longer depends on it."""
 
-HAS_EFFECT: dict[str, Callable[[ModelConfig], bool]] = {
+EFFECT_CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "mix_post_fraction": lambda model: model.norm_placement == "mix",
     "rope_scaling_factor": lambda model: model.rope_scaling != "none",
     "rope_original_max_position_embeddings": lambda model: model.rope_scaling == "yarn",
@@ -64,7 +64,7 @@ def model_differences(theirs: RunConfig, ours: RunConfig) -> Iterator[Difference
             values = [_effective(config.model, item.name) for config in (theirs, ours)]
             if values[0] != values[1]:
                 yield Difference(f"model.{item.name}", *values)
-    for field in CHANGES_MODEL:
+    for field in FUNCTION_FIELDS:
         values = [config.megatron.get(field) for config in (theirs, ours)]
         if (values[0] or None) != (values[1] or None):  # false and 0 are Megatron-Core's defaults
             yield Difference(f"megatron.{field}", *values)
@@ -74,6 +74,6 @@ def _effective(model: ModelConfig, key: str) -> Any:
     """A key's value, None where it has no effect."""
     if key.startswith("moe_") and not model.is_moe:
         return None
-    if key in HAS_EFFECT and not HAS_EFFECT[key](model):
+    if key in EFFECT_CONDITIONS and not EFFECT_CONDITIONS[key](model):
         return None
     return model.has_embedding_norm if key == "embedding_norm" else getattr(model, key)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sparsecod_megatron.config.fields import at_least, between, choice, from_to_below
 
-GATED_ACTIVATIONS = ("swiglu", "geglu")
+ACTIVATIONS_WITH_GATE = ("swiglu", "geglu")
 """Activations of an MLP with two input projections."""
 
 
@@ -145,7 +145,7 @@ class ModelConfig:
     @property
     def is_gated(self) -> bool:
         """Whether the MLPs have a gate projection."""
-        return self.activation in GATED_ACTIVATIONS
+        return self.activation in ACTIVATIONS_WITH_GATE
 
     @property
     def has_embedding_norm(self) -> bool:

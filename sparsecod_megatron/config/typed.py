@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from sparsecod_megatron.config.megatron_fields import PASSED
+from sparsecod_megatron.config.megatron_fields import FIELDS_PASSED
 from sparsecod_megatron.config.yaml_values import hint_of, parse_value, parse_yaml
 from sparsecod_megatron.errors import ConfigError
 
@@ -143,7 +143,7 @@ def _suggest(schema: type, key: str) -> str:
     known = known_keys(schema)
     if key in known:
         return f"in a file, write {leaf!r} under `{section}:`"
-    if "megatron" in known and leaf in PASSED:
+    if "megatron" in known and leaf in FIELDS_PASSED:
         return f"did you mean 'megatron.{leaf}'?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [
         other for other in known if other.rpartition(".")[2] == leaf

@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from sparsecod_megatron.config.fields import READ_AS, ValuesOf
+from sparsecod_megatron.config.fields import TYPE_KEY, ValuesOf
 from sparsecod_megatron.errors import ConfigError
 
 _STRING, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
-_NO_VALUE = re.compile(r"~|null|Null|NULL|")
-_QUOTED = ("'", '"')
+_NULL_TEXT = re.compile(r"~|null|Null|NULL|")
+_QUOTES = ("'", '"')
 _DIGITS = r"\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE])"
 _Hint: TypeAlias = Any
 """A type, as `typing.get_type_hints` gives it."""
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", _NO_VALUE.pattern, ["~", "n", "N", ""]),
+    ("null", _NULL_TEXT.pattern, ["~", "n", "N", ""]),
     ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
     ("float", rf"[-+]?({_DIGITS})([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
     ("merge", r"<<", "<"),
@@ -91,7 +91,7 @@ def parse_value(text: str, hint: _Hint, *, where: str) -> Any:
     typed = text.strip()
     is_list = typed.startswith(("[", "{")) and any(_origin(kind) is list for kind in _kinds(hint))
     is_line = text.isprintable()  # paths and names with anything else are more likely damage than meant
-    if _is_text(hint) and is_line and not is_list and not typed.startswith(_QUOTED) and not _NO_VALUE.fullmatch(typed):
+    if _is_text(hint) and is_line and not is_list and not typed.startswith(_QUOTES) and not _NULL_TEXT.fullmatch(typed):
         return text
     return parse_yaml(text, hint, where=where, fix="quote the value")
 
@@ -109,7 +109,7 @@ def _hints(hint: _Hint) -> Mapping[str, _Hint]:
     """Types that the keys below a section are read as."""
     if not dataclasses.is_dataclass(hint):
         return {}
-    marked = {item.name: item.metadata[READ_AS] for item in dataclasses.fields(hint) if READ_AS in item.metadata}
+    marked = {item.name: item.metadata[TYPE_KEY] for item in dataclasses.fields(hint) if TYPE_KEY in item.metadata}
     return typing.get_type_hints(hint) | marked
 
 

@@ -17,7 +17,7 @@ from sparsecod_megatron.data.readers import no_text_key, no_text_value
 from sparsecod_megatron.data.sources import Corpus
 from sparsecod_megatron.errors import DataError
 
-_SAVED = ("dataset_info.json", "dataset_dict.json")
+_MARKER_FILES = ("dataset_info.json", "dataset_dict.json")
 
 
 def open_hub_dataset(name: str, text_key: str, max_documents: int | None) -> Corpus:
@@ -88,7 +88,7 @@ def _rows(name: str, start: int) -> Iterable[dict[str, Any]]:
     import datasets
 
     repository, _, config = name.partition(":")
-    if any((Path(repository) / marker).is_file() for marker in _SAVED):
+    if any((Path(repository) / marker).is_file() for marker in _MARKER_FILES):
         found = datasets.load_from_disk(repository)
     else:
         found = datasets.load_dataset(repository, config or None, streaming=True)

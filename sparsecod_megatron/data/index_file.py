@@ -26,7 +26,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _DTYPES: dict[int, type[np.integer]] = {4: np.int32, 5: np.int64, 8: np.uint16}
 _CHUNK = 1 << 22
-MAKE_AGAIN = "make it again with `sparsecod data`"
+REMEDY = "make it again with `sparsecod data`"
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,16 @@ def read_header(path: Path) -> tuple[TokenFiles, int]:
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise DataError(f"{path}: not a Megatron index file (begins with {header[:9]!r}); {MAKE_AGAIN}")
+            raise DataError(f"{path}: not a Megatron index file (begins with {header[:9]!r}); {REMEDY}")
         _, version, code, sequences, documents = _HEADER.unpack(header)
         if version != _VERSION or code not in _DTYPES:
             message = f"index version {version}, token type {code}"
-            raise DataError(f"{path}: {message}; supported are version 1 and types {sorted(_DTYPES)}: {MAKE_AGAIN}")
+            raise DataError(f"{path}: {message}; supported are version 1 and types {sorted(_DTYPES)}: {REMEDY}")
         expected = _HEADER.size + 12 * sequences + 8 * documents
         if size != expected:
-            raise DataError(f"{path}: {size} bytes, but its header says {expected}; it was cut short: {MAKE_AGAIN}")
+            raise DataError(f"{path}: {size} bytes, but its header says {expected}; it was cut short: {REMEDY}")
         if sequences == 0 or documents < 2:
-            raise DataError(f"{path}: no documents in it; {MAKE_AGAIN} from text that is not empty")
+            raise DataError(f"{path}: no documents in it; {REMEDY} from text that is not empty")
         stream.seek(_HEADER.size + 4 * (sequences - 1))
         (last_length,) = struct.unpack("<i", stream.read(4))
         stream.seek(_HEADER.size + 12 * sequences - 8)
@@ -116,10 +116,10 @@ def check_entries(path: Path) -> None:
         if wrong.any():
             number = start + int(wrong.argmax())
             message = f"sequence {number} has length {lengths[number]} and offset {offsets[number]}"
-            raise DataError(f"{path}: {message}, which do not follow from those before; it is damaged: {MAKE_AGAIN}")
+            raise DataError(f"{path}: {message}, which do not follow from those before; it is damaged: {REMEDY}")
         offset = int(begins[-1])
     if ends[0] != 0 or ends[-1] != sequences or (np.diff(ends) < 0).any():
-        raise DataError(f"{path}: its documents do not end at its {sequences} sequences; it is damaged: {MAKE_AGAIN}")
+        raise DataError(f"{path}: its documents do not end at its {sequences} sequences; it is damaged: {REMEDY}")
 
 
 def token_documents(prefix: Path) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsecod_megatron.data.index_file import MAKE_AGAIN, TokenFiles, check_entries, read_header
+from sparsecod_megatron.data.index_file import REMEDY, TokenFiles, check_entries, read_header
 from sparsecod_megatron.data.metadata import split_info
 from sparsecod_megatron.errors import DataError
 
@@ -36,7 +36,7 @@ def check_token_files(prefix: str | Path, seq_length: int, *, entries: bool = Tr
     expected = files.num_tokens * np.dtype(files.dtype).itemsize
     if bin_path.stat().st_size != expected:
         message = f"{bin_path.stat().st_size} bytes, but its .idx file says {expected}"
-        raise DataError(f"{bin_path}: {message}; it was cut short or belongs to another .idx: {MAKE_AGAIN}")
+        raise DataError(f"{bin_path}: {message}; it was cut short or belongs to another .idx: {REMEDY}")
     if entries:
         check_entries(Path(f"{prefix}.idx"))
     if files.num_tokens < seq_length + 1:

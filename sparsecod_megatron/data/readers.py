@@ -24,7 +24,7 @@ _MARKS = (  # UTF-32's marks begin with those of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_OTHER_KEY = "name another one with --text-key"
+_KEY_ADVICE = "name another one with --text-key"
 COMPRESSED = (".gz", ".zst")
 """Suffixes, in lower case, of files that are unpacked while they are read."""
 
@@ -65,7 +65,7 @@ def read_parquet(path: Path, text_key: str) -> Iterator[str]:
                 raise no_text_key(str(path), text_key, columns)
             kind = file.schema_arrow.field(text_key).type
             if not _is_text(kind):
-                raise DataError(f"{path}: column {text_key!r} holds {kind}, not text; {_OTHER_KEY}")
+                raise DataError(f"{path}: column {text_key!r} holds {kind}, not text; {_KEY_ADVICE}")
             rows = 0
             for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
@@ -91,7 +91,7 @@ def no_text_value(where: str, text_key: str, value: object) -> DataError:
         return DataError(f"{where}: null under key {text_key!r}, not text; remove the record or give it a text")
     names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     found = names.get(type(value), f"a {type(value).__name__}")
-    return DataError(f"{where}: {found} under key {text_key!r}, not text; {_OTHER_KEY}")
+    return DataError(f"{where}: {found} under key {text_key!r}, not text; {_KEY_ADVICE}")
 
 
 def _unpacked(file: IO[bytes], path: Path) -> IO[bytes]:

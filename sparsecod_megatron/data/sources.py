@@ -33,10 +33,10 @@ logger = logging.getLogger("sparsecod")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 PARQUET_SUFFIX = ".parquet"
-_READABLE = (*TEXT_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX)
+_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX)
 TARGET_CHARACTERS = 16_384
-_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-_NAMED = 5
+_FOLDERS_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__"}
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,11 @@ def _files_below(directory: Path, text_key: str) -> list[Path]:
     unread = sorted(
         [*found.passed_over, *(path.relative_to(directory).as_posix() for path in {*found.files} - {*files})]
     )
-    names = ", ".join(unread[:_NAMED]) + (f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else "")
+    names = ", ".join(unread[:_MAX_NAMED]) + (
+        f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
+    )
     if not files:
-        kinds = " ".join(f"*{suffix}" for suffix in _READABLE)
+        kinds = " ".join(f"*{suffix}" for suffix in _SUFFIXES)
         message = f"no text files in this directory (but {names or 'nothing'}); it needs at least one of {kinds}"
         raise DataError(f"{directory}: {message}, the JSON ones with text under {text_key!r}")
     if unread:
@@ -133,7 +135,7 @@ def _is_read(path: Path, text_key: str) -> bool:
     suffix = _suffix(path)
     if suffix == PARQUET_SUFFIX:
         return path.suffix.lower() == PARQUET_SUFFIX  # packed it cannot be read
-    return suffix in _READABLE and (suffix != ".json" or has_documents(path, text_key))
+    return suffix in _SUFFIXES and (suffix != ".json" or has_documents(path, text_key))
 
 
 def _read_files(kinds: dict[Path, str], text_key: str) -> Iterator[str]:
@@ -175,7 +177,7 @@ def _read_stdlib() -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts
-        if _NOT_LIBRARY.intersection(parts) or parts[0] == "pydoc_data":
+        if _FOLDERS_LEFT_OUT.intersection(parts) or parts[0] == "pydoc_data":
             continue
         try:
             yield path.read_bytes().decode("utf-8")

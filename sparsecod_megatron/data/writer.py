@@ -15,7 +15,7 @@ from sparsecod_megatron.data.metadata import SplitInfo
 from sparsecod_megatron.errors import DataError
 
 _LENGTH = np.dtype("<i4")
-_READ_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SplitWriter:
         write_index(self._paths[".idx"], lengths, self._dtype)
         digest = hashlib.sha256()
         with self._paths[".bin"].open("rb") as stream:
-            while content := stream.read(_READ_BYTES):
+            while content := stream.read(_BLOCK_BYTES):
                 digest.update(content)
         return SplitInfo(self.progress.documents, self.progress.tokens, self.progress.bytes, digest.hexdigest())
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Metrics without a formula for their error (F1, Matthews) are resampled; lm-eval's 100,000 draws take minutes a task.
 BOOTSTRAP_DRAWS = 1000
-NO_POOL = "DISABLE_MULTIPROC"
+POOL_SWITCH = "DISABLE_MULTIPROC"
 """Names, in the environment, what keeps lm-eval's resampling in its process."""
 
 
@@ -237,15 +237,15 @@ def _quietly() -> Iterator[None]:
     would copy a process that may be training, signal handlers and all.
     """
     logger = logging.getLogger("lm_eval")
-    level, pool = logger.level, os.environ.get(NO_POOL)
+    level, pool = logger.level, os.environ.get(POOL_SWITCH)
     logger.setLevel(logging.ERROR)
-    os.environ[NO_POOL] = "1"
+    os.environ[POOL_SWITCH] = "1"
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
         if pool is None:
-            del os.environ[NO_POOL]
+            del os.environ[POOL_SWITCH]
         else:
-            os.environ[NO_POOL] = pool
+            os.environ[POOL_SWITCH] = pool

@@ -18,9 +18,9 @@ import numpy as np
 from sparsecod_megatron.evaluation.harness import HarnessResult, TaskMetric
 from sparsecod_megatron.evaluation.perplexity import PerplexityResult, ScoredWindows
 
-HELD_OUT = "held-out text"
+TEXT_ROW = "held-out text"
 """Stands for a task in the rows of perplexity."""
-EXACT = 1e-9
+MEAN_TOLERANCE = 1e-9
 """By how much a metric may miss the mean of its questions and still be that mean."""
 
 
@@ -95,7 +95,7 @@ def _perplexity_metrics(result: PerplexityResult | None) -> list[TaskMetric]:
     values = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
     return [
         TaskMetric(
-            task=HELD_OUT,
+            task=TEXT_ROW,
             metric=metric,
             value=value,
             stderr=None if result.loss_stderr is None else result.loss_stderr * _derivative(result, metric),
@@ -115,7 +115,7 @@ def _derivative(result: PerplexityResult, metric: str) -> float:
 
 
 def _paired_stderr(first: ModelResult, other: ModelResult, base: TaskMetric, row: TaskMetric) -> float | None:
-    if row.task == HELD_OUT:
+    if row.task == TEXT_ROW:
         return _paired_windows(first, other, row.metric)
     ours, theirs = _questions(first.tasks, base), _questions(other.tasks, row)
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
@@ -128,7 +128,7 @@ def _questions(tasks: HarnessResult | None, row: TaskMetric) -> np.ndarray | Non
     assert tasks is not None, "a row of no task"
     answers = (tasks.answers.get((task, row.metric), []) for task in _leaves(row.task, tasks.record))
     values = np.array(list(chain.from_iterable(answers)))
-    return values if len(values) and abs(values.mean() - row.value) <= EXACT else None
+    return values if len(values) and abs(values.mean() - row.value) <= MEAN_TOLERANCE else None
 
 
 def _leaves(task: str, record: dict[str, Any]) -> Iterator[str]:

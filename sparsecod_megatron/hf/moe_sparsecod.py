@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-GATED = ("swiglu", "geglu")
+ACTIVATIONS_WITH_GATE = ("swiglu", "geglu")
 
 
 class SparsecodMLP(nn.Module):
@@ -35,7 +35,9 @@ class SparsecodMLP(nn.Module):
     def __init__(self, config: SparsecodConfig, width: int) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.activation]
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False) if config.activation in GATED else None
+        self.gate_proj = (
+            nn.Linear(config.hidden_size, width, bias=False) if config.activation in ACTIVATIONS_WITH_GATE else None
+        )
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 

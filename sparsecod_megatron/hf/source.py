@@ -20,9 +20,9 @@ from sparsecod_megatron.hf.families.read import model_config
 
 INDEX_FILE, SINGLE_FILE, ADAPTER_FILE = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DERIVED = ".rotary_emb.inv_freq"
+FREQUENCY_SUFFIX = ".rotary_emb.inv_freq"
 """End of tensors that old files hold although the configuration says all about them."""
-DERIVED_TOLERANCE = 2.0**-7
+FREQUENCY_TOLERANCE = 2.0**-7
 """Relative: half-precision files have rounded them."""
 
 
@@ -94,11 +94,11 @@ def _leave_out_derived(files: SafetensorsFiles, config: PreTrainedConfig) -> Non
     Raises:
         ConversionError: they are others, so what the model was trained with is not what transformers computes.
     """
-    for name in [name for name in files if name.endswith(DERIVED)]:
+    for name in [name for name in files if name.endswith(FREQUENCY_SUFFIX)]:
         held = files[name].double()
         base = float(config.rope_parameters["rope_theta"])
         expected = base ** -(torch.arange(held.numel(), dtype=torch.float64) / max(held.numel(), 1))
-        if not torch.allclose(held.flatten(), expected, rtol=DERIVED_TOLERANCE, atol=0):
+        if not torch.allclose(held.flatten(), expected, rtol=FREQUENCY_TOLERANCE, atol=0):
             raise ConversionError(
                 f"{files.directory}: {name} holds other frequencies than rope_theta {base:g} gives, and transformers "
                 "does not read them; correct rope_theta, or remove the tensor"

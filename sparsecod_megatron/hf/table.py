@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.transforms import Shape, Transform
 
-SHOWN_NAMES = 3
+MAX_NAMES = 3
 """Tensor names listed in a message before it says how many more there are."""
 
 
@@ -154,5 +154,5 @@ def _located(name: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(_located(name) for name in names[:SHOWN_NAMES]) + more
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(_located(name) for name in names[:MAX_NAMES]) + more

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, data_parallel_size
 from sparsecod_megatron.config.flops import is_windowed
-from sparsecod_megatron.config.megatron_fields import UNEVEN_STAGES
+from sparsecod_megatron.config.megatron_fields import STAGE_FIELDS
 from sparsecod_megatron.config.parameters import ParameterKind, first_parameters, last_parameters, layer_parameters
 from sparsecod_megatron.errors import ConfigError
 
@@ -209,7 +209,7 @@ def layout_of(config: RunConfig, gpus: int, *, transformer_engine: bool = True) 
     Raises:
         ConfigError: it does not fit that number of processes, or divides its layers in a way not planned for.
     """
-    for key in UNEVEN_STAGES:
+    for key in STAGE_FIELDS:
         if config.megatron.get(key):
             raise ConfigError(f"megatron.{key}: {config.megatron[key]!r}, but plan divides layers evenly; remove it")
     return Layout(config, gpus, data_parallel_size(config, gpus), transformer_engine)

@@ -15,7 +15,7 @@ from sparsecod_megatron.planning.layout import Layout, layout_of
 from sparsecod_megatron.planning.memory import GIB, RankMemory, gathered_optimizer, rank_memory
 from sparsecod_megatron.planning.step_time import StepTime, step_time
 
-_RECOMPUTES: dict[str, dict[str, Any]] = {
+_RECOMPUTE_OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -87,7 +87,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu) -> Plan:
         flops={name: flops_per_token(config.model, length, convention=name) for name in CONVENTIONS},
         memory=[rank_memory(layout, stage) for stage in stages],
         gathered=[gathered_optimizer(layout, stage) for stage in stages],
-        activations={name: _activations(config, gpus, recompute) for name, recompute in _RECOMPUTES.items()},
+        activations={name: _activations(config, gpus, recompute) for name, recompute in _RECOMPUTE_OPTIONS.items()},
         traffic=[step_traffic(layout, stage) for stage in stages],
         time=step_time(layout, gpu),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsecod_megatron.config import RunConfig, check_config
 from sparsecod_megatron.errors import ConfigError, DataError
 
-ASSUMED_VOCABULARY = 50304
+PAPER_VOCABULARY = 50304
 """Of the paper's models: the GPT-NeoX tokenizer, padded."""
 
 
@@ -27,7 +27,7 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str | None]:
             raise ConfigError(f"data.prefix: {config.data.prefix}: there is no {name}; {fix}")
         size, note = _vocabulary(name), f"vocabulary of {name}"
     else:
-        size, note = ASSUMED_VOCABULARY, "model.vocab_size is not set and there is no tokenizer: the paper's is assumed"
+        size, note = PAPER_VOCABULARY, "model.vocab_size is not set and there is no tokenizer: the paper's is assumed"
     padded = config.model.padded_vocab_size(size)
     completed = replace(config, model=replace(config.model, vocab_size=padded))
     check_config(completed)

@@ -8,7 +8,7 @@ from sparsecod_megatron.planning import GPUS, make_plan, require_fit
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
 from sparsecod_megatron.studies.grid import Cell, Study
 from sparsecod_megatron.studies.metrics import cell_sizes
-from sparsecod_megatron.studies.table import PLAIN, amount, markdown_grid
+from sparsecod_megatron.studies.table import SIZE_COLUMNS, amount, markdown_grid
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def plan_text(study: Study, done: set[str]) -> str:
     costs = {cell.name: cell_cost(study, cell) for cell in study.cells}
     for name, cost in costs.items():
         sizes = cost.sizes
-        counts = [amount(sizes[key]) for key in PLAIN]
+        counts = [amount(sizes[key]) for key in SIZE_COLUMNS]
         rows.append(
             [name, *counts, f"{cost.steps:,}", f"{sizes['train_flops']:.3g}", _hours(*cost.hours)]
             + (["done"] if name in done else [""])

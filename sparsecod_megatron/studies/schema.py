@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsecod_megatron.config.fields import READ_AS, ValuesOf, at_least, choice
+from sparsecod_megatron.config.fields import TYPE_KEY, ValuesOf, at_least, choice
 from sparsecod_megatron.config.schema import RunConfig
 
 
@@ -16,8 +16,8 @@ class AxisConfig:
     name: str = "???"
     key: str | None = None
     """Key of the run's configuration that takes `values`."""
-    values: list[Any] | None = field(default=None, metadata={READ_AS: ValuesOf(RunConfig, named_by="key")})
-    cells: dict[str, Any] | None = field(default=None, metadata={READ_AS: dict[str, RunConfig]})
+    values: list[Any] | None = field(default=None, metadata={TYPE_KEY: ValuesOf(RunConfig, named_by="key")})
+    cells: dict[str, Any] | None = field(default=None, metadata={TYPE_KEY: dict[str, RunConfig]})
     """Label → changes of the run, as `a.b: c` or as sections."""
 
 
@@ -116,7 +116,7 @@ class StudyConfig:
     question: str = "???"
     base: str = "???"
     """Run configuration that all cells start from; relative to the study's file."""
-    run: dict[str, Any] = field(default_factory=dict, metadata={READ_AS: RunConfig})
+    run: dict[str, Any] = field(default_factory=dict, metadata={TYPE_KEY: RunConfig})
     """Changes of the base in all cells, as `a.b: c` or as sections; after `grid` in rank."""
     grid: list[AxisConfig] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])

@@ -15,7 +15,7 @@ from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
 from sparsecod_megatron.studies.places import Labels
 
-PLAIN = ("parameters_total", "parameters_active", "tokens")
+SIZE_COLUMNS = ("parameters_total", "parameters_active", "tokens")
 """Columns that come first; the same for all seeds."""
 
 
@@ -25,7 +25,7 @@ class Row:
 
     Attributes:
         labels: axis → label.
-        sizes: of `PLAIN`.
+        sizes: of `SIZE_COLUMNS`.
         metrics: means over the seeds that have the metric.
         num_seeds: cells that are done.
         num_diverged: of those, cells whose training diverged.
@@ -120,7 +120,7 @@ def _row(labels: Labels, of_seed: Mapping[int, Mapping[str, float]], num_diverge
     means = {
         name: mean_over_seeds([metrics[name] for metrics in of_seed.values() if name in metrics]) for name in names
     }
-    sizes = {name: means[name].value for name in PLAIN if name in means}
+    sizes = {name: means[name].value for name in SIZE_COLUMNS if name in means}
     return Row(labels, sizes, means, len(of_seed), num_diverged)
 
 
@@ -131,7 +131,7 @@ def _markdown(study: Study, table: Table, command: str) -> str:
     rows = [
         [
             *(label for _, label in row.labels),
-            *(amount(row.sizes[name]) if name in row.sizes else "–" for name in PLAIN),
+            *(amount(row.sizes[name]) if name in row.sizes else "–" for name in SIZE_COLUMNS),
             *(shown(row.metrics.get(name)) for name in config.columns),
             f"{row.num_seeds}" + (f", {row.num_diverged} diverged" if row.num_diverged else ""),
         ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.config.megatron_fields import MUON_FIELDS, NEEDS_TRANSFORMER_ENGINE, PASSED
+from sparsecod_megatron.config.megatron_fields import MUON_FIELDS, TRANSFORMER_ENGINE_FIELDS, FIELDS_PASSED
 from tests.dist.megatron_fields_worker import EXCHANGES, EXPERTS, OTHER, SAME, series
 from tests.helpers.cli import script_ranks
 from tests.helpers.training import fresh_router_losses
@@ -41,8 +41,8 @@ def single_process(*overrides: str) -> list[float]:
 
 def test_something_reads_every_field(trained: Any) -> None:
     """Those of CUDA and Muon are looked for in the code, in `tests/unit/config/test_megatron_fields.py`."""
-    elsewhere = NEEDS_TRANSFORMER_ENGINE | MUON_FIELDS.keys() | {"batch_p2p_sync"}
-    assert trained["read"].keys() >= PASSED.keys() - elsewhere
+    elsewhere = TRANSFORMER_ENGINE_FIELDS | MUON_FIELDS.keys() | {"batch_p2p_sync"}
+    assert trained["read"].keys() >= FIELDS_PASSED.keys() - elsewhere
 
 
 def test_layouts_memory_kernels_and_communication_change_nothing(trained: Any) -> None:

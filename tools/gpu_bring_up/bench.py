@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
-NO_CARD = "no CUDA device"
+CARD_ABSENT = "no CUDA device"
 
 
 class Skipped(Exception):
@@ -93,7 +93,7 @@ class Bench:
             yield found
             state, figure = PASS, found.figure
             if not self.cuda and not anywhere:
-                state, figure = SKIP, f"{NO_CARD}; rehearsed: {found.figure}"
+                state, figure = SKIP, f"{CARD_ABSENT}; rehearsed: {found.figure}"
         except Skipped as reason:
             state, figure = SKIP, str(reason)
         except Exception as error:

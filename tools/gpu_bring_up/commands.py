@@ -29,16 +29,16 @@ from tools.gpu_bring_up.sizes import Sizes, sizes
 TIMEOUT_S = 80.0
 """Of one command."""
 CONFIGS = ROOT / "examples/configs"
-WITHOUT_ENGINE = "nano dense without Transformer Engine"
+ENGINELESS_RUN = "nano dense without Transformer Engine"
 DENSE, WITHOUT = "dense", "without_engine"
 """Run directories, in the scratch folder."""
-EVERYTHING = tuple(f"statistics.{group}.interval=1" for group in ("variance", "moments", "norms", "spikes"))
-WINDOWED = ("data.reset_attention_mask=true", "data.reset_position_ids=true", "model.sliding_window=16")
-SAME = 1e-3
+ALL_STATISTICS = tuple(f"statistics.{group}.interval=1" for group in ("variance", "moments", "norms", "spikes"))
+WINDOW_KEYS = ("data.reset_attention_mask=true", "data.reset_position_ids=true", "model.sliding_window=16")
+LOSS_TOLERANCE = 1e-3
 """Relative difference of losses that non-deterministic kernels may leave within 30 steps."""
-ALIKE = 2e-2
+DEVICE_TOLERANCE = 2e-2
 """The same between CPU and card, and with and without Transformer Engine, after a few steps."""
-CONTINUED = 3
+STEPS_AFTER_LOAD = 3
 """Steps that a checkpoint from elsewhere is trained on."""
 
 
@@ -98,14 +98,14 @@ def run(bench: Bench) -> None:
         "nano dense": _dense,
         "nano MoE with window and document mask": _moe,
         "CPU checkpoint": _from_cpu,
-        WITHOUT_ENGINE: _without_engine,
+        ENGINELESS_RUN: _without_engine,
     }
     _together(bench, *(partial(chain, bench, Commands(bench, name)) for name, chain in chains.items()))
-    with bench.check(f"{WITHOUT_ENGINE}: against with it") as found:
+    with bench.check(f"{ENGINELESS_RUN}: against with it") as found:
         bench.require_transformer_engine()
         halfway = sizes(bench.cuda).halfway
         with_engine = _losses(bench.work / f"{DENSE}_straight")[:halfway]
-        _compare(found, _losses(bench.work / WITHOUT), with_engine, count=halfway, tolerance=ALIKE)
+        _compare(found, _losses(bench.work / WITHOUT), with_engine, count=halfway, tolerance=DEVICE_TOLERANCE)
 
 
 def _together(bench: Bench, *actions: Callable[[], None]) -> None:
@@ -122,7 +122,7 @@ def _together(bench: Bench, *actions: Callable[[], None]) -> None:
 
 def _dense(bench: Bench, commands: Commands) -> None:
     run_dir = bench.work / DENSE
-    _resumed(bench, commands, "nano_dense.yaml", run_dir, *EVERYTHING, "checkpoint.async_save=true")
+    _resumed(bench, commands, "nano_dense.yaml", run_dir, *ALL_STATISTICS, "checkpoint.async_save=true")
     exported = bench.work / "exported_dense"
     with bench.check(f"{commands.name}: export with verify") as found:
         _export(commands, run_dir, exported, found)
@@ -130,7 +130,7 @@ def _dense(bench: Bench, commands: Commands) -> None:
         imported, again = bench.work / "imported", bench.work / "from_imported"
         config = run_dir / "config.yaml"
         commands.run("import", "--hf", exported, "--output", imported, "--config", config, hide_card=True)
-        start = (f"checkpoint.init_from={imported}", f"logging.run_dir={again}", f"train.exit_step={CONTINUED}")
+        start = (f"checkpoint.init_from={imported}", f"logging.run_dir={again}", f"train.exit_step={STEPS_AFTER_LOAD}")
         commands.run("train", imported / "config.yaml", *start)
         found.figure = f"losses {_shown(_losses(again))} behind {_losses(run_dir)[-1]:.4f}"
         assert abs(_losses(again)[0] / _losses(run_dir)[-1] - 1) < 0.1, found.figure
@@ -139,7 +139,7 @@ def _dense(bench: Bench, commands: Commands) -> None:
 def _moe(bench: Bench, commands: Commands) -> None:
     run_dir = bench.work / "moe"
     router = ("statistics.router.interval=1", "parallel.expert_model_parallel_size=1")
-    _resumed(bench, commands, "nano_moe.yaml", run_dir, *EVERYTHING, *router, *WINDOWED)
+    _resumed(bench, commands, "nano_moe.yaml", run_dir, *ALL_STATISTICS, *router, *WINDOW_KEYS)
     with bench.check(f"{commands.name}: export with verify") as found:
         _export(commands, run_dir, bench.work / "exported_moe", found)
 
@@ -165,7 +165,7 @@ def _resumed(bench: Bench, commands: Commands, config: str, run_dir: Path, *over
 
     _together(bench, halves, in_one_go)
     with bench.check(f"{commands.name}: resumed, against in one go") as found:
-        _compare(found, _losses(run_dir), _losses(straight), count=size.last, tolerance=SAME)
+        _compare(found, _losses(run_dir), _losses(straight), count=size.last, tolerance=LOSS_TOLERANCE)
 
 
 def _export(commands: Commands, run_dir: Path, output: Path, found: Finding) -> None:
@@ -179,7 +179,7 @@ def _from_cpu(bench: Bench, commands: Commands) -> None:
     """The packed checkpoint trained on here and, for comparison, with the card hidden; then back on the CPU."""
     packed = read_packed(bench.folder)
     here, cpu = bench.work / "from_cpu", bench.work / "on_cpu"
-    last = packed.steps + CONTINUED
+    last = packed.steps + STEPS_AFTER_LOAD
 
     def train(run_dir: Path, until: int, **hidden: bool) -> None:
         prefix = f"data.prefix={packed.prefix}"
@@ -197,10 +197,10 @@ def _from_cpu(bench: Bench, commands: Commands) -> None:
 
     _together(bench, on_card, on_cpu)
     with bench.check("CPU checkpoint: on the card as on the CPU") as found:
-        _compare(found, _losses(here), _losses(cpu)[:last], count=last, tolerance=ALIKE)
+        _compare(found, _losses(here), _losses(cpu)[:last], count=last, tolerance=DEVICE_TOLERANCE)
     with bench.check("CPU checkpoint: and back on the CPU") as found:
         train(here, last + 1, hide_card=True)
-        _compare(found, _losses(here), _losses(cpu), count=last + 1, tolerance=ALIKE)
+        _compare(found, _losses(here), _losses(cpu), count=last + 1, tolerance=DEVICE_TOLERANCE)
 
 
 def _without_engine(bench: Bench, commands: Commands) -> None:

@@ -21,13 +21,13 @@ SITE, ENGINE_SITE = "site", "engine"
 """In the scratch folder: where both go, apart, so that a step can do without Transformer Engine."""
 CARD, IMPORTS_ENGINE = "card", "Transformer Engine"
 """Checks whose outcome decides how the other steps run."""
-SHOWN = ("torch", "triton", "transformers", "numpy", "safetensors", "pyarrow", "pytest")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "pyarrow", "pytest")
 
 
 def run(bench: Bench) -> None:
     """Install, then import from the outside in."""
     with bench.check("versions", anywhere=True) as found:
-        found.values = {"python": sys.version.split()[0], **{name: _version(name) for name in SHOWN}}
+        found.values = {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}}
         found.figure = ", ".join(f"{name} {version}" for name, version in found.values.items())
     with bench.check("wheels", anywhere=True) as found:
         found.figure = _install(bench)

@@ -1,7 +1,7 @@
 """Second step: Transformer Engine's kernels against PyTorch's formulas, in bf16, then its products in FP8.
 
 The archive's library was cut to one architecture and has run on no card before: what fails here is left out of every
-later step (`steps.USABLE`). Without a card the same checks run on modules of plain PyTorch with the same signatures.
+later step (`steps.KERNELS_NEEDED`). Without a card the same checks run on plain PyTorch modules with the same signatures.
 """
 
 from __future__ import annotations

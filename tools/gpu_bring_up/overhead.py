@@ -11,14 +11,14 @@ from tools.gpu_bring_up.trainers import backend_for, large_config
 LIMITS = {"variance": 1.01, "everything": 1.05}
 """Ratios to a step without statistics, collected every step."""
 
-SHRUNK = ("model.num_layers=2", "model.hidden_size=64", "model.vocab_size=512", "data.seq_length=32")
+REHEARSAL_SIZES = ("model.num_layers=2", "model.hidden_size=64", "model.vocab_size=512", "data.seq_length=32")
 """Of a rehearsal."""
 
 
 def run(bench: Bench) -> None:
     """Small models, whose steps are short, and the large one; with Transformer Engine's layers and without."""
     steps = sizes(bench.cuda).overhead_steps
-    shrink = () if bench.cuda else SHRUNK
+    shrink = () if bench.cuda else REHEARSAL_SIZES
     cases: dict[str, tuple[RunConfig, bool, int]] = {
         "10M dense": (model_config(0, *shrink), True, steps),
         "10M MoE": (model_config(8, *shrink), True, steps),

@@ -14,7 +14,13 @@ from tools.gpu_bring_up.trainers import large_config, settle, timed_steps, train
 
 STEPS, WARM_UP = 3, 3
 PROFILE_FILE = "profile.txt"
-SYNCHRONISES = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item", "aten::nonzero")
+SYNCHRONISATIONS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "aten::item",
+    "aten::nonzero",
+)
 """Calls in which the host waits; items and index lists end in one of the first three, and say where from."""
 ROWS = 40
 
@@ -36,7 +42,7 @@ def run(bench: Bench) -> None:
         by = "self_device_time_total" if bench.cuda else "self_cpu_time_total"
         text = averages.table(sort_by=by, row_limit=ROWS, max_name_column_width=100)
         (bench.output / PROFILE_FILE).write_text(text + "\n", encoding="utf-8")
-        calls = {event.key: event.count / STEPS for event in averages if event.key in SYNCHRONISES}
+        calls = {event.key: event.count / STEPS for event in averages if event.key in SYNCHRONISATIONS}
         top = _top(averages, by)
         found.values = {"calls_per_step": calls, "top": top, "wall_s": seconds}
         waits = ", ".join(f"{count:.0f} {name}" for name, count in calls.items()) or "none"

@@ -19,7 +19,7 @@ from tools.gpu_bring_up.process import ROOT
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 PAGE = ROOT / "docs/GPU.md"
 BEGIN, END = "<!-- bring-up: begin -->", "<!-- bring-up: end -->"
-SHOWN = 90
+MAX_WIDTH = 90
 """Characters of a figure on the terminal."""
 
 
@@ -59,7 +59,8 @@ def _heading(checks: Sequence[Check]) -> str:
 def closing_table(checks: Sequence[Check]) -> str:
     """For the terminal: a line a check, and the totals."""
     lines = [
-        f"{check.state} {check.seconds:6.1f} s  {check.step}: {check.name}: {check.figure[:SHOWN]}" for check in checks
+        f"{check.state} {check.seconds:6.1f} s  {check.step}: {check.name}: {check.figure[:MAX_WIDTH]}"
+        for check in checks
     ]
     return "\n".join([*lines, totals(checks)])
 

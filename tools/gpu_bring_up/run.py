@@ -16,13 +16,13 @@ from tools.gpu_bring_up.bench import FAIL, PASS, SKIP, Bench, Check
 from tools.gpu_bring_up.environment import CARD, ENGINE_SITE, IMPORTS_ENGINE, SITE
 from tools.gpu_bring_up.process import ROOT, forked, fresh
 from tools.gpu_bring_up.results import closing_table, write_results
-from tools.gpu_bring_up.steps import ENVIRONMENT, KERNELS, LIMIT_S, STEPS, USABLE, Step
+from tools.gpu_bring_up.steps import ENVIRONMENT, KERNELS, KERNELS_NEEDED, LIMIT_S, STEPS, Step
 
 LOG_FILE, LOG_BYTES = "log.txt", 1_500_000
 """Kept of each step's output: its end. Eight steps stay below the 16 MiB that a file may have."""
-LEAST_S = 5.0
+MIN_SECONDS = 5.0
 """A step that would have less is not started."""
-PRELOADED = ("pytest", "sparsecod_megatron.cli.main", "tests.helpers.imported")
+MODULES_PRELOADED = ("pytest", "sparsecod_megatron.cli.main", "tests.helpers.imported")
 
 
 def bring_up(folder: Path, output: Path, *, only: Sequence[str] = (), limit_s: float = LIMIT_S) -> bool:
@@ -62,7 +62,7 @@ def bring_up(folder: Path, output: Path, *, only: Sequence[str] = (), limit_s: f
 def _run_step(step: Step, bench: Bench, timeout_s: float) -> list[Check]:
     """What it found, and a line of its own if its process did not end well."""
     bench = bench.of(step.name)
-    if timeout_s < LEAST_S:
+    if timeout_s < MIN_SECONDS:
         return [Check(step.name, step.proves, SKIP, "no time was left")]
     print(f"\n== {step.name} (at most {timeout_s:.0f} s): {step.proves}", flush=True)
     began, log = time.monotonic(), bench.work / f"{step.name}.log"
@@ -92,7 +92,7 @@ def _adapted(bench: Bench, step: Step, checks: Sequence[Check]) -> Bench:
         cuda = states[CARD] == PASS if CARD in states else shutil.which("nvidia-smi") is not None
         return replace(bench, cuda=cuda, transformer_engine=states.get(IMPORTS_ENGINE) == PASS)
     if step.name == KERNELS and bench.transformer_engine:
-        return replace(bench, transformer_engine=all(states.get(name) == PASS for name in USABLE))
+        return replace(bench, transformer_engine=all(states.get(name) == PASS for name in KERNELS_NEEDED))
     return bench
 
 
@@ -124,7 +124,7 @@ def _preloaded(bench: Bench) -> bool:
     if site not in sys.path:
         sys.path.insert(0, site)
     try:
-        for name in PRELOADED:
+        for name in MODULES_PRELOADED:
             importlib.import_module(name)
     except Exception as error:  # whatever a broken package raises
         print(f"nothing is imported ahead: {type(error).__name__}: {error}", flush=True)

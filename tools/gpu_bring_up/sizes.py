@@ -41,7 +41,7 @@ CARD = Sizes(
     overhead_steps=40,
     hidden=1024,
 )
-_SMALL = (
+_REHEARSAL_MODEL = (
     "model.num_layers=2",
     "model.hidden_size=32",
     "model.ffn_hidden_size=64",
@@ -50,10 +50,10 @@ _SMALL = (
     "train.micro_batch_size=2",
 )
 REHEARSAL = Sizes(
-    nano=(*_SMALL, "data.seq_length=32"),
+    nano=(*_REHEARSAL_MODEL, "data.seq_length=32"),
     halfway=2,
     last=3,
-    speed=(*_SMALL, "data.seq_length=32", "model.vocab_size=512", "optimizer.lr=1e-2"),
+    speed=(*_REHEARSAL_MODEL, "data.seq_length=32", "model.vocab_size=512", "optimizer.lr=1e-2"),
     speed_steps=3,
     speed_warm_up=1,
     overhead_steps=2,

@@ -43,7 +43,7 @@ STEPS = (
     Step("profile", 40, "profiling", "where a step's time goes; host synchronisations"),
 )
 ENVIRONMENT, KERNELS = "environment", "kernels"
-USABLE = ("RMSNorm", "Linear", "LayerNormLinear", "DotProductAttention, causal", "fused rope")
+KERNELS_NEEDED = ("RMSNorm", "Linear", "LayerNormLinear", "DotProductAttention, causal", "fused rope")
 """Checks of `kernels` that training in bf16 cannot do without: where one fails, later steps go without."""
 
 

@@ -33,7 +33,7 @@ _FIELDS = [
     (r"mean_topk_prob", "Router", False, "mean probability of the chosen experts"),
     (r"tokens_per_expert", "Router", False, "tokens routed to each expert"),
 ]
-_OTHER = "Other"
+_GROUP_OTHER = "Other"
 _REFERENCE, _REFERENCE_PREFIX = "Reference definitions", "ref_"
 
 _METRICS = {
@@ -58,7 +58,7 @@ def describe_layer_field(name: str) -> dict[str, Any]:
         if found:
             part = {"attn": "attention", "mlp": "MLP"}.get(name.partition("_")[0], "")
             return {"group": group, "log": logarithmic, "meaning": meaning.format(part=part)}
-    return {"group": _OTHER, "log": False, "meaning": ""}
+    return {"group": _GROUP_OTHER, "log": False, "meaning": ""}
 
 
 def describe_metric(name: str) -> dict[str, Any]:

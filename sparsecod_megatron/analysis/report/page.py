@@ -40,7 +40,7 @@ SCRIPTS = (
     "scores_view.js",
     "app.js",
 )
-SHOWN_NAMES = 3
+MAX_NAMES = 3
 
 
 def write_report(runs: Sequence[Run], output: Path, *, analyses: Sequence[AnalysisDirectory] = ()) -> None:
@@ -84,8 +84,8 @@ def embedded_json(value: Any) -> str:
 
 
 def _title(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return f"{', '.join(names[:SHOWN_NAMES])}{more}"
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{', '.join(names[:MAX_NAMES])}{more}"
 
 
 def _asset(name: str) -> str:

@@ -24,18 +24,18 @@ from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.trace import Trace
 
 TOKENS_PER_SEQUENCE = 8
-LARGEST_EXACT = 512
+MAX_EXACT_WIDTH = 512
 """Widest residual stream whose whole Jacobians are taken: their cost grows with d³."""
 NUM_PROBES = 32
 NUMBERS = tuple(field.name for field in fields(TokenJacobians))
-SHOWN = tuple(name for name in NUMBERS if name != "deviation_variance")
+NUMBERS_SHOWN = tuple(name for name in NUMBERS if name != "deviation_variance")
 
 
 class Jacobian:
     """Four numbers of `∂h_{l+1}[t]/∂h_l[t]` with the other tokens fixed, at tokens drawn from each sequence.
 
     Args:
-        exact: take whole Jacobians; None does so up to `LARGEST_EXACT` channels.
+        exact: take whole Jacobians; None does so up to `MAX_EXACT_WIDTH` channels.
         tokens_per_sequence: places drawn in each sequence.
         num_probes: random vectors a token where they are estimated.
     """
@@ -55,7 +55,7 @@ class Jacobian:
 
     def run(self, context: Context) -> Result:
         """Compute the numbers of every block, as means over tokens."""
-        exact = context.hidden_size <= LARGEST_EXACT if self.exact is None else self.exact
+        exact = context.hidden_size <= MAX_EXACT_WIDTH if self.exact is None else self.exact
         num_tokens = context.num_sequences * context.seq_length
         size = context.hidden_size if context.reference else 0
         totals = torch.zeros(len(context.layers), size, size, dtype=torch.float64)
@@ -131,7 +131,7 @@ class Jacobian:
 
     def _result(self, context: Context, numbers: Array, reference: list[float], *, exact: bool) -> Result:
         """From `NUMBERS` [N, L, numbers] and the reference's number of each layer, if wanted."""
-        names = SHOWN if exact else ("deviation", "diagonal_mean")
+        names = NUMBERS_SHOWN if exact else ("deviation", "diagonal_mean")
         columns = {name: numbers[:, :, NUMBERS.index(name)] for name in names}
         num_tokens = context.num_sequences * min(self.tokens_per_sequence, context.seq_length)
         variances = numbers[:, :, NUMBERS.index("deviation_variance")].mean(axis=0) / num_tokens

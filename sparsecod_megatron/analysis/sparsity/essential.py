@@ -12,7 +12,7 @@ from sparsecod_megatron.analysis.intervals import Interval, bootstrap
 
 Array = npt.NDArray[np.float64]
 GRID = tuple(step / 20 for step in range(20))  # 0 … 95 %
-ALLOWED_INCREASE = 0.01
+INCREASE_ALLOWED = 0.01
 RESOLUTION = 1e-3
 
 
@@ -52,12 +52,12 @@ def find_essential(curve: LossCurve, *, seed: int) -> Essential:
         seed: of the bootstrap.
     """
     increases = [relative_increase(curve, sparsity) for sparsity in GRID]
-    last = max(index for index, increase in enumerate(increases) if increase <= ALLOWED_INCREASE)  # 0 % always is
+    last = max(index for index, increase in enumerate(increases) if increase <= INCREASE_ALLOWED)  # 0 % always is
     if last + 1 < len(GRID):
         low, high = GRID[last], GRID[last + 1]
         while high - low > RESOLUTION:
             middle = (low + high) / 2
-            low, high = (middle, high) if relative_increase(curve, middle) <= ALLOWED_INCREASE else (low, middle)
+            low, high = (middle, high) if relative_increase(curve, middle) <= INCREASE_ALLOWED else (low, middle)
     points = curve.sparsities
     losses = np.stack([curve.losses(sparsity).numpy() for sparsity in points], axis=1)
 
@@ -90,8 +90,8 @@ def knee(x: tuple[float, ...], y: list[float]) -> float:
 
 def _last_crossing(points: list[float], increases: Array) -> float:
     """The sparsity at which the increase passes the allowance for good, linear between points."""
-    last = int(np.flatnonzero(increases <= ALLOWED_INCREASE)[-1])
+    last = int(np.flatnonzero(increases <= INCREASE_ALLOWED)[-1])
     if last + 1 == len(points):
         return points[-1]
-    share = (ALLOWED_INCREASE - increases[last]) / (increases[last + 1] - increases[last])
+    share = (INCREASE_ALLOWED - increases[last]) / (increases[last + 1] - increases[last])
     return points[last] + float(share) * (points[last + 1] - points[last])

@@ -27,7 +27,7 @@ from sparsecod_megatron.analysis.sparsity.expert_modules import (
 from sparsecod_megatron.analysis.sparsity.matrices import Matrix
 from sparsecod_megatron.errors import ConversionError
 
-_LISTED_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
+_EXPERT_IN_LIST = re.compile(r"(.*\bexperts)\.\d+\.")
 
 
 class Observer(Protocol):
@@ -172,7 +172,7 @@ def find_sites(matrices: Sequence[Matrix]) -> list[NeuronSite]:
         if matrix.kind == "down":
             if is_stacked_linear(matrix.module):
                 raise unwatchable(matrix.module)
-            listed = _LISTED_EXPERT.match(matrix.name)
+            listed = _EXPERT_IN_LIST.match(matrix.name)
             groups.setdefault((matrix.layer, listed[1] if listed else matrix.name), []).append(matrix)
     if not groups:
         raise ConversionError(

@@ -17,7 +17,7 @@ from sparsecod_megatron.parallel.processes import Processes
 MAX_NEURONS = 256
 MAX_ROWS = 4096
 MIN_ROWS = 64  # fewer rows say nothing of a distribution's shape
-_INNER_KINDS = ("gate", "up", "gate_up")
+_KINDS_MEASURED = ("gate", "up", "gate_up")
 
 
 class _Outputs:
@@ -53,7 +53,9 @@ def normality_rows(context: Context, matrices: Sequence[Matrix]) -> list[dict[st
         context: the model and the sample.
         matrices: of the model.
     """
-    watched = [_Outputs(matrix) for matrix in matrices if matrix.kind in _INNER_KINDS and matrix.attribute == "weight"]
+    watched = [
+        _Outputs(matrix) for matrix in matrices if matrix.kind in _KINDS_MEASURED and matrix.attribute == "weight"
+    ]
     with ExitStack() as stack:
         for outputs in watched:
             handle = outputs.matrix.module.register_forward_hook(outputs)

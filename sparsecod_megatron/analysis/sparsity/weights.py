@@ -16,8 +16,8 @@ from tqdm import tqdm
 from sparsecod_megatron.analysis.scores.base import Bars, Lines, Result
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.essential import (
-    ALLOWED_INCREASE,
     GRID,
+    INCREASE_ALLOWED,
     find_essential,
     relative_increase,
 )
@@ -154,7 +154,7 @@ def _figures(rows: Sequence[Row], points: Sequence[Row], num_layers: int) -> tup
             {"ΔL/L": [point["loss_increase"] for point in grid]},
             "sparsity",
             "relative loss increase",
-            line=ALLOWED_INCREASE,
+            line=INCREASE_ALLOWED,
         ),
         Bars("weights_gini", "Gini index of the weights", gini_by_layer, "Gini index"),
     )

@@ -17,7 +17,7 @@ import torch
 
 from sparsecod_megatron.backend.redirection import Redirection
 
-COMPILED_FROM = "_torchdynamo_orig_callable"
+ATTRIBUTE_OF_ORIGINAL = "_torchdynamo_orig_callable"
 """Where a function that torch.compile returned has the one that it was given."""
 
 
@@ -42,7 +42,7 @@ def compiled_functions() -> Iterator[tuple[Any, str, Any]]:
         ]
         for owner in (module, *classes):
             for name, value in vars(owner).items():
-                original = getattr(value, COMPILED_FROM, None) if isinstance(value, FunctionType) else None
+                original = getattr(value, ATTRIBUTE_OF_ORIGINAL, None) if isinstance(value, FunctionType) else None
                 # The graphs that torch has compiled stand in modules too; they come from functions of no module.
                 if isinstance(original, FunctionType) and str(original.__module__).startswith("megatron.core."):
                     yield owner, name, original

@@ -24,7 +24,7 @@ from sparsecod_megatron.backend.redirection import Redirection
 
 DEFAULT = "fast"
 
-_PLAIN = SimpleNamespace(  # None, if upstream drops a name: then no set replaces it
+_KERNELS_PLAIN = SimpleNamespace(  # None, if upstream drops a name: then no set replaces it
     linear=getattr(layers, "linear_with_grad_accumulation_and_async_allreduce", None),
     experts=SequentialMLP.forward,
     sort_chunks=getattr(token_dispatcher, "sort_chunks_by_idxs", None),
@@ -35,8 +35,8 @@ _PLAIN = SimpleNamespace(  # None, if upstream drops a name: then no set replace
     swiglu=speed.swiglu,
     rotary=speed.apply_rotary,
 )
-_FAST = SimpleNamespace(
-    **vars(_PLAIN)
+_KERNELS_FAST = SimpleNamespace(
+    **vars(_KERNELS_PLAIN)
     | {
         "linear": linear.linear,
         "experts": experts.forward,
@@ -54,7 +54,7 @@ def redirections(kernels: str) -> list[Redirection]:
     Args:
         kernels: `plain`, `fast` or `compiled`; without a C++ compiler the last is `fast`.
     """
-    use = {"plain": lambda: _PLAIN, "fast": lambda: _FAST, "compiled": _compiled}[kernels]()
+    use = {"plain": lambda: _KERNELS_PLAIN, "fast": lambda: _KERNELS_FAST, "compiled": _compiled}[kernels]()
     moe = "transformer/moe"
     table: list[tuple[Any, str, Any, str, str]] = [
         (
@@ -99,11 +99,11 @@ def _compiled() -> SimpleNamespace:
     from sparsecod_megatron.backend.cpu import compiled
 
     if not compiled.has_compiler():
-        return _FAST
+        return _KERNELS_FAST
     formulas = {
         "rms_norm": compiled.rms_norm,
         "cross_entropy": compiled.cross_entropy,
         "swiglu": compiled.swiglu,
         "rotary": compiled.apply_rotary,
     }
-    return SimpleNamespace(**vars(_FAST) | formulas)
+    return SimpleNamespace(**vars(_KERNELS_FAST) | formulas)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecod_megatron.backend import onednn
 
-MANY_TOKENS = 1024
+TOKEN_THRESHOLD = 1024
 """From so many on, the wider operand of a weight gradient is better read as it lies."""
 
 
@@ -27,7 +27,7 @@ def input_gradient(grad: Tensor, weight: Tensor, by_onednn: bool, into: Tensor |
 def weight_gradient(grad: Tensor, x: Tensor, by_onednn: bool) -> Tensor:
     """gradᵀ · x: [tokens, out] and [tokens, in] → [out, in]."""
     # The first operand is transposed before, which costs most where it is large, and a transposed result costs too.
-    if grad.shape[1] > x.shape[1] and len(x) >= MANY_TOKENS:
+    if grad.shape[1] > x.shape[1] and len(x) >= TOKEN_THRESHOLD:
         return _product(x.t(), grad.t(), by_onednn).t()
     return _product(grad.t(), x.t(), by_onednn)
 

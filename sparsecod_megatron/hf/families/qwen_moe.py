@@ -32,7 +32,7 @@ from sparsecod_megatron.hf.families.llama import PRE_NORM
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.transforms import same, zeros
 
-EMPTY_SHARED_WIDTH = 16
+ZERO_EXPERT_WIDTH = 16
 """Width of the zero shared expert: narrow beside a real one, yet divisible by the sizes inference engines split by."""
 
 
@@ -81,7 +81,7 @@ def _shared_entries(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entr
         factor = 1.0 if model.moe_shared_expert_gate else 2.0
         yield from mlp_entries(f"{ours}.shared_experts", shared, ffn=width, hidden=hidden, down_factor=factor)
         return
-    inward, outward = (EMPTY_SHARED_WIDTH, hidden), (hidden, EMPTY_SHARED_WIDTH)
+    inward, outward = (ZERO_EXPERT_WIDTH, hidden), (hidden, ZERO_EXPERT_WIDTH)
     yield Entry((), tuple(f"{shared}.{name}.weight" for name in PROJECTIONS), zeros(inward, inward, outward))
 
 
@@ -116,7 +116,7 @@ def _read_routed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen2_fields(model: ModelConfig) -> dict[str, Any]:
     return _routed_fields(model) | {
-        "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or EMPTY_SHARED_WIDTH,
+        "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or ZERO_EXPERT_WIDTH,
         "qkv_bias": True,
         "use_sliding_window": False,
     }
@@ -139,7 +139,7 @@ def _without_placeholders(model: ModelConfig, tensors: Mapping[str, Tensor]) -> 
 
     if not is_zero("shared_expert_gate"):
         return model
-    is_narrow = model.moe_shared_expert_intermediate_size == EMPTY_SHARED_WIDTH
+    is_narrow = model.moe_shared_expert_intermediate_size == ZERO_EXPERT_WIDTH
     if is_narrow and all(is_zero(f"shared_expert.{name}") for name in PROJECTIONS):
         model = replace(model, moe_shared_expert_intermediate_size=None)
     return replace(model, moe_shared_expert_gate=False)

@@ -15,7 +15,7 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.rotary import rope_keys
 
-WITHOUT_EFFECT = frozenset(
+FIELDS_WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path",
         "architectures",
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = frozenset(
 """Fields that do not change the logits of an evaluated model, or that others repeat."""
 MULTIPLE = 128
 """Of the vocabulary, unless a model's is no multiple of it."""
-NEUTRAL_ROPE = {
+ROPE_DEFAULTS = {
     "beta_fast": 32,
     "beta_slow": 1,
     "truncate": True,
@@ -97,7 +97,7 @@ def _require_same(fields: Mapping[str, Any], model: ModelConfig, family: Family,
     written = family.config(
         model, seq_length=fields["max_position_embeddings"], dtype=torch.float32, token_ids={}
     ).to_dict()
-    known = (family.config_class().to_dict().keys() | {"head_dim"}) - WITHOUT_EFFECT
+    known = (family.config_class().to_dict().keys() | {"head_dim"}) - FIELDS_WITHOUT_EFFECT
     for name in sorted(known):
         if fields.get(name) != written.get(name):
             raise ConversionError(
@@ -109,6 +109,6 @@ def _require_same(fields: Mapping[str, Any], model: ModelConfig, family: Family,
 def _plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     # transformers reads the older `type` only where there is no `rope_type`, and has filled that in here.
     plain = {
-        name: value for name, value in parameters.items() if name != "type" and NEUTRAL_ROPE.get(name, ...) != value
+        name: value for name, value in parameters.items() if name != "type" and ROPE_DEFAULTS.get(name, ...) != value
     }
     return {name: float(value) if name in ("rope_theta", "factor") else value for name, value in plain.items()}

@@ -13,7 +13,7 @@ from sparsecod_megatron.hf.families.entries import dense_entries, layer_names, m
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.transforms import same
 
-SAME_NAMES = (
+KEYS_IN_COMMON = (
     "activation",
     "norm_placement",
     "mix_post_fraction",
@@ -66,7 +66,7 @@ def _mlp_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in SAME_NAMES} | {
+    return {name: getattr(model, name) for name in KEYS_IN_COMMON} | {
         "embedding_norm": model.has_embedding_norm,
         "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
         "auto_map": AUTO_MAP,
@@ -74,13 +74,13 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: fields[name] for name in (*SAME_NAMES, "embedding_norm", "moe_ffn_hidden_size")}
+    return {name: fields[name] for name in (*KEYS_IN_COMMON, "embedding_norm", "moe_ffn_hidden_size")}
 
 
 SPARSECOD = Family(
     "SparsecodForCausalLM",
     SparsecodConfig,
-    frozenset((*SAME_NAMES, "rope_scaling", "embedding_norm")),
+    frozenset((*KEYS_IN_COMMON, "rope_scaling", "embedding_norm")),
     lambda model: None,
     _mlp_entries,
     _fields,

@@ -10,7 +10,7 @@ import torch
 from sparsecod_megatron.audit.compare import FP32, Verdict, compare
 from sparsecod_megatron.audit.measurement import Measurement
 from sparsecod_megatron.audit.report import audit_json, audit_text
-from sparsecod_megatron.audit.rows import ONE, Row
+from sparsecod_megatron.audit.rows import REFERENCE, Row
 
 NAMES = ("embedding.word_embeddings.weight", "decoder.layers.0.mlp.linear_fc1.weight", "output_layer.weight")
 
@@ -24,7 +24,7 @@ def measured() -> Measurement:
 
 
 def verdict(found: Measurement, *, exact: bool = False, expected: Measurement | None = None) -> Verdict:
-    row = Row(ONE, "overlap", "fp32", against="1 process", exact=exact)
+    row = Row(REFERENCE, "overlap", "fp32", against="1 process", exact=exact)
     return compare(row, found, expected or measured(), on_cpu=True)
 
 
@@ -98,8 +98,8 @@ def test_a_gradient_of_rounding_alone_is_no_difference() -> None:
 def test_references_and_rows_that_could_not_run() -> None:
     diverged = measured()
     diverged.losses[1] = math.nan
-    reference = Row(ONE, "plain", "fp32", against=None)
-    row = Row(ONE, "overlap", "fp32", against="1 process")
+    reference = Row(REFERENCE, "plain", "fp32", against=None)
+    row = Row(REFERENCE, "overlap", "fp32", against="1 process")
     assert compare(reference, measured(), None, on_cpu=True).first is None
     assert "not finite" in compare(reference, diverged, None, on_cpu=True).first
     assert compare(row, "no memory", measured(), on_cpu=True).first == "could not run: no memory"
@@ -109,7 +109,7 @@ def test_references_and_rows_that_could_not_run() -> None:
 def test_table() -> None:
     found = measured()
     found.gradients[0][NAMES[0]] = torch.full((4, 8), math.inf)
-    reference = compare(Row(ONE, "plain", "fp32", against=None), measured(), None, on_cpu=True)
+    reference = compare(Row(REFERENCE, "plain", "fp32", against=None), measured(), None, on_cpu=True)
     rows = [reference.json(), verdict(measured()).json(), verdict(found).json() | {"row": "dp2"}]
     content = audit_json(rows, config="a.yaml", notes=["no dropout"], left_out={"cp2": "documents"})
     lines = audit_text(content).splitlines()

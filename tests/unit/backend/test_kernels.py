@@ -42,7 +42,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 @pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["onednn", "mkl"])
 def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Both libraries, whatever the machine would choose; oneDNN for products of any size."""
-    monkeypatch.setattr(onednn, "FEWEST_PRODUCTS", 1)
+    monkeypatch.setattr(onednn, "MIN_PRODUCTS", 1)
     with using(ALL if request.param else choice.Choice()):
         yield request.param
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sparsecod_megatron.checkpoint import directories, manifest
 from sparsecod_megatron.checkpoint.directories import commit, delete_superseded, new_directory, superseded
 from sparsecod_megatron.checkpoint.directories import remove_leftovers as restart
-from sparsecod_megatron.checkpoint.manifest import REQUIRED_FILES, find_damage, write_manifest
+from sparsecod_megatron.checkpoint.manifest import FILES_REQUIRED, find_damage, write_manifest
 from sparsecod_megatron.checkpoint.paths import resume_candidates, step_dir_name
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.errors import ConfigError
@@ -27,7 +27,7 @@ def written(checkpoints: Path, step: int, content: bytes) -> tuple[Path, Path]:
     """A temporary directory whose writers are done, and where it is to go."""
     directory = checkpoints / step_dir_name(step)
     temporary = new_directory(directory)
-    for name in REQUIRED_FILES:
+    for name in FILES_REQUIRED:
         (temporary / name).write_bytes(content + name.encode())
     (temporary / "__0_0.distcp").write_bytes(content)
     (temporary / ".digests-0").write_text(json.dumps({"__0_0.distcp": hashlib.sha256(content).hexdigest()}))
@@ -40,7 +40,7 @@ def test_manifest_says_what_is_there(tmp_path: Path) -> None:
     commit(temporary, directory)
     listed = json.loads((directory / "manifest.json").read_text())["files"]
     there = {path.name for path in directory.iterdir()} - {"manifest.json"}
-    assert set(listed) == there == {*REQUIRED_FILES, "__0_0.distcp"}
+    assert set(listed) == there == {*FILES_REQUIRED, "__0_0.distcp"}
     for name, entry in listed.items():
         content = (directory / name).read_bytes()
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -53,7 +53,7 @@ def test_ranks_share_the_hashing(tmp_path: Path) -> None:
     """A flipped bit of any file is found by exactly one of three ranks; a wrong size by all."""
     temporary, directory = written(tmp_path, 7, b"seven")
     commit(temporary, directory)
-    for name in (*REQUIRED_FILES, "__0_0.distcp"):
+    for name in (*FILES_REQUIRED, "__0_0.distcp"):
         content = (directory / name).read_bytes()
         (directory / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
         found = [find_damage(directory, digests=True, share=(rank, 3)) for rank in range(3)]

@@ -12,8 +12,14 @@ import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
-from sparsecod_megatron.config.megatron_fields import MUON_FIELDS, NEEDS_TRANSFORMER_ENGINE, PASSED, READ_WITH, SET_BY
-from sparsecod_megatron.config.megatron_refused import REFUSED
+from sparsecod_megatron.config.megatron_fields import (
+    FIELDS_PASSED,
+    KEYS_OF_FIELDS,
+    MUON_FIELDS,
+    READING_CONDITIONS,
+    TRANSFORMER_ENGINE_FIELDS,
+)
+from sparsecod_megatron.config.megatron_refused import REFUSALS
 from sparsecod_megatron.config.schema import RunConfig
 from sparsecod_megatron.config.typed import known_keys
 from sparsecod_megatron.errors import ConfigError
@@ -62,15 +68,15 @@ def answer(*overrides: str) -> str:
 
 def test_every_upstream_field_is_listed_once() -> None:
     upstream = sorted({item.name for cls in CLASSES for item in dataclasses.fields(cls)})
-    listed = sorted([*PASSED, *SET_BY, *(field for fields in REFUSED.values() for field in fields)])
+    listed = sorted([*FIELDS_PASSED, *KEYS_OF_FIELDS, *(field for fields in REFUSALS.values() for field in fields)])
     assert listed == upstream
-    assert PASSED.keys() >= NEEDS_TRANSFORMER_ENGINE
-    assert PASSED.keys() >= READ_WITH.keys() | {other for other, _ in READ_WITH.values()}
+    assert FIELDS_PASSED.keys() >= TRANSFORMER_ENGINE_FIELDS
+    assert FIELDS_PASSED.keys() >= READING_CONDITIONS.keys() | {other for other, _ in READING_CONDITIONS.values()}
 
 
 def test_keys_that_answers_name_exist() -> None:
-    ours = {*known_keys(RunConfig), *(f"megatron.{field}" for field in PASSED)}
-    assert set(SET_BY.values()) <= ours
+    ours = {*known_keys(RunConfig), *(f"megatron.{field}" for field in FIELDS_PASSED)}
+    assert set(KEYS_OF_FIELDS.values()) <= ours
 
 
 def test_fields_that_no_cpu_reads_are_read_by_what_runs_elsewhere() -> None:
@@ -79,15 +85,15 @@ def test_fields_that_no_cpu_reads_are_read_by_what_runs_elsewhere() -> None:
     trees = [ast.parse((folder / name).read_text()) for name in READERS]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     # moe_grouped_gemm is ours to read: it chooses the experts' module.
-    assert read >= (NEEDS_TRANSFORMER_ENGINE | MUON_FIELDS.keys() | {"batch_p2p_sync"}) - {"moe_grouped_gemm"}
+    assert read >= (TRANSFORMER_ENGINE_FIELDS | MUON_FIELDS.keys() | {"batch_p2p_sync"}) - {"moe_grouped_gemm"}
 
 
-@pytest.mark.parametrize("field", [*SET_BY, *(field for fields in REFUSED.values() for field in fields)])
+@pytest.mark.parametrize("field", [*KEYS_OF_FIELDS, *(field for fields in REFUSALS.values() for field in fields)])
 def test_fields_that_do_not_pass_are_refused(field: str) -> None:
     """Whatever the value, and with the key to set where there is one."""
     said = answer(f"megatron.{field}=1")
     assert said.startswith(f"megatron.{field}: 1, but ")
-    assert SET_BY[field] in said if field in SET_BY else said.endswith("; remove it")
+    assert KEYS_OF_FIELDS[field] in said if field in KEYS_OF_FIELDS else said.endswith("; remove it")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +148,9 @@ def test_docs_list_what_passes(repo_root: Path) -> None:
     page = (repo_root / "docs" / "PARALLELISM.md").read_text()
     section = page.partition("## Fields under `megatron:`\n")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
-    assert sorted(field for row in rows[1:] for field in re.findall(r"`(\w+)`", row.split(" | ")[-1])) == sorted(PASSED)
+    assert sorted(field for row in rows[1:] for field in re.findall(r"`(\w+)`", row.split(" | ")[-1])) == sorted(
+        FIELDS_PASSED
+    )
 
 
 def test_training_planning_and_studies_answer_alike(tmp_path: Path) -> None:

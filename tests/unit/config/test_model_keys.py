@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsecod_megatron.config import load_config
-from sparsecod_megatron.config.model_keys import HAS_EFFECT, TRAINING_KEYS, model_differences
+from sparsecod_megatron.config.model_keys import EFFECT_CONDITIONS, TRAINING_KEYS, model_differences
 from sparsecod_megatron.config.model_schema import ModelConfig
 
 EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=64")
@@ -18,8 +18,8 @@ def differing(base: tuple[str, ...], *changes: str) -> list[str]:
 
 def test_the_lists_name_keys_that_exist() -> None:
     keys = vars(ModelConfig())
-    assert keys.keys() >= TRAINING_KEYS.keys() | HAS_EFFECT.keys()
-    assert not TRAINING_KEYS.keys() & HAS_EFFECT.keys()
+    assert keys.keys() >= TRAINING_KEYS.keys() | EFFECT_CONDITIONS.keys()
+    assert not TRAINING_KEYS.keys() & EFFECT_CONDITIONS.keys()
 
 
 @pytest.mark.parametrize(
