@@ -43,7 +43,7 @@ from sparsecod_megatron.analysis.scores.permutation import Permutation
 from sparsecod_megatron.analysis.scores.registry import find_scores
 from sparsecod_megatron.analysis.scores.usefulness import Usefulness
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is not part of the installed package
 
 from tests.unit.analysis.scores import naive
 
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 
 def main() -> None:
-    """Measure and print one line a score."""
+    """Measure and print one line per score."""
     args = _parser().parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of:

@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Shape(NamedTuple):
-    """Of a model of 8 layers.
+    """Sizes of a model of 8 layers.
 
     Attributes:
         hidden_size: width.
@@ -124,7 +124,7 @@ def peak_memory(*arguments: str | Path) -> Memory:
 
 
 def memory(pid: int) -> Memory:
-    """Of one process; nothing of one that has ended."""
+    """Memory of one process; 0 for one that has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

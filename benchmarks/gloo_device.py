@@ -2,7 +2,7 @@
 
     bash tools/run_in_venv.sh python3 benchmarks/gloo_device.py [--processes 4] [--repeats 5] [--steps 40]
 
-Each measurement starts its processes anew, because groups that were left still poll; the two ways take turns. Printed
+Each measurement starts new processes, because groups that were left still poll; the two ways take turns. Printed
 are medians of the clock per step after two warm-up steps, of a small model under tensor and data parallelism.
 """
 

@@ -26,7 +26,7 @@ select_backend()
 from sparsecod_megatron.backend.cpu import products, trial  # noqa: E402
 
 WIDTHS = (256, 1024)
-"""Of the input and the output of the layer whose rates are printed."""
+"""Widths of the input and the output of the layer whose rates are printed."""
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def print_gaps(tokens: int, repeats: int) -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Of one call, by the clock."""
+    """Seconds of one call, by the clock."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began

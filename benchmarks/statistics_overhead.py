@@ -33,7 +33,7 @@ WARM_UP = 3
 
 
 def model_config(experts: int, *overrides: str) -> RunConfig:
-    """A grouped-query model of 10M parameters on 2,048 tokens a step; with experts, as wide in active parameters."""
+    """A grouped-query model of 10M parameters on 2,048 tokens per step; with experts, as wide in active parameters."""
     shape = [
         "model.num_layers=8",
         "model.hidden_size=256",

@@ -5,7 +5,7 @@
 Ours is the real train step (Megatron-Core's schedule, distributed optimizer, clipping) with each value of the key
 `cpu_kernels`. Theirs is LlamaForCausalLM or MixtralForCausalLM, as `sparsecod export` writes it, in a plain eager loop:
 zero_grad, backward, clip_grad_norm_, fused AdamW. All start from the same weights, and the losses of the first steps
-must agree, or nothing is measured. Everything is fp32, 8 sequences of 256 tokens a step.
+must agree, or nothing is measured. Everything is fp32, 8 sequences of 256 tokens per step.
 
 Printed are medians of processor time and of the clock; a ratio above 1 says ours is faster. On a shared machine trust
 processor time with one thread.

@@ -75,7 +75,7 @@ Everything lies in $OUTPUT:
   dense/ moe/                     run directories: config.yaml metrics.jsonl layer_statistics.jsonl checkpoints/ log.txt
   dense-hf/ moe-hf/               models for AutoModelForCausalLM.from_pretrained, with their tokenizer
   dense-eval/ moe-eval/           results.json and results.md
-  dense-depth/ moe-depth/         scores.json, a CSV a score, plots/
+  dense-depth/ moe-depth/         scores.json, one CSV per score, plots/
   variance_by_depth.png           the plot
   report.html                     every curve and score, offline by double click
 Next: examples/configs/ holds the paper's models; sparsecod train CONFIG a.b=c --nproc N trains them.

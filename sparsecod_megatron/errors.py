@@ -1,4 +1,4 @@
-"""The only errors a user's mistake raises.
+"""The only errors that a user's mistake raises.
 
 The command line turns each into one line on stderr and exit status 2, so a message must stand alone: what is wrong,
 where, the value seen, and what to do. Broken invariants of our own are `assert`s and keep their traceback.

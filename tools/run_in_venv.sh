@@ -51,7 +51,7 @@ pip_install() { # $1 interpreter, then pip's arguments; stdout stays the command
     "$python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} "$@" >&2
 }
 
-pip_failed() { fail "pip could not install the packages (its message is above); the next call goes on from there"; }
+pip_failed() { fail "pip could not install the packages (its message is above); the next call resumes from there"; }
 
 # ---------------------------------------------------------------- .venv
 

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/ is no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/ is not part of the installed package
 
 import transformers
 
@@ -24,7 +24,7 @@ from tests.helpers.decoders import FAMILIES, outcomes
 
 
 def main() -> int:
-    """Print a line a family and a line a refusal."""
+    """Print one line per family and one line per refusal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="all by default")
     parser.add_argument("--scores", default=",".join(SCORES), metavar="A,B", help="all by default")

@@ -36,7 +36,7 @@ python_3_12() {
 }
 
 # The versions of the lock, but the torch that Transformer Engine is built against, which wants an older setuptools: pip
-# would else exchange it for a newer one without a word.
+# would otherwise silently replace it with a newer one.
 constraints() {
     printf 'torch==%s\n' "$TORCH"
     awk '/^[a-z0-9]/ && !/^setuptools==/ { sub(/ *\\$/, ""); print }' "$ROOT/tools/lock/venv.txt"

@@ -1,7 +1,7 @@
 """Lists what the package takes from Megatron-Core, torch, transformers and ModelOpt, and says what an upgrade breaks.
 
     python3 tools/upstream_contract.py            compare with tools/upstream_contract.txt; exit 1 with what differs
-    python3 tools/upstream_contract.py --write    write the list anew, after every difference has been looked at
+    python3 tools/upstream_contract.py --write    rewrite the list, after every difference has been looked at
 
 Read from the source: names that are imported and attributes of them, with the parameters that each takes; methods that
 subclasses override; what the CPU backend replaces; private attributes of their objects. Not torch's public names. Where
@@ -117,7 +117,7 @@ def resolve(name: str) -> Any:
     """The object of a dotted name.
 
     Raises:
-        LookupError: there is none, with the first part that is missing.
+        LookupError: there is no such name, with the first part that is missing.
     """
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])

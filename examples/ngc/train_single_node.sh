@@ -3,7 +3,7 @@
 #     bash examples/ngc/train_single_node.sh examples/configs/CONFIG.yaml [a.b=c ...]
 # Variables: IMAGE, GPUS (8), RUN_DIR (runs/ngc here), those of examples/slurm/environment.sh. The repository is mounted over
 # the image's copy, so paths in CONFIG that lie inside it are the same on both sides; data elsewhere comes in through
-# DATA_DIR, mounted where it lies. Ctrl-C and `docker stop --time 300` save a checkpoint; the same command goes on from it.
+# DATA_DIR, mounted where it lies. Ctrl-C and `docker stop --time 300` save a checkpoint; the same command resumes from it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,4 +1,4 @@
-"""Runs scores on a sample and writes an analysis directory: scores.json, a CSV a table, a picture a figure."""
+"""Runs scores on a sample and writes an analysis directory: scores.json, one CSV per table, one picture per figure."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _as_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
+    """The same with None for non-finite numbers, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

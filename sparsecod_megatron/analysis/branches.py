@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
-"""Of `branch_error`, by the model's dtype."""
+"""Limits of `branch_error`, by the model's dtype."""
 
 
 def branch_error(before: Tensor, after: Tensor, other: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The project's central figure: residual variance against depth, after training and while it grew, one line a run."""
+"""The project's central figure: residual variance against depth, after training and while it grew, one line per run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsecod_megatron.errors import DataError
 from sparsecod_megatron.files import replacing_output
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, told apart with every kind of colour vision, with markers for print in grey.
+# Okabe and Ito's colours, distinguishable with every kind of colour vision; markers for print in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BRANCHES: tuple[tuple[str, Literal["--", ":"], str], ...] = (

@@ -1,4 +1,4 @@
-"""Running a model's own code in a way that its authors did not foresee: what breaks is one line, not a traceback."""
+"""Running a model's own code in a way its authors did not foresee: a failure is one line, not a traceback."""
 
 from __future__ import annotations
 

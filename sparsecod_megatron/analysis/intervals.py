@@ -18,7 +18,7 @@ Z_95 = 1.959963984540054
 
 
 class Interval(NamedTuple):
-    """A number with the ends of its 95 % interval; they are None where one sequence tells nothing of the spread."""
+    """A number with the ends of its 95 % interval; they are None where one sequence says nothing about the spread."""
 
     value: float | None
     low: float | None
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def finite(value: float) -> float | None:
-    """A float for JSON: None where it is not finite."""
+    """A float for JSON: None where it is non-finite."""
     return float(value) if math.isfinite(value) else None
 
 

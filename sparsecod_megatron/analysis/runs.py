@@ -44,7 +44,7 @@ class Run:
 
     Attributes:
         name: the shortest end of its path that tells it from the other runs read with it.
-        metrics: series by field name, as are `layers` (one number a layer) and `vectors` (several).
+        metrics: series by field name, as are `layers` (one number per layer) and `vectors` (several).
         notes: what a reader should know about the files, one sentence each.
     """
 
@@ -111,7 +111,7 @@ def _not_finite(name: str, series: Series) -> str:
     bad = series.steps[~finite.any(axis=1)]
     if not len(bad):
         return ""
-    return f"{name} is not a finite number at {len(bad):,} of {len(finite):,} steps, first at step {bad[0]:,}"
+    return f"{name} is non-finite at {len(bad):,} of {len(finite):,} steps, first at step {bad[0]:,}"
 
 
 def _records(path: Path, notes: list[str], *, required: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -123,7 +123,7 @@ def _records(path: Path, notes: list[str], *, required: bool = True) -> Iterator
         required: whether an empty file is an error.
 
     Raises:
-        DataError: a line that is no object with increasing integer `step` and `tokens`, or no line at all.
+        DataError: a line that is not an object with increasing integer `step` and `tokens`, or no line at all.
     """
     last_step = -1
     with (
@@ -134,7 +134,7 @@ def _records(path: Path, notes: list[str], *, required: bool = True) -> Iterator
             where = f"{path}:{number}"
             bar.update(len(line))
             if not line.endswith(b"\n"):
-                notes.append(f"{path.name} line {number:,} is an interrupted write and is left out")
+                notes.append(f"{path.name} line {number:,} was cut off by an interruption and is left out")
                 break
             record = _parse(line, where)
             if record["step"] <= last_step:
@@ -162,7 +162,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 @dataclass
 class _Columns:
-    """Fields of many lines, gathered column by column: a Python object a number would take ten times the memory.
+    """Fields of many lines, gathered column by column: a Python object per number would take ten times the memory.
 
     Attributes:
         num_layers: rows of a point; None if the lines hold plain metrics.
@@ -209,7 +209,7 @@ class _Columns:
             return
         width = self._widths.setdefault(name, next(iter(widths)))
         if widths != {width}:
-            raise DataError(f"{where}: {name} has not {width or 1} entries as before; restore the file")
+            raise DataError(f"{where}: {name} no longer has {width or 1} entries; restore the file")
         absent = [float("nan")] * (width or 1)
         rows = (by_layer.get(layer, absent) for layer in range(self.num_layers or 1))
         flat = [number for row in rows for number in (row if isinstance(row, list) else (row,))]

@@ -1,4 +1,4 @@
-"""One forward pass with everything an intervention needs kept, and the ways to go on from the middle of it.
+"""One forward pass with everything an intervention needs kept, and the ways to resume from the middle of it.
 
 A pass keeps the residual stream at every depth and the arguments each block was called with (masks, rotary angles).
 An intervention at block `s` then starts from `h_s` and runs only what comes after.
@@ -122,7 +122,7 @@ class Replay:
 
     @torch.no_grad()
     def losses_after(self, trace: Trace, order: Sequence[int], hidden: Tensor) -> Tensor:
-        """Cross entropy when `order` is all that is left of the blocks.
+        """Cross entropy when only the blocks in `order` are left.
 
         Args:
             trace: the micro-batch.
@@ -157,7 +157,7 @@ class _AllBlocksRan(Exception):
 
 
 class _Answer(nn.Module):
-    """Stands in a block's place: has its attributes, and answers every call with given hidden states."""
+    """Takes a block's place: has its attributes, and answers every call with given hidden states."""
 
     def __init__(self, block: nn.Module, hidden: Tensor, rest: tuple[Any, ...] | None) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ MIN_NORM_SHARE = 1e-4
 SHARE_FACTOR = 100.0
 """How much more a share of elements may differ: one element that rounding takes over its limit is a hundredth of it."""
 LATE = ("grad_", "param_", "update_")
-"""Beginnings of the names of statistics that follow from the gradients, not from the forward pass."""
+"""Prefixes of the names of statistics that follow from the gradients, not from the forward pass."""
 
 KINDS = (
     (r"embedding\.word_embeddings\..*", "embed"),
@@ -125,7 +125,7 @@ def compare(row: Row, found: Measurement | str, expected: Measurement | str | No
     verdict.losses = found.losses
     if expected is None:
         if not all(map(math.isfinite, found.losses)):
-            verdict.first = f"the reference's losses are not finite: {found.losses}"
+            verdict.first = f"the reference's losses are non-finite: {found.losses}"
         return verdict
     if isinstance(expected, str):
         verdict.first = f"{row.against}, which it must equal, could not run"
@@ -145,7 +145,7 @@ def compare(row: Row, found: Measurement | str, expected: Measurement | str | No
 
 @dataclass(frozen=True)
 class _Difference:
-    """Of one number or tensor.
+    """Relative difference of one number or tensor.
 
     Attributes:
         section: field of `Verdict` and `Tolerance`.

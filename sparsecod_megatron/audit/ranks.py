@@ -1,4 +1,4 @@
-"""Runs all rows in processes that are started once: each row is a world of the first so many of them.
+"""Runs all rows in processes that are started once: each row uses the first few of them as its world.
 
 Importing torch and Megatron-Core takes longer than a row.
 """
@@ -28,12 +28,12 @@ from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import SparsecodError
 
 PATIENCE = datetime.timedelta(minutes=10)
-"""Of a process whose peers have left the row; a row takes seconds."""
+"""Time limit of a process whose peers have left the row; a row takes seconds."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that a launcher started.
+    """The processes that a launcher started.
 
     Attributes:
         store: through which they find and tell each other.

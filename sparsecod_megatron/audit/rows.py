@@ -1,4 +1,4 @@
-"""What an audit compares: every small layout that the model allows, each with the mechanisms that have gone wrong."""
+"""What an audit compares: every small layout that the model allows, with each mechanism that has gone wrong before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUCKETS = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_si
 """What CUDA runs by default, with buckets so small that the model has many, and padding in them."""
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 KINDS_ON_FOUR = ("plain", "overlap", "resume")
-"""Those of layouts of four processes, which combine what layouts of two have shown."""
+"""Rows of layouts of four processes, which combine what layouts of two have shown."""
 MECHANISMS = ("plain", "overlap", "recompute", "micro-batch", "resume", "resume-as-dp", "validation")
 """How a layout is stepped: as it is; with bucketed gradients and overlap (`BUCKETS`), as are all below that save; with
 recompute; with half the micro-batch; from a checkpoint in the middle, in this layout and as pure data parallelism; and
@@ -132,9 +132,7 @@ def _chosen(rows: list[Row], only: list[str]) -> list[Row]:
     wanted = [row.name for row in rows if any(fnmatchcase(row.name, pattern) for pattern in only)]
     if not wanted:
         some = ", ".join(repr(row.name) for row in rows[1:4])
-        raise ConfigError(
-            f"--only {' '.join(only)}: no row has such a name; rows are e.g. {some}, and * stands for any"
-        )
+        raise ConfigError(f"--only {' '.join(only)}: no row has this name; rows are e.g. {some}, and * stands for any")
     return with_references(rows, wanted)
 
 
@@ -206,7 +204,7 @@ def _allowed(layout: Layout, small: RunConfig, left_out: dict[str, str]) -> bool
 
 
 def _layouts(model: ModelConfig, nproc: int) -> Iterator[Layout]:
-    """Those of one, two and four processes; sizes are 1 or 2, so that every kind is there and every pair of kinds."""
+    """Layouts of one, two and four processes; sizes are 1 or 2, so that every kind and every pair of kinds occurs."""
     for layout in (REFERENCE, *(_moe_layouts() if model.is_moe else _dense_layouts()), *_common_layouts(model.is_moe)):
         if layout.nproc <= nproc:
             yield layout

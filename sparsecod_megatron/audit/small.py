@@ -2,7 +2,7 @@
 
 Every variant and mechanism stays; only sizes shrink. They are chosen so that each layout has something to go wrong
 with: four layers make two pipeline stages of two chunks, two divides heads, widths and experts, and the matrices'
-numbers of elements are no multiples of 128, so that buckets of gradients end with padding.
+numbers of elements are not multiples of 128, so that buckets of gradients end with padding.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def small_run(config: RunConfig, *, capability: tuple[int, int] | None) -> Small
     try:
         check_precision(precision, capability=capability)
     except ConfigError:
-        notes.append(f"precision.fp8_recipe={precision.fp8_recipe} is not this device's; rows are in bf16 instead")
+        notes.append(
+            f"precision.fp8_recipe={precision.fp8_recipe} is not available on this device; rows are in bf16 instead"
+        )
         precision = PrecisionConfig(dtype=precision.dtype)
     left = [key for key in config.megatron if key in _FIELDS_OF_ROWS]
     lacking = [key for key in config.megatron if capability is None and needs_transformer_engine(key)]

@@ -148,7 +148,7 @@ def _name(key: str, index: tuple[int, ...]) -> str:
 
 
 def _order(name: str) -> tuple[int, int, int, str]:
-    """Of the forward pass: embedding, layers, what follows them; in a layer attention, what is between, the MLP."""
+    """Rank in the forward pass: embedding, layers, what follows them; in a layer attention, the rest, the MLP."""
     layer = re.search(r"layers\.(\d+)\.(input_layernorm|self_attention)?(mlp)?", name)
     if layer:
         return 1, int(layer[1]), 0 if layer[2] else 2 if layer[3] else 1, name

@@ -46,9 +46,7 @@ class FusedAdam(torch.optim.Optimizer):
         **unknown: Any,
     ) -> None:
         if asked := {name: value for name, value in unknown.items() if value not in (None, False)}:
-            logger.warning(
-                "the AdamW of torch's kernel does not know what Megatron-Core asks of it: %s; left out", asked
-            )
+            logger.warning("torch's AdamW kernel does not support what Megatron-Core asks of it: %s; left out", asked)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 

@@ -39,7 +39,7 @@ _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", 
 
 @dataclass(frozen=True)
 class Choice:
-    """What oneDNN takes; all else is torch's own product.
+    """Products that oneDNN takes; all others are torch's own.
 
     Attributes:
         output: x · weightᵀ of linear layers, fp32.
@@ -64,7 +64,7 @@ class Choice:
         """The inverse of `str`.
 
         Raises:
-            ValueError: a name that is none; the message says which there are.
+            ValueError: an unknown name; the message lists the known ones.
         """
         known = [field.name for field in fields(cls)]
         names = [] if text.strip() == NOTHING else [name.strip() for name in text.split(",")]
@@ -113,7 +113,7 @@ def asked() -> Choice | None:
     """The environment's choice, or None. Local.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it does not name a choice.
     """
     text = os.environ.get(VARIABLE)
     if not text:
@@ -130,13 +130,13 @@ def record(choice: Choice) -> dict[str, Any]:
 
 
 def restore(recorded: dict[str, Any] | None) -> None:
-    """Use what `record` returned, if that was on such a machine and the environment fixes nothing else. Local."""
+    """Use what `record` returned, if it was taken on such a machine and the environment does not override it. Local."""
     if recorded is not None and asked() is None and (choice := _choice_for_this_machine(recorded)) is not None:
         use(choice)
 
 
 def machine() -> dict[str, Any]:
-    """All that the faster library depends on. Local."""
+    """Everything that determines which library is faster. Local."""
     limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
     return {
         "processor": processor(),
@@ -149,7 +149,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, family, model and stepping, where the system tells. Local."""
+    """The processor's name, family, model and stepping, where the system reports them. Local."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").partition("\n\n")[0].splitlines()
     except OSError:
@@ -172,7 +172,7 @@ def _first() -> Choice:
 
 
 def cache_file() -> Path | None:
-    """Where this machine's choice is kept, or None where a user has no home. Local."""
+    """Where this machine's choice is kept, or None if the user has no home directory. Local."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
@@ -186,7 +186,7 @@ def _read(path: Path | None) -> Choice | None:
     try:
         return _choice_for_this_machine(json.loads(path.read_text("utf-8"))) if path and path.exists() else None
     except (OSError, ValueError) as error:
-        logger.debug("%s cannot be read (%s); measuring again which library multiplies faster", path, error)
+        logger.debug("%s cannot be read (%s); measuring again which library is faster", path, error)
         return None
 
 
@@ -201,7 +201,7 @@ def _choice_for_this_machine(recorded: Any) -> Choice | None:
 
 
 def faster(seconds: Mapping[str, tuple[float, float]]) -> Choice:
-    """What is chosen after (by torch, by oneDNN) for names of fields; a field without any is torch's. Local."""
+    """The choice by seconds (of torch, of oneDNN) for each field; fields that were not timed are torch's. Local."""
     return Choice(**{name: by_onednn < TIME_RATIO * by_torch for name, (by_torch, by_onednn) in seconds.items()})
 
 

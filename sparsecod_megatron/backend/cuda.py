@@ -1,6 +1,6 @@
 """Prepares one rank for CUDA: its device, and where modules come from.
 
-A machine without that package trains with the reference modules of the CPU backend, on CUDA and NCCL.
+A machine without Transformer Engine trains with the reference modules of the CPU backend, on CUDA and NCCL.
 """
 
 from __future__ import annotations

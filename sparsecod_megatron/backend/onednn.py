@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 MIN_PRODUCTS = 1 << 20
-"""Multiplications of a product for which setting oneDNN up costs less than it saves."""
+"""Multiplications of a product from which oneDNN saves more than its set-up costs."""
 
 
 def is_available() -> bool:
@@ -26,7 +26,7 @@ def is_suited(x: Tensor, weight: Tensor) -> bool:
         and x.dim() > 1
         and x.numel() * len(weight) >= MIN_PRODUCTS
         # A second operand with gaps between rows takes oneDNN's reference loop, about a thousand times as slow
-        # (benchmarks/products.py); the first may lie anyhow.
+        # (benchmarks/products.py); the layout of the first does not matter.
         and (weight.is_contiguous() or weight.t().is_contiguous())
     )
 

@@ -50,6 +50,6 @@ def why_no_transformer_engine() -> str | None:
         return "it is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # of any kind: what is missing decides where its loading ends
+    except Exception as error:  # any exception: what is missing decides where loading fails
         return f"it cannot be imported ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
     return None

@@ -1,4 +1,4 @@
-"""What Megatron-Core takes from NVIDIA's packages, or uses as if it had them, written with torch for where they lack.
+"""What Megatron-Core takes from NVIDIA's packages, or uses as if they were there, written in torch.
 
 For both backends: the CPU never has Transformer Engine and apex, a CUDA machine may not, and Emerging-Optimizers is on
 no package index. Where a package is there, nothing stands in for it.

@@ -3,7 +3,7 @@
 `get_parameter_state_dp_zero` joins the buckets without the padding at their ends; the caller then cuts parameters out
 by `param_index_map`, which counts it. From the second bucket on, every parameter is given its neighbours' numbers.
 
-Source: megatron-core 0.16.1 optimizer/distrib_optimizer.py:1479-1508; mended upstream after 0.19.0.
+Source: megatron-core 0.16.1 optimizer/distrib_optimizer.py:1479-1508; fixed upstream after 0.19.0.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def stepped_digests(optimizer: MegatronOptimizer, model_state: ShardedStateDict)
         model_state: sharded state of its models.
 
     Returns:
-        Of every parameter that this rank would write: its leaf, and digests by kind.
+        The leaf and the digests by kind of every parameter that this rank would write.
     """
     by_data = {id(leaf.data): leaf for _, leaf in sharded_leaves(model_state)}
     found: list[LeafDigests] = []
@@ -131,7 +131,7 @@ def first_difference(ours: Digests, theirs: Digests) -> str | None:
 
 
 def _sliced_digests(part: DistributedOptimizer) -> list[tuple[torch.nn.Parameter, dict[str, int]]]:
-    """Of each parameter, all data-parallel ranks' slices together; on the rank that writes them, nothing elsewhere."""
+    """Digests of each parameter over all data-parallel slices; on the rank that writes them, empty elsewhere."""
     buffers = [] if part.is_stub_optimizer else part.buffers
     parameters = [parameter for buffer in buffers for parameter in buffer.param_index_map]
     # A pipeline stage of dense layers has a part for experts too, without parameters; so have all ranks of its group.

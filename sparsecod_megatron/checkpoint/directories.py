@@ -1,4 +1,4 @@
-"""How directories come and go under RUN/checkpoints: by renaming, so that a reader finds a whole one or none.
+"""How directories come and go under RUN/checkpoints: by renaming, so that a reader finds a complete one or none.
 
 `step_00000100` is committed; `step_00000100.tmp-1f2e` is being written or deleted; `step_00000100.old-1f2e` is being
 replaced by a new checkpoint of the same step, and stays until that one is in its place.
@@ -57,7 +57,7 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def delete_superseded(checkpoints: Path, *, current: int, keep_last: int, keep_every: int) -> None:
-    """Delete the checkpoints that need not stay now that step `current` is committed and `latest` names it."""
+    """Delete the checkpoints that are no longer kept, now that step `current` is committed and `latest` names it."""
     steps = step_dirs(checkpoints)
     for step in superseded(steps, current=current, keep_last=keep_last, keep_every=keep_every):
         trash = _beside(steps[step], "tmp")

@@ -45,7 +45,7 @@ def examine_weights(step_dir: Path) -> Finding:
     """
     subject = "fp32 weights"
     if load_config(step_dir / CONFIG_FILE).precision.fp8_param_gather:
-        return Finding(subject, None, "the model's are FP8, which is no cast")
+        return Finding(subject, None, "the model's weights are FP8, which is not a plain cast")
     with _tensors(step_dir, None) as weights:
         for kind in MASTER_KINDS:
             with _tensors(step_dir, kind) as masters:
@@ -56,7 +56,7 @@ def examine_weights(step_dir: Path) -> Finding:
                     return Finding(subject, False, f"{len(wrong)} of {len(masters)} are not the model's: {wrong[0]}")
                 if len(masters):
                     return Finding(subject, True, f"{len(masters)} tensors, cast to the model's type, are the model's")
-    return Finding(subject, None, "the optimizer has none")
+    return Finding(subject, None, "the optimizer has no fp32 weights")
 
 
 def examine_moments(step_dir: Path) -> Finding:

@@ -114,9 +114,9 @@ def verify_checkpoint(
 
 
 def _require_plain(config: RunConfig) -> None:
-    """Refuse what `model:` does not say and only the comparison would notice."""
+    """Refuse what `model:` does not express and only the comparison would notice."""
     for key in shape_only(config):
         raise ConversionError(
-            f"megatron.{key}: can change what the model computes, which an export without comparison would not "
-            "notice; leave --no-verify out"
+            f"megatron.{key}: can change what the model computes, which only the comparison would notice; "
+            "remove --no-verify"
         )

@@ -1,4 +1,4 @@
-"""What one rank does or finds, so that all ranks learn of it."""
+"""What one rank does or finds, reported to all ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
         except OSError as error:
             place = f": {error.filename}" if error.filename else ""
             reason = f"{error.strerror or error}{place}"
-            outcome[1] = CheckpointError(f"{reason}; make room there or change logging.run_dir")
+            outcome[1] = CheckpointError(f"{reason}; free some space there or change logging.run_dir")
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

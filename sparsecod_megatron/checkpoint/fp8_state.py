@@ -67,7 +67,7 @@ def without_absent_scales(state: ShardedStateDict, stored: Metadata) -> ShardedS
         kept[name] = {key: leaf for key, leaf in part.items() if not _is_absent(leaf, stored)}
         absent += len(part) - len(kept[name])
     if absent:
-        logger.info("the checkpoint holds no FP8 scales for %d modules of this rank; theirs start anew", absent)
+        logger.info("the checkpoint holds no FP8 scales for %d modules of this rank; theirs start afresh", absent)
     return kept
 
 
@@ -96,5 +96,5 @@ def check_scales(loaded: Mapping[str, Any]) -> None:
                 _ScalesReader(io.BytesIO(value.cpu().numpy().tobytes())).load()
             except pickle.UnpicklingError:
                 raise
-            except Exception as error:  # of any kind: damaged bytes are arguments to the classes above
+            except Exception as error:  # any exception: damaged bytes become arguments of the classes above
                 raise pickle.UnpicklingError(f"{key}: {type(error).__name__}: {error}") from error

@@ -36,7 +36,7 @@ from sparsecod_megatron.errors import CheckpointError
 
 MASTER_KINDS = ("param", "fp32_param")
 """What the distributed optimizer and Muon call the fp32 weights."""
-REPAIR = "`sparsecod doctor RUN --repair NEW_RUN` writes a run whose optimizer starts anew from the model's weights"
+REPAIR = "`sparsecod doctor RUN --repair NEW_RUN` writes a run whose optimizer starts afresh from the model's weights"
 
 
 def verified_digests(optimizer: MegatronOptimizer, sharded: ShardedStateDict) -> Digests:
@@ -69,7 +69,7 @@ def require_own_masters(
 ) -> None:
     """Refuse a checkpoint whose fp32 weights are not the model's weights. Collective over all processes.
 
-    Not for weights in FP8, which are no cast: they have scales.
+    Does not cover weights in FP8, which are not a plain cast: they have scales.
 
     Args:
         directory: the checkpoint.
@@ -111,7 +111,7 @@ def require_digests(
     problem = first_difference(saved, now) if dist.get_rank() == 0 else None
     if moved := first_problem(problem):
         raise CheckpointError(
-            f"{directory}: {moved} as loaded is not what was saved of it; it cannot be continued from under this layout"
+            f"{directory}: {moved} as loaded is not what was saved of it; this layout cannot resume from it"
         )
 
 

@@ -1,6 +1,6 @@
 """What a checkpoint holds and how it is loaded: weights and optimizer, sharded by Megatron-Core, and state.json.
 
-Of the optimizer only tensors are stored (`optimizer_state.py`); its parameter groups are rebuilt by the run that loads.
+Only the optimizer's tensors are stored (`optimizer_state.py`); its parameter groups are rebuilt by the run that loads.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def load_latest(
             logger.warning("%s; using %s instead", "; ".join(damages), directory.name)
         return state
     raise CheckpointError(
-        f"none of {len(candidates)} checkpoints can be used: {damages[0]}; restore its files, or start anew in another "
-        "logging.run_dir"
+        f"none of {len(candidates)} checkpoints can be used: {damages[0]}; restore its files, or start afresh in "
+        "another logging.run_dir"
     )
 
 
@@ -124,7 +124,7 @@ def load_checkpoint(
         groups: the run's process groups.
 
     Returns:
-        Progress at that step. Under the same layout random states are restored too, and the run goes on bit for bit.
+        Progress at that step. Under the same layout random states are restored too, and the run continues bit for bit.
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.
@@ -220,7 +220,7 @@ def _load(sharded: ShardedStateDict, directory: Path) -> tuple[dict[str, Any], M
         with tensors_only():
             return dist_checkpointing.load(without_absent_scales(sharded, metadata), str(directory)), metadata
     except CheckpointException as failures:
-        # torch's own, which is no Exception: what went wrong on each rank.
+        # torch's own, which is not an Exception: what went wrong on each rank.
         error: BaseException = next(iter(failures.failures.values()))[0]
     except (
         *(CheckpointingException, pickle.UnpicklingError, OSError, EOFError, RuntimeError),

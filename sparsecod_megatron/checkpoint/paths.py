@@ -1,4 +1,4 @@
-"""Names inside RUN/checkpoints: one directory a step, and `latest`, which names the newest one to go on from."""
+"""Names inside RUN/checkpoints: one directory per step, and `latest`, which names the one to resume from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step_dirs(checkpoints: Path) -> dict[int, Path]:
 
 
 def resume_candidates(checkpoints: Path) -> list[Path]:
-    """Where a run may go on from: what `latest` names, then the steps before it, newest first.
+    """Where a run may resume from: what `latest` names, then the steps before it, newest first.
 
     Where `latest` is absent or names nothing that is there, all steps are. Later ones than it names belong to an
     attempt that is being redone.
@@ -50,7 +50,7 @@ def resume_candidates(checkpoints: Path) -> list[Path]:
     if not usable:
         raise CheckpointError(
             f"{pointer}: names {named!r}, and neither it nor an earlier checkpoint is there; "
-            "write another step's name into it, or start anew in another logging.run_dir"
+            "write another step's name into it, or start afresh in another logging.run_dir"
         )
     if usable[0].name != named:
         logger.warning("%s names %r, which is not there; the newest before it is %s", pointer, named, usable[0].name)
@@ -79,6 +79,6 @@ def resolve_step_dir(path: Path) -> Path:
 
 
 def tokenizer_dir(step_dir: Path) -> Path | None:
-    """HuggingFace tokenizer of the run that a step directory belongs to, or None if there is none beside it."""
+    """HuggingFace tokenizer of the run that a step directory belongs to, or None if it has none."""
     folder = step_dir.parent.parent / TOKENIZER_DIR
     return folder if folder.is_dir() else None

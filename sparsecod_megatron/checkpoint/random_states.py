@@ -36,7 +36,7 @@ def without_repeats(states: Sequence[dict[str, Any]]) -> RandomStates:
 
 
 def restore_random_states(states: RandomStates) -> bool:
-    """Put this rank's generators where they were. Local.
+    """Restore this rank's generators. Local.
 
     Returns:
         False, and nothing has changed, where CPU and CUDA differ: their generators have states of other kinds.

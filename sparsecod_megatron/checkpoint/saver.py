@@ -49,7 +49,7 @@ class _Flight:
 
 
 class CheckpointSaver:
-    """Saves a run as `config.checkpoint` says; as a context, it completes what is in flight when the block ends.
+    """Saves a run as `config.checkpoint` says; as a context manager, it completes a save in flight when the block ends.
 
     Where the block raises, peers may be gone, so what is in flight is given up without asking them.
 
@@ -144,7 +144,7 @@ class CheckpointSaver:
 
     def _go_on(self) -> None:
         if self._failed is not None and self._config.checkpoint.async_save:
-            logger.warning("%s; training goes on", self._failed)
+            logger.warning("%s; training continues", self._failed)
 
     def _start(self, directory: Path, state: TrainState) -> None:
         """Fork the writers, which hold this moment's tensors. Collective."""
@@ -167,7 +167,7 @@ class CheckpointSaver:
         return temporary
 
     def _settle(self, flight: _Flight, *, block: bool) -> None:
-        """Commit once all writers are done, or give up. Collective."""
+        """Commit once all writers are done, or abandon the save. Collective."""
         limit = self._config.checkpoint.save_timeout_s
         while True:
             try:
@@ -212,7 +212,7 @@ class CheckpointSaver:
         self._stop_writers()
         wait_for_all(self._device)
         on_first_rank(lambda: remove_leftovers(self._checkpoints))
-        self._failed = f"{directory}: not saved ({reason}); the checkpoints before it stay"
+        self._failed = f"{directory}: not saved ({reason}); earlier checkpoints are kept"
 
     def _stop_writers(self) -> None:
         stop_writers(self._calls)

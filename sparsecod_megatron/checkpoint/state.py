@@ -21,7 +21,7 @@ from sparsecod_megatron.errors import CheckpointError, ConfigError
 FORMAT = 3
 """Version of state.json; a reader refuses any other but `FORMAT_WITHOUT_DIGESTS`."""
 FORMAT_WITHOUT_DIGESTS = 2
-"""Read as well: whether such a checkpoint is right, its weights tell."""
+"""An older format that is still read; such a checkpoint is judged by its weights alone."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class StateFile:
 
     @property
     def is_weights_alone(self) -> bool:
-        """Whether optimizer and schedule start with whoever loads it."""
+        """Whether optimizer and schedule start from scratch in the run that loads it."""
         return not self.scheduler
 
 
@@ -102,7 +102,7 @@ def read_state(directory: Path) -> StateFile:
 
 
 def layout_of(parallel: ParallelConfig) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same bit for bit: the layout and the number of processes."""
+    """What must be equal for a resumed run to be bitwise the same: the layout and the number of processes."""
     return {**dataclasses.asdict(parallel), "world_size": dist.get_world_size()}
 
 
@@ -119,7 +119,7 @@ def saved_config(directory: Path) -> RunConfig:
 
 
 def check_same_model(saved: RunConfig, config: RunConfig, directory: Path) -> None:
-    """Refuse to go on with a checkpoint of another model or optimizer, naming the first key that differs.
+    """Refuse to resume from a checkpoint of another model or optimizer, naming the first key that differs.
 
     Raises:
         CheckpointError: a key differs that shapes the weights, decides what is computed with them, or what steps them.

@@ -59,7 +59,7 @@ class StreamedCheckpoint:
         tensors: every parameter (and router bias) under its name in a single-process GPTModel of the local spec; each
             access reads the tensor from disk.
         step_dir: the checkpoint.
-        tokenizer_dir: HuggingFace tokenizer of the run, or None if there is none beside it.
+        tokenizer_dir: HuggingFace tokenizer of the run, or None if it has none.
     """
 
     config: RunConfig

@@ -60,7 +60,7 @@ def read_metadata(directory: Path) -> Metadata:
         metadata = _MetadataReader(io.BytesIO(content)).load()
     except pickle.UnpicklingError:
         raise
-    except Exception as error:  # of any kind: damaged bytes are arguments to the classes above
+    except Exception as error:  # any exception: damaged bytes become arguments of the classes above
         raise pickle.UnpicklingError(f"{METADATA_FILE}: {type(error).__name__}: {error}") from error
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(f"{METADATA_FILE} holds a {type(metadata).__name__}")

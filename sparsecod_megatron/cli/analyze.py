@@ -41,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs", metavar="N", help="pairs of blocks that permutation samples, or `adjacent` (default all)"
     )
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
-    parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens of a sequence (default 128)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sample and intervals (default 0)")
+    parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens per sequence (default 128)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of sample and intervals (default 0)")
     add_model_options(parser)
     parser.add_argument(
-        "--memory-gib", type=float, default=2.0, metavar="G", help="for a process's micro-batch (default 2)"
+        "--memory-gib", type=float, default=2.0, metavar="G", help="memory for one process's micro-batch (default 2)"
     )
     parser.add_argument(
         "--nproc", type=int, default=1, metavar="N", help="processes on this machine, each with a share of the sample"

@@ -42,13 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=128, metavar="N", help="calibration sequences drawn (default 128)"
     )
     parser.add_argument("--held-out", type=int, default=128, metavar="N", help="sequences for perplexity (default 128)")
-    parser.add_argument("--seq-length", type=int, default=256, metavar="T", help="tokens of a sequence (default 256)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sample and intervals (default 0)")
-    parser.add_argument(
-        "--batch-size", type=int, default=4, metavar="N", help="sequences of a forward pass (default 4)"
-    )
+    parser.add_argument("--seq-length", type=int, default=256, metavar="T", help="tokens per sequence (default 256)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of sample and intervals (default 0)")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="sequences per forward pass (default 4)")
     add_model_options(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a model directory that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model directory")
 
 
 def run(args: argparse.Namespace) -> None:

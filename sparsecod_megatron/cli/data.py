@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         required=True,
         help="a HuggingFace name or directory, a tokenizer.json, a sentencepiece .model, a .tiktoken file of ranks, "
-        "or train:VOCAB (byte-level BPE learnt from the training split)",
+        "or train:VOCAB (byte-level BPE trained on the training split)",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="PREFIX", help="start of the names of all files written"
+        "--output", required=True, type=Path, metavar="PREFIX", help="prefix of the names of all files written"
     )
     parser.add_argument(
         "--workers", type=int, default=_usable_cores(), help="tokenizing processes (default: %(default)s, every core)"
@@ -40,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-key", default="text", help="JSON field or dataset column with the text (default: %(default)s)"
     )
-    parser.add_argument("--max-documents", type=int, help="use only the first so many documents")
-    parser.add_argument("--max-tokens", type=_whole_number, help="stop after the document that reaches so many (1e9)")
+    parser.add_argument("--max-documents", type=int, help="use only the first MAX_DOCUMENTS documents")
+    parser.add_argument(
+        "--max-tokens", type=_whole_number, help="stop after the document that reaches this number (1e9)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result with the same PREFIX")
 
 

@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `sparsecod doctor`."""
     parser.add_argument("run", type=Path, help="run directory (its latest checkpoint) or one of its step directories")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="values that are others now, such as data.prefix of moved files"
+        "overrides",
+        nargs="*",
+        metavar="a.b=c",
+        help="values that have changed, e.g. data.prefix of moved files",
     )
     parser.add_argument(
         "--nproc",
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repair",
         type=Path,
         metavar="NEW_RUN",
-        help="instead, write a run that continues from the model's weights with fresh fp32 weights and moments",
+        help="write instead a run that continues from the model's weights with fresh fp32 weights and moments",
     )
     add_answer_argument(parser)
 
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _examined(step_dir: Path, overrides: list[str]) -> Iterator[Finding]:
-    """What files tell, each finding by itself: one that cannot be made hides no other."""
+    """What the files show, each finding by itself: one that fails does not hide the others."""
     from sparsecod_megatron.checkpoint.examination import Finding, examine_files, examine_moments, examine_weights
 
     for subject, examine in (
@@ -151,7 +154,7 @@ def _rehearsed(args: argparse.Namespace, step_dir: Path) -> Finding:
 
 
 def _available(wanted: int) -> int:
-    """`wanted` processes, if this machine has a core or a GPU for each; else one."""
+    """`wanted` processes if this machine has a core or a GPU for each, otherwise one."""
     import torch
 
     there = torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
@@ -160,7 +163,7 @@ def _available(wanted: int) -> int:
 
 def _repaired(args: argparse.Namespace, step_dir: Path) -> None:
     launch_for_answer(args, nproc=args.nproc or 1)
-    print(f"{args.repair}  from {step_dir}; go on with: sparsecod train {args.repair / 'config.yaml'}")
+    print(f"{args.repair}  from {step_dir}; continue with: sparsecod train {args.repair / 'config.yaml'}")
 
 
 def _be_rank(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare logits with Megatron's before publishing, and refuse what rounding does not explain, naming the "
         "layer and tensor (on by default; the result is parity.json beside the weights)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the tokens that are compared")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the tokens that are compared")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", required=True, type=Path, help="model directory with config.json and safetensors")
     parser.add_argument("--output", required=True, type=Path, help="run directory to make; must not exist or be empty")
     parser.add_argument(
-        "--config", type=Path, default=None, help="configuration whose other sections to keep; the model is the file's"
+        "--config",
+        type=Path,
+        default=None,
+        help="configuration to take all sections but `model` from",
     )
     parser.add_argument(
         "--verify",
@@ -88,7 +91,7 @@ def run_config(source: HFSource, base: Path | None) -> RunConfig:
 
 
 def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> Path:
-    """Write the weights as a checkpoint of step 0; an optimizer starts with whoever trains on.
+    """Write the weights as a checkpoint of step 0; the optimizer starts with the run that trains on it.
 
     Args:
         source: the model.

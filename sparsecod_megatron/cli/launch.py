@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 _REPORT = "TORCHELASTIC_ERROR_FILE"
 """Names, in a rank's environment, the file that the agent reads its error from."""
 _STATUSES_OF_BYSTANDERS = (-signal.SIGTERM, -signal.SIGABRT)
-"""How a rank ends because another did: told to by the agent, or by the communication library."""
+"""Exit statuses of a rank that ended because another did: told to by the agent, or by the communication library."""
 
 
 class RanksFailed(Exception):
-    """A rank ended with an error that is no user's mistake.
+    """A rank ended with an error that is not a user's mistake.
 
     Attributes:
         traceback: that rank's, or nothing if it left none.
@@ -132,9 +132,9 @@ def _run(arguments: Sequence[str], nproc: int) -> None:
 
 
 def _end_orphans(reports: str) -> None:
-    """Kill what killed ranks have left: writers of a checkpoint, loaders, Megatron-Core's queue of results.
+    """Kill what killed ranks have left behind: writers of a checkpoint, loaders, Megatron-Core's queue of results.
 
-    They would wait for their rank for ever, with the terminal or log file open.
+    They would wait for their rank forever, with the terminal or log file open.
 
     Args:
         reports: folder of this attempt, which its processes, and no others, have in their environment.
@@ -146,7 +146,7 @@ def _end_orphans(reports: str) -> None:
 
 
 def _order(failure: Any) -> tuple[int, int]:
-    """Sorts ranks by what their end says of its cause; the agent's own time stamps are whole seconds.
+    """Sorts ranks by how likely their end is the cause; the agent's own time stamps are whole seconds.
 
     A rank that a signal killed left no report, and the others' reports are about the connection it took with it.
     """
@@ -174,7 +174,7 @@ def _report(failure: Any) -> tuple[str, str]:
 
 
 def report_to_launcher(error: BaseException) -> bool:
-    """Hand a rank's error to the agent that started it, instead of printing it once a rank.
+    """Hand a rank's error to the agent that started it, instead of printing it once per rank.
 
     Returns:
         Whether there is such an agent.
@@ -255,7 +255,7 @@ def share_work(args: argparse.Namespace, work: Callable[[Processes], None]) -> N
 
 
 def run_rank(action: Callable[[], None]) -> None:
-    """Do what this process does, be it a rank or alone; a rank that fails ends at once, its error in the agent's hands.
+    """Do this process's work, as a rank or alone; a rank that fails ends at once, its error in the agent's hands.
 
     Raises:
         BaseException: what `action` raises, where no agent started this process.

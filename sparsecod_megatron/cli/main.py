@@ -22,12 +22,12 @@ from sparsecod_megatron.errors import SparsecodError
 
 COMMANDS = {
     "data": "tokenise text into Megatron's IndexedDataset",
-    "audit": "show on a small model that every layout trains alike",
+    "audit": "show on a small model that every layout trains the same",
     "plan": "parameters, memory, communication and step time of a run on N GPUs",
     "train": "pretrain a model from a YAML file, on one process or many",
     "export": "write a training checkpoint as a HuggingFace model directory",
     "import": "make a run directory at step 0 from a HuggingFace model directory",
-    "eval": "perplexity and lm-eval tasks of one model, or of several side by side",
+    "eval": "perplexity and lm-eval tasks of one model or several side by side",
     "compress": "2:4 sparsity or 8-bit quantisation of a HuggingFace model directory",
     "analyze": "how a trained model uses its depth; --compare of two models",
     "study": "run a grid of configurations and make one table of their scores",
@@ -36,7 +36,7 @@ COMMANDS = {
 }
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the operating system says when there is no room left, which no traceback makes clearer."""
+"""What the operating system says when there is no room left, which a traceback would not make clearer."""
 
 
 def _load(command: str) -> ModuleType:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    args = parser.parse_intermixed_args(arguments[1:])  # overrides may stand behind options
+    args = parser.parse_intermixed_args(arguments[1:])  # overrides may follow options
     if "nproc" in args:
         args.command_line = arguments  # which every process of a launch is given again
     try:
@@ -102,6 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"sparsecod {command}: {error}; make room and start the same command again", file=sys.stderr)
+        print(f"sparsecod {command}: {error}; free some space and run the same command again", file=sys.stderr)
         return 1
     return 0

@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `sparsecod plan`."""
     parser.add_argument("config", help="YAML file (examples/configs)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, eight a node")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, eight per node")
     parser.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="kind of GPU (default h100)")
     parser.add_argument(
         "--search",
         action="store_true",
-        help=f"show the {LAYOUTS_SHOWN} fastest layouts that fit with 10 %% of the memory to spare, whatever the file says",
+        help=f"show the {LAYOUTS_SHOWN} fastest layouts that fit with 10 %% of memory to spare, whatever the file says",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write everything as JSON; replaced")
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sparsecod_megatron.studies.grid import Study
     from sparsecod_megatron.studies.runner import Outcome
 
-HELP = "Train, export, score and evaluate every cell of a grid, and make one table of them; goes on where it stopped."
+HELP = "Train, export, score and evaluate every cell of a grid, and make one table of them; resumes where it stopped."
 EXAMPLE = "sparsecod study examples/studies/nano/depth.yaml run.data.prefix=data/books --output studies/depth --dry-run"
 
 
@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="examples/studies")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's; run.* are of every cell's run"
+        "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's; run.* apply to every cell's run"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="cells, table.{md,csv,json}, figures")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the cells and what they take; write nothing")
-    what.add_argument("--submit", choices=("slurm",), help="one job a cell, instead of running here")
+    what.add_argument("--submit", choices=("slurm",), help="submit one job per cell instead of running here")
     what.add_argument("--cell", metavar="NAME", help="run this cell alone, without the table")
-    what.add_argument("--table", action="store_true", help="make the table of the cells that are done; run nothing")
+    what.add_argument("--table", action="store_true", help="make the table from the cells that are done; run nothing")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def _run_cells(study: Study, command: list[str]) -> None:
             if outcome.status:
                 failed.append(outcome)
     if runner.stopped_by is not None:
-        raise Stopped(runner.stopped_by, "once the running cells had saved; the same command goes on")
+        raise Stopped(runner.stopped_by, "once the running cells had saved; the same command resumes")
     if failed:
         _write(study, command)
         raise RanksFailed(f"{len(failed)} of {len(cells)} cells failed, the first: {failed[0].last_words}")

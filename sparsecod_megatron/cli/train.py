@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """Check the run, then train or launch.
 
     Raises:
-        SparsecodError: a run that cannot be, or a number of processes or restarts that is none.
+        SparsecodError: a run that is impossible, or an invalid number of processes or restarts.
     """
     from sparsecod_megatron.config import data_parallel_size, load_config
 

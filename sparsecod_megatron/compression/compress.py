@@ -25,7 +25,7 @@ METHODS = SPARSITY_METHODS + QUANTIZATION_METHODS
 RANGES_FILE = "input_ranges.json"
 ENGINE_FOLDER = "engine"
 ENGINE_UNKNOWN = ("sparsecod",)
-"""Architectures that no inference engine has; 8-bit files of them would serve nobody."""
+"""Architectures that no inference engine has; 8-bit files of them would be of no use."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Compression:
 
     @property
     def scored(self) -> PreTrainedModel:
-        """The model that says what the compression costs."""
+        """The model whose loss shows what the compression costs."""
         return self.simulated or self.model
 
 

@@ -1,4 +1,4 @@
-"""Fused experts as linear layers for a while: ModelOpt's sparsity takes `nn.Linear` alone, without a word.
+"""Fused experts as linear layers, temporarily: ModelOpt's sparsity silently takes `nn.Linear` alone.
 
 transformers 5 keeps the experts of a layer in two 3-D parameters, `[experts, out, in]`, multiplied in one call.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class SeparateExperts(nn.Module):
-    """One pair of linear layers an expert, computing what the fused module computes.
+    """One pair of linear layers per expert, computing what the fused module computes.
 
     Args:
         fused: experts of stock transformers, without biases and with weights `[experts, out, in]`.

@@ -1,4 +1,4 @@
-"""What compression did to each matrix of a model, and to which of them it did nothing."""
+"""What compression did to each matrix of a model, and which of them it left alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsecod_megatron.compression.experts import is_fused
 from sparsecod_megatron.errors import ConversionError
 
 SIZE_RULES = {"sparse24": (8, 16), "sparsegpt24": (4, 4)}
-"""Of what ModelOpt's methods need the rows and columns of a matrix to be multiples."""
+"""What the rows and columns of a matrix must be multiples of, by ModelOpt method."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ def compare(model: PreTrainedModel, weights: Mapping[str, Tensor], method: str) 
         method: that made them.
 
     Raises:
-        ConversionError: there are none, or one has become another shape or holds what is no number.
+        ConversionError: there are none, or one has changed its shape or holds non-finite values.
     """
     rows = []
     for name, old in eligible(model):
         new = weights.get(name, old)
         if new.shape != old.shape or not torch.isfinite(new).all():
-            raise ConversionError(f"{name}: {method} made {tuple(new.shape)} weights that are not finite or do not fit")
+            raise ConversionError(f"{name}: {method} made {tuple(new.shape)} non-finite or misshapen weights")
         change = torch.linalg.vector_norm(new.detach().float() - old.detach().float())
         size = torch.linalg.vector_norm(old.detach().float())
         rows.append(
@@ -112,4 +112,4 @@ def _reason(module: nn.Module, weight: Tensor, method: str) -> str:
     taken = isinstance(module, nn.Linear) or is_fused(module)
     if taken and (weight.shape[-2] % rows or weight.shape[-1] % columns):
         return f"rows and columns must be multiples of {rows} and {columns}"
-    return "ModelOpt takes no routers, gates of experts, or layers that are not linear"
+    return "ModelOpt skips routers, gates of experts and layers that are not linear"

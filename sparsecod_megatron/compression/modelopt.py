@@ -15,7 +15,7 @@ from sparsecod_megatron.errors import ConfigError
 
 
 def require_modelopt() -> None:
-    """Refuse to go on without ModelOpt; cheap, it imports nothing.
+    """Refuse to continue without ModelOpt; cheap, because it imports nothing.
 
     Raises:
         ConfigError: ModelOpt is not installed.
@@ -31,7 +31,7 @@ def modelopt_version() -> str:
 
 @contextlib.contextmanager
 def quiet_modelopt() -> Iterator[None]:
-    """Import and call ModelOpt inside: it prints each layer to stdout and warns of what it skips, which reports say.
+    """Import and call ModelOpt inside: it prints each layer to stdout, and warns of what our report lists.
 
     ModelOpt imports Megatron-Core where that is installed, so the backend is chosen before.
     """

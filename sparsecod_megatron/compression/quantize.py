@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 
 CONFIGURATIONS = {"fp8": quantization.FP8_DEFAULT_CFG, "int8": quantization.INT8_DEFAULT_CFG}
-"""fp8: E4M3, one scale a matrix. int8: one scale a row. Inputs of a layer: one scale, fixed by calibration."""
+"""fp8: E4M3, one scale per matrix. int8: one scale per row. Inputs of a layer: one scale, fixed by calibration."""
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -39,7 +39,7 @@ def quantize(model: nn.Module, method: str, feed: Callable[[nn.Module], None]) -
     """
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
-            raise ConversionError(f"{name}: a transposed linear layer as GPT-2 has it, which ModelOpt turns around")
+            raise ConversionError(f"{name}: a transposed linear layer, as in GPT-2, which ModelOpt turns around")
     quantization.quantize(model, CONFIGURATIONS[method], feed)
     return _share_ranges(dict(_input_quantizers(model)))
 
@@ -60,7 +60,9 @@ def rounded_weights(model: nn.Module) -> dict[str, Tensor]:
                 slices = zip(child, getattr(module, parameter), strict=True)
                 weights[f"{name}.{parameter}"] = torch.stack([quantizer(each) for quantizer, each in slices]).detach()
             elif child_name.endswith("_weight_quantizer") and child.is_enabled:
-                raise ConversionError(f"{name}: {type(module).__name__} keeps its weights in a layout that is not read")
+                raise ConversionError(
+                    f"{name}: {type(module).__name__} keeps its weights in a layout that we do not read"
+                )
     return weights
 
 

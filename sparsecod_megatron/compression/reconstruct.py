@@ -1,4 +1,4 @@
-"""SparseGPT's second half: the weights that stay make up for those that go.
+"""SparseGPT's second half: the remaining weights make up for the pruned ones.
 
 Source: arXiv 2301.00774, algorithm 1, for a mask that is already chosen.
 """

@@ -39,7 +39,7 @@ def parse_blend(key: str, value: Any) -> Blend:
     elif len(parts) % 2 == 0 and parts and all(map(_is_prefix, parts[1::2])) and all(map(_is_number, parts[::2])):
         blend = Blend(tuple(parts[1::2]), tuple(map(float, parts[::2])))
     else:
-        raise ConfigError(f"{key}: {value!r} is no blend; give a prefix, [A, B], or [0.3, A, 0.7, B]")
+        raise ConfigError(f"{key}: {value!r} is not a blend; give a prefix, [A, B], or [0.3, A, 0.7, B]")
     for weight in blend.weights or ():
         if not (weight > 0 and math.isfinite(weight)):
             raise ConfigError(f"{key}: weight {weight} is not above 0; raise it or leave its prefix out")
@@ -50,7 +50,7 @@ def parse_blend(key: str, value: Any) -> Blend:
 
 
 def blend_problems(key: str, value: Any) -> Iterator[str]:
-    """The problem, if there is one, of a blend; None is no blend and no problem."""
+    """The problem of a blend, if there is one; None has no problem."""
     if value is not None:
         try:
             parse_blend(key, value)

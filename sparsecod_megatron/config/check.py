@@ -1,7 +1,7 @@
 """Refuses, in one line each, what cannot run: bounds of single keys, then combinations.
 
-Megatron would refuse most of these too, minutes later, on every rank, with a traceback; some it would not (silent VPP
-divergence).
+Megatron would refuse most of these too, minutes later, on every rank, with a traceback; some it would not (VPP that
+diverges silently).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
     if schedule.lr_decay_style != "WSD":
         return
     if last is None:
-        yield "schedule.lr_wsd_decay_steps: not set; give the steps over which WSD lets the rate fall"
+        yield "schedule.lr_wsd_decay_steps: not set; give the number of steps over which WSD lowers the rate"
     elif warmup + last > decay:
         yield f"schedule.lr_wsd_decay_steps: {last} and {warmup} of warm-up exceed lr_decay_steps={decay}; lower it"
 

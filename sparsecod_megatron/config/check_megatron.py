@@ -34,7 +34,7 @@ _NAMES: dict[Kind, str] = {
 
 
 def megatron_problems(config: RunConfig) -> Iterator[str]:
-    """One line for each field that is unknown, set elsewhere, refused, of a wrong kind or without effect."""
+    """One line for each field that is unknown, set elsewhere, refused, of the wrong type or without effect."""
     refused = {field: reason for reason, fields in REFUSALS.items() for field in fields}
     for field, value in config.megatron.items():
         said = f"megatron.{field}: {_shown(value)}"
@@ -46,7 +46,7 @@ def megatron_problems(config: RunConfig) -> Iterator[str]:
             yield f"{said}: no such Megatron-Core field; {_hint(field, [*FIELDS_PASSED, *KEYS_OF_FIELDS, *refused])}"
         elif not _is_of_kind(value, kind := FIELDS_PASSED[field]):
             wanted = _NAMES[kind] if not isinstance(kind, tuple) else f"one of {', '.join(kind)}"
-            yield f"{said} is not {wanted}; give that"
+            yield f"{said} is not {wanted}; give one"
         else:
             yield from (f"{said}, but {obstacle}" for obstacle in _obstacles(config, field))
 
@@ -84,7 +84,7 @@ def _is_of_kind(value: Any, kind: Kind) -> bool:
 
 
 def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
-    """What keeps a field that passes from having an effect in this run, or from having the one that it names."""
+    """Why a field that passes would have no effect in this run, or another one than it names; None if it works."""
     model, megatron = config.model, config.megatron
     if config.backend == "cpu" and (obstacle := needs_transformer_engine(field)):
         yield obstacle
@@ -159,7 +159,7 @@ def _recompute_obstacles(megatron: dict[str, Any], field: str) -> Iterator[str]:
             name for name in (value if isinstance(value, list) else [value]) if name not in MODULES_TO_RECOMPUTE
         ]
         if strangers or not isinstance(value, list):
-            yield f"it is a list of {', '.join(MODULES_TO_RECOMPUTE)}; give some of them"
+            yield f"it takes a list of {', '.join(MODULES_TO_RECOMPUTE)}; give at least one of them"
 
 
 def _stage_obstacles(config: RunConfig, field: str) -> Iterator[str]:

@@ -36,7 +36,7 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
             "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
         )
     if model.head_dim % 2:
-        yield f"model.kv_channels: {model.head_dim} is odd, and rotary embeddings turn pairs; use an even number"
+        yield f"model.kv_channels: {model.head_dim} is odd, but rotary embeddings rotate pairs; use an even number"
     yield from indivisible(
         "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
     )
@@ -94,7 +94,7 @@ def _depth_of_experts_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.moe_first_k_dense_layers: {dense} leaves no layer of {layers} with experts; lower it"
     per_layer = model.moe_router_topk_per_layer
     if per_layer is not None and len(per_layer) != layers:
-        yield f"model.moe_router_topk_per_layer: {len(per_layer)} entries for num_layers={layers}; give one a layer"
+        yield f"model.moe_router_topk_per_layer: {len(per_layer)} entries for num_layers={layers}; give one per layer"
         return
     experts = model.num_moe_experts or 0
     for layer in range(dense, layers):

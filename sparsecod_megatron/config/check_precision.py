@@ -17,7 +17,7 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
     if not precision.fp8:
         if kept or precision.fp8_param_gather:
             key = "fp8_param_gather" if precision.fp8_param_gather else "num_layers_at_start_in_bf16"
-            yield f"precision.{key}: set, but precision.fp8_recipe is none; choose a recipe or remove it"
+            yield f"precision.{key}: set, but precision.fp8_recipe=none; choose a recipe or remove it"
         return
     if precision.dtype != "bf16":
         yield f"precision.dtype: {precision.dtype}, but FP8 training keeps its other tensors in bf16; set it to bf16"
@@ -60,7 +60,7 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
     for key, size, by_key, by in _product_sizes(config):
         if size // by % multiple:
             over = f" over {by_key}={by} is {size // by}, which" if by > 1 else ""
-            yield f"{key}: {size}{over} is no multiple of {multiple}, as precision.fp8_recipe={recipe} needs; change it"
+            yield f"{key}: {size}{over} is not a multiple of {multiple} (precision.fp8_recipe={recipe}); change it"
 
 
 def _product_sizes(config: RunConfig) -> Iterator[tuple[str, int, str, int]]:

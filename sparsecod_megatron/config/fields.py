@@ -1,4 +1,4 @@
-"""How a key says in the schema which values it takes, and what is said of one that is out of bounds."""
+"""How the schema states which values a key takes, and the message for one that is out of bounds."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
             if unknown:
                 yield f"{key}: {unknown[0]!r} is not one of {', '.join(limits['entries'])}; choose among these"
         elif "choices" in limits and value not in limits["choices"]:
-            yield f"{key}: {value!r} is not one of {', '.join(limits['choices'])}; choose one of these"
+            yield f"{key}: {value!r} is not one of {', '.join(limits['choices'])}; choose one of them"
         elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{key}: {value} is not finite; give a number"
+            yield f"{key}: {value} is non-finite; give a finite number"
         elif "above" in limits and not value > limits["above"]:
             yield f"{key}: {value} is not above {limits['above']}; raise it"
         elif "below" in limits and not value < limits["below"]:

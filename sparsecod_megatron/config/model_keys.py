@@ -1,7 +1,7 @@
 """What each key of the model section is for once there are weights: the one list for resuming and for exporting.
 
-A key that is not named here decides what the weights are or what is computed with them, so that neither a run goes on
-nor a model is exported with another value without a word.
+A key that is not named here decides what the weights are or what is computed with them, so
+no run resumes and no model is exported with another value silently.
 """
 
 from __future__ import annotations

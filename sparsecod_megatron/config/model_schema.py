@@ -15,7 +15,7 @@ ACTIVATIONS_WITH_GATE = ("swiglu", "geglu")
 
 @dataclass
 class InitStdConfig:
-    """Standard deviations that replace `init`'s for one kind of matrix; None leaves it."""
+    """Standard deviations that replace `init`'s for one kind of matrix; None keeps it."""
 
     embedding: float | None = at_least(0, None)
     qkv: float | None = at_least(0, None)
@@ -74,11 +74,11 @@ class ModelConfig:
     rope_original_max_position_embeddings: int = at_least(1, 8192)
     """Sequence length before scaling (`yarn`; `llama3` is defined for 8192)."""
     sliding_window: int | None = at_least(1, None)
-    """Keys that a query sees, itself included; None sees all before it."""
+    """Keys that a query sees, itself included; None: all before it."""
     window_attn_skip_freq: int | None = at_least(2, None)
-    """Every this many layers, one attends without window; None windows all."""
+    """Every n-th layer attends without the window; None: all layers have it."""
     attention_output_gate: str = choice("none", "headwise", "elementwise")
-    """Attention output times sigmoid of a projection of the layer's input, one value a head or a channel."""
+    """Attention output times sigmoid of a projection of the layer's input, one value per head or per channel."""
 
     activation: str = choice("swiglu", "geglu", "gelu", "relu", "relu2")
 
@@ -86,12 +86,12 @@ class ModelConfig:
     """None is a dense model; the keys below then have no effect."""
     moe_router_topk: int = at_least(1, 2)
     moe_router_topk_per_layer: list[int] | None = None
-    """Experts a token of each layer, in place of `moe_router_topk`; entries of dense layers are not read."""
+    """Experts per token of each layer, in place of `moe_router_topk`; entries of dense layers are not read."""
     moe_first_k_dense_layers: int = at_least(0, 0)
-    """Layers from the first on that keep a dense MLP of `ffn_hidden_size`."""
+    """First layers that keep a dense MLP of `ffn_hidden_size`."""
     moe_ffn_hidden_size: int | None = at_least(1, None)
     moe_shared_expert_intermediate_size: int | None = at_least(1, None)
-    """Summed width of the shared experts, added to the routed output; None has none."""
+    """Total width of the shared experts, added to the routed output; None: no shared expert."""
     moe_shared_expert_gate: bool = False
     """Shared experts' output times sigmoid of a projection of their input."""
     moe_router_score_function: str = choice("softmax", "sigmoid")
@@ -100,19 +100,19 @@ class ModelConfig:
     moe_router_topk_scaling_factor: float | None = at_least(0, None)
     """Factor on the chosen experts' weights."""
     moe_router_num_groups: int | None = at_least(1, None)
-    """Groups of experts, of which each token may use `moe_router_group_topk`."""
+    """Groups of experts; each token may use `moe_router_group_topk` of them."""
     moe_router_group_topk: int | None = at_least(1, None)
     moe_router_dtype: str = choice("fp32", "fp64")
     moe_router_load_balancing_type: str = choice("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
-    """Load that the auxiliary loss evens out: of a micro-batch, a sequence, the global batch."""
+    """What the auxiliary loss balances over: a micro-batch, a sequence, or the global batch."""
     moe_aux_loss_coeff: float = at_least(0, 1e-2)
     moe_z_loss_coeff: float = at_least(0, 1e-3)
     moe_router_enable_expert_bias: bool = False
-    """A bias on the selection, not on the weights, moved each step against the load (aux-loss-free balancing)."""
+    """A bias on the selection, not on the weights, adjusted each step against the load (aux-loss-free balancing)."""
     moe_router_bias_update_rate: float = at_least(0, 1e-3)
     moe_expert_capacity_factor: float | None = at_least(0, None)
     """Tokens an expert takes, over the even share of the micro-batch (of this rank); the least probable others are
-    dropped. None drops none."""
+    dropped. None drops no token."""
 
     init: str = choice("normal", "scaled", "mitchell", "small_init")
     """`normal`: every matrix N(0, init_method_std). `scaled`: output projections over sqrt(2 · num_layers).
@@ -120,7 +120,7 @@ class ModelConfig:
     init_method_std: float = at_least(0, 0.02)
     init_std: InitStdConfig = field(default_factory=InitStdConfig)
     mup_base_hidden_size: int | None = at_least(1, None)
-    """Width whose `init_method_std` and `lr` carry over to this `hidden_size`; None does not rescale."""
+    """Width at which `init_method_std` and `lr` were tuned; both are rescaled to `hidden_size`. None: no rescaling."""
 
     @property
     def query_groups(self) -> int:

@@ -1,4 +1,4 @@
-"""Every parameter of a model, kind by kind, from its keys alone: what is counted, multiplied and split over ranks.
+"""Every parameter of a model, kind by kind, from its keys alone: its size, what multiplies, what is split over ranks.
 
 Arithmetic only, so that planning a run needs neither torch nor Megatron-Core.
 """
@@ -40,7 +40,7 @@ class ParameterKind:
 
     @property
     def active(self) -> int:
-        """Number of those that one token meets."""
+        """Number of them that one token uses."""
         return math.prod(self.shape) * self.used
 
     @property
@@ -78,7 +78,7 @@ class ParameterCount:
 
 
 def count_parameters(model: ModelConfig, *, qkv_bias: bool = False) -> ParameterCount:
-    """Count a model whose vocabulary is known; buffers, such as the selection bias of experts, are none.
+    """Count a model whose vocabulary is known; buffers, such as the selection bias of experts, are not parameters.
 
     Args:
         model: its shape.

@@ -1,6 +1,6 @@
 """Models by name: `model: {preset: dense-1B}`.
 
-One table for every size, so that a YAML says which model it trains and only what it changes about it. The paper's
+One table for every size, so that a YAML file names its model and lists only what differs from it. The paper's
 models come first, then small ones of the same proportions for a CPU: depth, FFN to hidden size and share of active
 experts are kept, the width falls to what trains in minutes (under 20M parameters with a vocabulary of 8,192).
 

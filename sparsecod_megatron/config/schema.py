@@ -16,7 +16,7 @@ from sparsecod_megatron.config.model_schema import ModelConfig
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over processes; what is left of the world size is data parallel."""
+    """How the model is spread over processes; the rest of the world size is data parallel."""
 
     tensor_model_parallel_size: int = at_least(1, 1)
     pipeline_model_parallel_size: int = at_least(1, 1)
@@ -72,14 +72,14 @@ class DataConfig:
     """Token files without suffix, or a list of them to blend: prefixes alone (sampled in proportion to their tokens) or
     weights and prefixes alternating, `[0.3, A_train, 0.7, B_train]`."""
     validation: Any = text_or_list()
-    """The same for validation; of several, each has its own loss, and their weighted mean is `validation_loss`."""
+    """The same for validation; each of several has its own loss, and their weighted mean is `validation_loss`."""
     tokenizer: str | None = None
     seq_length: int = at_least(1, 1024)
     cache_dir: str | None = None
     """Where Megatron's sample indices are kept; None is `index_cache` beside the token files."""
     num_workers: int = at_least(0, 0)
     allow_changed: bool = False
-    """Resume although token files, weights, `seq_length` or seed differ from those the checkpoint was trained with."""
+    """Resume even if token files, weights, `seq_length` or seed differ from those the checkpoint was trained with."""
     reset_attention_mask: bool = False
     """No attention across the documents of a sample."""
     reset_position_ids: bool = False
@@ -109,9 +109,9 @@ class OptimizerConfig:
     muon_scale_mode: str = choice("spectral", "unit_rms_norm", "shape_scaling")
     """Factor on an orthogonalised [out, in] update: max(out, in)^½, (out/in)^½, or max(1, out/in)^½."""
     muon_extra_scale_factor: float = at_least(0, 0.2)
-    """Times that; 0.2 with `spectral` gives the update the RMS of an AdamW step, so that lr carries over."""
+    """Another factor; 0.2 with `spectral` gives the update the RMS of an AdamW step, so that lr carries over."""
     muon_tp_mode: str = choice("duplicated", "blockwise", "distributed")
-    """Whole matrices (gathered, or by distributed products) or each tensor-parallel shard by itself."""
+    """Orthogonalise whole matrices (gathered, or by distributed products) or each tensor-parallel shard by itself."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """How long and in what portions."""
+    """Length of the run, batch sizes, validation, and what happens when a step goes wrong."""
 
     train_steps: int = at_least(1, 1000)
     global_batch_size: int = at_least(1, 8)
@@ -140,31 +140,31 @@ class TrainConfig:
     micro_batch_size: int = at_least(1, 1)
     """Sequences per forward pass of one rank."""
     exit_step: int | None = at_least(1, None)
-    """Save and stop after this step, leaving the schedule that of `train_steps`."""
+    """Save and stop after this step; the schedule remains that of `train_steps`."""
     seed: int = between(0, 2**31, 1234)
     eval_interval: int = at_least(0, 100)
     """Steps between validations; 0 never validates. The last step always does otherwise."""
     eval_steps: int = at_least(1, 10)
     """Global batches of one validation."""
     step_timeout_s: float = at_least(0, 1800.0)
-    """Longest that a phase of a step (or a save, or a validation) may take before the process gives up; 0 waits."""
+    """Longest time for a phase of a step (or a save, or a validation) before the process gives up; 0: no limit."""
     manual_gc_interval: int = at_least(0, 100)
-    """Steps after which all ranks collect garbage at the same time; 0 leaves it to Python, on each at another."""
+    """Steps between garbage collections, which all ranks do in the same step; 0 leaves them to Python."""
     on_divergence: str = choice("stop", "skip", "rollback")
-    """When loss or gradient is no number: stop, leave out the update, or go back to the last checkpoint's weights."""
+    """If loss or gradient is non-finite: stop, skip the update, or go back to the last checkpoint's weights."""
     max_divergences: int = at_least(1, 10)
-    """Stop after so many skipped steps in a row, or rollbacks to the same checkpoint."""
+    """Stop after this many skipped steps in a row, or rollbacks to the same checkpoint."""
     spike_window: int = at_least(0, 128)
-    """Steps whose median and MAD say what a spike of loss or gradient norm is; 0 looks for none."""
+    """Steps whose median and MAD define a spike of loss or gradient norm; 0 turns spike detection off."""
     spike_threshold: float = at_least(1, 8.0)
-    """Standard deviations (1.4826 MAD) above the median from which a value is a spike."""
+    """A value is a spike from this many standard deviations (1.4826 MAD) above the median."""
     spike_skip: bool = False
     """Leave out the update of a spike, at most `max_divergences` in a row."""
 
 
 @dataclass
 class IntervalConfig:
-    """Every how many steps a group of statistics is collected; 0 is never."""
+    """Steps between collections of a group of statistics; 0 is never."""
 
     interval: int = at_least(0, 0)
 
@@ -180,7 +180,7 @@ class StatisticsConfig:
     norms: IntervalConfig = field(default_factory=IntervalConfig)
     """Gradient and parameter norms, and the ratio of the real update to the weights."""
     router: IntervalConfig = field(default_factory=IntervalConfig)
-    """Load, probabilities and losses of every router; nothing for dense layers."""
+    """Load, probabilities and losses of every router; none for dense layers."""
     spikes: IntervalConfig = field(default_factory=IntervalConfig)
     """Gradient elements far above what Adam's second moment expects of them."""
     compat: str = choice("none", "reference")
@@ -189,22 +189,22 @@ class StatisticsConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept and what a run starts from."""
+    """What is saved, how many checkpoints are kept, and what a run starts from."""
 
     save_interval: int = at_least(0, 1000)
     """Steps between checkpoints; 0 saves only the last step."""
     async_save: bool = False
     """Write in processes beside the training; a checkpoint counts once every rank's part is there."""
     save_timeout_s: float = at_least(0, 1800.0)
-    """A save that takes longer is given up: an asynchronous run goes on, a synchronous one stops. 0 waits for ever."""
+    """A save that takes longer is abandoned: an asynchronous run continues, a synchronous one stops. 0: no limit."""
     keep_last: int = at_least(0, 0)
-    """Newest checkpoints that stay when another is saved; 0 keeps all."""
+    """Newest checkpoints to keep when another is saved; 0 keeps all."""
     keep_every: int = at_least(0, 0)
-    """Checkpoints of every so many steps stay for ever; 0 makes no exception from `keep_last`."""
+    """Checkpoints of steps that this divides are kept whatever `keep_last` says; 0: none are."""
     verify: bool = True
     """Compare every file's SHA-256 with the manifest before loading; false compares sizes only."""
     resume: bool = True
-    """Go on from RUN/checkpoints/latest if there is one, or from the one before where that is damaged."""
+    """Resume from RUN/checkpoints/latest if there is one, or from the one before it if that is damaged."""
     init_from: str | None = None
     """A step directory whose weights (not optimizer, schedule or data position) a fresh run starts from."""
 
@@ -214,17 +214,17 @@ class EvaluationConfig:
     """lm-eval tasks on the running model, as `sparsecod eval` scores a checkpoint; see docs/EVALUATION.md."""
 
     interval: int = at_least(0, 0)
-    """Steps between evaluations, each of a checkpoint that is saved for it; 0 never evaluates."""
+    """Steps between evaluations; each saves a checkpoint and evaluates that. 0 never evaluates."""
     tasks: list[str] = field(default_factory=list)
     """Names of tasks, groups or tags; `paper` stands for the paper's tasks."""
     include_path: str | None = None
     """Folder with more task YAML files."""
     limit: int | None = at_least(1, None)
-    """Questions of each task; None asks all."""
+    """Questions per task; None asks all."""
     batch_size: int = at_least(1, 8)
-    """Requests of a forward pass."""
+    """Requests per forward pass."""
     timeout_s: float = at_least(0, 0.0)
-    """Longest that an evaluation may take, in place of `train.step_timeout_s`; 0 waits."""
+    """Longest time that an evaluation may take, in place of `train.step_timeout_s`; 0: no limit."""
 
 
 @dataclass
@@ -238,11 +238,11 @@ class WandbConfig:
 
 @dataclass
 class LoggingConfig:
-    """Where and how often."""
+    """Where the run writes, and how often."""
 
     run_dir: str = "runs/default"
     log_interval: int = at_least(1, 1)
-    """Steps between lines of metrics.jsonl; the first, the last and every validated step have one too."""
+    """Steps between lines of metrics.jsonl; the first, the last and every validated step also have one."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
     """Also write TensorBoard event files, in RUN/tensorboard."""
@@ -280,7 +280,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     backend: str = choice("auto", "cpu", "cuda")
     cpu_kernels: str = choice("fast", "plain", "compiled")
-    """On CPU: the fastest eager functions, torch's and Megatron-Core's own, or elementwise formulas compiled too."""
+    """On CPU: the fastest eager functions, torch's and Megatron-Core's own, or `fast` with compiled formulas."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any other field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by its own name."""
 

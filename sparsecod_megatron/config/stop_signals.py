@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop: a contract with Slurm and shells, where every folder can import it."""
+"""The signals that ask a run to stop: a contract with Slurm and shells, low enough for every folder to import."""
 
 from __future__ import annotations
 

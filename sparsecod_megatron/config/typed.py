@@ -24,7 +24,7 @@ Schema = TypeVar("Schema")
 
 
 class Update(NamedTuple):
-    """Keys that replace those before them.
+    """Keys that replace earlier ones.
 
     Attributes:
         where: what they came from, for messages.
@@ -44,7 +44,7 @@ def read_updates(schema: type, path: str | Path | None, overrides: Sequence[str]
         overrides: `a.b=c` strings, in order; values of text keys are taken as they are, others are parsed as YAML.
 
     Raises:
-        ConfigError: unreadable file, text that is no YAML, or a key that stands twice in the file.
+        ConfigError: unreadable file, text that is not YAML, or a key that stands twice in the file.
     """
     updates = [] if path is None else [Update(str(path), _read_yaml(schema, Path(path)))]
     return updates + [Update(f"override {override!r}", _parse_override(schema, override)) for override in overrides]

@@ -1,4 +1,4 @@
-"""What is installed where a run is trained: a later difference in numbers is first of all looked for here."""
+"""What is installed where a run is trained: the first place to look when numbers differ later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsecod_megatron.config.run_files import VERSIONS_FILE
 
 
 def recorded_versions(run_dir: Path) -> dict[str, Any] | None:
-    """What a run's last start wrote down: `step`, and as `installed_versions`; None where none did. Local."""
+    """What a run's last start recorded: `step`, and as `installed_versions`; None where none did. Local."""
     path = run_dir / VERSIONS_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return json.loads(lines[-1]) if lines else None

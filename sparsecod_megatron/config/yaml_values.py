@@ -50,10 +50,10 @@ def parse_yaml(text: str, hint: _Hint, *, where: str, fix: str) -> Any:
         text: the document.
         hint: the type that it is to have, such as a dataclass of sections; decides which scalars are text.
         where: what it came from, for messages.
-        fix: what to do about text that is no YAML.
+        fix: what to do about text that is not YAML.
 
     Raises:
-        ConfigError: text that is no YAML, or a key that stands twice.
+        ConfigError: text that is not YAML, or a key that stands twice.
     """
     try:
         loader = _Loader(text)
@@ -72,8 +72,8 @@ def parse_yaml(text: str, hint: _Hint, *, where: str, fix: str) -> Any:
     except ConfigError:
         raise
     except RecursionError:
-        raise ConfigError(f"{where}: nested too deep, or an anchor that holds itself; write the values out") from None
-    except ValueError as error:  # what is tagged as a date or a number and is none
+        raise ConfigError(f"{where}: nested too deep, or an anchor within itself; write the values out") from None
+    except ValueError as error:  # tagged as a date or a number, but not one
         raise ConfigError(f"{where}: not valid YAML ({str(error).splitlines()[0]}); {fix}") from None
 
 
@@ -86,7 +86,7 @@ def parse_value(text: str, hint: _Hint, *, where: str) -> Any:
         where: what it came from, for messages.
 
     Raises:
-        ConfigError: text that is no YAML, for a key that is no text.
+        ConfigError: text that is not YAML, for a key that is not text.
     """
     typed = text.strip()
     is_list = typed.startswith(("[", "{")) and any(_origin(kind) is list for kind in _kinds(hint))
@@ -97,7 +97,7 @@ def parse_value(text: str, hint: _Hint, *, where: str) -> Any:
 
 
 def hint_of(schema: type, key: str) -> _Hint:
-    """The type of a dotted key; Any where there is none."""
+    """The type of a dotted key; Any for an unknown one."""
     hint: _Hint = schema
     for name in key.split("."):
         hint = _hints(hint).get(name, _entry(hint, dict))

@@ -26,11 +26,11 @@ class BatchIterator:
         global_batch_size: G, samples over all ranks of the optimizer step that follows so many consumed ones.
         data_parallel_rank: this rank's place among the data-parallel ranks.
         data_parallel_size: their number.
-        consumed_samples: where to go on, counted over all ranks.
+        consumed_samples: where to resume, counted over all ranks.
         num_workers: loading processes; 0 loads in this one.
 
     Raises:
-        ConfigError: the global batch is no whole number of micro-steps.
+        ConfigError: the global batch is not a whole number of micro-steps.
     """
 
     def __init__(

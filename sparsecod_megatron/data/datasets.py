@@ -66,7 +66,7 @@ def build_dataset(
     """Build a dataset. Collective: all ranks call it, and each gets the same one.
 
     Documents are shuffled, joined and cut into samples; a corpus that is too short is repeated. The order depends on
-    the files, the weights, the seed and `seq_length`; a larger `num_samples` only goes on where a smaller one ends.
+    the files, the weights, the seed and `seq_length`; a larger `num_samples` only continues where a smaller one ends.
 
     Args:
         blend: token files.

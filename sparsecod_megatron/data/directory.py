@@ -1,4 +1,4 @@
-"""Every file below a directory, and what was passed over: a corpus is never smaller than its folder without a word."""
+"""Every file below a directory, and what was passed over: nothing of a folder is left out silently."""
 
 from __future__ import annotations
 

@@ -107,13 +107,13 @@ def encode_documents(texts: Iterable[str], encoder: Encoder, workers: int) -> Ge
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool as error:
-        raise DataError("a tokenizing process ended abruptly, often for want of memory; use fewer --workers") from error
+        raise DataError("a tokenizing process ended abruptly, often for lack of memory; use fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a pool's processes would wait for ever for one that was killed."""
+    """Leave Ctrl-C to the parent, and end with it: a pool's processes would wait forever for one that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

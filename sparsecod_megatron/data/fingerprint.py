@@ -1,4 +1,4 @@
-"""What a run was trained on, in a few strings that a checkpoint keeps, so that a resume on other data is noticed."""
+"""What a run was trained on, in a few strings that a checkpoint keeps, so that resuming on other data is noticed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fingerprint(blend: Blend, *, seq_length: int, seed: int) -> dict[str, str]:
 
 
 def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], *, allow_changed: bool) -> None:
-    """Refuse to go on with other data than before. Local.
+    """Refuse to resume with other data than before. Local.
 
     Args:
         saved: from the checkpoint; empty where none was taken, and then nothing is checked.

@@ -1,7 +1,7 @@
 """Documents of a HuggingFace dataset, streamed.
 
 One pass reads the stream itself, so that `--max-tokens` ends the download. A corpus that is read more than once is
-first fetched into a JSONL file, which an interrupted command goes on with.
+first fetched into a JSONL file, from which an interrupted command resumes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _MARKER_FILES = ("dataset_info.json", "dataset_dict.json")
 
 
 def open_hub_dataset(name: str, text_key: str, max_documents: int | None) -> Corpus:
-    """The documents of one dataset, fetched anew in each pass.
+    """The documents of one dataset, fetched again in each pass.
 
     Args:
         name: `NAME[:CONFIG]` on the hub, a directory of data files, or one written by `Dataset.save_to_disk`.
         text_key: column that holds the text.
-        max_documents: keep the first so many; None keeps all.
+        max_documents: keep only this many, the first ones; None keeps all.
 
     Raises:
         DataError: while iterating: no such dataset, column or training split.
@@ -37,12 +37,12 @@ def open_hub_dataset(name: str, text_key: str, max_documents: int | None) -> Cor
 
 
 def spool_hub_dataset(name: str, text_key: str, max_documents: int | None, path: Path) -> None:
-    """Write the texts of one dataset, a JSON object a line; goes on behind the lines that are there.
+    """Write the texts of one dataset, one JSON object per line; resumes after the lines that are there.
 
     Args:
         name: as `open_hub_dataset`.
         text_key: column that holds the text.
-        max_documents: stop after so many; None reads all.
+        max_documents: stop after this many; None reads all.
         path: file to write.
 
     Raises:

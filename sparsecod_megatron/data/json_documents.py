@@ -1,4 +1,4 @@
-"""Documents of JSON files, one object a line or all objects in one array: which of the two, the content says.
+"""Documents of JSON files, one object per line or all objects in one array: the content decides which.
 
 Both go under the same names (`.json` above all), and read as text either would train a model on braces and keys.
 """
@@ -25,7 +25,7 @@ def read_json(path: Path, text_key: str) -> Iterator[str]:
     """The text of each object.
 
     Raises:
-        DataError: a line or an item that is no JSON object with text under `text_key`.
+        DataError: a line or an item that is not a JSON object with text under `text_key`.
     """
     with open_text(path) as stream:
         empty, first = _first_character(stream)
@@ -39,7 +39,7 @@ def read_json(path: Path, text_key: str) -> Iterator[str]:
 
 
 def begins_like_json(path: Path) -> bool:
-    """Whether a file begins as an object or as an array of objects does; whether it is one is not looked at.
+    """Whether a file begins like an object or an array of objects; the rest is not looked at.
 
     Raises:
         DataError: not text.
@@ -58,7 +58,7 @@ def has_documents(path: Path, text_key: str) -> bool:
 
 
 def _first_character(stream: TextIO) -> tuple[int, str]:
-    """The number of line ends before the first character that is not white space, and this; "" if there is none."""
+    """The number of line ends before the first character that is not white space, and that character, or ""."""
     line_ends = 0
     while character := stream.read(1):
         if not character.isspace():
@@ -76,7 +76,7 @@ def _items(stream: TextIO, path: Path) -> Iterator[Any]:
         reason = "its array does not end"
         if buffer.startswith("]", place):
             if rest := (buffer[place + 1 :] + stream.read()).strip():
-                raise DataError(f"{path}: {rest[:20]!r} behind its array; {_SHAPES}")
+                raise DataError(f"{path}: {rest[:20]!r} after its array; {_SHAPES}")
             return
         try:
             value, end = decoder.raw_decode(buffer, place)
@@ -120,5 +120,5 @@ def _text_of(record: Any, text_key: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(f"{where}: half a surrogate pair, which is no Unicode text; remove or repair it") from None
+        raise DataError(f"{where}: half a surrogate pair, which is not Unicode text; remove or repair it") from None
     return text

@@ -8,9 +8,9 @@ from pathlib import Path
 from sparsecod_megatron.errors import DataError
 
 TRAIN = "train:"
-"""Before the vocabulary size of a tokenizer to learn."""
+"""Prefix of the vocabulary size of a tokenizer to train."""
 HUB = "hf:"
-"""Before the name of a HuggingFace dataset."""
+"""Prefix of the name of a HuggingFace dataset."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PreprocessOptions:
         val_fraction: share of the documents held out, at least one document if above 0.
         seed: chooses the documents held out.
         text_key: JSONL field, or column, that holds the text.
-        max_documents: use the first so many; None uses all.
+        max_documents: use only this many, the first ones; None uses all.
         max_tokens: stop after the document with which the splits together hold so many; None uses all.
         overwrite: replace an earlier result of the same PREFIX.
         commit_interval_s: seconds of work that a killed process may lose.
@@ -44,7 +44,7 @@ class PreprocessOptions:
     commit_interval_s: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse what no corpus can make possible.
+        """Refuse what no corpus could satisfy.
 
         Raises:
             DataError: one line.
@@ -66,7 +66,7 @@ class PreprocessOptions:
         size = self.tokenizer.removeprefix(TRAIN)
         if self.tokenizer.startswith(TRAIN) and not size.isdecimal():
             raise DataError(
-                f"--tokenizer {self.tokenizer}: {size!r} is no vocabulary size; write for example train:4096"
+                f"--tokenizer {self.tokenizer}: {size!r} is not a vocabulary size; write for example train:4096"
             )
 
     @property

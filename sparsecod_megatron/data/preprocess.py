@@ -1,6 +1,6 @@
 """`sparsecod data`: documents to token files, a tokenizer directory and PREFIX.json, all or nothing.
 
-A process that was killed is taken up where it last committed: the files on disk are cut back to that point, and the
+A process that was killed resumes where it last committed: the files on disk are cut back to that point, and the
 documents before it are read but not tokenized again. Nothing of the output depends on how often that happens.
 """
 
@@ -48,7 +48,7 @@ class PreprocessResult:
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessResult:
-    """Tokenise a corpus, or go on with it.
+    """Tokenise a corpus, or resume it.
 
     Raises:
         DataError: unreadable text, an unusable tokenizer, output that exists already, or a disk that is full.
@@ -63,7 +63,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessResult:
                 result = _Run(options, corpus, staging, journal).run()
             publish(staging, options.output)
     except OSError as error:
-        message = "mend that and run the same command again, it goes on from there"
+        message = "fix that and run the same command again; it resumes from there"
         raise DataError(f"{error.filename or options.output}: {error.strerror or error}; {message}") from error
     return result
 
@@ -104,7 +104,7 @@ class _Run:
             self.corpus = open_corpus(str(spool), options.text_key)
 
     def run(self) -> PreprocessResult:
-        """Do all that is left."""
+        """Do all the remaining work."""
         held_out = self._held_out()
         tokenizer = self._tokenizer(held_out)
         vocab_size = vocabulary_size(tokenizer)

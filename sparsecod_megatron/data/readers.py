@@ -1,4 +1,4 @@
-"""Opening the kinds of file that text comes in; what cannot be read becomes one line that names the file.
+"""Opens the kinds of file that text comes in; what cannot be read becomes one line that names the file.
 
 Every command reads text with `open_text`, so that one file is the same characters, and hence the same tokens, in all of
 them. pyarrow, which `datasets` brings along, reads Zstandard and parquet.
@@ -33,7 +33,7 @@ COMPRESSED = (".gz", ".zst")
 def open_text(path: Path) -> Iterator[TextIO]:
     """Open text, plain or compressed (`.gz`, `.zst`), without touching its line ends.
 
-    UTF-8, or what a byte-order mark says (UTF-16, UTF-32); the mark is no part of the text.
+    UTF-8, or what a byte-order mark says (UTF-16, UTF-32); the mark is not part of the text.
 
     Raises:
         DataError: not such text, damaged, or unreadable; also while reading.
@@ -86,7 +86,7 @@ def no_text_key(where: str, text_key: str, found: list[str]) -> DataError:
 
 
 def no_text_value(where: str, text_key: str, value: object) -> DataError:
-    """The refusal of a record whose value under `text_key` is no text."""
+    """The refusal of a record whose value under `text_key` is not text."""
     if value is None:
         return DataError(f"{where}: null under key {text_key!r}, not text; remove the record or give it a text")
     names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}

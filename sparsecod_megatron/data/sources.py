@@ -45,7 +45,7 @@ class Corpus:
 
     Args:
         read: starts a new pass.
-        max_documents: keep the first so many; None keeps all.
+        max_documents: keep only this many, the first ones; None keeps all.
         files: what is read, as far as it is files; their sizes and times tell whether a corpus is still the same.
     """
 
@@ -64,7 +64,7 @@ def open_corpus(source: str, text_key: str = "text", max_documents: int | None =
     Args:
         source: path, or `stdlib`.
         text_key: JSON field or parquet column that holds the text.
-        max_documents: keep the first so many; None keeps all.
+        max_documents: keep only this many, the first ones; None keeps all.
 
     Raises:
         DataError: nothing to read at `source`. Damaged files raise while iterating.

@@ -23,7 +23,7 @@ class SplitsWriter:
         dtype: NumPy integer type of the stored token ids.
         vocab_size: ids must be below.
         held_out: `[documents]` bool, True for validation; None writes no validation split.
-        journal: of the folder that `prefix` lies in; writing goes on where it says.
+        journal: of the folder that `prefix` lies in; writing resumes where it says.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SplitsWriter:
         self._journal.documents += 1
 
     def commit(self) -> None:
-        """Make what was added survive the end of the process."""
+        """Bring what was added to the disk."""
         self._journal.splits = {name: writer.commit() for name, writer in self._writers.items()}
         self._journal.save(self._folder)
 

@@ -56,7 +56,7 @@ def staging_folder(output: Path, job: dict[str, Any], *, overwrite: bool) -> Ite
     Args:
         output: PREFIX.
         job: everything that decides the output.
-        overwrite: start anew where an unfinished job is another one.
+        overwrite: start afresh where the unfinished job is another one.
 
     Raises:
         DataError: the folder cannot be made, is in use, or belongs to another job.
@@ -79,7 +79,7 @@ def staging_folder(output: Path, job: dict[str, Any], *, overwrite: bool) -> Ite
             if journal is not None and not overwrite:
                 raise DataError(
                     f"{output}: unfinished output of a command with another {_difference(journal.job, job)}; run that "
-                    "one again, or start anew with --overwrite"
+                    "one again, or start afresh with --overwrite"
                 )
             _empty(staging)
             journal = Journal(job)

@@ -54,7 +54,7 @@ def convert_tiktoken(path: Path) -> Tokenizer:
     pattern = next((pattern for name, pattern in _PATTERNS.items() if name in path.name.lower()), None)
     if pattern is None:
         known = ", ".join(_PATTERNS)
-        raise DataError(f"{path}: the name tells no known encoding; begin it with the one that it is: {known}")
+        raise DataError(f"{path}: the name does not tell the encoding; begin it with one of {known}")
     ranks = _read_ranks(path)
     letters = _byte_letters()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -84,10 +84,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise DataError(f"{path}:{number}: not `base64 rank`; it is damaged or no .tiktoken file") from None
+            raise DataError(f"{path}:{number}: not `base64 rank`; it is damaged or not a .tiktoken file") from None
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:
-        raise DataError(f"{path}: no rank for byte 0x{missing:02x}; it is damaged or no .tiktoken file")
+        raise DataError(f"{path}: no rank for byte 0x{missing:02x}; it is damaged or not a .tiktoken file")
     if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
         raise DataError(f"{path}: a rank is negative or given twice; it is damaged")
     return dict(sorted(ranks.items(), key=lambda item: item[1]))

@@ -61,7 +61,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     smallest = len(_BYTE_ALPHABET) + 1
     if vocab_size < smallest:
         needs = f"256 bytes and {END_OF_TEXT}"
-        raise DataError(f"--tokenizer train:{vocab_size}: too small; {smallest} is the least ({needs})")
+        raise DataError(f"--tokenizer train:{vocab_size}: too small; at least {smallest} are needed ({needs})")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

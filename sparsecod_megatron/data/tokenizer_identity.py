@@ -1,7 +1,7 @@
 """Whether token files and a tokenizer belong together: ids of another one look like data and train garbage.
 
 A tokenizer is known by what it does, its entries and its encoding of a text that is hard to split. Its name and the
-bytes of its files are no such thing: libraries write one tokenizer in different ways.
+bytes of its files do not identify it: libraries write the same tokenizer in different ways.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     stream = path.open("r+b" if path.exists() else "w+b")
     if (found := stream.seek(0, os.SEEK_END)) < size:
         stream.close()
-        raise DataError(f"{path}: {found} bytes left of {size}; it is damaged, start anew with --overwrite")
+        raise DataError(f"{path}: {found} bytes left of {size}; it is damaged; start afresh with --overwrite")
     stream.truncate(size)
     stream.seek(size)
     return stream

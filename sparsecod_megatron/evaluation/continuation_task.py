@@ -20,7 +20,7 @@ from sparsecod_megatron.files import write_text
 
 NUM_CHOICES = 4
 MAX_BYTES_PER_WORD = 12
-"""Passages of longer words on average are left out: tables of digits and addresses are no language, and a byte-level
+"""Passages of longer words on average are left out: tables of digits and addresses are not prose, and a byte-level
 tokenizer may need a token a byte for them, more than a small model's window holds."""
 
 
@@ -49,7 +49,7 @@ def write_continuation_task(
     Args:
         documents: held-out texts.
         output: the task's folder, for lm-eval's `include_path`. The YAML holds the data's absolute path: make the task
-            anew after moving the folder.
+            again after moving the folder.
         name: the task's name.
         num_questions: contexts drawn, without repetition.
         context_words: words of a context.

@@ -54,7 +54,7 @@ class PerplexityResult:
 
 @dataclass(frozen=True, eq=False)
 class ScoredWindows:
-    """What a model was found to pay for each window of a stream.
+    """The loss of a model on each window of a stream.
 
     Attributes:
         sums: Σ loss in nats, float64 `[windows]`.
@@ -130,13 +130,13 @@ def score_windows(
     if not np.isfinite(sums).all():
         window = windows[int(np.flatnonzero(~np.isfinite(sums))[0])]
         where = f"tokens {window.first} to {window.end}"
-        raise CheckpointError(f"the model's loss on {where} is not finite; its weights or activations overflow")
+        raise CheckpointError(f"the model's loss on {where} is non-finite; its weights or activations overflow")
     counts = np.array([window.end + 1 - window.first for window in windows], dtype=np.float64)
     return ScoredWindows(sums, counts, seq_length, stride)
 
 
 def summary(windows: ScoredWindows, *, seed: int = 0, num_bytes: int | None = None) -> PerplexityResult:
-    """What the windows' losses say together.
+    """The result of all windows together.
 
     Args:
         windows: of one stream.

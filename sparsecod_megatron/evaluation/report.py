@@ -44,7 +44,7 @@ def write_report(output: Path, settings: dict[str, Any], results: Sequence[Model
 
 
 def markdown_table(rows: Sequence[TaskMetric]) -> str:
-    """One line a metric: task, metric, value, ± standard error, n."""
+    """One line per metric: task, metric, value, ± standard error, n."""
     cells = [
         [
             row.task,

@@ -19,7 +19,7 @@ from sparsecod_megatron.evaluation.harness import HarnessResult, TaskMetric
 from sparsecod_megatron.evaluation.perplexity import PerplexityResult, ScoredWindows
 
 TEXT_ROW = "held-out text"
-"""Stands for a task in the rows of perplexity."""
+"""In place of a task in the rows of perplexity."""
 MEAN_TOLERANCE = 1e-9
 """By how much a metric may miss the mean of its questions and still be that mean."""
 
@@ -55,7 +55,7 @@ class Difference:
         task: as in `TaskMetric`, as is `metric`.
         metric: its name.
         value: the model's less the first model's.
-        stderr: standard error of `value`, None where there is none.
+        stderr: standard error of `value`, None where it has none.
         paired: whether it is the error over single questions; otherwise the two models' errors taken together.
     """
 
@@ -75,7 +75,7 @@ class Difference:
 
 
 def differences(first: ModelResult, other: ModelResult) -> Iterator[Difference]:
-    """Of every metric that both models have."""
+    """Differences of every metric that both models have."""
     ours = {(row.task, row.metric): row for row in first.metrics}
     for row in other.metrics:
         base = ours.get((row.task, row.metric))
@@ -107,7 +107,7 @@ def _perplexity_metrics(result: PerplexityResult | None) -> list[TaskMetric]:
 
 
 def _derivative(result: PerplexityResult, metric: str) -> float:
-    """Of a metric, with respect to the loss."""
+    """Derivative of a metric with respect to the loss."""
     if metric == "bits_per_byte":
         assert result.num_bytes
         return result.num_tokens / result.num_bytes / math.log(2)
@@ -124,7 +124,7 @@ def _paired_stderr(first: ModelResult, other: ModelResult, base: TaskMetric, row
 
 
 def _questions(tasks: HarnessResult | None, row: TaskMetric) -> np.ndarray | None:
-    """The values that a metric is the mean of, `[questions]`; None where it is no such mean."""
+    """The values that a metric is the mean of, `[questions]`; None where it is not a mean of them."""
     assert tasks is not None, "a row of no task"
     answers = (tasks.answers.get((task, row.metric), []) for task in _leaves(row.task, tasks.record))
     values = np.array(list(chain.from_iterable(answers)))

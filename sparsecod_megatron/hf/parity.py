@@ -81,7 +81,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether rounding explains all differences; a NaN is none that it does."""
+        """Whether rounding explains all differences; it never explains a NaN."""
         return self.is_decisive and self._logits_agree and self.first_differing_tensor is None
 
     @property
@@ -99,7 +99,7 @@ class ParityReport:
         if not self.is_decisive and self._logits_agree:
             raise ConversionError(
                 f"{self.model_dir}: rounding alone moves its logits by {self.noise:.3g} (largest |logit| "
-                f"{self.largest_logit:.3g}), so fp32 cannot show whether it is right; give --no-verify to go without"
+                f"{self.largest_logit:.3g}), so fp32 cannot show whether it is right; --no-verify skips the comparison"
             )
         sequence, token, entry = self.worst_position
         layer, tensor = self.first_differing_layer, self.first_differing_tensor

@@ -1,7 +1,7 @@
 """How far apart equal models may be: a multiple of the rounding that one of them shows in fp32.
 
 A model in fp32 and in float64 differ by rounding alone, so their difference says how much of it there is. One fp32 pass
-can be lucky where a few massive values decide all, so there are several, which start an ulp apart. Of a module's output
+can be lucky where a few massive values decide all, so there are several, which start an ulp apart. In a module's output
 every channel is judged by itself: what is allowed to a massive one would hide a wrong tensor in the others.
 """
 

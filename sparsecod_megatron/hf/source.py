@@ -48,7 +48,7 @@ class HFSource:
         """Our names and tensors in table order, one entry in memory at a time.
 
         Raises:
-            ConversionError: tensors missing, unknown, misshapen, unreadable or not finite; or values that ours has no
+            ConversionError: tensors missing, unknown, misshapen, unreadable or non-finite; or values that ours has no
                 place for.
         """
         yield from self.family.table(self.model).to_megatron(self.files)
@@ -121,14 +121,14 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         self._files = _weight_map(directory)
 
     def leave_out(self, name: str) -> None:
-        """Forget a tensor that has been shown to say nothing new, if it is there."""
+        """Drop a tensor that has been shown to repeat another, if it is there."""
         self._files.pop(name, None)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor, in the type of the file.
 
         Raises:
-            ConversionError: unreadable, no floating-point numbers, or not finite.
+            ConversionError: unreadable, not floating-point numbers, or non-finite.
         """
         path = self.directory / self._files[name]
         with _opened(path) as file:
@@ -169,14 +169,16 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if (directory / SINGLE_FILE).is_file():
         return dict.fromkeys(_names(directory / SINGLE_FILE), SINGLE_FILE)
     if not index.is_file():
-        raise ConversionError(f"{directory}: has no {SINGLE_FILE}; only safetensors import, save the model as such")
+        raise ConversionError(
+            f"{directory}: has no {SINGLE_FILE}; only safetensors import, save the model in that format"
+        )
     try:
         listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         strange = [name for name in listed.values() if name != Path(name).name]
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{index}: damaged ({type(error).__name__}: {error}); get the file again") from None
     if strange:
-        raise ConversionError(f"{index}: lists {strange[0]!r}, which is no file's name; get the file again")
+        raise ConversionError(f"{index}: lists {strange[0]!r}, which is not a file name; get the file again")
     held = [(name, filename) for filename in dict.fromkeys(listed.values()) for name in _names(directory / filename)]
     pairs = set(held)
     for name, filename in listed.items():

@@ -49,7 +49,7 @@ def load_tokenizer(source: Path, *, vocab_size: int) -> Any:
 
 
 def special_token_ids(tokenizer: Any | None) -> dict[str, int | None]:
-    """Begin, end and padding ids under the configuration's names, None where there is none."""
+    """Begin, end and padding ids under the configuration's names, None where it has none."""
     return {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
 
 
@@ -61,6 +61,6 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     if AutoTokenizer.from_pretrained(folder, local_files_only=True).encode(PROBE) != tokenizer.encode(PROBE):
         raise ConversionError(
-            f"{tokenizer.name_or_path}: beside this model AutoTokenizer rebuilds it differently; "
+            f"{tokenizer.name_or_path}: loaded with this model, AutoTokenizer rebuilds it differently; "
             "export without a tokenizer and load it from its own directory"
         )

@@ -22,7 +22,7 @@ Outputs = dict[str, Tensor]
 Record = Callable[[str, Tensor], None]
 
 TOKENS = 32
-"""Of each sequence whose outputs are kept."""
+"""Tokens of each sequence whose outputs are kept."""
 SUBSTANCE = {
     "self_attn": "attention between its projections: rotary embedding, window, number of heads or gate",
     "mlp.act": "the activation",
@@ -70,7 +70,7 @@ def transformers_outputs(model: Any, record: Record) -> Iterator[None]:
 def first_difference(
     expected: Mapping[str, Tensor], exact: Mapping[str, Tensor], noise: Mapping[str, Tensor]
 ) -> str | None:
-    """First name, in the order of computation, whose outputs rounding cannot explain; None if there is none.
+    """First name, in the order of computation, whose outputs rounding cannot explain; None if it explains all.
 
     Args:
         expected: of ours.

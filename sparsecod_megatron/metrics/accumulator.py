@@ -72,7 +72,7 @@ class LayerAccumulator:
         self._maxima.zero_()
 
     def reduce(self, *, maxima: bool = True) -> list[dict[str, float]]:
-        """Global means and maxima, one dict a layer. Collective over all processes; waits for the device once.
+        """Global means and maxima, one dict per layer. Collective over all processes; waits for the device once.
 
         Args:
             maxima: False leaves them out where no group that is due takes any.

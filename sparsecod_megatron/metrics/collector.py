@@ -57,7 +57,7 @@ class StatisticsCollector:
         """Exact statistics of every layer over the whole global batch. Collective over all processes.
 
         Returns:
-            One dict a layer, or None if nothing was due in `step`.
+            One dict per layer, or None if nothing was due in `step`.
         """
         groups = self.due(step)
         if not groups:

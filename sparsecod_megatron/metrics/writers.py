@@ -38,7 +38,7 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line. What a full disk refuses is kept and written, in order, once it can be.
+    """One JSON object per line. What a full disk refuses is kept and written, in order, once it can be.
 
     Args:
         path: file to append to; created if absent.

@@ -107,7 +107,7 @@ class ContextParallelSDPAttention(SDPAttention):
 
 
 class DocumentSDPAttention(SDPAttention):
-    """The same within each document of a packed sequence (Megatron's `thd` format), one call a document."""
+    """The same within each document of a packed sequence (Megatron's `thd` format), one call per document."""
 
     def forward(
         self,

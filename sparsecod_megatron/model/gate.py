@@ -1,4 +1,4 @@
-"""Attention with one output gate a head; Megatron-Core itself has a gate of every channel."""
+"""Attention with one output gate per head; Megatron-Core itself has a gate of every channel."""
 
 from __future__ import annotations
 

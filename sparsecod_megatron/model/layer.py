@@ -1,4 +1,4 @@
-"""A transformer layer with its own values of some configuration fields, as experts a token that change with depth."""
+"""A transformer layer with its own values of some configuration fields, such as the experts per token."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
 
 
 def _yarn(model: ModelConfig) -> dict[str, Any]:
-    """Attributes that GPTModel looks for on the configuration although they are no fields of it (gpt_model.py:179)."""
+    """Attributes that GPTModel looks for on the configuration although they are not fields of it (gpt_model.py:179)."""
     if model.rope_scaling != "yarn":
         return {}
     return {

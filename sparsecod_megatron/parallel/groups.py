@@ -24,7 +24,7 @@ from sparsecod_megatron.config import RunConfig, data_parallel_size
 
 ProcessGroups: TypeAlias = ProcessGroupCollection
 TIMEOUT_S = 1800.0
-"""Of a collective, where a run does not say."""
+"""Time limit of a collective where a run does not set one."""
 
 
 @contextlib.contextmanager

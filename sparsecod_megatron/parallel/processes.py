@@ -1,8 +1,7 @@
 """Processes that share one piece of work on whole models: evaluation and analysis, which have no layout.
 
-Whoever takes which part, everybody gets all results in the order of the parts, computes the same numbers from them and
-takes the same decisions. What is exchanged are Python objects and tensors on the CPU, so the processes talk over gloo
-whatever they compute on.
+Whoever takes which part, each process gets all results in the order of the parts, computes the same numbers from them
+and takes the same decisions. Python objects and tensors are exchanged on the CPU, over gloo, whatever device computes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Part = TypeVar("Part")
 Answer = TypeVar("Answer")
 
 PATIENCE = datetime.timedelta(days=7)
-"""Of a process that waits for slower ones; where one of them fails, the launcher ends all of them."""
+"""How long a process waits for slower ones; where one of them fails, the launcher ends all of them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Processes:
         return None if self.is_first else True
 
     def places(self, count: int) -> slice:
-        """This process's part of so many consecutive things; parts differ by one at most."""
+        """This process's part of `count` consecutive things; parts differ in size by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, found: Sequence[Answer]) -> list[Answer]:

@@ -4,7 +4,7 @@ The reference modules (CPU) are measured against in tests/unit/planning; Transfo
 its modules save. They differ in norms (torch's on CPU keeps its input and its normalised input in fp32) and in
 attention (the reference keeps the whole query-key-value projection for the sake of its values).
 
-Symbols: T tokens, n tokens of the residual stream (T / TP with sequence parallelism), e bytes a value, H hidden size.
+Symbols: T tokens, n tokens of the residual stream (T / TP with sequence parallelism), e bytes per value, H hidden size.
 Dropout's masks are counted for the residual branches; attention dropout and masks of documents are not.
 
 Source: Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models (arXiv 2205.05198), section 4.
@@ -92,7 +92,7 @@ def norm_bytes(layout: Layout, vectors: int, channels: int) -> int:
 
 
 def _mask_bytes(layout: Layout) -> int:
-    """Of one value's dropout mask; torch on CPU keeps the factor itself."""
+    """Bytes of one value's dropout mask; torch on CPU keeps the factor itself."""
     return 1 if layout.transformer_engine else layout.bytes_per_value
 
 
@@ -142,7 +142,7 @@ def _attention(layout: Layout, layer: int) -> Saved:
 def _reference_qkv(layout: Layout, layer: int, query: int, key: int) -> int:
     """Bytes of the reference's rotated queries and keys, values, angles and mask.
 
-    Values are a view of the whole projection, gate included; context parallelism gathers keys and values anew.
+    Values are a view of the whole projection, gate included; context parallelism gathers keys and values again.
     """
     model, value = layout.model, layout.bytes_per_value
     length = layout.config.data.seq_length
@@ -164,7 +164,7 @@ def _dense(layout: Layout, layer: int) -> int:
 
 
 def _before_output(layout: Layout, layer: int) -> int:
-    """Bytes a channel that the activation function keeps, beside what the output projection keeps anyway."""
+    """Bytes per channel that the activation function keeps, beside what the output projection keeps anyway."""
     # Unfused GEGLU: both projections, the activated gate, and a copy of the other one.
     kept = {"swiglu": 2, "geglu": 2 if layout.transformer_engine else 4, "gelu": 1, "relu": 0, "relu2": 1}
     values = kept[layout.model.activation]
@@ -174,7 +174,7 @@ def _before_output(layout: Layout, layer: int) -> int:
 
 
 def _projection_input(layout: Layout, layer: int) -> int:
-    """Bytes a value of what a projection keeps of its input."""
+    """Bytes per value of what a projection keeps of its input."""
     return 1 if layout.in_fp8(layer) else layout.bytes_per_value
 
 

@@ -81,7 +81,7 @@ class Layout:
 
     @property
     def bytes_per_value(self) -> int:
-        """Of weights and activations."""
+        """Bytes per value of weights and activations."""
         return 2 if self.config.precision.dtype == "bf16" else 4
 
     @property

@@ -134,7 +134,7 @@ def _product(sizes: dict[str, int]) -> str:
 def _step_line(layout: Layout) -> str:
     train, length = layout.config.train, layout.config.data.seq_length
     return (
-        f"{layout.num_microbatches} × micro-batches of {train.micro_batch_size} × {length} tokens a rank, "
+        f"{layout.num_microbatches} × micro-batches of {train.micro_batch_size} × {length} tokens per rank, "
         f"{train.global_batch_size * length:,} tokens in all"
     )
 

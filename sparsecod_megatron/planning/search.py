@@ -41,7 +41,7 @@ class Candidate:
 
     @property
     def expected_seconds(self) -> float:
-        """Of a step: the geometric mean of the range, by which candidates are ranked."""
+        """Seconds of a step: the geometric mean of the range, by which candidates are ranked."""
         return (self.time.seconds.best * self.time.seconds.worst) ** 0.5
 
 

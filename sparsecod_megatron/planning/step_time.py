@@ -192,7 +192,7 @@ def _add_layers(work: Work, layout: Layout, layer: int, count: int, *, recompute
 
 
 def _forward_flops(layout: Layout, kind: ParameterKind, layer: int) -> float:
-    """Of one micro-batch on one rank."""
+    """Matrix products of one micro-batch on one rank."""
     if not kind.multiplied:
         return 0.0
     if kind.split == "expert":

@@ -9,7 +9,7 @@ from sparsecod_megatron.config import RunConfig, check_config
 from sparsecod_megatron.errors import ConfigError, DataError
 
 PAPER_VOCABULARY = 50304
-"""Of the paper's models: the GPT-NeoX tokenizer, padded."""
+"""Vocabulary of the paper's models: the GPT-NeoX tokenizer, padded."""
 
 
 def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str | None]:

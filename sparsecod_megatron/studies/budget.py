@@ -49,7 +49,7 @@ def set_budget(budget: BudgetConfig, base: Path, runs: Mapping[Labels, Sequence[
 
 
 def tokens_per_step(config: RunConfig) -> int:
-    """Of the full batch."""
+    """Tokens of the full batch."""
     return config.train.global_batch_size * config.data.seq_length
 
 
@@ -60,7 +60,7 @@ def training_flops_per_token(config: RunConfig) -> float:
 
 
 def training_tokens(config: RunConfig) -> int:
-    """Of all steps."""
+    """Tokens of all steps."""
     return config.train.train_steps * tokens_per_step(config)
 
 

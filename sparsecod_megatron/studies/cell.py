@@ -24,7 +24,7 @@ MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
 
 
 def run_cell(study: Study, cell: Cell) -> None:
-    """Do what is still to be done of a cell, `result.json` last.
+    """Do the remaining work of a cell, `result.json` last.
 
     Raises:
         SparsecodError: a stage that refuses its input; the cell's folder holds what came before.
@@ -133,7 +133,7 @@ def _train(cell: Cell, *, nproc: int) -> None:
     if status == 2:
         raise SparsecodError(f"cell {cell.name}: the training was refused, for the reason above")
     if status == 0:
-        raise SparsecodError(f"cell {cell.name}: asked to stop; the same command goes on from there")
+        raise SparsecodError(f"cell {cell.name}: asked to stop; the same command resumes from there")
     raise RuntimeError(f"cell {cell.name}: the training ended with status {status}; see its output above")
 
 

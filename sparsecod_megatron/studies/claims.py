@@ -22,7 +22,7 @@ Results = Mapping[Labels, Mapping[int, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim and what became of it.
+    """A claim and its verdict.
 
     Attributes:
         claim: as the study states it.
@@ -47,7 +47,7 @@ def judge(claim: ClaimConfig, results: Results) -> Verdict:
 
 
 def _differences(claim: ClaimConfig, results: Results) -> list[float]:
-    """Of each seed that has all values, what the claim says is above zero."""
+    """What the claim says is above zero, for each seed that has all values."""
     if claim.higher:
         places = [claim.lower, claim.higher]
     else:

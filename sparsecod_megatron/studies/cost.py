@@ -13,7 +13,7 @@ from sparsecod_megatron.studies.table import SIZE_COLUMNS, amount, markdown_grid
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one cell's training.
+    """Cost of one cell's training.
 
     Attributes:
         sizes: parameters, tokens and operations (`SIZES` of metrics.py).

@@ -26,7 +26,7 @@ DPI = 160
 
 
 def draw_figures(study: Study, table: Table) -> list[Path]:
-    """Write one picture a column that was measured, and one of the residual variance by depth.
+    """Write one picture per measured column, and one of the residual variance by depth.
 
     Raises:
         ConfigError: a file cannot be written.
@@ -93,7 +93,7 @@ def _draw(path: Path, metric: str, study: Study, table: Table) -> None:
 def _draw_line(
     axes: Axes, metric: str, rows: Sequence[Row], labels: Sequence[str], table: Table, index: int, name: str
 ) -> None:
-    """Means with intervals, joined, and a dot a seed beside them."""
+    """Means with intervals, joined, and one dot per seed beside them."""
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     places = np.array([labels.index(row.labels[0][1]) if row.labels else 0 for row in rows], dtype=np.float64)
     means = [row.metrics[metric] for row in rows]

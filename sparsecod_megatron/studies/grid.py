@@ -53,12 +53,12 @@ class Study:
         """The cell of that name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such cell.
         """
         for cell in self.cells:
             if cell.name == name:
                 return cell
-        raise ConfigError(f"--cell {name}: no such cell; one of {', '.join(cell.name for cell in self.cells)}")
+        raise ConfigError(f"--cell {name}: no such cell; choose one of {', '.join(cell.name for cell in self.cells)}")
 
 
 def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study:
@@ -118,7 +118,7 @@ def _axis(path: Path, axis: AxisConfig) -> dict[str, list[str]]:
         for label, content in axis.cells.items():
             if not isinstance(content, dict):
                 raise ConfigError(
-                    f"{where}: {label}: {content!r} is no set of changes; give `a.b: c`, or {{}} for none"
+                    f"{where}: {label}: {content!r} is not a set of changes; give `a.b: c`, or {{}} for none"
                 )
             changes[label] = _assignments(content)
     else:
@@ -130,7 +130,7 @@ def _axis(path: Path, axis: AxisConfig) -> dict[str, list[str]]:
         if not _LABEL.fullmatch(label):
             raise ConfigError(f"{where}: {label!r} names folders; use letters, digits and . _ + - only")
     if not changes:
-        raise ConfigError(f"{where}: no cells; give some")
+        raise ConfigError(f"{where}: no cells; give at least one")
     return changes
 
 
@@ -167,7 +167,7 @@ def _check(path: Path, config: StudyConfig, axes: Sequence[Mapping[str, Any]]) -
             raise ConfigError(f"{path}: claims[{number}]: give higher and lower, or one of rises_along, falls_along")
         for axis in trends:
             if len(labels.get(axis, ())) < 2:
-                raise ConfigError(f"{path}: claims[{number}]: {axis!r} is no axis of two labels or more")
+                raise ConfigError(f"{path}: claims[{number}]: {axis!r} is not an axis of two labels or more")
         places += [(f"claims[{number}].higher", claim.higher), (f"claims[{number}].lower", claim.lower)]
     for where, place in places:
         for axis, label in place.items():

@@ -1,4 +1,4 @@
-"""Means over seeds with Student's 95 % interval: what a few runs of one place say of the next."""
+"""Means over seeds with Student's 95 % interval: what a few runs of one place say about the next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Mean:
 
 
 def mean_over_seeds(values: Sequence[float]) -> Mean:
-    """The mean of one number a seed, with the interval that Student's t gives it."""
+    """The mean of one number per seed, with the interval that Student's t gives it."""
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:

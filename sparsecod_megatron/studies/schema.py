@@ -1,4 +1,4 @@
-"""Every key a study's YAML may hold: a base run, a grid of changes to it, what is measured, what is claimed of it."""
+"""Every key a study's YAML may hold: a base run, a grid of changes to it, what is measured, and claims."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ScoresConfig:
     )
     samples: int = at_least(2, 64)
     seq_length: int = at_least(1, 128)
-    """Of the sample, the same for all cells, so that their scores can be compared."""
+    """Seed of the sample, the same for all cells, so that their scores can be compared."""
     seed: int = at_least(0, 0)
     memory_gib: float = at_least(0, 2.0)
 
@@ -60,7 +60,7 @@ class HeldOutConfig:
     include_path: str | None = None
     """Folder with more task YAML files."""
     limit: int | None = at_least(1, None)
-    """Questions of each task."""
+    """Questions per task."""
     batch_size: int = at_least(1, 8)
 
 
@@ -79,16 +79,16 @@ class SlurmConfig:
 
 @dataclass
 class LaunchConfig:
-    """Where cells run, and what the plan reckons with."""
+    """Where cells run, and what the plan assumes."""
 
     slots: int = at_least(1, 1)
-    """Cells at a time on this machine; processors and GPUs are dealt out among them."""
+    """Cells run at a time on this machine; processors and GPUs are dealt out among them."""
     nproc: int = at_least(1, 1)
     """Training processes of a cell."""
     gpu: str = choice("none", "h100", "h200")
-    """What the plan's hours are of; `none` is a processor of `gflops`."""
+    """Device that the plan's hours are for; `none` is a processor of `gflops`."""
     gflops: float = at_least(0, 20.0)
-    """Operations a second (10^9) that a slot without GPU sustains."""
+    """Operations per second (10^9) that a slot without GPU sustains."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
@@ -120,7 +120,7 @@ class StudyConfig:
     """Changes of the base in all cells, as `a.b: c` or as sections; after `grid` in rank."""
     grid: list[AxisConfig] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    """Of `train.seed`: initial weights and order of the data."""
+    """Values of `train.seed`: initial weights and order of the data."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     scores: ScoresConfig = field(default_factory=ScoresConfig)
     evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)

@@ -1,4 +1,4 @@
-"""A study on a cluster: one training job a cell, a small job behind each that scores it, and one that makes the table.
+"""A study on a cluster: one training job per cell, a small job after each that scores it, and one that makes the table.
 
 Everything is written down as a shell script first, so that it can be read, and a part of it submitted again by hand.
 """
@@ -41,7 +41,7 @@ def write_jobs(study: Study, cells: Sequence[Cell], command: Sequence[str]) -> P
         )
     lines = [
         "#!/usr/bin/env bash",
-        f"# Jobs of the study {study.config.name}: a training a cell, a scoring behind it, the table behind them all.",
+        f"# Jobs of the study {study.config.name}: a training per cell, a scoring after each, then the table.",
         "set -euo pipefail",
         f"cd {shlex.quote(str(Path.cwd()))}",
         "scored=",

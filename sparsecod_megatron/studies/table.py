@@ -1,4 +1,4 @@
-"""A study's one table: a row a place of the grid, means over seeds with intervals, and the claims' verdicts."""
+"""A study's one table: one row per place of the grid, means over seeds with intervals, and the claims' verdicts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Table:
 
 
 def make_table(study: Study) -> Table:
-    """Of the cells that are done.
+    """Table of the cells that are done.
 
     Raises:
         ConfigError: a cell that was run or measured otherwise than the study says.

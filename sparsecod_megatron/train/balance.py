@@ -3,7 +3,7 @@
 f of a step is known once all its micro-batches have been routed, but the gradient of the first already needs it. So a
 step of several micro-batches begins with a forward pass over all of them, without gradients and with the random
 numbers of the pass that trains: f is exact, the same in every layout, and nothing of it has to be carried from step to
-step or kept in a checkpoint. That costs a third more of a step's computation. With one micro-batch a rank there is no
+step or kept in a checkpoint. That costs a third more of a step's computation. With one micro-batch per rank there is no
 such pass.
 
 Source: Qiu et al., Demons in the Detail (arXiv 2501.11873), who take f of the micro-batches so far.

@@ -143,7 +143,7 @@ class _Loop:
                 self._save()
             self.saver.finish()
         if self.state.step < self.last_step:
-            logger.info("asked to stop at step %d; the same command goes on from there", self.state.step)
+            logger.info("asked to stop at step %d; the same command resumes from there", self.state.step)
 
     def _progress(self) -> tqdm:
         hidden = None if self.trainer.is_first_rank else True
@@ -215,12 +215,12 @@ class _Loop:
         if verdict.diverged and self.trainer.config.train.on_divergence == "rollback":
             record["rolled_back_to_step"] = self._roll_back()
         elif not verdict.update:
-            logger.warning("step %d: its update is left out", step)
+            logger.warning("step %d: its update is skipped", step)
             record["skipped"] = True
         return record
 
     def _roll_back(self) -> int:
-        """Go on with the last checkpoint's weights, behind the data used since; returns its step."""
+        """Continue with the last checkpoint's weights, after the data used since; returns its step."""
         step = self.state.step
         self.watchdog.enter(step, "rollback")
         with self.clock.paused():

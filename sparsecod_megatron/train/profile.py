@@ -24,7 +24,7 @@ from sparsecod_megatron.model import unwrap
 logger = logging.getLogger("sparsecod")
 
 PARTS = ("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp")
-"""Of a layer, that have ranges of their own."""
+"""Parts of a layer that have ranges of their own."""
 TABLE_ROWS = 50
 """Operations in the table, those that take most time first."""
 

@@ -26,7 +26,7 @@ STEPS = 2
 """The first shows the weights, the second what the optimizer made of them."""
 COMPARED = ("loss", "grad_norm")
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-3}
-"""Of a loss under another layout than the run's, relative, by precision; gradient norms: ten times as much."""
+"""Relative tolerance of a loss under another layout, by precision; of gradient norms, ten times as much."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ _KEPT = (METRICS_FILE, STATISTICS_FILE, VERSIONS_FILE, TOKENIZER_DIR)
 def repair(run_dir: Path, step_dir: Path, output: Path, config: RunConfig, backend: Backend) -> None:
     """Write the new run. Collective: every process of the layout calls it.
 
-    Progress, schedule and place in the data are kept; Adam counts its steps anew, as its moments are.
+    Progress, schedule and place in the data are kept; Adam counts its steps from 0, as its moments do.
 
     Args:
         run_dir: the old run.

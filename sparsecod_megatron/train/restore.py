@@ -1,4 +1,4 @@
-"""Where a run's weights, optimizer and progress come from: a checkpoint to go on from, others' weights, or nothing."""
+"""Where a run's weights, optimizer and progress come from: a checkpoint, another run's weights, or nothing."""
 
 from __future__ import annotations
 

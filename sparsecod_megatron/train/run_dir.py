@@ -109,7 +109,7 @@ def refuse_unwritable(path: Path) -> None:
 def refuse_foreign_run(path: Path, config: RunConfig, *, resuming: bool) -> None:
     """Refuse to mix two runs in one directory. Local; before anything is written.
 
-    What an attempt left that ended before its first checkpoint is no other run: the same command starts over there.
+    What an attempt left that ended before its first checkpoint is not another run: the same command starts over there.
 
     Raises:
         ConfigError: `path` holds metrics of a run that this one does not continue.

@@ -135,7 +135,7 @@ def _loss_scale(optimizer: MegatronOptimizer) -> Callable[[torch.Tensor], torch.
 
     Its fp32 shards are views with an autograd graph, which hides a cycle through the model's configuration from the
     garbage collector: a second trainer in one process would find the first one's process groups still running, each
-    with threads that wake a hundred times a second.
+    with threads that wake a hundred times per second.
 
     Source: Megatron-Core optimizer/distrib_optimizer.py, `_build_model_and_main_param_groups`.
     """

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 MAD_TO_STANDARD_DEVIATION = 1.4826
 """1 / Φ⁻¹(3/4): a normal distribution's standard deviation over its median absolute deviation."""
 SMALLEST_RELATIVE_SPREAD = 1e-3
-"""Of the median: values that hardly vary would make every change a spike."""
+"""Share of the median that counts as its least spread; otherwise every change of a steady value were a spike."""
 
 
 def deviation(value: float, history: Sequence[float]) -> float:
@@ -63,7 +63,7 @@ class SpikeMonitor:
         return {name: list(values) for name, values in self._history.items()}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go on from `state()`; of a longer window the newest values stay."""
+        """Continue from `state()`; only the newest values of a longer window are kept."""
         for name, values in self._history.items():
             values.clear()
             values.extend(state.get(name, ()))

@@ -44,7 +44,7 @@ class TaskEvaluation:
     ) -> None:
         self._section, self._evaluate, self._saver, self._watchdog = section, evaluate, saver, watchdog
         if section.interval:
-            # Of its own, so that waiting is bounded neither by the other groups' time limit nor by a GPU's queue;
+            # A group of its own, so that waiting is bounded neither by the other groups' time limit nor by a GPU's queue;
             # `evaluation.timeout_s` bounds the evaluation itself.
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -80,7 +80,7 @@ class TaskEvaluation:
             with unchanged_random_states():
                 values = dict(self._evaluate(step_dir))
         except Exception:  # whatever a model, a library or a task raises
-            logger.warning("step %d: not evaluated, training goes on", step, exc_info=True)
+            logger.warning("step %d: not evaluated; training continues", step, exc_info=True)
             return {}
         finally:
             gc.collect()  # models are full of cycles, and the memory of this one is needed

@@ -232,7 +232,7 @@ def test_a_disk_that_fills_up_costs_no_state(bench: Bench, straight: Path) -> No
             rank.rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))
         _, errors = process.communicate(timeout=PACE.patience_s)
     assert process.returncode == 2, errors
-    assert re.search(r"step_\d+: not saved .*; the checkpoints before it stay$", errors.splitlines()[-1])
+    assert re.search(r"step_\d+: not saved .*; earlier checkpoints are kept$", errors.splitlines()[-1])
     left = (run / "checkpoints/latest").read_text().strip()
     assert (run / "checkpoints" / left / "state.json").exists() and left != "step_00000024"
     bench.train("full", *OVERRIDES, nproc=2)

@@ -28,7 +28,7 @@ def test_red_is_exit_1(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--nproc", "3"), "layouts are of 1, 2 or 4 processes"),
-        (("--only", "dp3"), "no row has such a name"),
+        (("--only", "dp3"), "no row has this name"),
         (("model.num_layers=0",), "model.num_layers"),
     ],
 )

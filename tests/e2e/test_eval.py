@@ -113,7 +113,7 @@ def test_an_evaluation_that_fails_ends_nothing(world: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, logger="sparsecod"):
         run = trained(world, "failing", *evaluated(world), "train.train_steps=3", evaluate=broken)
     assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3]
-    assert "step 2: not evaluated, training goes on" in caplog.messages
+    assert "step 2: not evaluated; training continues" in caplog.messages
     assert "no memory for step_00000002" in (run / "log.txt").read_text()
 
 

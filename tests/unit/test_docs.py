@@ -30,6 +30,21 @@ PACKAGE = ROOT / "sparsecod_megatron"
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 SHELL_ENDS = ("|", "&&", ";", ">", "done", "&")
+PHRASES = {
+    r"\b(?:go|goes|went|going) on\b(?! the\b)": "resume, continue",
+    r"(?<!here )\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|better\b)": "is not a",
+    r"\bnot finite\b": "non-finite",
+    r'(?:[.:;?!] |"""|\| |- )Of (?!course\b)': "a sentence that begins with its subject",
+    r"\b(?:lines?|files?|rows?|CSV|pictures?|jobs?|values?|scales?|gates?|seeds?|objects?|maps?|bars?|times|operations|"
+    r"tokens|bytes|experts) a (?:second|step|rank|layer|token(?! uses)|tensor|table|row|score|model|block|expert|channel|"
+    r"metric|place|cell|column|value|process|node|family|line|parameter|head)\b": "per",
+    r"\bfor ever\b": "forever",
+    r"\banew\b": "again, afresh",
+    r"\b[Mm]end(?:s|ed|ing)?\b": "fix",
+    r"\bwithout a word\b|\bin silence\b": "silently",
+    r"\b(?:every|first|after|from|of) so many\b": "this many, every n-th",
+}
+"""Phrases that a native reader trips over, and what to write instead."""
 needs_mkdocs = pytest.mark.skipif(
     importlib.util.find_spec("mkdocstrings") is None, reason="mkdocs is not installed here (pip install -e '.[docs]')"
 )
@@ -122,6 +137,18 @@ def anchors(page: Path) -> set[str]:
     """Headings as links name them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+def test_plain_english() -> None:
+    """In pages, and in messages, docstrings and comments of the package."""
+    found = []
+    for file in [*PAGES, ROOT / "CHANGELOG.md", *PACKAGE.rglob("*.py")]:
+        text = re.sub(r"\s+(?:# )?", " ", file.read_text())
+        for phrase, better in PHRASES.items():
+            for hit in re.finditer(phrase, text):
+                context = text[max(hit.start() - 30, 0) : hit.end() + 30]
+                found.append(f"{file.relative_to(ROOT)}: {context!r}: write {better}")
+    assert not found, "\n".join(found)
 
 
 # ---------------------------------------------------------------- lists

@@ -19,7 +19,7 @@ def main() -> int:
     """Run, pack or publish."""
     parser = argparse.ArgumentParser(
         prog="gpu_bring_up.sh",
-        description="Prove on one GPU, in at most nine minutes, what no CPU can; rehearse it where there is none.",
+        description="Prove on one GPU, in at most nine minutes, what no CPU can; rehearse it on a machine without one.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

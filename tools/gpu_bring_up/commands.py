@@ -27,7 +27,7 @@ from tools.gpu_bring_up.process import ROOT, forked, fresh
 from tools.gpu_bring_up.sizes import Sizes, sizes
 
 TIMEOUT_S = 80.0
-"""Of one command."""
+"""Time limit of one command."""
 CONFIGS = ROOT / "examples/configs"
 ENGINELESS_RUN = "nano dense without Transformer Engine"
 DENSE, WITHOUT = "dense", "without_engine"

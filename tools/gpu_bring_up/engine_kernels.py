@@ -61,7 +61,7 @@ def adam(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:
 
 
 def l2norm(tensors: list[Tensor]) -> Tensor:
-    """Of all together."""
+    """Norm of all tensors together."""
     overflow = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
     norm, _ = multi_tensor_applier(multi_tensor_l2norm, overflow, [tensors], False)
     return norm

@@ -1,7 +1,7 @@
 """Second step: Transformer Engine's kernels against PyTorch's formulas, in bf16, then its products in FP8.
 
 The archive's library was cut to one architecture and has run on no card before: what fails here is left out of every
-later step (`steps.KERNELS_NEEDED`). Without a card the same checks run on plain PyTorch modules with the same signatures.
+later step (`steps.KERNELS_NEEDED`). Without a card the same checks run on plain PyTorch modules of the same signatures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tools.gpu_bring_up.sizes import sizes
 
 RECIPES = ("delayed", "tensorwise", "blockwise")
 TOLERANCE, ATTENTION_TOLERANCE, FP8_TOLERANCE = 1e-2, 2e-2, 8e-2
-"""Of ‖found − expected‖ / ‖expected‖. bf16 keeps 8 bits of a number and e4m3 4, of which products average many."""
+"""Limits of ‖found − expected‖ / ‖expected‖. bf16 keeps 8 bits of a number and e4m3 4, and products average many."""
 EPS = 1e-5
 HEADS, GROUPS, LENGTH, BATCH = 8, 2, 256, 2
 

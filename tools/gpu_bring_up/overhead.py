@@ -12,7 +12,7 @@ LIMITS = {"variance": 1.01, "everything": 1.05}
 """Ratios to a step without statistics, collected every step."""
 
 REHEARSAL_SIZES = ("model.num_layers=2", "model.hidden_size=64", "model.vocab_size=512", "data.seq_length=32")
-"""Of a rehearsal."""
+"""Overrides of a rehearsal."""
 
 
 def run(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from tools.gpu_bring_up.packed import RUN, TOKENS, write_packed
 from tools.gpu_bring_up.process import ROOT
 
 LIMIT_BYTES = 64 * 2**20
-"""Of the checkout and the folder together."""
+"""Largest size of the checkout and the folder together."""
 WHEEL_LIST = Path(__file__).with_name("wheels.txt")
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)), "manylinux2014_x86_64")
 ARCHIVES = ROOT.parent / "shared/gpu"
@@ -34,7 +34,7 @@ class Contents:
         corpus: `--input` of `sparsecod data`.
         tokenizer: `--tokenizer`.
         max_documents: of the corpus.
-        overrides: of nano_dense.yaml; a checkpoint has 12 bytes a parameter, so not all of its layers.
+        overrides: of nano_dense.yaml; a checkpoint has 12 bytes per parameter, so not all of its layers.
         steps: that the checkpoint is trained for.
     """
 
@@ -66,7 +66,7 @@ def pack(folder: Path, contents: Contents) -> str:
     if folder.exists() and any(folder.iterdir()):
         _refuse(f"{folder} is not empty; give another folder or empty it")
     if not _is_ignored(folder):
-        _refuse(f"{folder} is no ignored folder of {ROOT}; give one below build/")
+        _refuse(f"{folder} is not an ignored folder of {ROOT}; give one below build/")
     fill(folder, contents)
     return _described(folder)
 

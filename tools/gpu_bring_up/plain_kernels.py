@@ -121,7 +121,7 @@ def adam(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:
 
 
 def l2norm(tensors: list[Tensor]) -> Tensor:
-    """Of all together."""
+    """Norm of all tensors together."""
     return torch.stack([tensor.norm() for tensor in tensors]).norm()
 
 

@@ -97,7 +97,7 @@ def _adapted(bench: Bench, step: Step, checks: Sequence[Check]) -> Bench:
 
 
 def _environment(bench: Bench) -> Mapping[str, str]:
-    """Of a step: its path, caches in the scratch folder, and what a training on GPUs has in its environment."""
+    """Environment of a step: its path, caches in the scratch folder, and what training on GPUs sets."""
     path = [str(bench.work / SITE), str(ROOT)]
     if bench.step in (ENVIRONMENT, KERNELS) or bench.transformer_engine:
         path.insert(0, str(bench.work / ENGINE_SITE))

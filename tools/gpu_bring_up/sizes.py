@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what the steps train.
+    """Sizes of what the steps train.
 
     Attributes:
         nano: overrides of the small configurations that `commands` trains.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tools.gpu_bring_up.bench import Bench
 
 LIMIT_S = 540
-"""Of all steps together; what brings results back ends a command at ten minutes."""
+"""Time limit of all steps together; what brings results back ends a command at ten minutes."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ VARIANTS = {
 }
 GPU = GPUS["h200"]
 MEMORY_TOLERANCE = 0.15
-"""Of the planned bytes."""
+"""Share of the planned bytes."""
 
 
 def run(bench: Bench) -> None:

@@ -16,13 +16,13 @@ _FACTS = (
     ("Hidden size", "hidden_size"),
     ("Text", "data"),
     ("Sequences", "num_samples"),
-    ("Tokens a sequence", "seq_length"),
+    ("Tokens per sequence", "seq_length"),
     ("Seed", "seed"),
     ("Precision", "dtype"),
     ("Model", "model"),
 )
 _PATHS = ("data", "model")
-"""Of these the last part says enough."""
+"""Settings that are paths: their last part says enough."""
 
 
 def analyses_payload(analyses: Sequence[AnalysisDirectory]) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """The same with fewer digits, and None for what is no finite number."""
+    """The same with fewer digits, and None for non-finite numbers."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):

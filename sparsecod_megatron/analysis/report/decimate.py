@@ -1,4 +1,4 @@
-"""Fewer points of a long series, chosen so that what the eye looks for stays: first, last, extremes and spikes.
+"""Thins a long series but keeps what the eye looks for: first, last, extremes and spikes.
 
 Points are dropped, never averaged: what the page shows at a step is what the run wrote at that step.
 """
@@ -14,7 +14,7 @@ def kept_points(values: npt.NDArray[np.float64], limit: int) -> npt.NDArray[np.i
 
     Kept are the first and last point and each series' largest and smallest. The rest of the limit is filled from equal
     stretches of the series, two points from each: where any of the series lies furthest above, and furthest below, its
-    mean over the stretch, in units of its mean size there. Of a single series these are the maximum and the minimum.
+    mean over the stretch, in units of its mean size there. For a single series these are the maximum and the minimum.
 
     Args:
         values: [points, series]; NaN and infinities are never chosen as extremes.

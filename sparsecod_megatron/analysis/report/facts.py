@@ -62,5 +62,5 @@ def _last(series: Series | None) -> str:
     if series is None:
         return "none"
     value = float(series.values[-1])
-    shown = f"{value:.4f}" if math.isfinite(value) else "not finite"
+    shown = f"{value:.4f}" if math.isfinite(value) else "non-finite"
     return f"{shown} at step {series.steps[-1]:,}"

@@ -37,7 +37,7 @@ def report_payload(runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = 
         `fields` and `metrics`: what is known of each name, in the page's order.
         `runs`: each with `name`, `kind`, `facts`, `notes`, and series by name in `metrics`, `layers`, `vectors`.
         A series is `steps` and `tokens` [points], `total` points before thinning, and `values`: [points] of a metric,
-        [layers, points] of a layer statistic, [points, layers, entries] of a vector; null where no number is finite.
+        [layers, points] of a layer statistic, [points, layers, entries] of a vector; null where a number is non-finite.
         `analyses`: see `analyses_payload`.
     """
     layer_rows = sum(series.values.shape[1] for run in runs for series in run.layers.values())
@@ -85,7 +85,7 @@ def _axis(series: Series, kept: npt.NDArray[np.int64]) -> dict[str, Any]:
 
 
 def _numbers(values: npt.NDArray[np.float64], *, digits: int) -> list[Any]:
-    """Nested lists of numbers rounded to so many significant digits, None where not finite."""
+    """Nested lists of numbers rounded to that many significant digits, None where non-finite."""
     if values.ndim > 1:
         return [_numbers(row, digits=digits) for row in values]
     return [_number(value, digits) for value in values.tolist()]

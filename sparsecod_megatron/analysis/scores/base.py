@@ -54,7 +54,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Bars:
-    """One bar a layer (or other item), with its interval where there is one.
+    """One bar per layer (or other item), with its interval where there is one.
 
     Attributes:
         name: file name without suffix.

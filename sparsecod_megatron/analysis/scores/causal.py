@@ -58,7 +58,7 @@ class Causal:
 
 @torch.no_grad()
 def _effects(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one micro-batch: Σ_tokens ‖Δ'−Δ‖ [B, L, L], Σ_tokens ‖Δ‖ [B, L], max_tokens ‖Δ'−Δ‖/‖Δ‖ [B, L, L].
+    """Sums over one micro-batch: Σ_tokens ‖Δ'−Δ‖ [B, L, L], Σ_tokens ‖Δ‖ [B, L], max_tokens ‖Δ'−Δ‖/‖Δ‖ [B, L, L].
 
     The maximum leaves out tokens whose Δ is zero, and is NaN where all are.
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Part = Literal["all", "fit", "held_out"]
 MAX_SEQUENCES = 64
-"""Of a micro-batch: beyond this a bigger one is no faster."""
+"""Sequences of a micro-batch; beyond this a bigger one is not faster."""
 LOGIT_COPIES = 3
 """The head's output, its float32 copy a row at a time, and the probabilities made of it."""
 
@@ -70,7 +70,7 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and computation."""
+        """Number format of weights and computation."""
         return self.model.dtype
 
     @property
@@ -180,7 +180,7 @@ def make_context(
     Raises:
         ConfigError: a size below one, more positions than the model has, or more processes than half the windows.
         DataError: too few tokens, or a token id that the model has no row for.
-        ConversionError: the model is no stack of blocks.
+        ConversionError: the model is not a stack of blocks.
     """
     for option, value in (("samples", num_samples), ("seq-length", seq_length)):
         if value < 1:

@@ -67,7 +67,7 @@ class Jacobian:
         return self._result(context, numbers.numpy(), reference, exact=exact)
 
     def _batches(self, context: Context, totals: Tensor, *, exact: bool) -> Iterator[tuple[Tensor]]:
-        """Of each micro-batch `NUMBERS` [B, L, numbers], means over a sequence's tokens; NaN where not estimated.
+        """`NUMBERS` of each micro-batch [B, L, numbers], means over a sequence's tokens; NaN where not estimated.
 
         Args:
             context: the model and the sample.

@@ -20,7 +20,7 @@ from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.trace import Replay, Trace
 
 KL_SHARE = 0.5
-"""Of the largest KL: the model has decided at the first block below it."""
+"""Share of the largest KL: the model has decided at the first block below it."""
 OVERLAP = 0.3
 TOP = 5
 
@@ -65,7 +65,7 @@ class Lens:
 
 @torch.no_grad()
 def _curves(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one micro-batch, each [B, L]: KL to the final prediction, top-5 overlap with it, cosine of `Δ_l` and `h_l`."""
+    """KL to the final prediction, top-5 overlap with it, cosine of `Δ_l` and `h_l` in one micro-batch, each [B, L]."""
     final = replay.logits(trace, trace.hidden[-1])
     divergences, overlaps, cosines = [], [], []
     for before, after in pairwise(trace.hidden):

@@ -87,7 +87,7 @@ def _bars(name: str, title: str, y_label: str, rows: list[dict[str, float | None
 
 @torch.no_grad()
 def _skips(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one micro-batch: losses [B], losses without each block [B, L], block influence [B, L]."""
+    """Results of one micro-batch: losses [B], losses without each block [B, L], block influence [B, L]."""
     num_layers = len(trace.calls)
     skipped = [
         replay.losses_after(trace, range(layer + 1, num_layers), trace.hidden[layer]) for layer in range(num_layers)

@@ -1,6 +1,6 @@
 """Usefulness: is a block more than an affine map?
 
-A block is replaced by the affine map that fits its own inputs and outputs best; the loss tells what that costs.
+A block is replaced by the affine map that fits its own inputs and outputs best; the loss then shows the cost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Usefulness:
 
 
 def _fits(context: Context) -> Iterator[AffineMap]:
-    """One map a block, from as many passes over the fitting half as memory for the sums makes necessary."""
+    """One map per block, from as many passes over the fitting half as memory for the sums makes necessary."""
     num_layers, size = len(context.layers), context.hidden_size
     at_once = max(1, int(context.memory_gib * 2**30 // (8 * 2 * size * size)))
     for start in range(0, num_layers, at_once):
@@ -63,7 +63,7 @@ def _fits(context: Context) -> Iterator[AffineMap]:
 
 
 def _replaced(context: Context, maps: list[AffineMap], trace: Trace) -> tuple[Tensor, ...]:
-    """Of one micro-batch, what `_Losses` holds."""
+    """What `_Losses` holds, for one micro-batch."""
     replay = context.replay
     kinds = [maps, [affine.transposed() for affine in maps]] if context.reference else [maps]
     replaced = [

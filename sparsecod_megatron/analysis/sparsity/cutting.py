@@ -94,7 +94,7 @@ class Cut:
         return activations.masked_fill(small, 0)
 
     def output(self, output: Tensor) -> None:
-        """Nothing to learn from it."""
+        """Ignored: the output teaches nothing here."""
 
 
 class CutPass(NamedTuple):

@@ -51,14 +51,14 @@ def equilibrium_std(lr: float | None, weight_decay: float | None) -> float | Non
 
 
 def match_decays(num_models: int, weight_decays: Sequence[float]) -> list[float | None]:
-    """One weight decay a model, or none at all.
+    """One weight decay per model, or none at all.
 
     Raises:
         ConfigError: another number of them, or a negative one.
     """
     if weight_decays and len(weight_decays) != num_models:
         raise ConfigError(
-            f"--weight-decay: {len(weight_decays)} values for {num_models} models; give one each, in the same order"
+            f"--weight-decay: {len(weight_decays)} values for {num_models} models; give one per model, in order"
         )
     if any(value < 0 for value in weight_decays):
         raise ConfigError(f"--weight-decay {min(weight_decays):g}: must not be negative")

@@ -21,7 +21,7 @@ class LossCurve(Protocol):
 
     @property
     def sparsities(self) -> list[float]:
-        """Those evaluated so far, ascending."""
+        """Sparsities evaluated so far, ascending."""
         ...
 
     def losses(self, sparsity: float) -> Tensor:

@@ -23,7 +23,7 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def is_stacked_linear(module: nn.Module) -> bool:
-    """Whether a module is one linear layer an expert, `[experts, out, in]`, rows sorted by expert before they enter."""
+    """Whether a module holds one linear layer per expert, `[experts, out, in]`, for rows already sorted by expert."""
     weight = getattr(module, "weight", None)
     is_convolution = isinstance(module, nn.modules.conv._ConvNd)
     return isinstance(weight, nn.Parameter) and weight.ndim == 3 and not is_convolution
@@ -77,7 +77,7 @@ def unwatchable(module: nn.Module) -> ConversionError:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: ExpertsForward) -> Iterator[None]:
-    """Give one fused-experts module another forward for a while.
+    """Replace the forward of one fused-experts module temporarily.
 
     The three tensors keep their order in every model of transformers, but not their names, nor whether they are passed
     by name.

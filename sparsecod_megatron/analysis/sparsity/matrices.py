@@ -1,4 +1,4 @@
-"""Finds the weight matrices of every block and says which part of attention or feed-forward each is.
+"""Finds the weight matrices of every block and names the part of attention or feed-forward that each one is.
 
 No per-model code: leaves are linear layers, GPT-2's Conv1D (transposed storage) or modules that hold all experts of a
 layer as three-dimensional parameters. What feeds what decides between feed-forward network, attention and other mixers
@@ -115,7 +115,7 @@ def _of_block(layer: int, block: nn.Module, wiring: Wiring) -> Iterator[Matrix]:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer, also of one an expert."""
+    """(in, out) of a linear layer, or of one with a matrix per expert."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     num_out, num_in = module.get_parameter("weight").shape[-2:]
@@ -146,11 +146,11 @@ class _Roles:
             self._fellows.setdefault(_place(path), []).append(module)
 
     def is_called(self, path: str) -> bool:
-        """Whether the model called the module, or another expert at its place; a weight may be used without."""
+        """Whether the model called the module, or another expert in its place; a weight may be used without that."""
         return _place(path) in self._fellows
 
     def kind(self, path: str, module: nn.Module) -> str | None:
-        """One of `KINDS`; None for routers, gates of whole outputs, and what is part of none of the three.
+        """One of `KINDS`; None for routers, gates of whole outputs, and anything outside these three.
 
         Experts of one place are alike: some got no token, or one whose activations are all zero.
         """
@@ -173,7 +173,7 @@ class _Roles:
         return "output_gate" if scales and num_in == num_out else None
 
     def _is_attention(self, path: str) -> bool:
-        """By the name of a module it stands in, or because queries and keys stand beside it."""
+        """Decided by the name of a module it is in, or because queries and keys are beside it."""
         *parents, _ = path.split(".")
         if any(("attn" in part or "attention" in part) and "norm" not in part for part in map(str.lower, parents)):
             return True

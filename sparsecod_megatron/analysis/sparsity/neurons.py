@@ -44,7 +44,7 @@ class Observer(Protocol):
             expert: index of the network within its site.
 
         Returns:
-            The activations to go on with.
+            The activations to continue with.
         """
         ...
 
@@ -127,7 +127,7 @@ class NeuronSite:
         module = self._matrices[0].module
         biases = getattr(module, "down_proj_bias", None)
         if getattr(module, "has_post_expert_norm", False):
-            raise ConversionError(f"{self.name}: experts with a norm of their own output are not a sum of neurons")
+            raise ConversionError(f"{self.name}: experts that normalise their own output are not a sum of neurons")
 
         is_checked = not check
 
@@ -176,7 +176,7 @@ def find_sites(matrices: Sequence[Matrix]) -> list[NeuronSite]:
             groups.setdefault((matrix.layer, listed[1] if listed else matrix.name), []).append(matrix)
     if not groups:
         raise ConversionError(
-            "no feed-forward network in any block (a down projection of what an up projection made of the same token): "
+            "no feed-forward network in any block (a down projection of what an up projection made of the token): "
             "leave activation out of --scores"
         )
     return [NeuronSite(name, group) for (_, name), group in groups.items()]

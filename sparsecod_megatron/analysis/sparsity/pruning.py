@@ -1,4 +1,4 @@
-"""Pruned weights for the length of a few passes, and the loss they cost.
+"""Pruned weights for the duration of a few passes, and the loss they cost.
 
 A matrix is replaced by its pruned copy when its module is entered and put back when the module is left, so at most one
 module's copy exists and the original tensors are never written to.
@@ -68,7 +68,7 @@ class PruningCurve:
 
     @property
     def sparsities(self) -> list[float]:
-        """Those evaluated so far, ascending."""
+        """Sparsities evaluated so far, ascending."""
         return sorted(self._losses)
 
     def evaluate(self, sparsities: Sequence[float]) -> None:

@@ -27,7 +27,7 @@ from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve
 
 EPSILONS = (1e-4, 1e-3, 1e-2)
 MAX_UNMEASURED = 0.03
-"""Of the blocks' weights: routers and convolutions are below it, a part of the model that was not found is above."""
+"""Share of the blocks' weights; routers and convolutions stay below it, a part that was not found exceeds it."""
 Row = dict[str, Any]
 
 
@@ -80,7 +80,7 @@ def initial_std(config: Any) -> float | None:
 
 
 def matrix_rows(matrices: Sequence[Matrix], init_std: float | None, no_bar: bool | None = None) -> list[Row]:
-    """One row a matrix: its size and spread, shares below each ε by both yardsticks, Hoyer and Gini.
+    """One row per matrix: its size and spread, shares below each ε by both yardsticks, Hoyer and Gini.
 
     Args:
         matrices: of the model.
@@ -135,7 +135,7 @@ def _warnings(left_out: float, init_std: float | None) -> tuple[str, ...]:
     if left_out > MAX_UNMEASURED:
         warnings.append(
             f"{left_out:.1%} of the blocks' weights are in no matrix that was found: routers, convolutions, and "
-            "weights that the model uses without calling their module, or does not use; no number here is about them"
+            "weights that the model uses without calling their module, or does not use; these numbers leave them out"
         )
     if not init_std:
         warnings.append("the model's configuration names no initializer_range: own-std shares only")

@@ -1,4 +1,4 @@
-"""Which weights of a block feed which: what tells a feed-forward network from attention, convolution and recurrence.
+"""Which weights of a block feed which, to tell a feed-forward network from attention, convolution and recurrence.
 
 Names and sizes cannot: an input and an output projection with a wide middle may hold neurons, a state-space model or a
 convolution between them. In one pass over a few tokens every projection's output becomes a leaf of the gradient graph.
@@ -48,7 +48,7 @@ class Wire:
 
 
 Wiring = Mapping[nn.Module, Wire]
-"""Of one block; projections that the pass did not call are absent."""
+"""Wires of one block; projections that the pass did not call are absent."""
 
 
 def trace_wiring(model: nn.Module, layers: Layers) -> list[Wiring]:
@@ -59,7 +59,7 @@ def trace_wiring(model: nn.Module, layers: Layers) -> list[Wiring]:
         layers: of that model.
 
     Returns:
-        One entry a block.
+        One entry per block.
 
     Raises:
         ConversionError: the model cannot be run this way.
@@ -115,7 +115,7 @@ class _BlockTracer:
         return ((passed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": passed})
 
     def cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """End the graph at a projection's output and begin it anew."""
+        """End the graph at a projection's output and start a new one."""
         given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         made = hidden_output(output)
         assert made is not None

@@ -1,7 +1,7 @@
 """One gloo device for all process groups.
 
-torch gives every group a device of its own, whose thread wakes 100 times a second to look for messages. Megatron makes
-some 40 groups per layout: on two cores, the idle threads of four ranks took 45 % of the time (`perf record`).
+torch gives every group a device of its own, whose thread wakes 100 times per second to look for messages. Megatron
+makes some 40 groups per layout: on two cores, the idle threads of four ranks took 45 % of the time (`perf record`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens to the order of their experts and back: the sum over a token's experts in one pass over the rows.
+"""Tokens into the order of their experts and back: the sum over a token's experts in one pass over the rows.
 
 Megatron-Core adds rows one after another into a tensor of zeros, forward (`scatter_add_`) and in the gradient of the
 permutation (`index_add_`). A bag of rows for each token takes a third of the time, in the same order of additions.

@@ -1,4 +1,4 @@
-"""The three matrix products of a linear layer's training step, each by torch or by oneDNN as it is told."""
+"""The three matrix products of a linear layer's training step, each by torch or by oneDNN, as chosen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsecod_megatron.backend import onednn
 
 TOKEN_THRESHOLD = 1024
-"""From so many on, the wider operand of a weight gradient is better read as it lies."""
+"""Tokens from which it is faster to read the wider operand of a weight gradient without a transpose."""
 
 
 def output(x: Tensor, weight: Tensor, by_onednn: bool, into: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ class ResultsQueue:
     """A queue from forked processes to the one that made it, with what Megatron-Core uses of a queue."""
 
     def __init__(self) -> None:
-        # Unbuffered and appending: processes share the file's position, so nobody may rely on it.
+        # Unbuffered and appending: processes share the file's position, so it must not be relied on.
         self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115 - as long as the process
         self._read_bytes = 0
 
@@ -36,7 +36,7 @@ class ResultsQueue:
         """The oldest result that was not taken yet, in the process that made the queue.
 
         Raises:
-            queue.Empty: there is none.
+            queue.Empty: there is no result.
         """
         number = self._file.fileno()
         waiting = io.BytesIO(os.pread(number, os.fstat(number).st_size - self._read_bytes, self._read_bytes))
@@ -54,7 +54,7 @@ def write_results_queue() -> ResultsQueue:
 
 @functools.cache
 def _queue_of(process: int) -> ResultsQueue:
-    """Not what a process was forked with, which is its parent's."""
+    """Discard what a process inherited by forking: it is its parent's."""
     return ResultsQueue()
 
 

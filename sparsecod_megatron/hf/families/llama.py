@@ -21,7 +21,9 @@ def _dense_obstacle(model: ModelConfig) -> str | None:
 
 def _llama_obstacle(model: ModelConfig) -> str | None:
     if model.hidden_size % model.num_attention_heads:
-        return f"model.hidden_size={model.hidden_size} no multiple of num_attention_heads={model.num_attention_heads}"
+        return (
+            f"model.hidden_size={model.hidden_size} not a multiple of num_attention_heads={model.num_attention_heads}"
+        )
     return _dense_obstacle(model)
 
 

@@ -43,7 +43,7 @@ FIELDS_WITHOUT_EFFECT = frozenset(
 )
 """Fields that do not change the logits of an evaluated model, or that others repeat."""
 MULTIPLE = 128
-"""Of the vocabulary, unless a model's is no multiple of it."""
+"""Divisor of the vocabulary, unless a model's is not a multiple of it."""
 ROPE_DEFAULTS = {
     "beta_fast": 32,
     "beta_slow": 1,

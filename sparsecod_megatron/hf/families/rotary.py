@@ -34,7 +34,7 @@ def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: rope_type {kind!r} has no counterpart; only default, linear, llama3 and yarn import"
         )
     if base != int(base):
-        raise ConversionError(f"config.json: rope_theta {base} is no whole number, which model.rotary_base must be")
+        raise ConversionError(f"config.json: rope_theta {base} is not a whole number, as model.rotary_base must be")
     keys: dict[str, Any] = {"rotary_base": int(base)}
     if kind != "default":
         keys |= {"rope_scaling": kind, "rope_scaling_factor": float(parameters["factor"])}

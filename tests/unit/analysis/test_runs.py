@@ -59,8 +59,8 @@ def test_notes_name_interrupted_writes_infinities_and_what_is_no_number(tmp_path
     assert set(run.metrics) == {"loss"}
     assert run.notes == (
         "host is not a number everywhere and is left out",
-        "metrics.jsonl line 3 is an interrupted write and is left out",
-        "loss is not a finite number at 1 of 2 steps, first at step 2",
+        "metrics.jsonl line 3 was cut off by an interruption and is left out",
+        "loss is non-finite at 1 of 2 steps, first at step 2",
     )
 
 

@@ -101,7 +101,7 @@ def test_references_and_rows_that_could_not_run() -> None:
     reference = Row(REFERENCE, "plain", "fp32", against=None)
     row = Row(REFERENCE, "overlap", "fp32", against="1 process")
     assert compare(reference, measured(), None, on_cpu=True).first is None
-    assert "not finite" in compare(reference, diverged, None, on_cpu=True).first
+    assert "non-finite" in compare(reference, diverged, None, on_cpu=True).first
     assert compare(row, "no memory", measured(), on_cpu=True).first == "could not run: no memory"
     assert "1 process, which it must equal, could not run" in compare(row, measured(), "no memory", on_cpu=True).first
 

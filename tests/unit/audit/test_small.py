@@ -112,5 +112,5 @@ def test_rows_by_name_bring_what_they_are_compared_with() -> None:
     small = small_run(load_config(ROOT / "examples/configs/nano_dense.yaml"), capability=None).config
     names = [row.name for row in plan_rows(small, nproc=2, only=["dp2 res*"]).rows]
     assert names == ["1 process", "dp2", "dp2 overlap", "dp2 resume"]
-    with pytest.raises(ConfigError, match="no row has such a name"):
+    with pytest.raises(ConfigError, match="no row has this name"):
         plan_rows(small, nproc=2, only=["dp3*"])

@@ -29,7 +29,7 @@ def test_the_comparison_lies_beside_the_weights(tmp_path: Path) -> None:
     ("verify", "message"),
     [
         (True, "layer 1: attention between its projections: rotary embedding"),
-        (False, r"megatron\.no_rope_freq: .*leave --no-verify out"),
+        (False, r"megatron\.no_rope_freq: .*remove --no-verify"),
     ],
 )
 def test_a_model_that_the_classes_cannot_say_is_not_written(verify: bool, message: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_delayed_scaling_resumes_with_its_scales(
     norm = keep_scales(trainer, 3.0, delayed=True)
     with caplog.at_level("INFO", logger="sparsecod"):
         assert load(trainer, plain) == 1
-    assert "the checkpoint holds no FP8 scales for 9 modules of this rank; theirs start anew" in caplog.messages
+    assert "the checkpoint holds no FP8 scales for 9 modules of this rank; theirs start afresh" in caplog.messages
     kept = save(trainer, tmp_path / "kept")
     norm.scale = torch.zeros(2)
     caplog.clear()

@@ -114,7 +114,7 @@ def test_a_save_that_takes_too_long(
             saver.poll()
             assert [record.getMessage() for record in caplog.records] == [
                 f"{tmp_path}/step_00000002: not saved (not written within checkpoint.save_timeout_s=0.5); "
-                "the checkpoints before it stay; training goes on"
+                "earlier checkpoints are kept; training continues"
             ]
             section.async_save = False
             with pytest.raises(CheckpointError, match=r"step_00000003: not saved .*save_timeout_s=0.5"):

@@ -22,11 +22,11 @@ def test_blends_are_read(value, blend):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[]", r"data.train: \[\] is no blend; give a prefix, \[A, B\], or \[0.3, A, 0.7, B\]"),
-        ("[0.3, a, b]", "is no blend"),
-        ("[a, 0.3]", "is no blend"),
-        ("[true, a]", "is no blend"),
-        ("{a: 0.3}", "is no blend"),
+        ("[]", r"data.train: \[\] is not a blend; give a prefix, \[A, B\], or \[0.3, A, 0.7, B\]"),
+        ("[0.3, a, b]", "is not a blend"),
+        ("[a, 0.3]", "is not a blend"),
+        ("[true, a]", "is not a blend"),
+        ("{a: 0.3}", "is not a blend"),
         ("[0, a, 1, b]", "weight 0.0 is not above 0"),
         ("[.inf, a, 1, b]", "weight inf is not above 0"),
         ("[a, b, a]", "a is listed twice"),

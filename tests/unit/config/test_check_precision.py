@@ -22,8 +22,8 @@ def test_accepted(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ([f"{KEPT}=1"], [KEPT, "fp8_recipe is none"]),
-        (["precision.fp8_param_gather=true"], ["fp8_param_gather: set", "fp8_recipe is none"]),
+        ([f"{KEPT}=1"], [KEPT, "fp8_recipe=none"]),
+        (["precision.fp8_param_gather=true"], ["fp8_param_gather: set", "fp8_recipe=none"]),
         (["megatron.fp8=hybrid"], ["megatron.fp8: 'hybrid'", "precision.fp8_recipe"]),
         ([TENSORWISE, "megatron.fp8_recipe=delayed"], ["megatron.fp8_recipe: 'delayed'", "precision.fp8_recipe"]),
         ([TENSORWISE, "precision.dtype=fp32"], ["precision.dtype: fp32", "bf16"]),

@@ -119,7 +119,7 @@ def test_fields_that_do_not_pass_are_refused(field: str) -> None:
         (("megatron.recompute_modules=[mlp]",), ("only megatron.recompute_granularity='selective' reads it",)),
         (
             ("megatron.recompute_granularity=selective", "megatron.recompute_modules=[nonsense]"),
-            ("it is a list of core_attn",),
+            ("it takes a list of core_attn",),
         ),
         (("megatron.account_for_loss_in_pipeline_split=true",), ("there is one pipeline stage",)),
         ((PP2, "megatron.pipeline_model_parallel_layout='Et*6|t*5L'"), ("it has 11 layers (t)", "num_layers=12")),

@@ -36,7 +36,7 @@ def refused(capsys, arguments, output) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokenizer", "train:lots"], "'lots' is no vocabulary size"),
+        (["--tokenizer", "train:lots"], "'lots' is not a vocabulary size"),
         (["--tokenizer", "train:100"], "train:100: too small"),
         (["--tokenizer", "missing.json"], "missing.json: no such tokenizer file"),
         (["--text-key", "body"], "in.jsonl:1: no text under key 'body' (keys: id, text)"),

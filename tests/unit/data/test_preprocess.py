@@ -316,7 +316,7 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_with(text_directory, tmp_pat
     options = PreprocessOptions(str(text_directory), "train:300", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match=r"out: No space left on device; mend that and run the same command again"):
+        with pytest.raises(DataError, match=r"out: No space left on device; fix that and run the same command again"):
             preprocess(options)
     preprocess(options)
     assert len(decode(tmp_path / "out", "train")) == 12

@@ -106,7 +106,7 @@ def test_stdlib_is_real_text_and_the_same_each_time():
         ("a.jsonl", b'["x"]\n', r"a.jsonl: item 1: a str, not an object"),
         ("a.json", b'[{"text": "x"}, {"text": ]', r"a.json: item 2: not JSON"),
         ("a.json", b'[{"text": "x"}', r"a.json: item 1: not JSON"),
-        ("a.json", b'[{"text": "x"}] [', r"a.json: '\[' behind its array"),
+        ("a.json", b'[{"text": "x"}] [', r"a.json: '\[' after its array"),
         ("a.json", b'{\n"text": "x"}', r"a.json:1: not JSON"),
         ("a.jsonl", b'{"text": null}\n', r"a.jsonl:1: null under key 'text', not text; remove the record"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: a number under key 'text', not text; name another"),

@@ -114,7 +114,7 @@ def _letters():
         (
             "mine.tiktoken",
             b"",
-            "mine.tiktoken: the name tells no known encoding; begin it with the one that it is: gpt2",
+            "mine.tiktoken: the name does not tell the encoding; begin it with one of gpt2",
         ),
         ("gpt2.tiktoken", b"AA== 0\nxx\n", r"gpt2.tiktoken:2: not `base64 rank`"),
         ("gpt2.tiktoken", b"AA== zero\n", r"gpt2.tiktoken:1: not `base64 rank`"),

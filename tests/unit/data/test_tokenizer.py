@@ -104,7 +104,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
 
 
 def test_a_vocabulary_too_small_for_bytes_is_refused():
-    with pytest.raises(DataError, match=r"train:256: too small; 257 is the least"):
+    with pytest.raises(DataError, match=r"train:256: too small; at least 257 are needed"):
         train_tokenizer(TRAINING, 256)
 
 

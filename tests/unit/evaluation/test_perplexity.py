@@ -125,7 +125,7 @@ def test_nan_weights_are_an_error_not_a_result(model: LlamaForCausalLM) -> None:
         broken.model.embed_tokens.weight[17] = math.nan
     tokens = torch.full((40,), 5)
     tokens[20] = 17
-    with pytest.raises(CheckpointError, match="tokens 17 to 24 is not finite"):
+    with pytest.raises(CheckpointError, match="tokens 17 to 24 is non-finite"):
         perplexity(broken, tokens, seq_length=8)
 
 

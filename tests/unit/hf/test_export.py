@@ -131,7 +131,7 @@ def test_an_empty_directory_is_filled_and_a_model_directory_overwritten_when_ask
 
 def test_only_model_directories_are_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConversionError, match="no model directory to overwrite"):
+    with pytest.raises(ConversionError, match="not a model directory to overwrite"):
         export(tiny(), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 

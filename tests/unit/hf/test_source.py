@@ -149,7 +149,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (rewrite(lambda tensors: tensors.pop(NORM)), f"lacks layer 1: {NORM}"),
     "unknown tensor": (rewrite(lambda tensors: tensors.update(extra=torch.ones(1))), "has extra"),
     "wrong shape": (rewrite(lambda tensors: tensors.update({NORM: torch.ones(31)})), rf"{NORM}: shape \[31\]"),
-    "not finite": (rewrite(lambda tensors: tensors[NORM].fill_(float("inf"))), f"{NORM} holds NaN or infinity"),
+    "non-finite": (rewrite(lambda tensors: tensors[NORM].fill_(float("inf"))), f"{NORM} holds NaN or infinity"),
     "quantised": (rewrite(lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int8)})), "dequantise"),
 }
 

@@ -88,7 +88,7 @@ CLAIM: dict[str, Any] = {"text": "so", "metric": "loss"}
         ({"grid": [{**AXIS, "values": [2, 2]}]}, "a value is given twice"),
         ({"grid": [{"name": "a/b", "cells": {"x": {}}}]}, "'a/b' names folders"),
         ({"grid": [{"name": "a", "cells": {"x y": {}}}]}, "'x y' names folders"),
-        ({"grid": [{"name": "a", "cells": {"x": 3}}]}, "x: 3 is no set of changes"),
+        ({"grid": [{"name": "a", "cells": {"x": 3}}]}, "x: 3 is not a set of changes"),
         ({"grid": [{"name": "a", "cells": {"x": {"model.depth": 3}}}]}, "cell a=x: .*unknown key 'model.depth'"),
         ({"grid": [{**AXIS, "values": [0]}]}, "cell depth=0: model.num_layers: 0 is below 1"),
         ({"grid": [{**AXIS, "key": "model.num_layer"}]}, "did you mean 'model.num_layers'"),
@@ -97,7 +97,7 @@ CLAIM: dict[str, Any] = {"text": "so", "metric": "loss"}
         ({"budget": {"reference": {"depth": "3"}}}, r"budget.reference: depth=3 is not in the grid \(depth: 2|4"),
         ({"claims": [CLAIM]}, r"claims\[0\]: give higher and lower, or one of"),
         ({"claims": [{**CLAIM, "higher": {"depth": "2"}}]}, r"claims\[0\]: give higher and lower"),
-        ({"claims": [{**CLAIM, "rises_along": "width"}]}, r"claims\[0\]: 'width' is no axis"),
+        ({"claims": [{**CLAIM, "rises_along": "width"}]}, r"claims\[0\]: 'width' is not an axis"),
         (
             {"claims": [{**CLAIM, "higher": {"depth": "2"}, "lower": {"depth": "9"}}]},
             r"claims\[0\].lower: depth=9 is not in the grid",
@@ -118,6 +118,6 @@ def test_a_mistake_is_one_line(keys: dict[str, Any], message: str, write_study: 
 
 
 def test_an_unknown_cell_is_told_the_others(small_study: Study) -> None:
-    with pytest.raises(ConfigError, match=r"--cell x: no such cell; one of depth=2,decay=none,seed=1"):
+    with pytest.raises(ConfigError, match=r"--cell x: no such cell; choose one of depth=2,decay=none,seed=1"):
         small_study.cell("x")
     assert small_study.cell("depth=4,decay=some,seed=3") is small_study.cells[-1]
