@@ -44,7 +44,7 @@ class TaskEvaluation:
     ) -> None:
         self._section, self._evaluate, self._saver, self._watchdog = section, evaluate, saver, watchdog
         if section.interval:
-            # A group of its own, so that waiting is bounded neither by the other groups' time limit nor by a GPU's queue;
+            # A group of its own: waiting is bounded neither by the other groups' time limit nor by a GPU's queue;
             # `evaluation.timeout_s` bounds the evaluation itself.
             self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
 

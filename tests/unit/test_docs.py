@@ -34,10 +34,10 @@ PHRASES = {
     r"\b(?:go|goes|went|going) on\b(?! the\b)": "resume, continue",
     r"(?<!here )\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|better\b)": "is not a",
     r"\bnot finite\b": "non-finite",
-    r'(?:[.:;?!] |"""|\| |- )Of (?!course\b)': "a sentence that begins with its subject",
-    r"\b(?:lines?|files?|rows?|CSV|pictures?|jobs?|values?|scales?|gates?|seeds?|objects?|maps?|bars?|times|operations|"
-    r"tokens|bytes|experts) a (?:second|step|rank|layer|token(?! uses)|tensor|table|row|score|model|block|expert|channel|"
-    r"metric|place|cell|column|value|process|node|family|line|parameter|head)\b": "per",
+    r'(?:[.:;?!] |"""|\| |- )Of (?!course\b)': "the subject first",
+    r"\b(?:lines?|files?|rows?|CSV|pictures?|jobs?|values?|scales?|gates?|seeds?|objects?|maps?|bars?|times|"
+    r"operations|tokens|bytes|experts) a (?:second|step|rank|layer|token(?! uses)|tensor|table|row|score|model|"
+    r"block|expert|channel|metric|place|cell|column|value|process|node|family|line|parameter|head)\b": "per",
     r"\bfor ever\b": "forever",
     r"\banew\b": "again, afresh",
     r"\b[Mm]end(?:s|ed|ing)?\b": "fix",
