@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sparsecod_megatron.backend.cpu import apply_redirections
 from sparsecod_megatron.cli import main as cli
 from sparsecod_megatron.config import data_parallel_size, load_config
+from sparsecod_megatron.config.megatron_fields import FIELDS_PASSED, KEYS_OF_FIELDS
+from sparsecod_megatron.config.megatron_refused import REFUSALS
+from sparsecod_megatron.config.schema import RunConfig
+from sparsecod_megatron.config.typed import known_keys
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies import load_study
 from tests.dist.layouts import LAYOUTS
@@ -70,7 +76,7 @@ def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
 
 
 @pages_with("yaml")
@@ -201,6 +207,43 @@ def test_refused(row: list[str]) -> None:
     model = "nano_moe" if kind.startswith("experts") else "nano_dense"
     with pytest.raises(ConfigError, match="; "):
         data_parallel_size(load_config(ROOT / f"examples/configs/{model}.yaml", code.split()), int(row[1]))
+
+
+def test_index_links_every_page() -> None:
+    links = set(re.findall(r"\]\(([\w/-]+\.md)", (DOCS / "index.md").read_text()))
+    assert links == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"index.md"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("emerging_optimizers") is not None, reason="replaces less with it")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is for machines without CUDA")
+def test_readme_counts_what_a_cpu_process_replaces() -> None:
+    """Without what this process imported before the backend was chosen."""
+    replaced = [each for each in apply_redirections() if each.reason != "compiles at its first call"]
+    assert f"replaces {len(replaced)} attributes" in " ".join((ROOT / "README.md").read_text().split())
+
+
+KNOWN_KEYS = {*known_keys(RunConfig), *(f"megatron.{field}" for field in FIELDS_PASSED)}
+
+
+@pytest.mark.parametrize("row", table("MEGATRON_FLAGS.md", "The same name"), ids=lambda row: row[0])
+def test_flags_of_the_same_name(row: list[str]) -> None:
+    fields = [flag.replace("-", "_") for flag in re.findall(r"`--([\w-]+)`", row[1])]
+    keys = {field: f"{row[0].strip('`')}.{field}" for field in fields}
+    assert fields and not [key for key in keys.values() if key not in KNOWN_KEYS]
+    assert not [field for field, key in keys.items() if KEYS_OF_FIELDS.get(field, key) != key]
+
+
+@pytest.mark.parametrize("row", table("MEGATRON_FLAGS.md", "Another name"), ids=lambda row: row[0])
+def test_flags_of_another_name(row: list[str]) -> None:
+    keys = re.findall(r"`([\w.]+)`", row[1])
+    assert keys and not set(keys) - KNOWN_KEYS
+    for flag in re.findall(r"`--([\w-]+)`", row[0]):
+        assert KEYS_OF_FIELDS.get(flag.replace("-", "_"), keys[0]) in keys
+
+
+def test_flags_without_a_key_are_refused() -> None:
+    named = {field for row in table("MEGATRON_FLAGS.md", "Not here") for field in re.findall(r"`(\w+)`", row[1])}
+    assert named and not named - {field for fields in REFUSALS.values() for field in fields}
 
 
 # ---------------------------------------------------------------- the site
