@@ -33,7 +33,7 @@ NORM_NAMES = {
 }
 """Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
 OPTIMIZER_PREFIX = "optimizer.state.{}."
-"""Before the key of a parameter, for what the optimizer keeps of it."""
+"""Prefix of a parameter's key, for what the optimizer keeps of it."""
 STACKED_EXPERTS, EXPERT = "mlp.experts.experts.", "mlp.experts.local_experts.{}."
 
 
@@ -123,6 +123,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         stacked = len(place.index)
         shape = tuple(entry.size)[stacked:]
         pieces = self._pieces.get(place, [])
+        # The usual case: one piece per layer and expert, with leading axes of length 1, which stays mapped.
         if len(pieces) == 1:
             return self._read(pieces[0]).reshape(shape)
         whole, filled = torch.empty(shape, dtype=entry.properties.dtype), 0
@@ -134,6 +135,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
             )
             whole[where] = tensor
             filled += tensor.numel()
+        # No element is stored twice, so the sizes of the pieces add up to the whole unless one is absent.
         if filled != whole.numel():
             raise DamagedCheckpoint(f"{self._step_dir}: {place.key} is incomplete; choose another step")
         return whole
@@ -145,10 +147,11 @@ class CheckpointTensors(Mapping[str, Tensor]):
         return len(self.places)
 
     def _pieces_by_place(self) -> dict[Place, list[MetadataIndex]]:
-        """Pieces of each place; Megatron-Core writes one layer and one expert a piece."""
+        """Pieces of each place; Megatron-Core writes one layer and one expert per piece."""
         depth = {place.key: len(place.index) for place in self.places.values()}
         pieces: dict[Place, list[MetadataIndex]] = {}
         for index in self._metadata.storage_data:
+            # Objects (FP8 scales) have no offset; they are not tensors.
             if index.fqn in depth and index.offset is not None:
                 place = Place(index.fqn, tuple(index.offset[: depth[index.fqn]]))
                 pieces.setdefault(place, []).append(index)
@@ -188,6 +191,7 @@ def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
             yield key.removeprefix(prefix), Place(key, ())
             continue
         numbered, rest = found.groups()
+        # Layers with the same parameters are stacked under one key; where layers differ, each has its own.
         layers = range(entry.size[0]) if numbered is None else [int(numbered)]
         for layer in layers:
             above = (layer,) if numbered is None else ()

@@ -10,15 +10,18 @@ from collections.abc import Iterator
 
 from sparsecod_megatron.config.blend import blend_problems
 from sparsecod_megatron.config.check_batch import division_problems, ramp_problems
-from sparsecod_megatron.config.check_faults import fault_problems
 from sparsecod_megatron.config.check_layout import layout_problems
 from sparsecod_megatron.config.check_megatron import megatron_problems
 from sparsecod_megatron.config.check_model import model_problems
-from sparsecod_megatron.config.check_optimizer import optimizer_problems
 from sparsecod_megatron.config.check_precision import precision_problems
 from sparsecod_megatron.config.fields import bound_problems, indivisible
 from sparsecod_megatron.config.schema import CheckpointConfig, ProfileConfig, RunConfig
 from sparsecod_megatron.errors import ConfigError
+
+MIN_WINDOW = 8
+"""Below this many values a median absolute deviation is mostly chance."""
+_MUON_COEFFICIENTS = 5
+"""Length of the cycle of Newton-Schulz coefficients that Megatron-Core's Muon goes through."""
 
 
 def check_config(config: RunConfig) -> None:
@@ -71,9 +74,9 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from precision_problems(config)
     yield from _schedule_problems(config)
     yield from ramp_problems(config)
-    yield from optimizer_problems(config)
+    yield from _optimizer_problems(config)
     yield from _run_problems(config)
-    yield from fault_problems(config)
+    yield from _fault_problems(config)
     yield from _checkpoint_problems(config.checkpoint)
     yield from _profile_problems(config.profile)
 
@@ -120,3 +123,30 @@ def _profile_problems(section: ProfileConfig) -> Iterator[str]:
             yield f"profile.{name}: true, but profile.steps traces none; give [first, last]"
     if steps and not (section.ranks and min(section.ranks) >= 0):
         yield f"profile.ranks: {section.ranks} names no process; give some, from 0"
+
+
+def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each setting that Muon cannot be run with."""
+    section = config.optimizer
+    if section.optimizer != "muon":
+        return
+    if section.muon_num_ns_steps % _MUON_COEFFICIENTS:
+        key = "optimizer.muon_num_ns_steps"
+        yield f"{key}: {section.muon_num_ns_steps} is not a multiple of {_MUON_COEFFICIENTS}; use that or a multiple"
+    if config.model.mup_base_hidden_size is not None:
+        key = f"model.mup_base_hidden_size: {config.model.mup_base_hidden_size}"
+        yield f"{key}, but its learning rates are AdamW's; remove it or set optimizer.optimizer=adam"
+
+
+def _fault_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each policy for spikes and divergence that could never act."""
+    train = config.train
+    if 0 < train.spike_window < MIN_WINDOW:
+        yield f"train.spike_window: {train.spike_window} steps are too few; use at least {MIN_WINDOW}, or 0"
+    if train.spike_skip and train.spike_window == 0:
+        yield "train.spike_skip: true, but train.spike_window=0 looks for none; set a window, or spike_skip=false"
+    if train.on_divergence == "rollback" and config.checkpoint.save_interval == 0:
+        yield (
+            "train.on_divergence: 'rollback' has no checkpoint to go back to under checkpoint.save_interval=0; "
+            "set an interval, or on_divergence=skip"
+        )

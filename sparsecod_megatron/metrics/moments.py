@@ -32,16 +32,16 @@ from sparsecod_megatron.metrics.hooks import observing
 SHAPED_PLACES = ("out", "attn", "mlp")
 SHAPES = ("skew", "kurt", "outlier_frac", "top_mass")
 SPREAD = SHAPES[:2]
-"""Those whose standard deviation over tokens is kept too; first, so that one slice squares them."""
+"""Shapes whose standard deviation over tokens is kept too; they come first, so that one slice squares them."""
 
 TOP_CHANNELS = 10
 OUTLIER_STD = 3.0
 CONSTANT_STD = 16.0
 """Standard deviations below this many rounding steps of the token's mean are rounding: the token counts as constant."""
 CHUNK_ELEMENTS = 1 << 19
-"""On a CPU, so many elements at a time: fewer stay in the cache, more spare calls."""
+"""Elements of a chunk on a CPU: fewer stay in the cache, more save calls."""
 SORTED_CHANNELS = 512
-"""On a CPU, so many channels are sorted faster than their largest are selected."""
+"""Channels up to which sorting them on a CPU is faster than selecting the largest."""
 
 TokenFunction = Callable[..., Tensor]
 """[tokens, channels] tensors → [statistics, tokens]."""
@@ -65,6 +65,7 @@ class MomentsGroup:
 
     def __init__(self, models: Sequence[GPTModel]) -> None:
         self.models = list(models)
+        # Compiled at the first use, once per function: a run that never collects moments does not wait for a compiler.
         self._compiled = functools.cache(functools.partial(torch.compile, fullgraph=True))
 
     @contextlib.contextmanager
@@ -80,6 +81,7 @@ class MomentsGroup:
             if place not in SHAPED_PLACES:
                 return
             if not room and not x.is_cuda:
+                # Once for the whole step: the compiled kernels of CUDA need none.
                 room.append(temporaries(x))
             shapes = self._per_token(token_shapes, x, room=room)
             self._add_shapes(sums, layer, place, shapes)
@@ -93,6 +95,7 @@ class MomentsGroup:
     def statistics(self, means: dict[str, float]) -> Statistics:
         """One layer's statistics."""
         plain = {name: means[name] for name in self.names if not name.endswith("_square")}
+        # Clamped, because rounding can take the difference of two nearly equal numbers below zero.
         spreads = {
             f"{name}_std": math.sqrt(max(means[f"{name}_square"] - means[name] ** 2, 0.0))
             for name in (f"{place}_{shape}" for place in SHAPED_PLACES for shape in SPREAD)
@@ -151,6 +154,7 @@ def token_shapes(x: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, N
     tiny, epsilon = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
     room_of_squares, room_of_z = room
     squares = torch.mul(x, x, out=room_of_squares)
+    # Reorders the squares of a token on a CPU; only their sum is needed below.
     largest = _largest(squares, min(TOP_CHANNELS, channels))
     top_mass = (largest.sum(dim=-1) / squares.sum(dim=-1).clamp_min(tiny)).sqrt()
     peak = largest.amax(dim=-1).sqrt()
@@ -159,11 +163,14 @@ def token_shapes(x: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, N
     z = torch.sub(x, mean, out=room_of_z)
     std = torch.linalg.vector_norm(z, dim=-1, keepdim=True) / math.sqrt(channels)
     has_shape = std > (CONSTANT_STD * epsilon * mean.abs()).clamp_min(tiny)
+    # Where `std` is 0, the infinite 1 / std is not chosen, and the token becomes zeros: it counts 0 in every shape.
     z *= torch.where(has_shape, 1 / std, 0.0)
     squares = torch.mul(z, z, out=squares)
+    # Σ z⁴ as the norm of z², which needs no third temporary.
     kurt = torch.linalg.vector_norm(squares, dim=-1).square() / channels
     # E[z³ − 3z] is E[z³] where E[z] = 0, and unlike it does not feel, to first order, the rounding of the mean.
     skew = z.mul_(squares.sub_(3.0)).mean(dim=-1)
+    # `squares` holds z² − 3 by now, so the limit is shifted too; `gt_` leaves 0 and 1 in their place.
     outlier_frac = squares.gt_(OUTLIER_STD**2 - 3.0).mean(dim=-1)
     return torch.stack([skew, kurt, outlier_frac, top_mass, peak])
 

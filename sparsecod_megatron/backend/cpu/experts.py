@@ -23,6 +23,7 @@ from sparsecod_megatron.backend import choice
 from sparsecod_megatron.backend.cpu import products
 from sparsecod_megatron.backend.cpu.linear import weight_gradient
 
+# Upstream's own, taken before the redirections replace them.
 _upstream = SequentialMLP.forward
 _sort_chunks = token_dispatcher.sort_chunks_by_idxs
 
@@ -65,6 +66,7 @@ def windows(counts: list[int], rounded: bool) -> Iterator[Window]:
     total, first = sum(counts), 0
     for count in counts:
         size = min(products.repeated_size(count), total) if rounded else count
+        # Near the end a window reaches back over earlier neighbours, instead of past the last row.
         start = min(first, total - size)
         inner = slice(first - start, first - start + count)
         yield Window(slice(first, first + count), slice(start, start + size), inner)
@@ -96,9 +98,11 @@ class SwiGLUExperts(torch.autograd.Function):
             gate, up = gate_up.chunk(2, dim=-1)
             activated = F.silu(gate).mul_(up).mul_(window.mask(probabilities))
             window.write(output, products.output, activated, exit_, by_onednn=by_onednn)
+            # The activation is computed again in the backward pass: it is cheap, and would be half as large again.
             entered.append(gate_up)
         ctx.save_for_backward(x, probabilities, *weights, *entered)
         ctx.counts, ctx.by_onednn, ctx.rounded = counts, by_onednn, rounded
+        # Not saved with the tensors: they change in place between forward and backward.
         ctx.main_grads = [getattr(weight, "main_grad", None) if fuse else None for weight in weights]
         return output
 
@@ -116,6 +120,7 @@ class SwiGLUExperts(torch.autograd.Function):
             silu = F.silu(gate)
             plain = silu * up
             grad_plain = products.input_gradient(grad[window.around], weights[exit_], ctx.by_onednn)
+            # Before the mask: the output is probability · (W2 · plain), whose derivative is W2 · plain without it.
             grad_probabilities[window.rows] = torch.linalg.vecdot(grad_plain, plain)[window.inner]
             grad_plain.mul_(mask)
             grad_gate_up = torch.empty_like(gate_up)
@@ -123,6 +128,7 @@ class SwiGLUExperts(torch.autograd.Function):
             torch.mul(grad_plain, silu, out=grad_up)
             torch.mul(torch.ops.aten.silu_backward(grad_plain, gate), up, out=grad_gate)
             window.write(grad_x, products.input_gradient, grad_gate_up, weights[entry], by_onednn=ctx.by_onednn)
+            # Neighbours' rows are zero in `grad_gate_up` and in the masked `plain`, so they add nothing to a gradient.
             pairs = ((entry, grad_gate_up, x[window.around]), (exit_, grad[window.around], plain.mul_(mask)))
             for index, grad_output, operand in pairs:
                 main_grad = ctx.main_grads[index]
@@ -133,6 +139,7 @@ class SwiGLUExperts(torch.autograd.Function):
 def _by_onednn(x: Tensor) -> tuple[bool, bool]:
     """(whether products are oneDNN's, whether rows are rounded up)."""
     made = choice.in_use()
+    # In bf16 torch multiplies by oneDNN anyway, so only the rounding of rows is left to choose.
     is_fp32 = x.dtype == torch.float32
     return is_fp32 and made.experts, made.experts if is_fp32 else made.bf16_rows
 
@@ -168,7 +175,7 @@ def _announce(linears: list[torch.nn.Module]) -> None:
 def _has_plain_swiglu(experts: SequentialMLP) -> bool:
     config = experts.config
     return (
-        config.bias_activation_fusion
+        config.bias_activation_fusion  # false is how a user asks for Megatron-Core's loop
         and config.gated_linear_unit
         and config.activation_func is F.silu
         and not config.add_bias_linear
@@ -184,6 +191,7 @@ def sort_chunks(
 
     Source: Megatron-Core transformer/moe/moe_utils.py, `sort_chunks_by_idxs`.
     """
+    # A comparison of a few integers, where upstream would split and concatenate all rows.
     if torch.equal(sorted_idxs, torch.arange(len(sorted_idxs))):
         return input, probs
     return _sort_chunks(input, split_sizes, sorted_idxs, probs, fused)
