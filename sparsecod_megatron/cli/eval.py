@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="DIR",
-        help="HuggingFace directories, or training runs or step directories, which are exported for the while",
+        help="HuggingFace directories, training runs or step directories; the latter two are exported temporarily",
     )
     what = parser.add_argument_group("what to run (default: --tasks paper)")
     what.add_argument(
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, metavar="N", help="trial run: the first N questions of each task, N windows of text"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a forward pass (default 8)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass (default 8)")
     parser.add_argument(
         "--nproc",
         type=int,
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser)
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of bootstrap, few-shot and continuation task (default 0)"
+        "--seed", type=int, default=0, metavar="S", help="seed of bootstrap, few-shot and continuation task (default 0)"
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="results.json and results.md (default, of one model: DIR/eval)"
@@ -96,7 +96,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
     """Names of the tasks to run; the paper's, where nothing else was asked for."""
     tasks = names(args.tasks)
     if args.tasks is not None and not tasks:
-        raise ConfigError(f"--tasks {args.tasks!r}: names no task; give some, or leave it out for the paper's")
+        raise ConfigError(f"--tasks {args.tasks!r}: names no task; give at least one, or leave it out for the paper's")
     if not (tasks or args.perplexity or args.continuation_task):
         from sparsecod_megatron.evaluation.paper_tasks import PAPER
 
@@ -139,7 +139,7 @@ def _evaluate(args: argparse.Namespace, tasks: list[str], processes: Processes) 
 
 
 def _settings(args: argparse.Namespace, tasks: list[str], output: Path) -> dict[str, Any]:
-    """What was run, without what changes no number."""
+    """What was run, without settings that do not affect the numbers."""
     from sparsecod_megatron.models.loading import usable_device
 
     given = {name: value for name, value in vars(args).items() if name not in ("nproc", "command_line")}
@@ -179,7 +179,7 @@ def _measure(
     loaded: LoadedTasks | None,
     processes: Processes,
 ) -> ModelResult:
-    """Everything that was asked for, of one model."""
+    """Everything that was asked for, for one model."""
     from sparsecod_megatron.evaluation.harness import run_tasks
     from sparsecod_megatron.evaluation.perplexity import summary
     from sparsecod_megatron.evaluation.result import ModelResult

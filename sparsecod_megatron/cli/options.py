@@ -14,13 +14,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of weights and computation (default float32)",
+        help="number format of weights and computation (default float32)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="of a training run: do not compare the exported model's logits with Megatron's",
+        help="for a training run: do not compare the exported model's logits with Megatron's",
     )
 
 
@@ -37,7 +37,7 @@ def check_at_least(args: argparse.Namespace, **minimums: int) -> None:
         **minimums: smallest value by option, `seq_length` for `--seq-length`.
 
     Raises:
-        ConfigError: one line about the first that is below, or not a number.
+        ConfigError: one line about the first that is below its minimum or is NaN.
     """
     for name, minimum in minimums.items():
         value = getattr(args, name)
@@ -49,7 +49,7 @@ def check_above_zero(args: argparse.Namespace, name: str) -> None:
     """Check an option that holds a size.
 
     Raises:
-        ConfigError: it is not above 0, or not finite.
+        ConfigError: it is not above 0, or non-finite.
     """
     value = getattr(args, name)
     if not 0 < value < math.inf:

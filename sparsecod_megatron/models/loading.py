@@ -1,4 +1,4 @@
-"""Loading a HuggingFace model directory, refusing whatever transformers would otherwise repair in silence."""
+"""Loading a HuggingFace model directory, refusing whatever transformers would otherwise repair silently."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def usable_device(asked: str | None) -> str:
     """Where to compute: what was asked for, or cuda where there is one; of several GPUs each process takes its own.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none.
+        ConfigError: `cuda` on a machine without it.
     """
     if not torch.cuda.is_available():
         if asked == "cuda":

@@ -96,7 +96,7 @@ def open_model(
     round_inputs: bool = True,
     processes: Processes | None = None,
 ) -> Opened:
-    """Find a model, make it a HuggingFace directory where it is none, and read its tokenizer. Collective.
+    """Find a model, make it a HuggingFace directory where it is not one, and read its tokenizer. Collective.
 
     Args:
         path: a training run, one of its step directories, a HuggingFace directory, or one of `sparsecod compress`.
@@ -110,7 +110,7 @@ def open_model(
     Raises:
         CheckpointError: neither a model nor a checkpoint, or no tokenizer.
         ConversionError: a checkpoint that HuggingFace cannot express, or whose files compute something else.
-        ConfigError: `cuda` where there is none.
+        ConfigError: `cuda` on a machine without it.
     """
     processes = processes or Processes()
     device = usable_device(device)
