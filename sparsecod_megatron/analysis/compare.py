@@ -20,7 +20,7 @@ class Difference:
 
     Attributes:
         score: name of the score.
-        name: of its per-sequence number.
+        name: name of its per-sequence number.
         first: mean in the first model.
         second: mean in the second.
         difference: second − first.

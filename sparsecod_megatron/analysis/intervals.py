@@ -65,7 +65,7 @@ def bootstrap(
     Args:
         statistic: from weights [resamples, sequences], how often each sequence counts, to values [resamples, ...].
         num_sequences: sequences of the sample.
-        seed: of the draws; the same seed draws the same sequences for every statistic, so differences are paired.
+        seed: seed of the draws; the same seed draws the same sequences for every statistic, so differences are paired.
         num_resamples: draws; fewer for a statistic that is costly.
     """
     value = statistic(np.ones((1, num_sequences)))[0]
@@ -88,7 +88,7 @@ def ratio_of_sums(numerator: Array, denominator: Array, *, seed: int) -> Estimat
     Args:
         numerator: [sequences, ...].
         denominator: [sequences, ...], the same shape or one that broadcasts to it.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         [...]; NaN where the denominator is zero.
@@ -114,7 +114,7 @@ def wilson(successes: int, trials: int) -> Interval:
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
 
     Args:
-        successes: of `trials`.
+        successes: number among `trials`.
         trials: at least one.
     """
     share = successes / trials

@@ -21,7 +21,7 @@ class TokenJacobians:
 
     Attributes:
         deviation: ‖J−I‖_F/√d.
-        deviation_variance: of that estimate; zero where it is exact.
+        deviation_variance: variance of that estimate; zero where it is exact.
         diagonal_mean: over channels.
         diagonal_std: over channels; None where only estimated, as are the two below.
         off_diagonal: share of ‖J‖²_F outside the diagonal.

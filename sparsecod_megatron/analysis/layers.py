@@ -24,7 +24,7 @@ class Layers:
     """Where a model keeps its depth.
 
     Attributes:
-        name: of the block list inside the model, such as `model.layers`.
+        name: name of the block list inside the model, such as `model.layers`.
         blocks: [L] the residual blocks; entries may be swapped while a score runs.
         embed: token ids → `h_0`, before whatever the model adds or scales.
         final_norm: the module that takes the last block's output, or None where it goes straight to the head.

@@ -61,7 +61,7 @@ class Replay:
 
     Args:
         model: in evaluation mode.
-        layers: of that model.
+        layers: layers of that model.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Layers) -> None:

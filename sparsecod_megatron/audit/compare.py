@@ -21,10 +21,10 @@ class Tolerance:
     """Largest relative differences of two rows that compute the same; `inf` does not judge.
 
     Attributes:
-        loss: of a step's loss.
-        grad_norm: of a step's gradient norm.
+        loss: limit on a step's loss.
+        grad_norm: limit on a step's gradient norm.
         gradients: ‖a − b‖ / ‖b‖ of one tensor's gradient.
-        statistics: of a layer statistic, over the largest of its name in any layer.
+        statistics: limit on a layer statistic, over the largest of its name in any layer.
         state: ‖a − b‖ / ‖b‖ of one tensor of weights or one buffer, in the middle and at the end.
     """
 
@@ -151,7 +151,7 @@ class _Difference:
         section: field of `Verdict` and `Tolerance`.
         what: in words.
         size: relative.
-        kind: of a gradient.
+        kind: the gradient's kind of tensor.
         scale: how many times the tolerance is allowed.
     """
 

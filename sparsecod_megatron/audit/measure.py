@@ -34,7 +34,7 @@ def measure(row: Row, small: RunConfig, backend: Backend, checkpoints: Path) -> 
 
     Args:
         row: what to do.
-        small: of `small_run`.
+        small: from `small_run`.
         backend: the selected backend.
         checkpoints: folder of a checkpoint, the same on all processes.
 

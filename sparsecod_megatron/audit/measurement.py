@@ -14,7 +14,7 @@ class Measurement:
 
     Attributes:
         losses: nats per token, by step.
-        grad_norms: of the whole gradient before clipping, by step.
+        grad_norms: norms of the whole gradient before clipping, by step.
         statistics: by step and layer.
         gradients: name in the whole model → reduced gradient before clipping, fp32, by step.
         states: steps done → name in the whole model → weights, their fp32 masters, and buffers; at the end, and in the

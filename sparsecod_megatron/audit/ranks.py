@@ -37,7 +37,7 @@ class Processes:
 
     Attributes:
         store: through which they find and tell each other.
-        rank: of this one.
+        rank: rank of this process.
         size: number of them.
     """
 
@@ -62,7 +62,7 @@ def audit_rows(
     Args:
         processes: as many as the largest row needs, or more.
         rows: references before what is compared with them, by number of processes.
-        small: of `small_run`.
+        small: from `small_run`.
         backend: the selected backend.
         folder: for checkpoints, the same on all processes.
 

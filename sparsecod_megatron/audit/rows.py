@@ -42,7 +42,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        layout: of the processes.
+        layout: layout of the processes.
         mechanism: one of `MECHANISMS`.
         precision: `fp32`, or the run's own.
         against: name of the row it must equal; None for a reference.
@@ -100,7 +100,7 @@ def plan_rows(small: RunConfig, *, nproc: int, only: list[str] | None = None) ->
     """The rows of a small run. Local.
 
     Args:
-        small: of `small_run`.
+        small: from `small_run`.
         nproc: most processes of a row.
         only: patterns of the names of rows to keep; rows that these are compared with stay.
 

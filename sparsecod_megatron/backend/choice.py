@@ -43,8 +43,8 @@ class Choice:
 
     Attributes:
         output: x · weightᵀ of linear layers, fp32.
-        input_gradient: of linear layers, fp32.
-        weight_gradient: of linear layers, fp32.
+        input_gradient: input gradients of linear layers, fp32.
+        weight_gradient: weight gradients of linear layers, fp32.
         experts: all three of one expert, fp32, with rows rounded up to sizes that come back: oneDNN generates code
             for every new shape.
         bf16_rows: the same rounding in bf16, where torch's own products may be oneDNN's.

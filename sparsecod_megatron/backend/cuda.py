@@ -32,7 +32,7 @@ def prepare(local_rank: int) -> torch.device:
     """
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"LOCAL_RANK: {local_rank}, but this node shows {torch.cuda.device_count()} GPUs; start at most one "
+            f"LOCAL_RANK: {local_rank}, but this node has {torch.cuda.device_count()} GPUs; start at most one "
             f"process per GPU"
         )
     torch.cuda.set_device(local_rank)

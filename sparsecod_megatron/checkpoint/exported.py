@@ -34,13 +34,13 @@ def export_checkpoint(
     Args:
         path: a run directory or one of its step directories.
         output: the directory to make.
-        dtype: of the weights.
+        dtype: number format of the weights.
         max_shard_bytes: largest weight file.
         overwrite: replace a model directory that is there.
         digests: hash the checkpoint's files before they are read.
         verify: compare the logits with Megatron-Core's before the directory takes its name, and write what that found
             into it as `parity.json`.
-        seed: of the tokens that are compared.
+        seed: seed of the tokens that are compared.
 
     Returns:
         What was found, or None without `verify`.
@@ -97,7 +97,7 @@ def verify_checkpoint(
         hf_dir: made from it, or what it was made from.
         exported_as: as `verify_directory`.
         seq_length: longest sequence, in tokens.
-        seed: of the random tokens.
+        seed: seed of the random tokens.
 
     Raises:
         CheckpointError: it cannot be read.

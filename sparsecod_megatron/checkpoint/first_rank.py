@@ -38,7 +38,7 @@ def first_problem(problem: str | None) -> str | None:
     """What the first rank with a problem says, on all. Collective over all processes.
 
     Args:
-        problem: of this rank.
+        problem: problem of this rank.
     """
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)

@@ -43,7 +43,7 @@ def verified_digests(optimizer: MegatronOptimizer, sharded: ShardedStateDict) ->
     """Digests of what is about to be written, which is what the ranks step. Collective over all processes.
 
     Args:
-        optimizer: of the models.
+        optimizer: optimizer of the models.
         sharded: what this rank writes of models and optimizer.
 
     Returns:
@@ -75,7 +75,7 @@ def require_own_masters(
         directory: the checkpoint.
         sharded: what was asked for.
         loaded: what came, under the same paths.
-        metadata: of the checkpoint.
+        metadata: metadata of the checkpoint.
 
     Raises:
         CheckpointError: on all ranks; says how to repair it.
@@ -125,7 +125,7 @@ def _unlike_its_master(tensors: Iterable[tuple[Leaf, Tensor]], types: Mapping[st
     """The first of the weights on this rank that is not its master, in words.
 
     Args:
-        tensors: of model and optimizer, each with the leaf that tells its place.
+        tensors: tensors of model and optimizer, each with the leaf that tells its place.
         types: what the checkpoint holds of each key; else what is here.
     """
     weights: dict[Place, Tensor] = {}

@@ -47,7 +47,7 @@ def write_manifest(directory: Path, digests: Mapping[str, str]) -> None:
 
     Args:
         directory: complete but for the manifest.
-        digests: of files that were hashed (and flushed) when they were written.
+        digests: digests of files that were hashed (and flushed) when they were written.
     """
     files = {}
     for path in sorted(directory.iterdir()):

@@ -51,7 +51,7 @@ def sharded_state(
 
     Args:
         models: model chunks of this rank, wrapped or not.
-        optimizer: of the models; None saves the weights alone.
+        optimizer: optimizer of the models; None saves the weights alone.
         groups: the run's process groups.
     """
     gather_weights(models)
@@ -79,7 +79,7 @@ def load_latest(
         candidates: step directories, the preferred one first (`paths.resume_candidates`).
         config: must describe the same model.
         models: model chunks of this rank, wrapped or not.
-        optimizer: of the models.
+        optimizer: optimizer of the models.
         scheduler: learning-rate schedule.
         groups: the run's process groups.
 
@@ -119,7 +119,7 @@ def load_checkpoint(
         directory: a step directory.
         config: must describe the same model.
         models: model chunks of this rank, wrapped or not.
-        optimizer: of the models.
+        optimizer: optimizer of the models.
         scheduler: learning-rate schedule.
         groups: the run's process groups.
 
@@ -128,7 +128,7 @@ def load_checkpoint(
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.
-        CheckpointError: of another model or version, or its optimizer is not of its weights.
+        CheckpointError: it is of another model or version, or its optimizer does not belong to its weights.
     """
     check_files(directory, digests=config.checkpoint.verify)
     saved, theirs = read_state(directory), saved_config(directory)
@@ -167,7 +167,7 @@ def load_weights(
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.
-        CheckpointError: of another version, or with other tensors.
+        CheckpointError: it is of another version, or has other tensors.
     """
     check_files(directory, digests=config.checkpoint.verify)
     read_state(directory)

@@ -25,7 +25,7 @@ def optimizer_tensors(
     """Sharded tensors of each optimizer of the chain. Collective over all processes.
 
     Args:
-        optimizer: of the models that `model_state` describes.
+        optimizer: optimizer of the models that `model_state` describes.
         model_state: their sharded state, which tells the place of each parameter.
         metadata: how the distributed optimizer writes.
         is_loading: whether the tensors are to be filled.
@@ -42,7 +42,7 @@ def set_optimizer_tensors(optimizer: MegatronOptimizer, tensors: dict[int, Any],
     """Put loaded tensors where `optimizer_tensors` took them from. Local.
 
     Args:
-        optimizer: of the same parameters.
+        optimizer: optimizer of the same parameters.
         tensors: by optimizer of the chain.
         optimizer_steps: steps that these tensors have seen.
     """

@@ -55,9 +55,9 @@ class CheckpointSaver:
 
     Args:
         checkpoints: RUN/checkpoints; what crashed saves left there is deleted.
-        config: of the run.
+        config: configuration of the run.
         models: model chunks of this rank, wrapped or not.
-        optimizer: of the models, or None to save weights alone.
+        optimizer: optimizer of the models, or None to save weights alone.
         scheduler: learning-rate schedule, None without an optimizer.
         groups: the run's process groups.
     """
@@ -224,7 +224,7 @@ def save_checkpoint(checkpoints: Path, *, config: RunConfig, state: TrainState, 
 
     Args:
         checkpoints: the run's checkpoints folder.
-        config: of the run.
+        config: configuration of the run.
         state: progress.
         parts: models, optimizer, scheduler and groups, as `CheckpointSaver` takes them.
 

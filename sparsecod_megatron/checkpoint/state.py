@@ -53,9 +53,9 @@ class StateFile:
         train: progress.
         scheduler: Megatron-Core's learning-rate schedule; empty where there was none, and no optimizer: nothing has
             been trained.
-        layout: of the processes that saved it (`layout_of`).
+        layout: layout of the processes that saved it (`layout_of`).
         random_states: by rank.
-        digests: of the optimizer's tensors by parameter (`digests.py`); empty in earlier formats.
+        digests: digests of the optimizer's tensors by parameter (`digests.py`); empty in earlier formats.
         format: version.
     """
 
@@ -81,7 +81,7 @@ def read_state(directory: Path) -> StateFile:
     """Read state.json.
 
     Raises:
-        CheckpointError: of another version.
+        CheckpointError: it is of another version.
         DamagedCheckpoint: absent or damaged.
     """
     path = directory / STATE_FILE

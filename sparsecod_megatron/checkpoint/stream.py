@@ -55,7 +55,7 @@ class StreamedCheckpoint:
     """A checkpoint that is open for reading.
 
     Attributes:
-        config: of the run that made it, as it was saved.
+        config: configuration of the run that made it, as it was saved.
         tensors: every parameter (and router bias) under its name in a single-process GPTModel of the local spec; each
             access reads the tensor from disk.
         step_dir: the checkpoint.
@@ -98,7 +98,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
     Args:
         step_dir: the checkpoint.
         files: closes the files that reading opens.
-        kind: of the optimizer's tensors (`exp_avg`), under their parameter's names; None are the model's own.
+        kind: kind of the optimizer's tensors (`exp_avg`), under their parameter's names; None: the model's own.
 
     Attributes:
         places: by name.

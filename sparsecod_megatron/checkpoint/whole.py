@@ -27,7 +27,7 @@ class WholeModel:
     """One process holding all weights.
 
     Attributes:
-        config: of the run that made the checkpoint, with the layout of one process and fp32 weights.
+        config: configuration of the run that made the checkpoint, with the layout of one process and fp32 weights.
         model: in evaluation mode, on the backend's device.
         step_dir: the checkpoint.
     """

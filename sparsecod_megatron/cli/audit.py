@@ -80,9 +80,9 @@ def _processes(asked: int | None) -> tuple[int, tuple[int, int] | None]:
     if asked is None:
         return max(size for size in SIZES if gpus is None or size <= gpus), capability
     if asked not in SIZES:
-        raise ConfigError(f"--nproc {asked}: layouts are of 1, 2 or 4 processes; give one of these")
+        raise ConfigError(f"--nproc {asked}: layouts use 1, 2 or 4 processes; give one of these")
     if gpus is not None and asked > gpus:
-        raise ConfigError(f"--nproc {asked}: this machine has {gpus} GPUs, and processes share none; give fewer")
+        raise ConfigError(f"--nproc {asked}: this machine has {gpus} GPUs, and processes cannot share one; give fewer")
     return asked, capability
 
 

@@ -95,7 +95,7 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
 
     Args:
         source: the model.
-        config: of the run; its layout does not matter to the checkpoint.
+        config: configuration of the run; its layout does not matter to the checkpoint.
         checkpoints: folder to write the step directory into.
     """
     import torch

@@ -33,7 +33,7 @@ def check_at_least(args: argparse.Namespace, **minimums: int) -> None:
     """Check options that hold numbers; those that are None were not given.
 
     Args:
-        args: of the command.
+        args: the command's arguments.
         **minimums: smallest value by option, `seq_length` for `--seq-length`.
 
     Raises:

@@ -35,8 +35,8 @@ def split_text(
         num_samples: calibration sequences.
         num_held_out: sequences for perplexity.
         seq_length: tokens of a sequence.
-        vocab_size: of the model.
-        seed: of the draw.
+        vocab_size: vocabulary size of the model.
+        seed: seed of the draw.
 
     Raises:
         ConfigError: a count below 1.

@@ -120,7 +120,7 @@ def write_model(compression: Compression, tokenizer: PreTrainedTokenizerBase, so
     """Write what transformers loads, and under quantisation what engines load; ends the use of `simulated`.
 
     Args:
-        compression: of the model in `source`.
+        compression: what a method made of the model in `source`.
         tokenizer: the model's.
         source: directory of the original; its modeling files, where it has any, come along.
         folder: existing directory to fill.

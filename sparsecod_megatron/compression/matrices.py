@@ -21,7 +21,7 @@ class Matrix:
     """One weight of two or more axes; experts in one 3-D parameter are one.
 
     Attributes:
-        name: of the parameter.
+        name: name of the parameter.
         shape: its axes, `[..., out, in]`.
         compressed: whether the method took it.
         reason: why it was left as it was, or empty.

@@ -100,7 +100,7 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     if train.exit_step is not None and train.exit_step > train.train_steps:
         yield f"train.exit_step: {train.exit_step} is after train.train_steps={train.train_steps}; lower or remove it"
     if config.evaluation.interval and not config.evaluation.tasks:
-        yield f"evaluation.tasks: none, but evaluation.interval={config.evaluation.interval}; name some, e.g. [paper]"
+        yield f"evaluation.tasks: none, but evaluation.interval={config.evaluation.interval}; name one, e.g. [paper]"
     if config.data.train is not None and config.data.tokenizer is None:
         yield "data.tokenizer: not set; give the directory that `sparsecod data` wrote beside the token files"
     for name in ("train", "validation"):

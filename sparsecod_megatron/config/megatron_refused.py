@@ -64,7 +64,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "memory_efficient_layer_norm",
         "persist_layer_norm",
     ),
-    "it needs Megatron-LM's own training loop, whose part this trainer does not have": (
+    "it belongs to a part of Megatron-LM's training loop that this trainer does not have": (
         "cuda_graph_impl",
         "cuda_graph_retain_backward_graph",
         "cuda_graph_scope",
@@ -164,7 +164,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "moe_router_padding_for_fp8",
         "moe_router_padding_for_quantization",
     ),
-    "it serves inference": (
+    "it is for inference": (
         "batch_invariant_mode",
         "flash_decode",
         "inference_fuse_tp_communication",

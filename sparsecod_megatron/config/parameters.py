@@ -65,7 +65,7 @@ class ParameterCount:
     Attributes:
         total: all of them, shared ones once.
         active: without the experts that a token does not use.
-        embedding: of the embedding and the output layer, shared ones once.
+        embedding: number in the embedding and the output layer, shared ones once.
         by_kind: total by kind.
         by_layer: total by layer.
     """

@@ -56,7 +56,7 @@ class BlendDataset(Dataset[dict[str, torch.Tensor]]):
 
     Args:
         sources: each with at least as many samples as `table.counts(num_samples)` says.
-        table: of as many sources.
+        table: a table of as many sources.
         num_samples: length.
     """
 

@@ -30,8 +30,8 @@ class DatasetIdentity:
     because token files written again under the same path must not be read through the index of the old ones.
 
     Args:
-        tokenizer: of the token files.
-        prefix: of the token files.
+        tokenizer: tokenizer of the token files.
+        prefix: prefix of the token files.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: str) -> None:
@@ -72,7 +72,7 @@ def build_dataset(
         blend: token files.
         num_samples: to hold at least.
         seq_length: tokens of a sample.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
         tokenizer: the one that made the token files.
         cache_dir: for Megatron's sample indices, written by the first rank and read by all.
         reset_position_ids: positions start at 0 after every end of document.

@@ -24,9 +24,9 @@ def fingerprint(blend: Blend, *, seq_length: int, seed: int) -> dict[str, str]:
     size and 64 stretches of 64 KiB, the first and the last among them.
 
     Args:
-        blend: of the training data.
+        blend: blend of the training data.
         seq_length: tokens of a sample.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
 
     Raises:
         DataError: token files that cannot be read.
@@ -55,7 +55,7 @@ def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], *, allow
 
     Args:
         saved: from the checkpoint; empty where none was taken, and then nothing is checked.
-        now: of this run.
+        now: fingerprint of this run.
         allow_changed: the user wants it.
 
     Raises:

@@ -44,7 +44,7 @@ def write_index(path: Path, lengths: np.ndarray, dtype: type[np.integer]) -> Non
     Args:
         path: the `.idx` file.
         lengths: `[documents]` int32, in tokens; may be a memory map.
-        dtype: of the stored ids.
+        dtype: number format of the stored ids.
     """
     code = next(code for code, known in _DTYPES.items() if known is dtype)
     with path.open("wb") as stream:

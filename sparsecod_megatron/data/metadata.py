@@ -28,7 +28,7 @@ class DatasetInfo:
         vocab_size: rows that its ids need.
         eod_token_id: ends each document.
         bos_token_id: None if the tokenizer has none.
-        dtype: of the stored ids.
+        dtype: number format of the stored ids.
         splits: keyed `train` and `val`.
         input: what `sparsecod data` was given.
         seed: chose the documents held out.

@@ -74,7 +74,7 @@ def choose_held_out(num_documents: int, fraction: float, seed: int) -> np.ndarra
     Args:
         num_documents: in the corpus.
         fraction: share to hold out; 0 holds none out, anything more at least one.
-        seed: of the permutation whose first documents are taken.
+        seed: seed of the permutation whose first documents are taken.
 
     Returns:
         `[num_documents]` bool, True where held out.

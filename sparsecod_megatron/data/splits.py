@@ -23,7 +23,7 @@ class SplitsWriter:
         dtype: NumPy integer type of the stored token ids.
         vocab_size: ids must be below.
         held_out: `[documents]` bool, True for validation; None writes no validation split.
-        journal: of the folder that `prefix` lies in; writing resumes where it says.
+        journal: journal of the folder that `prefix` lies in; writing resumes where it says.
     """
 
     def __init__(

@@ -32,9 +32,9 @@ class Journal:
 
     Attributes:
         job: everything that decides the output.
-        num_documents: of the corpus, once counted.
-        documents: of the corpus, tokenized and on disk.
-        splits: of these, by split.
+        num_documents: size of the corpus, once counted.
+        documents: documents of the corpus, tokenized and on disk.
+        splits: progress on these, by split.
     """
 
     job: dict[str, Any]

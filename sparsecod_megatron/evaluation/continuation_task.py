@@ -54,7 +54,7 @@ def write_continuation_task(
         num_questions: contexts drawn, without repetition.
         context_words: words of a context.
         continuation_words: words of a candidate.
-        seed: of passages, distractors and their order.
+        seed: seed of passages, distractors and their order.
 
     Returns:
         `output`.

@@ -57,7 +57,7 @@ class HarnessResult:
     """All tasks of one model.
 
     Attributes:
-        metrics: of every task and group.
+        metrics: metrics of every task and group.
         record: lm-eval's own (configurations, versions, few-shot counts) without the samples.
         num_truncated: requests whose prompt lost its beginning, because the model takes no more tokens.
         answers: each question's value by (task, metric), in the order of the data; what lm-eval averages, or resamples.
@@ -136,7 +136,7 @@ def run_tasks(
         loaded: from `load_tasks`.
         limit: documents of each task; None scores all.
         batch_size: requests of a forward pass.
-        seed: of few-shot sampling, bootstrap and generation.
+        seed: seed of few-shot sampling, bootstrap and generation.
         processes: those that share the work; None is this one alone. Their number does not change the result.
         progress: show lm-eval's bars.
     """

@@ -139,8 +139,8 @@ def summary(windows: ScoredWindows, *, seed: int = 0, num_bytes: int | None = No
     """The result of all windows together.
 
     Args:
-        windows: of one stream.
-        seed: of the bootstrap over windows.
+        windows: windows of one stream.
+        seed: seed of the bootstrap over windows.
         num_bytes: UTF-8 bytes of the scored text, for bits per byte.
     """
     total, num_tokens = float(windows.sums.sum()), windows.counts.sum()

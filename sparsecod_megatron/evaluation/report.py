@@ -20,7 +20,7 @@ def write_report(output: Path, settings: dict[str, Any], results: Sequence[Model
     Args:
         output: folder of both files, made where absent.
         settings: what was run: models, sources, dtype, device, seed, limit.
-        results: of one model, or of several that are compared with the first.
+        results: results of one model, or of several that are compared with the first.
 
     Returns:
         The Markdown.

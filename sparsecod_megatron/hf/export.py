@@ -42,7 +42,7 @@ def export_model(
             device and floating-point type.
         output: directory to make.
         seq_length: longest sequence trained on, in tokens; becomes `max_position_embeddings`.
-        dtype: of the weights in the files.
+        dtype: number format of the weights in the files.
         tokenizer_dir: a directory `AutoTokenizer` loads; None exports without a tokenizer.
         max_shard_bytes: largest weight file.
         overwrite: replace a model directory that is already there.

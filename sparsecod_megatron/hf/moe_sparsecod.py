@@ -28,7 +28,7 @@ class SparsecodMLP(nn.Module):
     """down(act(gate(x)) · up(x)), or down(act(up(x))) for activations without gate.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         width: inner channels.
     """
 

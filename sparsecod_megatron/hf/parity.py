@@ -165,8 +165,8 @@ def compare_loaded(found: Recorded, model: Any, hf_dir: Path, *, by_module: bool
     """Compare a directory that `load_in_fp32` has loaded with what a reference gave. Local.
 
     Args:
-        found: of the reference.
-        model: of transformers.
+        found: results of the reference.
+        model: transformers' own.
         hf_dir: where it lies, for messages.
         by_module: the reference's outputs are those of every module, so that the tensor at fault can be named; else of
             blocks, or none.

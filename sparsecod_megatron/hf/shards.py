@@ -27,7 +27,7 @@ def plan_shards(shapes: Mapping[str, Shape], *, dtype: torch.dtype, max_shard_by
 
     Args:
         shapes: name to shape.
-        dtype: of every tensor in the files.
+        dtype: number format of every tensor in the files.
         max_shard_bytes: largest sum of tensor bytes in a file; a tensor above it gets its own.
 
     Returns:

@@ -102,7 +102,7 @@ def verify_directory(
         exported_as: type of an export's weights, to which the reference's are rounded; None for a model that holds the
             directory's numbers.
         seq_length: longest sequence, in tokens.
-        generator: of the random tokens.
+        generator: generator of the random tokens.
 
     Raises:
         ConversionError: a table that does not invert itself, naming the tensor; or weights that do not load.
@@ -153,7 +153,7 @@ def as_exported(model: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.
     Args:
         model: ours.
         tensors: by name; others than the model's are left out.
-        dtype: of the export.
+        dtype: number format of the export.
 
     Raises:
         ConversionError: a tensor does not come back, so the two directions of its entry do not fit.

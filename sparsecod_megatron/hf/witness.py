@@ -73,8 +73,8 @@ def first_difference(
     """First name, in the order of computation, whose outputs rounding cannot explain; None if it explains all.
 
     Args:
-        expected: of ours.
-        exact: of transformers' in float64.
+        expected: outputs of our model.
+        exact: outputs of transformers' model in float64.
         noise: largest differences of transformers' fp32 passes from it, by channel.
     """
     stream = torch.zeros(())

@@ -18,7 +18,7 @@ class StatisticsCollector:
         groups: those in use, by name.
         intervals: steps between collections of each group, at least 1.
         num_layers: layers of the whole model.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(

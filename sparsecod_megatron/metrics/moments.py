@@ -127,7 +127,7 @@ def in_chunks(function: TokenFunction, *tensors: Tensor, room: Sequence[Tensor] 
     """`function` of tensors [..., channels], a few tokens at a time.
 
     Args:
-        function: of chunks [tokens, channels] and of `room`, their temporaries [2, tokens, channels].
+        function: takes chunks [tokens, channels], and `room`, their temporaries [2, tokens, channels].
         tensors: alike in shape.
         room: `temporaries` to use.
     """

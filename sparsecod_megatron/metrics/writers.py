@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines on disk always, Weights & Biases and TensorBoard when asked.
+"""Where metrics go: always JSON lines on disk, Weights & Biases and TensorBoard on request.
 
 A line is written whole, so a crash loses at most the step in flight; a resumed run first drops what lies after its
 step. No failure to write ends the run: lines wait until the disk takes them, and a tracker that fails is let go.
@@ -71,11 +71,11 @@ class JsonlWriter:
 
 
 class TrackerWriter:
-    """A tracker that may fail: from its first error on, which is logged, nothing is sent to it any more.
+    """A tracker that may fail: its first error is logged, and nothing is sent to it after that.
 
     Args:
         tracker: the writer that takes the records.
-        name: of the tracker, for the log.
+        name: name of the tracker, for the log.
     """
 
     def __init__(self, tracker: Writer, name: str) -> None:

@@ -70,7 +70,7 @@ def initialize(chunk: GPTModel, model: ModelConfig, groups: ProcessGroupCollecti
         chunk: as built, without wrappers.
         model: its configuration.
         groups: the run's process groups.
-        seed: of the run.
+        seed: seed of the run.
     """
     for parameter, matrix, tp_group in _matrices(chunk, model, groups):
         sharded = SHARDED_DIMENSION.get(matrix.kind)

@@ -1,4 +1,4 @@
-"""Megatron's router where it is not what it says: counts in fp32, no noise in evaluation, the load of a whole step.
+"""Corrections of Megatron's router: counts in fp32, no noise in evaluation, the load of a whole step.
 
 `global_aux_loss` takes f, the experts' shares of the tokens, over all tokens of an optimizer step. Upstream's f is the
 running mean of the micro-batches so far, and its loss is divided by the data-parallel size once too often

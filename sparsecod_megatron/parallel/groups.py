@@ -102,7 +102,7 @@ def process_groups(config: RunConfig, *, timeout_s: float = TIMEOUT_S) -> Iterat
 
     Args:
         config: layout and seed.
-        timeout_s: of collectives in every group.
+        timeout_s: time limit of collectives in every group.
 
     Raises:
         ConfigError: the layout does not fit the number of processes.

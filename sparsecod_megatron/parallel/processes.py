@@ -28,7 +28,7 @@ class Processes:
     """Which process this is of how many; a single one by default.
 
     Attributes:
-        rank: of this process.
+        rank: rank of this process.
         size: number of processes.
     """
 

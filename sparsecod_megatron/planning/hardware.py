@@ -16,7 +16,7 @@ class Gpu:
         name: shown to users.
         bf16_flops: operations per second.
         fp8_flops: operations per second.
-        memory_bytes: of device memory.
+        memory_bytes: bytes of device memory.
         memory_bandwidth: bytes per second.
         nvlink_bandwidth: bytes per second that it sends within its node.
         network_bandwidth: bytes per second that it sends to other nodes.
@@ -46,12 +46,12 @@ class Efficiency:
     """Shares of the hardware's limits that a plan expects; every one is an assumption.
 
     Attributes:
-        matmul: of the peak, in dense matrix products in bf16.
+        matmul: share of the peak, in dense matrix products in bf16.
         grouped_matmul: in those of experts, whose groups are uneven.
         fp8: factor on both in FP8, whose operands are cast and scaled first.
-        attention: of the bf16 peak, forward and backward of flash attention.
-        memory: of the memory's bandwidth.
-        link: of NVLink's and the network's bandwidth.
+        attention: share of the bf16 peak, forward and backward of flash attention.
+        memory: share of the memory's bandwidth.
+        link: share of NVLink's and the network's bandwidth.
         exposed: share of each group's communication that computation does not hide.
     """
 

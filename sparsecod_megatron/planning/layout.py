@@ -173,10 +173,10 @@ class Recompute:
 
     Attributes:
         granularity: `none`, `selective` or `full`.
-        modules: of `selective`.
-        method: of `full`: `uniform` keeps the input of every `num_layers` layers, `block` recomputes the first
+        modules: modules of `selective`.
+        method: method of `full`: `uniform` keeps the input of every `num_layers` layers, `block` recomputes the first
             `num_layers` of each chunk one by one.
-        num_layers: of `full`.
+        num_layers: layers of `full`.
     """
 
     granularity: str = "none"

@@ -40,14 +40,14 @@ class Plan:
     Attributes:
         layout: the run and its processes.
         gpu: what it is planned for.
-        parameters: of the model.
-        flops: of one token, forward and backward, by convention.
-        memory: of a rank of each pipeline stage.
+        parameters: parameters of the model.
+        flops: operations of one token, forward and backward, by convention.
+        memory: memory of a rank of each pipeline stage.
         gathered: bytes that the first data-parallel rank of each stage gathers in host memory for a checkpoint.
         activations: bytes of the rank that has most, logits included, by kind of recompute; `selective` is of the core
             attention.
-        traffic: of a rank of each pipeline stage.
-        time: of a step.
+        traffic: traffic of a rank of each pipeline stage.
+        time: time of a step.
     """
 
     layout: Layout

@@ -30,11 +30,11 @@ class StepTime:
     """What a step is expected to take.
 
     Attributes:
-        seconds: of one optimizer step.
+        seconds: seconds of one optimizer step.
         mfu: model operations (convention `full`, without recompute) over those of the bf16 peak.
         tokens_per_s: over all GPUs.
         bubble: idle share of the pipeline's time.
-        seconds_by_part: of the slowest stage: `compute`, `elementwise`, `communication`, `bubble`, `optimizer`.
+        seconds_by_part: seconds of the slowest stage: `compute`, `elementwise`, `communication`, `bubble`, `optimizer`.
     """
 
     seconds: Range
@@ -78,10 +78,10 @@ class StageCost:
     """What a step asks of a rank of one pipeline stage.
 
     Attributes:
-        work: of one micro-batch.
+        work: work of one micro-batch.
         link_seconds: by group, at the links' full speed, of the step.
         optimizer_bytes: that the optimizer moves in a step.
-        optimizer_flops: of Muon in a step.
+        optimizer_flops: operations of Muon in a step.
     """
 
     work: Work
@@ -131,9 +131,9 @@ class Work:
     Attributes:
         dense: operations of dense matrix products in bf16.
         dense_fp8: the same in FP8.
-        grouped: of experts' in bf16.
+        grouped: products of experts in bf16.
         grouped_fp8: the same in FP8.
-        attention: of scores and weighted values.
+        attention: products of scores and weighted values.
         elementwise_bytes: read and written by everything else.
     """
 

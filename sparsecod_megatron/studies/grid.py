@@ -29,7 +29,7 @@ class Cell:
     Attributes:
         name: `axis=label,…,seed=N`, also its folder's.
         labels: its place in the grid.
-        seed: of weights and data.
+        seed: seed of weights and data.
         directory: where everything of it is written.
         config: its run, complete.
     """

@@ -25,10 +25,10 @@ class Row:
 
     Attributes:
         labels: axis → label.
-        sizes: of `SIZE_COLUMNS`.
+        sizes: values of `SIZE_COLUMNS`.
         metrics: means over the seeds that have the metric.
         num_seeds: cells that are done.
-        num_diverged: of those, cells whose training diverged.
+        num_diverged: those of them whose training diverged.
     """
 
     labels: Labels

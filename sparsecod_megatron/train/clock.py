@@ -10,13 +10,13 @@ import torch
 
 
 class StepClock:
-    """Tells laps: from one step's verdict to the next, with everything between but what is paused for.
+    """Measures laps: from one step's verdict to the next, without the time in `paused` blocks.
 
     A lap holds one update: on CUDA the one before, which the device still computes when the host begins the next step
     and which the host waits for at its verdict. So laps add up to the whole time of training.
 
     Args:
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside the block is none of the training; waits for the device before it and after it."""
+        """Leave the block out of the lap; waits for the device before it and after it."""
         self._synchronize()
         began = time.perf_counter()
         try:

@@ -89,7 +89,7 @@ class RunData:
 
     Args:
         trainer: its layout decides which samples this rank reads.
-        tokenizer: of the token files.
+        tokenizer: tokenizer of the token files.
         state: where the run is; earlier steps may have had another batch size than this run's.
     """
 

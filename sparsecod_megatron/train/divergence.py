@@ -18,7 +18,7 @@ class DivergenceError(SparsecodError, ArithmeticError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to become of one step, the same on every rank.
+    """The verdict on one step, the same on every rank.
 
     Attributes:
         update: whether the weights change.
@@ -61,8 +61,8 @@ class UpdateJudge:
         """The verdict on one step. Local.
 
         Args:
-            loss: of the global batch.
-            grad_norm: of the whole gradient, before clipping.
+            loss: loss of the global batch.
+            grad_norm: gradient norm of the whole gradient, before clipping.
 
         Raises:
             DivergenceError: the policy is to stop, or has left out as many updates in a row as it may.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def collected_in_step(interval: int) -> Iterator[Callable[[int], None]]:
-    """Take garbage collection from Python while the block runs; what is there when it begins is never looked through.
+    """Take garbage collection over from Python while the block runs; what exists when it begins is never scanned.
 
     Args:
         interval: steps between collections; 0 changes nothing.

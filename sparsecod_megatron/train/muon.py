@@ -32,7 +32,7 @@ def build_muon(
         model: the `model` section.
         fields: Megatron-Core's configuration of the optimizer.
         models: wrapped for data parallelism, without the distributed optimizer.
-        overrides: of parameter groups.
+        overrides: overrides of parameter groups.
         groups: the run's process groups.
     """
     overrides = overrides | {ParamKey(predicate=_SPREAD_EXPERTS): _ANOTHER_LENGTH}

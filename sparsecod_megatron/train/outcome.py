@@ -59,7 +59,7 @@ def squared_grad_norm(optimizer: MegatronOptimizer, device: torch.device) -> Ten
 
     Args:
         optimizer: a chain whose parts hold their gradients.
-        device: of the model, also on a rank without gradients.
+        device: device of the model, also on a rank without gradients.
 
     Source: Megatron-Core optimizer/optimizer.py:1270 and optimizer/clip_grads.py:51, which ask the device for it.
     """

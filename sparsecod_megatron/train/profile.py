@@ -33,7 +33,7 @@ class StepProfiler:
     """Traces this process's part of the steps that the configuration names.
 
     Args:
-        section: of the configuration.
+        section: section of the configuration.
         run_dir: RUN.
         models: model chunks of this rank.
         device: where they are.

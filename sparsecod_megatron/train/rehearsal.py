@@ -37,7 +37,7 @@ class Recorded:
         step_dir: the checkpoint.
         records: lines of metrics.jsonl, one a step.
         config: file of what was in force.
-        layout: of the processes that took them.
+        layout: layout of the processes that took them.
     """
 
     step_dir: Path
@@ -120,7 +120,7 @@ def first_deviation(
         recorded: what was written.
         again: what `rehearse` returned.
         bitwise: whether every bit must be equal.
-        dtype: of the run's precision.
+        dtype: number format of the run's precision.
     """
     for record, result in zip(recorded.records, again, strict=True):
         for name in COMPARED:

@@ -1,4 +1,4 @@
-"""A new run from the weights of one whose optimizer is not that of its weights, with fresh fp32 weights and moments."""
+"""A new run from the weights of one whose optimizer does not belong to them, with fresh fp32 weights and moments."""
 
 from __future__ import annotations
 

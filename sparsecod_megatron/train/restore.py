@@ -50,7 +50,7 @@ def roll_back(trainer: Trainer, state: TrainState, candidates: Sequence[Path]) -
     as many steps, on the data that was indexed for them.
 
     Args:
-        trainer: of the run.
+        trainer: trainer of the run.
         state: progress of the run; its `optimizer_steps` become the checkpoint's.
         candidates: step directories of this run, the preferred one first.
 

@@ -127,7 +127,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the directory free. Local."""
+        """Release the directory. Local."""
         self._ended.set()
         self._thread.join()
         if _read(self._path) == self._own:
@@ -170,7 +170,7 @@ class RunLock:
         with tempfile.NamedTemporaryFile(dir=self._run_dir) as now:
             left = self._lease_s - (os.fstat(now.fileno()).st_mtime - (first or 0))
         if left > self._heartbeat_s:
-            logger.warning("%s: waiting up to %.0f s for a sign of life of another node", self._path, left)
+            logger.warning("%s: waiting up to %.0f s for a sign of life from another node", self._path, left)
         deadline = time.monotonic() + left
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._heartbeat_s))

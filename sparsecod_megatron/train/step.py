@@ -27,9 +27,9 @@ class StepResult:
     Attributes:
         loss: nats per token, mean over the global batch.
         samples: sequences of the global batch.
-        tokens: that counted in it.
+        tokens: tokens of it that count in the loss.
         grad_norm: L2 norm of the whole gradient before clipping.
-        lr: learning rate used, of parameters that have none of their own.
+        lr: learning rate of parameters that have none of their own.
         verdict: whether the weights changed, and why not.
         stop: whether any rank was asked to stop.
     """

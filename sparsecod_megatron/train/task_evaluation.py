@@ -33,10 +33,10 @@ class TaskEvaluation:
     """Evaluates checkpoints of a run on rank 0 while the others wait. Collective over all processes.
 
     Args:
-        section: of the configuration; an interval of 0 starts nothing.
+        section: section of the configuration; an interval of 0 starts nothing.
         evaluate: called on rank 0, where alone it must be given.
-        saver: of the run.
-        watchdog: of this rank.
+        saver: saver of the run.
+        watchdog: watchdog of this rank.
     """
 
     def __init__(

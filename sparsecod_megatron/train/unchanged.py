@@ -1,4 +1,4 @@
-"""What must be as it was: a model after an evaluation, and after a step whose update is left out."""
+"""What must not change: a model in an evaluation, and in a step whose update is skipped."""
 
 from __future__ import annotations
 

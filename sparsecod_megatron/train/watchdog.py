@@ -41,7 +41,7 @@ class Watchdog:
     Args:
         timeout_s: longest that a phase may take that has no limit of its own; 0 watches nothing.
         log_path: stacks of all threads are appended to it.
-        rank: of this process.
+        rank: rank of this process.
         give_up: ends the process with a status.
     """
 
@@ -77,7 +77,7 @@ class Watchdog:
             step: the step.
             phase: what begins.
             timeout_s: longest that it may take; None is the watchdog's own limit.
-            key: of the configuration, where that limit is set.
+            key: key of the configuration, where that limit is set.
         """
         limit = self._timeout_s if timeout_s is None else timeout_s
         self._current = _Phase(step, phase, time.monotonic(), limit, key)

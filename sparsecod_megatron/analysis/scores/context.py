@@ -34,7 +34,7 @@ class Context:
         model: a causal LM in evaluation mode, no parameter requiring gradients.
         layers: its blocks.
         windows: int64 [N, T + 1] on the CPU, in random order: T inputs, each with the next token as its label.
-        seed: of every random choice.
+        seed: seed of every random choice.
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
         processes: those that share the sample; each runs its `places` in every part.
@@ -114,7 +114,7 @@ class Context:
 
         Args:
             part: which windows.
-            title: of the progress bar.
+            title: title of the progress bar.
         """
         windows = self.own(part)
         with tqdm(total=len(windows), desc=title, unit="seq", leave=False, disable=self.processes.no_bars) as bar:
@@ -136,7 +136,7 @@ class Context:
 
         Args:
             part: which windows.
-            found: of each of this process's micro-batches, tensors [B, ...] of the same shapes but for B, on the CPU.
+            found: for each of this process's micro-batches, tensors [B, ...] of the same shapes but for B, on the CPU.
         """
         columns: tuple[Tensor, ...] = ()
         filled = 0
@@ -172,7 +172,7 @@ def make_context(
         tokens: int64 [tokens], a stream with at least one window of `seq_length + 1`.
         num_samples: windows to draw, without overlap.
         seq_length: inputs of a window.
-        seed: of the draw and of every later choice.
+        seed: seed of the draw and of every later choice.
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
         processes: which one this is of how many that share the sample; None for a single one.

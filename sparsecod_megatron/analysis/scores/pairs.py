@@ -20,7 +20,7 @@ class Pairs:
     Attributes:
         swaps: (lower, upper) block of each.
         weights: [pairs] shares of the mean, which add up to one.
-        sampled_of: of how many pairs this is a sample; None where it is all of them.
+        sampled_of: number of pairs of which this is a sample; None where it is all of them.
         are_adjacent: whether only neighbours are meant.
     """
 
@@ -55,7 +55,7 @@ def choose_pairs(num_layers: int, wanted: Wanted, *, seed: int) -> Pairs:
     Args:
         num_layers: at least two.
         wanted: how many to sample, at least two, `adjacent`, or None for all.
-        seed: of the sample.
+        seed: seed of the sample.
     """
     if wanted == "adjacent":
         swaps = [(layer, layer + 1) for layer in range(num_layers - 1)]

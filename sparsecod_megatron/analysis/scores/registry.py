@@ -29,7 +29,7 @@ def find_scores(names: Sequence[str], *, pairs: str | None = None) -> list[Score
     """The scores of these names, in this order.
 
     Args:
-        names: of `SCORES`.
+        names: keys of `SCORES`.
         pairs: a number of pairs or `adjacent`, for permutation.
 
     Raises:

@@ -90,7 +90,7 @@ class CettCurve:
 
     Args:
         context: the model and the sample.
-        sites: of the model.
+        sites: sites of the model.
     """
 
     def __init__(self, context: Context, sites: Sequence[NeuronSite]) -> None:

@@ -63,7 +63,7 @@ class Cut:
     Args:
         epsilon: threshold; a negative one cuts nothing.
         seq_length: tokens of a sequence.
-        num_sequences: of this process's whole pass.
+        num_sequences: sequences of this process's whole pass.
     """
 
     def __init__(self, epsilon: float, seq_length: int, num_sequences: int) -> None:
@@ -117,7 +117,7 @@ def run_cut(context: Context, sites: Sequence[NeuronSite], epsilons: Sequence[fl
 
     Args:
         context: the model and the sample.
-        sites: of the model.
+        sites: sites of the model.
         epsilons: one threshold a site.
     """
     num_sequences = len(context.own("held_out"))
@@ -142,7 +142,7 @@ def capture(context: Context, sites: Sequence[NeuronSite], max_rows: int = MAX_R
 
     Args:
         context: the model and the sample.
-        sites: of the model.
+        sites: sites of the model.
         max_rows: kept for each site.
     """
     captures = [Capture(site, max_rows) for site in sites]

@@ -48,8 +48,8 @@ def find_essential(curve: LossCurve, *, seed: int) -> Essential:
     The loss may rise, fall and rise again; what counts is the last point of the grid within the allowance.
 
     Args:
-        curve: of the model.
-        seed: of the bootstrap.
+        curve: curve of the model.
+        seed: seed of the bootstrap.
     """
     increases = [relative_increase(curve, sparsity) for sparsity in GRID]
     last = max(index for index, increase in enumerate(increases) if increase <= INCREASE_ALLOWED)  # 0 % always is

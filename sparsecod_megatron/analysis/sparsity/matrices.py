@@ -92,7 +92,7 @@ def unmeasured_share(blocks: Iterable[nn.Module], matrices: Sequence[Matrix]) ->
     """Share of the blocks' weights, which are parameters of two axes or more, that are in none of the matrices.
 
     Args:
-        blocks: of the model.
+        blocks: blocks of the model.
         matrices: found in them.
     """
     weights = {id(weight): weight.numel() for block in blocks for weight in block.parameters() if weight.ndim > 1}
@@ -127,7 +127,7 @@ class _Roles:
 
     Args:
         block: the module.
-        wiring: of its projections.
+        wiring: wiring of its projections.
     """
 
     def __init__(self, block: nn.Module, wiring: Wiring) -> None:

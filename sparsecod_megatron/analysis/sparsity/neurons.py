@@ -162,7 +162,7 @@ def find_sites(matrices: Sequence[Matrix]) -> list[NeuronSite]:
     """All feed-forward networks, in order of layer.
 
     Args:
-        matrices: of the whole model.
+        matrices: matrices of the whole model.
 
     Raises:
         ConversionError: no feed-forward network was found, or one whose neurons cannot be seen.

@@ -51,7 +51,7 @@ def normality_rows(context: Context, matrices: Sequence[Matrix]) -> list[dict[st
 
     Args:
         context: the model and the sample.
-        matrices: of the model.
+        matrices: matrices of the model.
     """
     watched = [
         _Outputs(matrix) for matrix in matrices if matrix.kind in _KINDS_MEASURED and matrix.attribute == "weight"

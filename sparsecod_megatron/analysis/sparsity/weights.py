@@ -83,7 +83,7 @@ def matrix_rows(matrices: Sequence[Matrix], init_std: float | None, no_bar: bool
     """One row per matrix: its size and spread, shares below each ε by both yardsticks, Hoyer and Gini.
 
     Args:
-        matrices: of the model.
+        matrices: matrices of the model.
         init_std: yardstick of the `below_init_*` columns, which are None without it.
         no_bar: what tqdm takes as `disable`.
     """
@@ -113,7 +113,7 @@ def aggregate(rows: Sequence[Row]) -> Row:
     """Means of all numeric columns, every weight counting once.
 
     Args:
-        rows: of `matrix_rows`, at least one.
+        rows: rows of `matrix_rows`, at least one.
     """
     total = sum(row["elements"] for row in rows)
     measured = [name for name in rows[0] if name not in ("layer", "kind", "name", "elements")]

@@ -56,7 +56,7 @@ def trace_wiring(model: nn.Module, layers: Layers) -> list[Wiring]:
 
     Args:
         model: a causal LM in evaluation mode.
-        layers: of that model.
+        layers: layers of that model.
 
     Returns:
         One entry per block.

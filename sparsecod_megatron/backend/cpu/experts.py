@@ -36,7 +36,7 @@ class Window:
     but rounded up they repeat. torch's own products take rows as they come.
 
     Attributes:
-        rows: of the sorted tokens, the expert's own.
+        rows: the expert's own among the sorted tokens.
         around: those the products run over.
         inner: the expert's own within `around`.
     """

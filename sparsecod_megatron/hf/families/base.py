@@ -63,7 +63,7 @@ class Family:
         Args:
             model: ours, `vocab_size` set.
             seq_length: longest sequence trained on, in tokens.
-            dtype: of the weights in the files.
+            dtype: number format of the weights in the files.
             token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
 
         Raises:

@@ -58,7 +58,7 @@ def model_config(config: PreTrainedConfig, family: Family, *, where: Path) -> Mo
     """Our keys of a configuration. What they lose is found by writing them again and comparing.
 
     Args:
-        config: of `family.config_class`.
+        config: an instance of `family.config_class`.
         family: that reads and writes it.
         where: the file, for messages.
 
