@@ -1,4 +1,4 @@
-"""Steps of a run once more, from its checkpoint, to be compared with what the run wrote of them; nothing is written."""
+"""Repeats steps of a run from its checkpoint, to compare them with what the run recorded; writes nothing."""
 
 from __future__ import annotations
 

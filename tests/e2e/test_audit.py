@@ -27,7 +27,7 @@ def test_red_is_exit_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--nproc", "3"), "layouts are of 1, 2 or 4 processes"),
+        (("--nproc", "3"), "layouts use 1, 2 or 4 processes"),
         (("--only", "dp3"), "no row has this name"),
         (("model.num_layers=0",), "model.num_layers"),
     ],
