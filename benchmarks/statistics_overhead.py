@@ -20,11 +20,13 @@ import torch
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import IntervalConfig, RunConfig, StatisticsConfig, load_config
 
-EVERY, NEVER = IntervalConfig(interval=1), IntervalConfig(interval=0)
+INTERVAL_ONE, INTERVAL_NONE = IntervalConfig(interval=1), IntervalConfig(interval=0)
 WAYS = {
-    "off": StatisticsConfig(variance=NEVER),
-    "variance": StatisticsConfig(variance=EVERY),
-    "everything": StatisticsConfig(variance=EVERY, moments=EVERY, norms=EVERY, router=EVERY),
+    "off": StatisticsConfig(variance=INTERVAL_NONE),
+    "variance": StatisticsConfig(variance=INTERVAL_ONE),
+    "everything": StatisticsConfig(
+        variance=INTERVAL_ONE, moments=INTERVAL_ONE, norms=INTERVAL_ONE, router=INTERVAL_ONE
+    ),
 }
 
 

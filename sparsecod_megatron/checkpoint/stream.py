@@ -34,7 +34,7 @@ NORM_NAMES = {
 """Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
 OPTIMIZER_PREFIX = "optimizer.state.{}."
 """Prefix of a parameter's key, for what the optimizer keeps of it."""
-STACKED_EXPERTS, EXPERT = "mlp.experts.experts.", "mlp.experts.local_experts.{}."
+EXPERT_STACK, EXPERT = "mlp.experts.experts.", "mlp.experts.local_experts.{}."
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
 
 
 def _expert_names(rest: str, entry: TensorStorageMetadata, axis: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if not rest.startswith(STACKED_EXPERTS):
+    if not rest.startswith(EXPERT_STACK):
         yield rest, ()
         return
     for expert in range(entry.size[axis]):
-        yield EXPERT.format(expert) + rest.removeprefix(STACKED_EXPERTS), (expert,)
+        yield EXPERT.format(expert) + rest.removeprefix(EXPERT_STACK), (expert,)

@@ -25,7 +25,7 @@ _MARKS = (  # UTF-32's marks begin with those of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _KEY_ADVICE = "name another one with --text-key"
-COMPRESSED = (".gz", ".zst")
+COMPRESSION_SUFFIXES = (".gz", ".zst")
 """Suffixes, in lower case, of files that are unpacked while they are read."""
 
 

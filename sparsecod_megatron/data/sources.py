@@ -25,7 +25,7 @@ from pathlib import Path
 
 from sparsecod_megatron.data.directory import find_files
 from sparsecod_megatron.data.json_documents import begins_like_json, has_documents, read_json
-from sparsecod_megatron.data.readers import COMPRESSED, open_text, read_parquet
+from sparsecod_megatron.data.readers import COMPRESSION_SUFFIXES, open_text, read_parquet
 from sparsecod_megatron.errors import DataError
 
 logger = logging.getLogger("sparsecod")
@@ -107,7 +107,7 @@ def document_kind(path: Path) -> str:
 
 def _suffix(path: Path) -> str:
     """The suffix that tells the kind, in lower case; without that of a packed file."""
-    path = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    path = path.with_suffix("") if path.suffix.lower() in COMPRESSION_SUFFIXES else path
     return path.suffix.lower()
 
 

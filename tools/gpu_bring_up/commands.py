@@ -30,9 +30,9 @@ TIMEOUT_S = 80.0
 """Time limit of one command."""
 CONFIGS = ROOT / "examples/configs"
 ENGINELESS_RUN = "nano dense without Transformer Engine"
-DENSE, WITHOUT = "dense", "without_engine"
+DENSE, ENGINELESS = "dense", "without_engine"
 """Run directories, in the scratch folder."""
-ALL_STATISTICS = tuple(f"statistics.{group}.interval=1" for group in ("variance", "moments", "norms", "spikes"))
+STATISTICS_OVERRIDES = tuple(f"statistics.{group}.interval=1" for group in ("variance", "moments", "norms", "spikes"))
 WINDOW_KEYS = ("data.reset_attention_mask=true", "data.reset_position_ids=true", "model.sliding_window=16")
 LOSS_TOLERANCE = 1e-3
 """Relative difference of losses that non-deterministic kernels may leave within 30 steps."""
@@ -105,7 +105,7 @@ def run(bench: Bench) -> None:
         bench.require_transformer_engine()
         halfway = sizes(bench.cuda).halfway
         with_engine = _losses(bench.work / f"{DENSE}_straight")[:halfway]
-        _compare(found, _losses(bench.work / WITHOUT), with_engine, count=halfway, tolerance=DEVICE_TOLERANCE)
+        _compare(found, _losses(bench.work / ENGINELESS), with_engine, count=halfway, tolerance=DEVICE_TOLERANCE)
 
 
 def _together(bench: Bench, *actions: Callable[[], None]) -> None:
@@ -122,7 +122,7 @@ def _together(bench: Bench, *actions: Callable[[], None]) -> None:
 
 def _dense(bench: Bench, commands: Commands) -> None:
     run_dir = bench.work / DENSE
-    _resumed(bench, commands, "nano_dense.yaml", run_dir, *ALL_STATISTICS, "checkpoint.async_save=true")
+    _resumed(bench, commands, "nano_dense.yaml", run_dir, *STATISTICS_OVERRIDES, "checkpoint.async_save=true")
     exported = bench.work / "exported_dense"
     with bench.check(f"{commands.name}: export with verify") as found:
         _export(commands, run_dir, exported, found)
@@ -139,7 +139,7 @@ def _dense(bench: Bench, commands: Commands) -> None:
 def _moe(bench: Bench, commands: Commands) -> None:
     run_dir = bench.work / "moe"
     router = ("statistics.router.interval=1", "parallel.expert_model_parallel_size=1")
-    _resumed(bench, commands, "nano_moe.yaml", run_dir, *ALL_STATISTICS, *router, *WINDOW_KEYS)
+    _resumed(bench, commands, "nano_moe.yaml", run_dir, *STATISTICS_OVERRIDES, *router, *WINDOW_KEYS)
     with bench.check(f"{commands.name}: export with verify") as found:
         _export(commands, run_dir, bench.work / "exported_moe", found)
 
@@ -208,8 +208,8 @@ def _without_engine(bench: Bench, commands: Commands) -> None:
     with bench.check(f"{commands.name}: {size.halfway} steps") as found:
         bench.require_transformer_engine()
         common = _common(bench, size, f"train.exit_step={size.halfway}")
-        commands.train("nano_dense.yaml", bench.work / WITHOUT, *common, hide_engine=True)
-        losses = _losses(bench.work / WITHOUT)
+        commands.train("nano_dense.yaml", bench.work / ENGINELESS, *common, hide_engine=True)
+        losses = _losses(bench.work / ENGINELESS)
         found.figure = f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKED_FILE, TOKENS, RUN = "packed.json", "tokens", "cpu_run"
+PACK_FILE, TOKENS, RUN = "packed.json", "tokens", "cpu_run"
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Packed:
 
 def write_packed(folder: Path, *, overrides: tuple[str, ...], steps: int) -> None:
     """The last file of a packed folder."""
-    (folder / PACKED_FILE).write_text(json.dumps({"overrides": overrides, "steps": steps}, indent=2) + "\n")
+    (folder / PACK_FILE).write_text(json.dumps({"overrides": overrides, "steps": steps}, indent=2) + "\n")
 
 
 def read_packed(folder: Path) -> Packed:
     """What `write_packed` wrote, with paths of where the folder lies now."""
-    values = json.loads((folder / PACKED_FILE).read_text())
+    values = json.loads((folder / PACK_FILE).read_text())
     return Packed(folder / TOKENS, folder / RUN, tuple(values["overrides"]), values["steps"])
