@@ -163,7 +163,7 @@ def token_shapes(x: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, N
     z = torch.sub(x, mean, out=room_of_z)
     std = torch.linalg.vector_norm(z, dim=-1, keepdim=True) / math.sqrt(channels)
     has_shape = std > (CONSTANT_STD * epsilon * mean.abs()).clamp_min(tiny)
-    # Where `std` is 0, the infinite 1 / std is not chosen, and the token becomes zeros: it counts 0 in every shape.
+    # Where `std` is 0, the infinite 1 / std is not chosen; the token becomes zeros and counts 0 below.
     z *= torch.where(has_shape, 1 / std, 0.0)
     squares = torch.mul(z, z, out=squares)
     # Σ z⁴ as the norm of z², which needs no third temporary.

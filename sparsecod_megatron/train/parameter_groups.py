@@ -30,7 +30,7 @@ def parameter_kind(name: str, parameter: Tensor, *, tied: bool) -> str:
     """One of KINDS.
 
     Args:
-        name: name of the parameter in a GPTModel, wrapped or not.
+        name: of the parameter in a GPTModel, wrapped or not.
         parameter: itself; its shape tells a norm from a matrix.
         tied: whether the output layer is the embedding, of which the last pipeline stage holds a copy.
     """
