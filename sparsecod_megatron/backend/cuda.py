@@ -9,7 +9,13 @@ import logging
 
 import torch
 
-from sparsecod_megatron.backend.packages import TRANSFORMER_ENGINE, hide, why_no_transformer_engine
+from sparsecod_megatron.backend.packages import (
+    EXPERIMENT_TRACKER,
+    TRANSFORMER_ENGINE,
+    hide,
+    unseen,
+    why_no_transformer_engine,
+)
 from sparsecod_megatron.backend.redirection import Redirection
 from sparsecod_megatron.errors import ConfigError
 
@@ -73,7 +79,8 @@ def prepare_modules(*, needs_fp8: bool) -> bool:
             'memory; an NGC PyTorch container or pip install "sparsecod_megatron[gpu]" brings it',
             absent,
         )
-    from sparsecod_megatron.backend import stand_ins
+    with unseen(EXPERIMENT_TRACKER):
+        from sparsecod_megatron.backend import stand_ins
 
     _applied.extend(each for each in stand_ins.redirections() if each.apply())
     return absent is None

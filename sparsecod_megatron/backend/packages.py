@@ -7,10 +7,11 @@ there, and would be called with tensors of the CPU. Transformer Engine without i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 from sparsecod_megatron.errors import ConfigError
@@ -19,6 +20,8 @@ TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_torch")
 """The package and its compiled part."""
 APEX = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 """The package and those of its extensions that Megatron-Core imports by themselves."""
+EXPERIMENT_TRACKER = "wandb"
+"""Megatron-Core imports it, a fifth of a rank's start, for records of an inference engine that nothing here uses."""
 
 
 def hide(packages: Iterable[str]) -> None:
@@ -39,6 +42,23 @@ def hide(packages: Iterable[str]) -> None:
             "this run has no device for; call select_backend() before importing megatron.core"
         )
     sys.modules.update(dict.fromkeys([*hidden, *loaded], None))  # type: ignore[arg-type]  # None is how Python says it
+
+
+@contextlib.contextmanager
+def unseen(package: str) -> Iterator[None]:
+    """While the block runs, no import finds a package that was not imported before. Local.
+
+    Args:
+        package: a top-level name.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # as in `hide`
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def why_no_transformer_engine() -> str | None:

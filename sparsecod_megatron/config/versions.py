@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from importlib import metadata
@@ -20,6 +21,7 @@ def recorded_versions(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
+@functools.cache
 def installed_versions() -> dict[str, Any]:
     """Python, the platform, what PyTorch was built with, and every installed package by name. Local.
 

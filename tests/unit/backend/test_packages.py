@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.backend.packages import hide
+from sparsecod_megatron.backend.packages import hide, unseen
 from sparsecod_megatron.errors import ConfigError
 from tests.helpers.training import small_trainer, trainer_batches
 
@@ -71,6 +72,8 @@ def test_the_cpu_takes_nothing_of_an_image_with_its_gpu_hidden(tmp_path: Path) -
         print(distrib_optimizer.Adam.__module__)
         print(clip_grads.multi_tensor_applier.__module__, clip_grads.l2_norm_impl.__module__)
         print(layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32.__module__)
+        import sys, sparsecod_megatron.train.loop
+        print("wandb" in sys.modules)
         """,
         tmp_path,
     )
@@ -81,6 +84,7 @@ def test_the_cpu_takes_nothing_of_an_image_with_its_gpu_hidden(tmp_path: Path) -
         "megatron.core.utils",
         f"{ours}.stand_ins",
         f"{ours}.cpu.speed",
+        "False",
     ]
 
 
@@ -188,3 +192,14 @@ def test_the_norm_of_gradients_is_megatrons() -> None:
     expected, _ = local_multi_tensor_l2_norm(0, None, [tensors], False)
     found, _ = stand_ins.l2_norm(0, torch.zeros(1), [tensors], False)
     torch.testing.assert_close(found, expected)
+
+
+def test_an_unseen_package_is_there_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, tracker_of_experiments="")
+    monkeypatch.syspath_prepend(tmp_path)
+    with unseen("tracker_of_experiments"), pytest.raises(ImportError):
+        importlib.import_module("tracker_of_experiments")
+    loaded = importlib.import_module("tracker_of_experiments")
+    with unseen("tracker_of_experiments"):  # taken by somebody already: hiding it would gain nothing
+        assert importlib.import_module("tracker_of_experiments") is loaded
+    monkeypatch.delitem(sys.modules, "tracker_of_experiments")
