@@ -38,7 +38,7 @@ OVERRIDES = (
     "statistics.moments.interval=0",
     "statistics.norms.interval=0",
 )
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def assert_same_run(run: Path, straight: Path) -> None:
 
 
 def test_killed_at_any_moment_resumes_by_itself(bench: Bench, straight: Path) -> None:
-    """Three kills of random ranks at random moments, one before the first checkpoint, one while one is written."""
+    """Kills of random ranks: one before the first checkpoint, one while one is written."""
     chance, run = random.Random(5), bench.directory / "killed"
     with started(arguments(bench, "killed", "--nproc", "2", "--max-restarts", str(KILLS))) as process:
         for kill in range(KILLS):
@@ -119,25 +119,12 @@ def test_killed_at_any_moment_resumes_by_itself(bench: Bench, straight: Path) ->
             until(lambda: steps(run) >= begin + distance - 1, process)  # noqa: B023
             if kill == 1:
                 until(lambda: saving(run), process)
-            else:
-                time.sleep(chance.uniform(0, 0.1))
             victim.kill()
             until(lambda: all(other.pid != victim.pid for other in ranks(process).values()), process)  # noqa: B023
         _, errors = process.communicate(timeout=PACE.patience_s)
     assert process.returncode == 0, errors
-    told = re.findall(r"rank [01] was killed by SIGKILL; restart (\d) of 3", errors)
-    assert told == ["1", "2", "3"] and "Traceback" not in errors
-    assert_same_run(run, straight)
-
-
-def test_torchruns_own_restart(bench: Bench, straight: Path) -> None:
-    run = bench.directory / "elastic"
-    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "sparsecod_megatron"]
-    with started([*options, *arguments(bench, "elastic")], program="torch.distributed.run") as process:
-        until(lambda: steps(run) >= 5, process)
-        ranks(process)[1].kill()
-        _, errors = process.communicate(timeout=PACE.patience_s)
-    assert process.returncode == 0, errors
+    told = re.findall(r"rank [01] was killed by SIGKILL; restart (\d) of 2", errors)
+    assert told == ["1", "2"] and "Traceback" not in errors
     assert_same_run(run, straight)
 
 
@@ -190,7 +177,7 @@ def test_a_signal_to_one_rank_stops_all(bench: Bench, straight: Path) -> None:
 
 
 def test_a_second_start_is_told_and_the_first_goes_on(bench: Bench, straight: Path) -> None:
-    """Two processes each; the second writes nothing. Killed, the first has nothing to say against a third."""
+    """Two processes each; the second writes nothing. SIGTERM to the first's launcher: it saves, and a third resumes."""
     run = bench.directory / "twice"
     with started(arguments(bench, "twice", "--nproc", "2")) as process:
         until(lambda: steps(run) >= 2, process)
@@ -207,8 +194,11 @@ def test_a_second_start_is_told_and_the_first_goes_on(bench: Bench, straight: Pa
         )
         for rank in first.values():
             rank.resume()
-        until(lambda: steps(run) >= 6, process)
-        end(process)
+        until(lambda: steps(run) >= 4, process)
+        process.terminate()
+        _, errors = process.communicate(timeout=PACE.patience_s)
+    assert process.returncode == 0 and f"asked to stop at step {steps(run)}" in errors, errors
+    assert steps(run) < 24
     bench.train("twice", *OVERRIDES, nproc=2)
     assert_same_run(run, straight)
     assert not (run / "run.lock").exists()

@@ -141,23 +141,3 @@ def test_a_wrong_optimizer_step_shows(bench: Bench, reference: dict[str, Path]) 
     ours, theirs = series(run, "loss"), series(reference["dense"], "loss")
     np.testing.assert_array_equal(ours[:7], theirs[:7])
     assert np.abs(ours[8:] - theirs[8:]).max() > 1e-3
-
-
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on(nproc: int, bench: Bench, initial: dict[str, Path]) -> None:
-    """Exit 0 with a checkpoint of the last whole step; resumed, the run ends as if it had never been asked."""
-    overrides = (f"checkpoint.init_from={initial['dense']}", "train.train_steps=40", "checkpoint.save_interval=0")
-    straight = bench.train(f"straight-{nproc}", *overrides, nproc=nproc)
-    run = bench.directory / f"stopped-{nproc}"
-    command = [sys.executable, "-m", "sparsecod_megatron", "train", str(bench.config), f"logging.run_dir={run}"]
-    process = subprocess.Popen([*command, *overrides, "--nproc", str(nproc)], stderr=subprocess.PIPE, text=True)
-    metrics = run / "metrics.jsonl"
-    with ended_with_block(process):
-        until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
-        process.terminate()
-        _, errors = process.communicate(timeout=PACE.patience_s)
-    assert process.returncode == 0, errors
-    stopped_at = len(series(run, "step"))
-    assert 3 <= stopped_at < 40 and f"asked to stop at step {stopped_at}" in errors
-    bench.train(run.name, *overrides, nproc=nproc)
-    np.testing.assert_array_equal(series(run, "loss"), series(straight, "loss"))

@@ -1,4 +1,4 @@
-"""`sparsecod analyze --nproc 2` on the command line: every score, the same numbers as one process."""
+"""`sparsecod analyze` on two processes: every score, the same numbers as one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from sparsecod_megatron.analysis.scores.registry import SCORES
 from sparsecod_megatron.cli.main import main
-from tests.helpers.cli import sparsecod
+from tests.helpers.cli import sparsecod_ranks
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.analysis.scores.families import VOCAB_SIZE, tiny
 
@@ -30,7 +30,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     text = write_words(tmp_path / "text.txt", VOCAB_SIZE, 3000)
     command = ["analyze", str(model), "--data", str(text), "--samples", "7", "--seq-length", "32", "--device", "cpu"]
     command += ["--scores", ",".join(SCORES), "--compat", "reference"]
-    sparsecod(*command, "--output", tmp_path / "two", "--nproc", "2")
+    sparsecod_ranks(*command, "--output", tmp_path / "two", nproc=2)
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8")) for name in ("one", "two"))
     assert list(one["scores"]) == list(SCORES)

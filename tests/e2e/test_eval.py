@@ -15,7 +15,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.cli.main import main
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConfigError
-from tests.helpers.cli import read_jsonl, sparsecod, sparsecod_ranks
+from tests.helpers.cli import read_jsonl, sparsecod_ranks
 from tests.helpers.text import write_corpus
 
 pytestmark = pytest.mark.e2e
@@ -141,7 +141,7 @@ def test_two_processes_give_what_one_gives(world: Path) -> None:
     sparsecod_ranks("train", world / "config.yaml", *arguments, "train.train_steps=2", nproc=2)
     one, two = world / "one", world / "two"
     assert main(scoring(world, run, 2, one)) == 0
-    sparsecod(*scoring(world, run, 2, two), "--nproc", "2")
+    sparsecod_ranks(*scoring(world, run, 2, two), nproc=2)
     expected, shared = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
     assert shared["tasks"] == expected["tasks"] and shared["perplexity"] == expected["perplexity"]
     assert expected["perplexity"]["num_windows"] > 16
