@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What one GPU proves, in one command of at most nine minutes; without a card the same steps are rehearsed in small.
-#     bash tools/run_in_venv.sh bash tools/gpu_bring_up.sh --pack build/gpu    # where there is a network
+#     bash tools/run_in_venv.sh bash tools/gpu_bring_up.sh --pack build/gpu [--archive TE.tar.gz]    # where there is a network
 #     bash tools/gpu_bring_up.sh build/gpu OUTPUT                              # where there is a card
 #     bash tools/gpu_bring_up.sh --publish OUTPUT                              # its table into docs/GPU.md
 #

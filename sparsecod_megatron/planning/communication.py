@@ -69,7 +69,8 @@ def _tensor(layout: Layout, stage: int) -> Traffic:
     """Attention, dense MLP and shared expert each sum over the group once forward and once backward.
 
     With sequence parallelism each sum is a reduce-scatter and an all-gather at the other end of the branch, and the
-    backward pass gathers the branch's input once more. The embedding sums forward, the output layer backward.
+    backward pass gathers the branch's input once more. The embedding sums forward, the output layer backward. Norms and
+    routers, which every rank holds whole, have gradients of its tokens alone, which are summed once a step.
 
     Source: Korthikanti et al. (arXiv 2205.05198), section 4.2.
     """
@@ -85,7 +86,11 @@ def _tensor(layout: Layout, stage: int) -> Traffic:
         pieces += 2
     if stage == layout.stages - 1:
         pieces += backward
-    return Traffic("tensor", size, 1, "ring", pieces * piece * layout.num_microbatches)
+    total = pieces * piece * layout.num_microbatches
+    if layout.parallel.sequence_parallel:
+        whole = sum(kind.total * count for kind, count in layout.stage_parameters(stage) if kind.split == "none")
+        total += 2 * whole * _gradient_bytes(layout) * (size - 1) / size
+    return Traffic("tensor", size, 1, "ring", total)
 
 
 def _context(layout: Layout, stage: int) -> Traffic:
@@ -127,8 +132,7 @@ def _pipeline(layout: Layout, stage: int) -> Traffic:
 
 def _data(layout: Layout, stage: int) -> tuple[Traffic, Traffic]:
     """Gradients are reduce-scattered and weights gathered once a step; Muon, not sharded, all-reduces gradients."""
-    in_fp32 = layout.config.megatron.get("grad_reduce_in_fp32", True)
-    gradient = _FP32 if in_fp32 else layout.bytes_per_value
+    gradient = _gradient_bytes(layout)
     precision = layout.config.precision
     totals = {"data": 0.0, "expert data": 0.0}
     for kind, count in layout.stage_parameters(stage):
@@ -144,3 +148,8 @@ def _data(layout: Layout, stage: int) -> tuple[Traffic, Traffic]:
         Traffic("data", layout.gradient_parallel, layout.tensor, "ring", totals["data"]),
         Traffic("expert data", layout.expert_data_parallel, experts, "ring", totals["expert data"]),
     )
+
+
+def _gradient_bytes(layout: Layout) -> int:
+    """Of one gradient, as ranks exchange it."""
+    return _FP32 if layout.config.megatron.get("grad_reduce_in_fp32", True) else layout.bytes_per_value

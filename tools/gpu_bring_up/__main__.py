@@ -9,7 +9,7 @@ from pathlib import Path
 from tools.gpu_bring_up.steps import LIMIT_S, STEPS
 
 EPILOG = """\
-before, here:             bash tools/run_in_venv.sh bash tools/gpu_bring_up.sh --pack build/gpu
+before, here:             bash tools/run_in_venv.sh bash tools/gpu_bring_up.sh --pack build/gpu --archive TE.tar.gz
 on the card's machine:    bash tools/gpu_bring_up.sh build/gpu OUTPUT
 after, with the results:  bash tools/gpu_bring_up.sh --publish OUTPUT
 """
@@ -29,12 +29,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=[], metavar="STEP", help=f"of {', '.join(names)}")
     parser.add_argument("--seconds", type=float, default=LIMIT_S, help="of all (default %(default)s)")
     parser.add_argument("--pack", type=Path, metavar="FOLDER", help="fill FOLDER for a machine without a network")
+    parser.add_argument("--archive", type=Path, help="with --pack: Transformer Engine, built for that machine")
     parser.add_argument("--publish", type=Path, metavar="OUTPUT", help="put a card's table into docs/GPU.md")
     args = parser.parse_args()
     if args.pack is not None:
-        from tools.gpu_bring_up.pack import Contents, newest_archive, pack
+        from tools.gpu_bring_up.pack import Contents, pack
 
-        print(pack(args.pack, Contents(archive=newest_archive())))
+        print(pack(args.pack, Contents(archive=args.archive)))
         return 0
     if args.publish is not None:
         from tools.gpu_bring_up.results import publish

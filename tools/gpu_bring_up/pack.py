@@ -20,8 +20,6 @@ LIMIT_BYTES = 64 * 2**20
 """Largest size of the checkout and the folder together."""
 WHEEL_LIST = Path(__file__).with_name("wheels.txt")
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)), "manylinux2014_x86_64")
-ARCHIVES = ROOT.parent / "shared/gpu"
-"""Where the archive lies, beside the checkout."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,15 @@ def pack(folder: Path, contents: Contents) -> str:
 
     Raises:
         SystemExit: in one line: a folder that is not empty, or not in one that git ignores; a command that failed; a
-            folder that is too large.
+            folder that is too large; no such archive.
     """
     folder = folder.absolute()
     if folder.exists() and any(folder.iterdir()):
         _refuse(f"{folder} is not empty; give another folder or empty it")
     if not _is_ignored(folder):
         _refuse(f"{folder} is not an ignored folder of {ROOT}; give one below build/")
+    if contents.archive is not None and not (contents.archive.match(ENGINE) and contents.archive.is_file()):
+        _refuse(f"--archive: {contents.archive} is not a file called {ENGINE}; give Transformer Engine's, or leave it out")
     fill(folder, contents)
     return _described(folder)
 
@@ -94,11 +94,6 @@ def fill(folder: Path, contents: Contents, start: Callable[..., object] = _spars
     start("train", str(ROOT / "examples/configs/nano_dense.yaml"), *run, *common, *contents.overrides)
     shutil.rmtree(folder / "index_cache", ignore_errors=True)
     write_packed(folder, overrides=contents.overrides, steps=contents.steps)
-
-
-def newest_archive() -> Path | None:
-    """Transformer Engine's, beside the checkout."""
-    return max(ARCHIVES.glob(ENGINE), default=None)
 
 
 def _is_ignored(folder: Path) -> bool:
