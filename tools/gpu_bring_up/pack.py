@@ -41,7 +41,7 @@ class Contents:
     corpus: str = "stdlib"
     tokenizer: str = "train:4096"
     max_documents: int = 400
-    overrides: tuple[str, ...] = ("model.num_layers=4",)
+    overrides: tuple[str, ...] = ("model.num_layers=2",)
     steps: int = 10
 
 
