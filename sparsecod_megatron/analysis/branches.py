@@ -26,7 +26,12 @@ def branch_error(before: Tensor, after: Tensor, other: Tensor) -> float:
     Returns:
         0 where a block that adds nothing still adds nothing, infinity where it adds something.
     """
-    rounding = torch.finfo(after.dtype).eps * after.double().norm() / 2
-    excess = float(((other.double() - after.double()).norm() - rounding).clamp_min(0))
-    branch = float((after.double() - before.double()).norm())
-    return excess / branch if branch else (torch.inf if excess else 0.0)
+    return float(token_errors(*(part.reshape(1, -1) for part in (before, after, other))))
+
+
+def token_errors(before: Tensor, after: Tensor, other: Tensor) -> Tensor:
+    """`branch_error` of each token by itself: `[..., d]` each → `[...]`, float64."""
+    rounding = torch.finfo(after.dtype).eps * after.double().norm(dim=-1) / 2
+    excess = ((other.double() - after.double()).norm(dim=-1) - rounding).clamp_min(0)
+    branch = (after.double() - before.double()).norm(dim=-1)
+    return torch.where(excess == 0, 0.0, excess / branch)  # infinite without a branch

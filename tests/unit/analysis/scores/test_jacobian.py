@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from sparsecod_megatron.analysis.isolation import isolated
@@ -111,6 +112,25 @@ def test_estimates_standard_error_is_the_spread_of_repeated_estimates() -> None:
 )
 def test_refuses_blocks_whose_tokens_it_cannot_take_apart(model: MambaForCausalLM | BloomForCausalLM) -> None:
     with pytest.raises(ConversionError, match="cannot be taken apart; leave jacobian out of --scores"):
+        Jacobian().run(context(model))
+
+
+def test_a_router_that_rounding_decides_is_no_mixing_of_tokens() -> None:
+    """Where the two best experts are close, another shape of the batch chooses the other, as half precision may."""
+    model = tiny("mixtral", num_experts_per_tok=1)
+    gate = model.model.layers[1].mlp.gate
+    whole, sizes = gate.forward, []
+
+    def rounded(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, scores, indices = whole(hidden)
+        sizes.append(len(logits))
+        best = logits.topk(2)
+        margins = best.values[:, 0] - best.values[:, 1]
+        close = (margins <= margins.quantile(0.2)) & (len(logits) != sizes[0])
+        return logits, scores, torch.where(close[:, None], best.indices[:, 1:], indices)
+
+    gate.forward = rounded
+    with pytest.raises(ConversionError, match=r"for \d+ of \d+ tokens, which rounding alone .* --dtype float32"):
         Jacobian().run(context(model))
 
 
