@@ -32,6 +32,28 @@ def test_every_entry_of_every_token(family: str) -> None:
                 torch.testing.assert_close(found[i, j], expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
 
 
+def test_sinks_count_beside_a_massive_channel() -> None:
+    """The sinks of attention, far smaller than one channel of the stream, are in the Jacobian."""
+    model = tiny("gpt_oss")
+    model.model.embed_tokens.weight.data[:, 0] += 3000
+    for name, weight in model.named_parameters():
+        if "layernorm" in name:  # the channel counts for nothing but the size of the stream
+            weight.data.mul_(750)[0] = 0
+        if "sinks" in name:
+            weight.data.fill_(1.0)
+    given = context(model, num_samples=1)
+    trace = next(given.traces("all", title=""))
+    place = torch.tensor([[6]])
+    with isolated(model, trace, given.layers.blocks[1], 1) as apart:
+        apart.check(torch.arange(1), place)
+        found = token_jacobians(apart, torch.arange(1), place)[0, 0]
+    expected = naive.token_jacobian(model, given.layers.blocks, given.windows[0], 1, 6)
+    model.model.layers[1].self_attn.sinks.data.fill_(-100.0)
+    without = naive.token_jacobian(model, given.layers.blocks, given.windows[0], 1, 6)
+    branch = (expected - torch.eye(len(expected))).norm()
+    assert (found - expected).norm() < 1e-3 * branch < 1e-2 * (without - expected).norm()
+
+
 def test_the_numbers_and_the_references() -> None:
     given = context(tiny("llama"), num_samples=3, reference=True)
     score = Jacobian(tokens_per_sequence=4)
