@@ -151,5 +151,5 @@ def _data(layout: Layout, stage: int) -> tuple[Traffic, Traffic]:
 
 
 def _gradient_bytes(layout: Layout) -> int:
-    """Of one gradient, as ranks exchange it."""
+    """Bytes of one gradient, as ranks exchange it."""
     return _FP32 if layout.config.megatron.get("grad_reduce_in_fp32", True) else layout.bytes_per_value

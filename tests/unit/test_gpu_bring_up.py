@@ -136,7 +136,7 @@ def test_a_step_that_dies_is_a_line(bench: Bench, capsys: pytest.CaptureFixture[
 
 
 def test_a_folder_that_would_not_travel_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no ignored folder"):
+    with pytest.raises(SystemExit, match="not an ignored folder"):
         pack(tmp_path / "new", Contents())
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="not empty"):

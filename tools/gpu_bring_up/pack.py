@@ -66,7 +66,9 @@ def pack(folder: Path, contents: Contents) -> str:
     if not _is_ignored(folder):
         _refuse(f"{folder} is not an ignored folder of {ROOT}; give one below build/")
     if contents.archive is not None and not (contents.archive.match(ENGINE) and contents.archive.is_file()):
-        _refuse(f"--archive: {contents.archive} is not a file called {ENGINE}; give Transformer Engine's, or leave it out")
+        _refuse(
+            f"--archive: {contents.archive} is not a file called {ENGINE}; give Transformer Engine's, or leave it out"
+        )
     fill(folder, contents)
     return _described(folder)
 
