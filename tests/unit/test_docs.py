@@ -209,9 +209,11 @@ def test_refused(row: list[str]) -> None:
         data_parallel_size(load_config(ROOT / f"examples/configs/{model}.yaml", code.split()), int(row[1]))
 
 
-def test_index_links_every_page() -> None:
-    links = set(re.findall(r"\]\(([\w/-]+\.md)", (DOCS / "index.md").read_text()))
-    assert links == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"index.md"}
+def test_index_and_navigation_have_every_page() -> None:
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(([\w/-]+\.md)", (DOCS / "index.md").read_text())) == pages
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    assert set(re.findall(r": ([\w/-]+\.md)$", navigation, re.MULTILINE)) == pages | {"index.md"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("emerging_optimizers") is not None, reason="replaces less with it")
