@@ -40,7 +40,7 @@ class ModelConfig:
     """
 
     preset: str | None = None
-    """Name of a model of the paper or of a small one (`dense-1B`, `nano-dense`, …); keys beside it win over it."""
+    """Name of a model of the paper or of a small one (`dense-1B`, `nano-dense`, …); other keys win over it."""
 
     num_layers: int = at_least(1, 12)
     hidden_size: int = at_least(1, 768)

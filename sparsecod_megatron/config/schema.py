@@ -143,7 +143,7 @@ class TrainConfig:
     """Save and stop after this step; the schedule remains that of `train_steps`."""
     seed: int = between(0, 2**31, 1234)
     eval_interval: int = at_least(0, 100)
-    """Steps between validations; 0 never validates. The last step always does otherwise."""
+    """Steps between validations; 0 never validates; otherwise the last step always does."""
     eval_steps: int = at_least(1, 10)
     """Global batches of one validation."""
     step_timeout_s: float = at_least(0, 1800.0)
@@ -200,7 +200,7 @@ class CheckpointConfig:
     keep_last: int = at_least(0, 0)
     """Newest checkpoints to keep when another is saved; 0 keeps all."""
     keep_every: int = at_least(0, 0)
-    """Checkpoints of steps that this divides are kept whatever `keep_last` says; 0: none are."""
+    """Checkpoints of steps that this divides are kept whatever `keep_last` says; 0: `keep_last` alone decides."""
     verify: bool = True
     """Compare every file's SHA-256 with the manifest before loading; false compares sizes only."""
     resume: bool = True

@@ -70,7 +70,7 @@ class SlurmConfig:
 
     nodes: int = at_least(1, 1)
     script: str = "examples/slurm/train.sbatch"
-    """Job script of a training, given the cell's config.yaml; from the folder that the command is run in."""
+    """Job script of a training, given the cell's config.yaml; relative to the folder that the command is run in."""
     options: list[str] = field(default_factory=list)
     """Further options of sbatch for the training, such as `--time=12:00:00`."""
     score_options: list[str] = field(default_factory=lambda: ["--nodes=1", "--ntasks=1", "--gpus=1", "--time=04:00:00"])
@@ -82,7 +82,7 @@ class LaunchConfig:
     """Where cells run, and what the plan assumes."""
 
     slots: int = at_least(1, 1)
-    """Cells run at a time on this machine; processors and GPUs are dealt out among them."""
+    """Cells run at a time on this machine; processors and GPUs are shared out among them."""
     nproc: int = at_least(1, 1)
     """Training processes of a cell."""
     gpu: str = choice("none", "h100", "h200")
@@ -117,7 +117,7 @@ class StudyConfig:
     base: str = "???"
     """Run configuration that all cells start from; relative to the study's file."""
     run: dict[str, Any] = field(default_factory=dict, metadata={TYPE_KEY: RunConfig})
-    """Changes of the base in all cells, as `a.b: c` or as sections; after `grid` in rank."""
+    """Changes of the base in all cells, as `a.b: c` or as sections; `grid` wins over them."""
     grid: list[AxisConfig] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Values of `train.seed`: initial weights and order of the data."""
