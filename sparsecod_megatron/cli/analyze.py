@@ -95,7 +95,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
         dtype=args.dtype,
         device=args.device,
         verify=not args.no_verify,
-        round_inputs=False,  # what is rounded has no derivative, of which Jacobians are made
+        restored=False,  # what is rounded has no derivative, of which Jacobians are made
         processes=processes,
     ) as opened:
         corpus = read_corpus(args.data, opened.tokenizer)

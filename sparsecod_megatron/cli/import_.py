@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.config import save_config
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
     from sparsecod_megatron.files import making_output
-    from sparsecod_megatron.hf.source import open_model
+    from sparsecod_megatron.hf.source import open_source
     from sparsecod_megatron.hf.tokenizer import has_tokenizer, load_tokenizer
 
-    source = open_model(args.hf)
+    source = open_source(args.hf)
     config = run_config(source, args.config)
     vocab_size = config.model.vocab_size or 0
     tokenizer = load_tokenizer(args.hf, vocab_size=vocab_size) if has_tokenizer(args.hf) else None

@@ -28,7 +28,7 @@ COMMANDS = {
     "export": "write a training checkpoint as a HuggingFace model directory",
     "import": "make a run directory at step 0 from a HuggingFace model directory",
     "eval": "perplexity and lm-eval tasks of one model or several side by side",
-    "compress": "2:4 sparsity or 8-bit quantisation of a HuggingFace model directory",
+    "compress": "prune, round or factorise a trained model, and score it before and after",
     "analyze": "how a trained model uses its depth; --compare of two models",
     "study": "run a grid of configurations and make one table of their scores",
     "doctor": "whether a checkpoint is what its run trained; --repair where it is not",

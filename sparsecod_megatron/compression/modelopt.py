@@ -1,4 +1,4 @@
-"""NVIDIA ModelOpt made usable from a command: looked for, imported in the right order, and kept from printing."""
+"""NVIDIA ModelOpt made usable: looked for, imported in the right order, kept from printing, and asked what it left."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.compression.changes import Changes, eligible
+from sparsecod_megatron.compression.experts import is_fused
 from sparsecod_megatron.errors import ConfigError
 
 
@@ -47,3 +53,39 @@ def quiet_modelopt() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def put_sparse(changes: Changes, converted: PreTrainedModel) -> None:
+    """Take over the matrices that ModelOpt has made 2:4, and leave the others."""
+    for name, weight in eligible(converted):
+        if follows_pattern(weight):
+            changes.put(name, weight)
+
+
+def follows_pattern(weight: Tensor) -> bool:
+    """Whether at most two of every four neighbours along the last axis are not zero."""
+    if weight.shape[-1] % 4:
+        return False
+    return bool(((weight != 0).unflatten(-1, (-1, 4)).sum(dim=-1, dtype=torch.uint8) <= 2).all())
+
+
+def why_passed_over(module: nn.Module, weight: Tensor, *, rows: int = 1, columns: int = 1) -> str:
+    """Why ModelOpt has left a matrix as it was.
+
+    Args:
+        module: that holds it.
+        weight: `[..., out, in]`.
+        rows: of what ModelOpt needs the number of rows to be a multiple.
+        columns: likewise.
+    """
+    taken = isinstance(module, nn.Linear) or is_fused(module)
+    if taken and (weight.shape[-2] % rows or weight.shape[-1] % columns):
+        return f"rows and columns must be multiples of {rows} and {columns}"
+    return "ModelOpt skips routers, gates of experts and layers that are not linear"
+
+
+def warnings_about(unreached: Sequence[str]) -> list[str]:
+    """What to say of layers that calibration did not reach."""
+    if not unreached:
+        return []
+    return [f"no calibration token reached {len(unreached)} layers, the first {unreached[0]}; more --samples would"]

@@ -54,7 +54,7 @@ class HFSource:
         yield from self.family.table(self.model).to_megatron(self.files)
 
 
-def open_model(directory: Path) -> HFSource:
+def open_source(directory: Path) -> HFSource:
     """Read a directory's configuration and find its weights. Local.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import sparsecod_megatron.hf  # noqa: F401  (registers the sparsecod architecture)
+import sparsecod_megatron.compression.own_class  # noqa: F401  (registers our architectures)
 from sparsecod_megatron.errors import CheckpointError, ConfigError
 
 

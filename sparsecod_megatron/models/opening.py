@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsecod_megatron.compression.compress import is_quantised, round_inputs_as_written
+from sparsecod_megatron.compression.compress import restore, sidecar_of
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.files import MODEL_CONFIG_FILE
 from sparsecod_megatron.models.loading import load_model, load_tokenizer, usable_device
@@ -93,7 +93,7 @@ def open_model(
     dtype: str = "float32",
     device: str | None = None,
     verify: bool = True,
-    round_inputs: bool = True,
+    restored: bool = True,
     processes: Processes | None = None,
 ) -> Opened:
     """Find a model, make it a HuggingFace directory where it is not one, and read its tokenizer. Collective.
@@ -103,8 +103,9 @@ def open_model(
         dtype: `float32` or `bfloat16`, of weights and computation.
         device: `cpu` or `cuda`; None is cuda where there is one.
         verify: compare a checkpoint's export with Megatron-Core's logits.
-        round_inputs: round what enters the layers of a quantised model. Without it the model keeps its derivatives, and
-            a warning says what it lacks.
+        restored: compute what was measured when a directory was compressed, also where that is more than the weights:
+            a quantised model rounds what enters its layers. Without it the model keeps its derivatives, and a warning
+            says what it lacks.
         processes: those that open it together; the first exports, for all of them. None is this one alone.
 
     Raises:
@@ -117,16 +118,17 @@ def open_model(
     with contextlib.ExitStack() as export:
         directory = processes.from_first(lambda: export.enter_context(_huggingface_directory(path, verify=verify)))
         tokenizer = load_tokenizer(directory)
-        load = partial(_load, directory, dtype=dtype, device=device, round_inputs=round_inputs)
+        load = partial(_load, directory, dtype=dtype, device=device, restored=restored)
         return Opened(directory, tokenizer, load, processes, export.pop_all())
 
 
-def _load(directory: Path, *, dtype: str, device: str, round_inputs: bool) -> PreTrainedModel:
+def _load(directory: Path, *, dtype: str, device: str, restored: bool) -> PreTrainedModel:
     model = load_model(directory, dtype=dtype, device=device)
-    if round_inputs:
-        round_inputs_as_written(model, directory)
-    elif is_quantised(directory):
-        logger.warning("%s is quantised: its weights are taken as rounded, its layers' inputs are not", directory)
+    sidecar = sidecar_of(directory)
+    if sidecar is not None and restored:
+        restore(model, sidecar)
+    elif sidecar is not None:
+        logger.warning("%s: its weights alone, without %s, which `sparsecod eval` applies", directory, sidecar.name)
     return model
 
 

@@ -47,7 +47,7 @@ def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, outp
         return
     scores = find_scores(settings.names)
     source = held_out_text(config)
-    with open_model(model_directory, round_inputs=False) as opened:
+    with open_model(model_directory, restored=False) as opened:
         corpus, model = read_corpus(source, opened.tokenizer), opened.model
     context = make_context(
         model,

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from sparsecod_megatron.compression.compress import METHODS, compress, round_inputs_as_written, write_model
-from sparsecod_megatron.compression.matrices import eligible
+from sparsecod_megatron.compression.changes import eligible
+from sparsecod_megatron.compression.compress import compress, restore, sidecar_of, write_model
 from sparsecod_megatron.compression.modelopt import quiet_modelopt
+from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.models.loading import load_model
 from tests.helpers.decoders import tiny_decoder
@@ -66,7 +67,7 @@ def inputs_of_linears(model: PreTrainedModel) -> dict[str, Tensor]:
 def test_weights_are_what_the_formula_says(name: str, method: str) -> None:
     model = tiny(name)
     before, old_logits = copy.deepcopy(model.state_dict()), logits(model)
-    result = compress(model, method, sequences(), batch_size=4)
+    result = compress(model, find_method(method), sequences(), batch_size=4)
     rows = {row.name: row for row in result.matrices}
     assert rows.keys() == dict(eligible(model)).keys()
     for parameter, new in result.model.state_dict().items():
@@ -89,7 +90,7 @@ def test_weights_are_what_the_formula_says(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mixtral", "sparsecod"])
 def test_sparsegpt_beats_magnitude(name: str) -> None:
     dense = tiny(name)
-    result = compress(tiny(name), "sparsegpt24", sequences(), batch_size=4)
+    result = compress(tiny(name), find_method("sparsegpt24"), sequences(), batch_size=4)
     rows = [row for row in result.matrices if row.compressed]
     for row in rows:
         weight = result.model.get_parameter(row.name)
@@ -118,7 +119,7 @@ def test_sparsegpt_beats_magnitude(name: str) -> None:
 @pytest.mark.parametrize("method", ["sparsegpt24", "fp8", "int8"])
 def test_written_directory_computes_what_was_measured(name: str, method: str, tmp_path: Path) -> None:
     source = save_with_words(tiny(name), tmp_path / "source")
-    result = compress(load_model(source, dtype="float32", device="cpu"), method, sequences(), batch_size=4)
+    result = compress(load_model(source, dtype="float32", device="cpu"), find_method(method), sequences(), batch_size=4)
     measured = logits(result.scored)
     folder = tmp_path / "written"
     folder.mkdir()
@@ -126,51 +127,53 @@ def test_written_directory_computes_what_was_measured(name: str, method: str, tm
     loaded = load_model(folder, dtype="float32", device="cpu")
     for parameter, weight in loaded.state_dict().items():
         assert torch.equal(weight, result.model.state_dict()[parameter]), parameter
-    assert round_inputs_as_written(loaded, folder) == (method != "sparsegpt24")
+    sidecar = sidecar_of(folder)
+    assert (sidecar is not None) == (method != "sparsegpt24")
+    if sidecar is not None:
+        restore(loaded, sidecar)
     assert torch.allclose(logits(loaded), measured, atol=1e-5)
     assert (folder / "engine").exists() == (method != "sparsegpt24" and name != "sparsecod")
-    if name == "llama" and method != "sparsegpt24":
+    if name == "llama" and sidecar is not None:
         files = load_file(folder / "engine" / "model.safetensors")
         row = "model.layers.1.mlp.down_proj"
         assert files[f"{row}.weight"].dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[method]
         scale = files[f"{row}.weight_scale"].reshape(-1, 1)
         assert torch.allclose(files[f"{row}.weight"].float() * scale, loaded.get_parameter(f"{row}.weight"), atol=1e-6)
         with pytest.raises(CheckpointError, match="input ranges do not fit"):
-            round_inputs_as_written(tiny("llama", num_hidden_layers=1), folder)
+            restore(tiny("llama", num_hidden_layers=1), sidecar)
+        sidecar.write_text('{"method": "sparse24"}')
+        with pytest.raises(CheckpointError, match="not what `sparsecod compress` writes: sparse24 writes no such file"):
+            restore(tiny("llama"), sidecar)
 
 
 def test_sizes_that_modelopt_passes_over_are_named() -> None:
-    rows = compress(tiny("llama", intermediate_size=44), "sparse24", sequences(), batch_size=4)
+    rows = compress(tiny("llama", intermediate_size=44), find_method("sparse24"), sequences(), batch_size=4)
     assert {row.kind for row in rows.matrices if not row.compressed} == {
         f"model.layers.*.mlp.{kind}_proj" for kind in ("gate", "up", "down")
     }
     assert len(rows.warnings) == 1 and rows.warnings[0].endswith("must be multiples of 8 and 16")
     everything_odd = tiny("llama", hidden_size=20, num_attention_heads=2, num_key_value_heads=1, intermediate_size=44)
     with pytest.raises(ConversionError, match="no linear layer was compressed: rows and columns"):
-        compress(everything_odd, "sparse24", sequences(), batch_size=4)
+        compress(everything_odd, find_method("sparse24"), sequences(), batch_size=4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*FORMULAS, "sparsegpt24"])
 def test_a_model_in_training_mode_is_calibrated_and_scored_without_dropout(method: str) -> None:
     results = []
     for training in (False, True):
         model = tiny("llama", attention_dropout=0.5).train(training)
-        results.append(compress(model, method, sequences(), batch_size=4))
+        results.append(compress(model, find_method(method), sequences(), batch_size=4))
     evaluated, trained = results
     assert torch.equal(logits(trained.scored), logits(evaluated.scored))
     for name, weight in evaluated.model.state_dict().items():
         assert torch.equal(trained.model.state_dict()[name], weight), name
 
 
-def test_methods_are_all_tested() -> None:
-    assert {*FORMULAS, "sparsegpt24"} == set(METHODS)
-
-
 def test_an_expert_without_tokens_takes_the_widest_range_of_its_fellows() -> None:
     with quiet_modelopt():
         from modelopt.torch.quantization.nn import TensorQuantizer
 
-        from sparsecod_megatron.compression.quantize import _share_ranges
+        from sparsecod_megatron.compression.rounding import _share_ranges
     ranges = {0: 1.0, 1: 3.0, 2: None, 3: 2.0}
     quantizers = {f"layers.0.experts.{expert}.up.input_quantizer": TensorQuantizer() for expert in ranges}
     for quantizer, amax in zip(quantizers.values(), ranges.values(), strict=True):
@@ -186,14 +189,14 @@ def test_an_expert_without_tokens_takes_the_widest_range_of_its_fellows() -> Non
         (
             "deepseek_v3",
             "sparsegpt24",
-            "ModelOpt cannot take DeepseekV3ForCausalLM",
+            "cannot take DeepseekV3ForCausalLM",
         ),  # a layer with inputs of four axes
-        ("bloom", "int8", "ModelOpt cannot take BloomForCausalLM"),
+        ("bloom", "int8", "cannot take BloomForCausalLM"),
         ("mamba", "int8", "mixer.dt_proj: the model uses this layer's weight without calling the layer"),
     ],
 )
 def test_a_model_that_a_method_cannot_take_is_one_line(family: str, method: str, reason: str) -> None:
     tokens = torch.randint(3, 61, (2, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ConversionError, match=reason) as caught:
-        compress(tiny_decoder(family), method, tokens, batch_size=2)
+        compress(tiny_decoder(family), find_method(method), tokens, batch_size=2)
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.families import FAMILIES, choose_family
 from sparsecod_megatron.hf.families.choose import DEPENDENT_KEYS, FEATURES, SHAPE_KEYS
-from sparsecod_megatron.hf.source import open_model
+from sparsecod_megatron.hf.source import open_source
 from tests.helpers.reference_gpt import random_tensors
 from tests.unit.hf.models import MODELS, moe, tiny
 
@@ -98,7 +98,7 @@ def test_import_of_an_export_is_the_model(name: str, tmp_path: Path) -> None:
     shapes = choose_family(model).table(model).megatron_shapes
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     export_model(model, tensors, tmp_path / "m", seq_length=16, dtype=torch.float32, tokenizer_dir=None)
-    source = open_model(tmp_path / "m")
+    source = open_source(tmp_path / "m")
     derived: dict[str, object] = {"num_query_groups": model.query_groups, "kv_channels": model.head_dim}
     derived["embedding_norm"] = model.has_embedding_norm
     if model.is_moe:

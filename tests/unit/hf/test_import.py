@@ -16,7 +16,7 @@ from sparsecod_megatron.cli import import_
 from sparsecod_megatron.config import ModelConfig, load_config
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import FAMILIES
-from sparsecod_megatron.hf.source import open_model
+from sparsecod_megatron.hf.source import open_source
 from sparsecod_megatron.hf.table import Entry
 from tests.unit.hf.test_source import CONFIGS, save
 
@@ -48,7 +48,7 @@ def test_a_run_starts_from_the_weights_that_were_shown_to_be_right(tmp_path: Pat
         trainer = build_trainer(config, BACKEND, groups)
         assert load_checkpoint(step_dir, **trainer.parts).step == 0
         loaded = dict(unwrap(trainer.models[0]).named_parameters())
-        for name, tensor in open_model(folder).tensors():
+        for name, tensor in open_source(folder).tensors():
             assert torch.equal(loaded[name], tensor), name
 
 

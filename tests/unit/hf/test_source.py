@@ -23,7 +23,7 @@ from transformers import (
 
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
-from sparsecod_megatron.hf.source import open_model
+from sparsecod_megatron.hf.source import open_source
 from tests.helpers.reference_gpt import forward
 
 SIZES = {
@@ -70,7 +70,7 @@ def save(config: PreTrainedConfig, folder: Path, **options: object) -> Path:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_import_and_export_give_the_same_tensors(name: str, tmp_path: Path) -> None:
     folder = save(CONFIGS[name], tmp_path / "theirs")
-    source = open_model(folder)
+    source = open_source(folder)
     tensors = dict(source.tensors())
     back = export_model(
         source.model,
@@ -91,7 +91,7 @@ def test_import_and_export_give_the_same_tensors(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_import_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     folder = save(CONFIGS[name], tmp_path / "m")
-    source = open_model(folder)
+    source = open_source(folder)
     tokens = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
@@ -114,7 +114,7 @@ REFUSED = {
 def test_what_ours_cannot_say_is_refused_by_name(message: str, tmp_path: Path) -> None:
     REFUSED[message].save_pretrained(tmp_path)
     with pytest.raises(ConversionError, match=message) as caught:
-        open_model(tmp_path)
+        open_source(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -160,32 +160,32 @@ def test_a_damaged_directory_is_refused_in_one_line(name: str, tmp_path: Path) -
     folder = save(CONFIGS["llama"], tmp_path / "m")
     damage(folder)
     with pytest.raises(ConversionError, match=message) as caught:
-        dict(open_model(folder).tensors())
+        dict(open_source(folder).tensors())
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = save(CONFIGS["llama"], tmp_path / "m", max_shard_size="20KB")
-    assert dict(open_model(folder).tensors())
+    assert dict(open_source(folder).tensors())
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ConversionError, match=f"{shard.name}: no such file, but the index lists it"):
-        open_model(folder)
+        open_source(folder)
     (folder / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ConversionError, match="index.json: damaged"):
-        open_model(folder)
+        open_source(folder)
 
 
 def test_biases_with_values_are_refused(tmp_path: Path) -> None:
     folder = save(CONFIGS["qwen2-moe"], tmp_path / "m")
     rewrite(lambda tensors: tensors["model.layers.2.self_attn.k_proj.bias"].fill_(0.1))(folder)
     with pytest.raises(ConversionError, match="layer 2: .*bias.*: holds values other than zero"):
-        dict(open_model(folder).tensors())
+        dict(open_source(folder).tensors())
 
 
 def theirs_and_ours(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of transformers' own reading of a directory, and of what we read, by the definitions."""
-    source = open_model(folder)
+    source = open_source(folder)
     tokens = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
@@ -198,7 +198,7 @@ def test_an_output_layer_beside_tied_embeddings_is_used_unless_it_is_the_embeddi
     embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     head = embeddings.clone() if same else embeddings.roll(1, 0).contiguous()
     rewrite(lambda tensors: tensors.update({"lm_head.weight": head}))(folder)
-    assert open_model(folder).model.untie_embeddings_and_output_weights is not same
+    assert open_source(folder).model.untie_embeddings_and_output_weights is not same
     expected, found = theirs_and_ours(folder)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
@@ -218,17 +218,17 @@ def test_all_of_a_listed_shard_is_read(tmp_path: Path) -> None:
     shard = sorted(folder.glob("model-*.safetensors"))[0]
     save_file(load_file(shard) | {"extra": torch.ones(1)}, shard, metadata={"format": "pt"})
     with pytest.raises(ConversionError, match="has extra"):
-        dict(open_model(folder).tensors())
+        dict(open_source(folder).tensors())
     save_file(load_file(shard) | {NORM: torch.ones(32)}, shard, metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=f"both hold {NORM}"):
-        open_model(folder)
+        open_source(folder)
 
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     folder = save(CONFIGS["llama"], tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ConversionError, match="adapter_config.json: transformers adds this adapter"):
-        open_model(folder)
+        open_source(folder)
 
 
 def test_stored_rotary_frequencies_must_be_the_configurations(tmp_path: Path) -> None:
@@ -239,9 +239,9 @@ def test_stored_rotary_frequencies_must_be_the_configurations(tmp_path: Path) ->
         rewrite(lambda tensors, held=frequencies: tensors.update({name: held}))(folder)
         if refused:
             with pytest.raises(ConversionError, match=rf"{name} holds other frequencies than rope_theta 10000"):
-                open_model(folder)
+                open_source(folder)
         else:
-            assert name not in open_model(folder).files
+            assert name not in open_source(folder).files
 
 
 @pytest.mark.parametrize("legacy", [{"type": "linear"}, {"type": "linear", "rope_type": "linear"}])
@@ -251,7 +251,7 @@ def test_rotary_scaling_under_its_older_name(legacy: dict[str, str], tmp_path: P
     config = json.loads(path.read_text())
     del config["rope_parameters"]
     path.write_text(json.dumps(config | {"rope_theta": 500.0, "rope_scaling": legacy | {"factor": 4.0}}))
-    model = open_model(folder).model
+    model = open_source(folder).model
     assert (model.rope_scaling, model.rope_scaling_factor, model.rotary_base) == ("linear", 4.0, 500)
     expected, found = theirs_and_ours(folder)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)

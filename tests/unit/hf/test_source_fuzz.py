@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsecod_megatron.errors import ConversionError
-from sparsecod_megatron.hf.source import open_model
+from sparsecod_megatron.hf.source import open_source
 from tests.helpers.json_damage import VALUES, places, replaced
 from tests.unit.hf.test_source import CONFIGS, save
 
@@ -26,7 +26,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_or_refuse(folder: Path) -> None:
     """All of it, as `sparsecod import` does."""
     try:
-        dict(open_model(folder).tensors())
+        dict(open_source(folder).tensors())
     except ConversionError as error:
         assert str(error) and "\n" not in str(error)
 

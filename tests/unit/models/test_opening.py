@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.compression.compress import compress, write_model
+from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import CheckpointError, ConfigError, SparsecodError
 from sparsecod_megatron.models.opening import Opened, open_model
 from tests.helpers.words import save_with_words
@@ -76,7 +77,7 @@ def test_run_step_and_export_are_one_model(run: Path, temporary: Path, tmp_path:
 def test_a_quantised_directory_computes_what_was_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = save_with_words(tiny("llama"), tmp_path / "source")
     with open_model(source) as opened:
-        result = compress(opened.model, "int8", sequences(), batch_size=4)
+        result = compress(opened.model, find_method("int8"), sequences(), batch_size=4)
         with torch.no_grad():
             measured, rounded = (model(torch.arange(8)[None]).logits for model in (result.scored, result.model))
         (tmp_path / "int8").mkdir()
@@ -84,9 +85,9 @@ def test_a_quantised_directory_computes_what_was_measured(tmp_path: Path, caplog
     with open_model(tmp_path / "int8") as opened:
         assert torch.allclose(logits(opened), measured, atol=1e-5)
     assert not torch.allclose(measured, rounded, atol=1e-4) and not caplog.records
-    with open_model(tmp_path / "int8", round_inputs=False) as opened:
+    with open_model(tmp_path / "int8", restored=False) as opened:
         assert torch.equal(logits(opened), rounded)
-    assert "is quantised: its weights are taken as rounded, its layers' inputs are not" in caplog.text
+    assert "its weights alone, without input_ranges.json" in caplog.text
 
 
 def test_a_closed_model_leaves_memory_before_the_next_is_loaded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""FP8 and INT8 post-training quantisation by ModelOpt, of weights and of what enters a layer. Imports ModelOpt.
+"""Rounding to 8 bits by ModelOpt, of weights and of what enters a layer. Imports ModelOpt.
 
 ModelOpt simulates: weights and inputs are rounded to the 8-bit grid and computed on in the model's own type, so what it
 measures on a CPU is what an engine with 8-bit kernels gets, up to the order of sums.

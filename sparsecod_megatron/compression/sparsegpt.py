@@ -1,4 +1,4 @@
-"""2:4 sparsity by ModelOpt: two of every four neighbouring weights of a row become zero. Imports ModelOpt."""
+"""SparseGPT by ModelOpt's search for the mask and the update that ModelOpt leaves out. Imports ModelOpt."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ from torch import Tensor, nn
 
 from sparsecod_megatron.compression.experts import separate_experts
 from sparsecod_megatron.compression.reconstruct import reconstruct
-
-
-def prune_by_magnitude(model: nn.Module) -> None:
-    """Keep the two largest of every four weights, in place, in every linear layer but the output layer.
-
-    ModelOpt takes matrices with a multiple of 8 rows and of 16 columns.
-    """
-    with separate_experts(model):
-        sparsity.sparsify(model, "sparse_magnitude")
-        sparsity.export(model)
 
 
 def prune_by_sparsegpt(model: nn.Module, feed: Callable[[nn.Module], None]) -> list[str]:

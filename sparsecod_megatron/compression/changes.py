@@ -1,0 +1,163 @@
+"""What compression does to each matrix of a model, measured while it is done, and which of them it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecod_megatron.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class MatrixChange:
+    """One weight of two or more axes; experts in one 3-D parameter are one.
+
+    Attributes:
+        name: of the parameter, before the change.
+        shape: its axes before the change, `[..., out, in]`.
+        compressed: whether the method took it.
+        reason: why it was left as it was, or empty.
+        stored: weights stored in its place now.
+        zeros: share of them that are zero.
+        relative_error: Frobenius norm of the change ÷ that of the old weights; None where it is not measured.
+        unmeasured: why it is not, or empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    compressed: bool
+    reason: str
+    stored: int
+    zeros: float
+    relative_error: float | None
+    unmeasured: str = ""
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in it before the change."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def kind(self) -> str:
+        """The name without the numbers of layers and experts, such as `model.layers.*.mlp.up_proj`."""
+        parts = self.name.removesuffix(".weight").split(".")
+        return ".".join("*" if part.isdigit() else part for part in parts)
+
+
+class Changes:
+    """Writes what a method makes of a model's weights into the model, in place, and measures it.
+
+    Args:
+        model: as it is before the method.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._shapes = {name: tuple(weight.shape) for name, weight in eligible(model)}
+        self._rows: dict[str, MatrixChange] = {}
+
+    @torch.no_grad()
+    def put(self, name: str, weight: Tensor) -> None:
+        """Write new values of a parameter; of another shape where the method changes the configuration to match.
+
+        Args:
+            name: of the parameter, of any: embeddings and norms are written without a row in the report.
+            weight: of any floating-point type, stored in the parameter's.
+
+        Raises:
+            ConversionError: non-finite values.
+        """
+        old = self._model.get_parameter(name)
+        self._require_finite(name, weight)
+        if weight.shape != old.shape:
+            unmeasured = f"its shape was {list(old.shape)} and is {list(weight.shape)}"
+            self._record(name, [weight], None, unmeasured)
+            module, _, leaf = name.rpartition(".")
+            # A copy, because a slice of the old weights would keep all of them in memory.
+            values = weight.detach().to(old).clone(memory_format=torch.contiguous_format)
+            new = nn.Parameter(values, requires_grad=old.requires_grad)
+            setattr(self._model.get_submodule(module), leaf, new)
+            return
+        self._record(name, [weight], relative_error(old, weight))
+        old.copy_(weight)
+
+    @torch.no_grad()
+    def exchange(self, name: str, module: nn.Module, *, product: Tensor | None) -> None:
+        """Put another module in the place of a linear layer.
+
+        Args:
+            name: of the linear layer's weight.
+            module: what takes its place.
+            product: `[out, in]`, the matrix that `module` multiplies by; None where it is not one matrix.
+
+        Raises:
+            ConversionError: non-finite values.
+        """
+        weights = [weight for weight in module.parameters() if weight.ndim > 1]
+        for weight in weights:
+            self._require_finite(name, weight)
+        old = self._model.get_parameter(name)
+        if product is None:
+            self._record(name, weights, None, f"{type(module).__name__} does not multiply by one matrix")
+        else:
+            self._record(name, weights, relative_error(old, product))
+        self._model.set_submodule(name.rpartition(".")[0], module)
+
+    def rows(self, reason: Callable[[nn.Module, Tensor], str]) -> list[MatrixChange]:
+        """A row for each matrix that could have been compressed, in the model's order.
+
+        Args:
+            reason: of a method, why it leaves a matrix of this module as it is.
+        """
+        return [self._rows.get(name) or self._left(name, reason) for name in self._shapes]
+
+    def _left(self, name: str, reason: Callable[[nn.Module, Tensor], str]) -> MatrixChange:
+        weight = self._model.get_parameter(name)
+        said = reason(holder(self._model, name), weight)
+        assert said, f"{name} was neither changed nor left for a reason"
+        return MatrixChange(name, self._shapes[name], False, said, weight.numel(), zeros([weight]), 0.0)
+
+    def _record(self, name: str, weights: Sequence[Tensor], error: float | None, unmeasured: str = "") -> None:
+        if name in self._shapes:
+            stored = sum(weight.numel() for weight in weights)
+            row = MatrixChange(name, self._shapes[name], True, "", stored, zeros(weights), error, unmeasured)
+            self._rows[name] = row
+
+    @staticmethod
+    def _require_finite(name: str, weight: Tensor) -> None:
+        if not torch.isfinite(weight).all():
+            raise ConversionError(f"{name}: the method made non-finite weights; use another method")
+
+
+def eligible(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The matrices that could be compressed: all but embeddings and the output layer, which no method takes."""
+    for name, parameter in model.named_parameters():
+        module = holder(model, name)
+        if parameter.ndim > 1 and not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings():
+            yield name, parameter
+
+
+def holder(model: nn.Module, parameter: str) -> nn.Module:
+    """The module that a parameter belongs to."""
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def relative_error(old: Tensor, new: Tensor) -> float:
+    """Frobenius norm of the change ÷ that of the old weights; 0 where there were none."""
+    change = torch.linalg.vector_norm(new.detach().float() - old.detach().float())
+    size = torch.linalg.vector_norm(old.detach().float())
+    return float(change / size) if size else 0.0
+
+
+def zeros(weights: Sequence[Tensor]) -> float:
+    """Share of zeros among all entries."""
+    return 1 - sum(int(torch.count_nonzero(weight)) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def compressed_fraction(rows: Sequence[MatrixChange]) -> float:
+    """Share of the weights of eligible matrices that lie in compressed ones."""
+    return sum(row.num_weights for row in rows if row.compressed) / sum(row.num_weights for row in rows)

@@ -1,0 +1,144 @@
+"""Low rank: a linear layer becomes two, through a bottleneck that keeps the largest singular values.
+
+W ≈ (U_r √S_r)(√S_r V_rᵀ), the best product of rank r in the Frobenius norm. The directory is of our own class
+(`compression/own_class.py`): it stores r · (in + out) weights where in · out were.
+
+Source: C. Eckart, G. Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparsecod_megatron.compression.changes import eligible, holder
+from sparsecod_megatron.compression.method import Material, Method, Outcome
+from sparsecod_megatron.config.fields import at_least
+from sparsecod_megatron.errors import CheckpointError, ConfigError
+
+
+@dataclass
+class LowRankSettings:
+    """How much of each matrix stays: one of `rank` and `share`."""
+
+    rank: int | None = at_least(1, None)
+    """Singular values that stay in every matrix."""
+    share: float | None = field(default=None, metadata={"above": 0.0, "below": 1.0})
+    """Share of a matrix's weights that are stored; its rank follows."""
+    layers: str = "*"
+    """Names of the layers to take, with `*`, such as `*.mlp.*`."""
+
+
+class FactoredLinear(nn.Module):
+    """Two linear layers in the place of one: `[..., in]` → `[..., rank]` → `[..., out]`.
+
+    Args:
+        in_features: channels that enter.
+        out_features: channels that leave.
+        rank: between them.
+        bias: whether the second has one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.first = nn.Linear(in_features, rank, bias=False)
+        self.second = nn.Linear(rank, out_features, bias=bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product, `[out, in]`, for models that multiply by a layer's weight themselves."""
+        return self.second.weight @ self.first.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The second layer's."""
+        return self.second.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        output: Tensor = self.second(self.first(x))
+        return output
+
+
+class LowRank(Method):
+    """See the module."""
+
+    name = "low_rank"
+    Settings = LowRankSettings
+
+    def __init__(self, settings: LowRankSettings) -> None:
+        super().__init__(settings)
+        if (settings.rank is None) == (settings.share is None):
+            raise ConfigError("--method low_rank: give one of rank=N and share=S with --set")
+
+    def compress(self, material: Material) -> Outcome:
+        """Factorise every matrix that `reason` has nothing against."""
+        ranks: dict[str, int] = {}
+        for name, _ in list(eligible(material.model)):
+            layer, module = name.removesuffix(".weight"), holder(material.model, name)
+            if not fnmatchcase(layer, self.settings.layers) or self._obstacle(module):
+                continue
+            ranks[layer] = self._rank(*_features(module))
+            factored = _factored(module, ranks[layer])
+            product = factored.weight
+            material.changes.exchange(name, factored, product=product.T if isinstance(module, Conv1D) else product)
+        return Outcome(structure={"ranks": ranks})
+
+    def reason(self, module: nn.Module, weight: Tensor) -> str:
+        """Only linear layers are taken, and only where two thin matrices are smaller than one."""
+        return self._obstacle(module) or f"not among layers={self.settings.layers}"
+
+    def _obstacle(self, module: nn.Module) -> str:
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            return "routers, fused experts and other weights outside linear layers"
+        inputs, outputs = _features(module)
+        rank = self._rank(inputs, outputs)
+        grows = rank * (inputs + outputs) >= inputs * outputs
+        return f"a product of rank {rank} would store as many weights or more" if grows else ""
+
+    def _rank(self, inputs: int, outputs: int) -> int:
+        share = self.settings.share
+        return self.settings.rank or max(1, int(share * inputs * outputs / (inputs + outputs)))
+
+    @classmethod
+    def build(cls, model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
+        """Exchange the layers that `structure["ranks"]` names."""
+        try:
+            for name, rank in dict(structure["ranks"]).items():
+                module = model.get_submodule(name)
+                model.set_submodule(name, FactoredLinear(*_features(module), int(rank), bias=module.bias is not None))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"config.json: ranks that do not fit {type(model).__name__}: {error}") from error
+
+
+def _features(module: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def _factored(module: Any, rank: int) -> FactoredLinear:
+    weight = module.weight.detach()
+    matrix = weight.T if isinstance(module, Conv1D) else weight
+    left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
+    root = values[:rank].sqrt()
+    with torch.device("meta"):
+        factored = FactoredLinear(*_features(module), rank, bias=module.bias is not None)
+    factored.first.weight = _parameter(root[:, None] * right[:rank], weight)
+    factored.second.weight = _parameter(left[:, :rank] * root, weight)
+    if module.bias is not None:
+        factored.second.bias = module.bias
+    return factored
+
+
+def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.to(like.dtype).contiguous(), requires_grad=False)
