@@ -23,11 +23,11 @@ Record = Callable[[str, Tensor], None]
 
 TOKENS = 32
 """Tokens of each sequence whose outputs are kept."""
-SUBSTANCE = {
+CAUSES_WITHOUT_TENSOR = {
     "self_attn": "attention between its projections: rotary embedding, window, number of heads or gate",
     "mlp.act": "the activation",
 }
-"""Witnesses that no single tensor decides, and what does."""
+"""Modules whose output no single tensor decides, and what does."""
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def described(name: str) -> str:
     if name == "norm":
         return "after the last layer: model.norm.weight"
     inside = ".".join(prefix[2:])
-    what = SUBSTANCE.get(inside, f"model.{name}.weight" if inside else "the sum of its branches")
+    what = CAUSES_WITHOUT_TENSOR.get(inside, f"model.{name}.weight" if inside else "the sum of its branches")
     return f"layer {prefix[1]}: {what}"
 
 

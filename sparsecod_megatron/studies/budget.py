@@ -9,8 +9,7 @@ from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.config.flops import flops_per_token
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
-from sparsecod_megatron.studies.places import Labels, place_name
-from sparsecod_megatron.studies.schema import BudgetConfig
+from sparsecod_megatron.studies.schema import BudgetConfig, Labels, setting_name
 
 
 def set_budget(budget: BudgetConfig, base: Path, runs: Mapping[Labels, Sequence[str]]) -> dict[Labels, list[str]]:
@@ -69,7 +68,7 @@ def _load(base: Path, labels: Labels, changes: Sequence[str]) -> RunConfig:
         # Only sizes count here; a warm-up meant for the budget's steps may be longer than the base's.
         return load_config(base, [*changes, "schedule.lr_warmup_steps=0"])
     except ConfigError as error:
-        raise ConfigError(f"cell {place_name(labels)}: {error}") from None
+        raise ConfigError(f"cell {setting_name(labels)}: {error}") from None
 
 
 def _is_reference(labels: Labels, reference: Mapping[str, str], runs: Mapping[Labels, Sequence[str]]) -> bool:

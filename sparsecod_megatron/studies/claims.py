@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds, slope
-from sparsecod_megatron.studies.places import Labels
-from sparsecod_megatron.studies.schema import ClaimConfig
+from sparsecod_megatron.studies.schema import ClaimConfig, Labels
 
 SUPPORTED, REFUTED, NOT_SEPARABLE, NOT_MEASURED = "supported", "not supported", "not separable", "not measured"
 

@@ -18,7 +18,7 @@ from sparsecod_megatron.files import replacing_output
 from sparsecod_megatron.studies.cell import trained_run
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.metrics import last_variances
-from sparsecod_megatron.studies.places import Labels, place_name
+from sparsecod_megatron.studies.schema import Labels, setting_name
 from sparsecod_megatron.studies.table import Row, Table
 
 FIGURES_FOLDER = "figures"
@@ -66,7 +66,7 @@ def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], stu
     with _picture(path) as axes:
         for index, (labels, layers) in enumerate(variances.items()):
             color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-            axes.plot(range(len(layers)), layers, color=color, marker=marker, label=place_name(labels))
+            axes.plot(range(len(layers)), layers, color=color, marker=marker, label=setting_name(labels))
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
@@ -81,7 +81,7 @@ def _draw(path: Path, metric: str, study: Study, table: Table) -> None:
         others = list(dict.fromkeys(row.labels[1:] for row in table.rows))
         for index, other in enumerate(others):
             rows = [row for row in table.rows if row.labels[1:] == other and metric in row.metrics]
-            _draw_line(axes, metric, rows, labels, table, index, place_name(other))
+            _draw_line(axes, metric, rows, labels, table, index, setting_name(other))
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel(study.config.grid[0].name if study.config.grid else "")
         axes.set_ylabel(metric)

@@ -15,8 +15,7 @@ from sparsecod_megatron.config.fields import bound_problems
 from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies.budget import set_budget
-from sparsecod_megatron.studies.places import Labels, place_name
-from sparsecod_megatron.studies.schema import AxisConfig, StudyConfig
+from sparsecod_megatron.studies.schema import AxisConfig, Labels, StudyConfig, setting_name
 
 _LABEL = re.compile(r"[\w.+-]+")
 CELLS_FOLDER, RUN_FOLDER = "cells", "run"
@@ -99,7 +98,7 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
 
 
 def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path) -> Cell:
-    name = ",".join(filter(None, [place_name(labels), f"seed={seed}"]))
+    name = ",".join(filter(None, [setting_name(labels), f"seed={seed}"]))
     directory = output / CELLS_FOLDER / name
     own = [f"train.seed={seed}", f"logging.run_dir={_flow(str(directory / RUN_FOLDER))}"]
     try:

@@ -8,6 +8,9 @@ from typing import Any
 from sparsecod_megatron.config.fields import TYPE_KEY, ValuesOf, at_least, choice
 from sparsecod_megatron.config.schema import RunConfig
 
+Labels = tuple[tuple[str, str], ...]
+"""One setting of the grid: (axis, label) of every axis."""
+
 
 @dataclass
 class AxisConfig:
@@ -143,3 +146,8 @@ class StudyConfig:
     """Compare the logits of every cell's export with Megatron's before it is scored."""
     keep_checkpoints: bool = True
     """Keep a cell's training checkpoints once it is exported."""
+
+
+def setting_name(labels: Labels) -> str:
+    """`axis=label,…`."""
+    return ",".join(f"{axis}={label}" for axis, label in labels)

@@ -13,7 +13,7 @@ from sparsecod_megatron.studies.cell import is_done, read_result
 from sparsecod_megatron.studies.claims import Results, Verdict, judge
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
-from sparsecod_megatron.studies.places import Labels
+from sparsecod_megatron.studies.schema import Labels
 
 SIZE_COLUMNS = ("parameters_total", "parameters_active", "tokens")
 """Columns that come first; the same for all seeds."""

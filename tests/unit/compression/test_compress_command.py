@@ -82,6 +82,35 @@ def test_eval_rounds_the_inputs_of_a_quantised_model(llama: Path, text: Path, tm
     assert found == pytest.approx(losses[1], abs=1e-6) and abs(found - losses[0]) > 1e-4
 
 
+def test_every_command_reads_a_class_of_ours(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compressed, evaluated, analysed and compressed again, with the numbers of the report."""
+    output, again = tmp_path / "low_rank", tmp_path / "again"
+    arguments = ["compress", "--data", str(text), *SIZES]
+    low_rank = ["--method", "low_rank", "--set", "share=0.5", "layers=*.mlp.*"]
+    assert main([*arguments, "--model", str(llama), "--output", str(output), *low_rank]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((output / "compression.json").read_text(encoding="utf-8"))
+    assert report["settings"]["set"] == {"rank": None, "share": 0.5, "layers": "*.mlp.*"}
+    assert report["versions"].keys() == {"torch", "transformers", "sparsecod_megatron"}
+    counts = report["num_parameters"]
+    assert counts["after"] < counts["before"] and f"{counts['after']:,} after" in shown
+    assert "not among layers=*.mlp.*" in shown
+    pruned = [*arguments, "--model", str(output), "--output", str(again), "--method", "magnitude"]
+    assert main(pruned) == 0
+    second = json.loads((again / "compression.json").read_text(encoding="utf-8"))
+    assert second["before"]["loss"] == pytest.approx(report["after"]["loss"], abs=1e-6)
+    held_out = read_corpus(text, load_tokenizer(again)).tokens[-4 * 12 - 1 :]
+    scored = perplexity(load_model(again, dtype="float32", device="cpu"), held_out, seq_length=12, batch_size=4)
+    assert second["after"]["loss"] == pytest.approx(scored.loss, abs=1e-6)
+    analyzed = ["analyze", str(output), "--data", str(text), "--scores", "similarity", "--device", "cpu"]
+    assert main([*analyzed, "--samples", "2", "--seq-length", "12", "--output", str(tmp_path / "analysis")]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--model", str(llama), str(output), "--output", str(tmp_path / "x"), *low_rank]) == 2
+    assert "--model: 2 given, and --method low_rank takes one; give one" in capsys.readouterr().err
+
+
 @modelopt
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -90,6 +119,7 @@ def test_eval_rounds_the_inputs_of_a_quantised_model(llama: Path, text: Path, tm
             {"--method": "int4"},
             "--method int4: no such method; use magnitude, low_rank, sparse24, sparsegpt24, fp8, int8",
         ),
+        ({"--set": "pattern=2:4"}, "--set pattern=2:4: --method sparse24 has no settings; leave it out"),
         ({"--model": "absent"}, "absent: no such folder"),
         ({"--model": "{empty}"}, "no checkpoint"),
         ({"--data": "absent"}, "absent: no such text file"),
