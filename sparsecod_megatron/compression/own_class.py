@@ -36,8 +36,9 @@ class CompressedConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, model: PreTrainedModel, method: str, structure: dict[str, Any]) -> CompressedConfig:
-        """The configuration of a model whose modules `method` has exchanged."""
-        return cls(method=method, structure=structure, base=model.config.to_dict())
+        """The configuration of a model whose modules `method` has exchanged, as the first method or a further one."""
+        base = getattr(model, "compressed_config", model.config)
+        return cls(method=method, structure=structure, base=base.to_dict())
 
     def base_config(self) -> PreTrainedConfig:
         """The original's configuration.
@@ -66,17 +67,24 @@ class CompressedForCausalLM:
         Raises:
             CheckpointError: a configuration that no method of this version wrote.
         """
-        base = config.base_config()
-        return _class_with_structure(base, config).from_pretrained(directory, *arguments, config=base, **options)
+        built, base = _class_with_structure(config)
+        return built.from_pretrained(directory, *arguments, config=base, **options)
 
 
-def _class_with_structure(base: PreTrainedConfig, config: CompressedConfig) -> type[PreTrainedModel]:
-    """The original's class, whose `__init__` ends with the method's `build`: before transformers reads the weights."""
+def _class_with_structure(config: CompressedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The original's class, whose `__init__` ends with the method's `build`, and its configuration.
+
+    So modules are exchanged before transformers reads the weights. Where several methods exchanged some, the classes
+    derive from each other, the first method's from the original's.
+    """
     if config.method not in METHODS:
         raise CheckpointError(f"config.json: method {config.method!r} is unknown here; use the version that wrote it")
-    method = method_class(config.method)
-    with torch.device("meta"):  # the one public way from a configuration to its class
-        original: type[PreTrainedModel] = type(AutoModelForCausalLM.from_config(copy.deepcopy(base)))
+    method, base = method_class(config.method), config.base_config()
+    if isinstance(base, CompressedConfig):
+        original, base = _class_with_structure(base)
+    else:
+        with torch.device("meta"):  # the one public way from a configuration to its class
+            original = type(AutoModelForCausalLM.from_config(copy.deepcopy(base)))
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         original.__init__(self, *arguments, **options)
@@ -86,8 +94,13 @@ def _class_with_structure(base: PreTrainedConfig, config: CompressedConfig) -> t
         original.save_pretrained(self, folder, **options)
         config.save_pretrained(folder)
 
-    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": original.__module__}
-    return type(f"Compressed{original.__name__}", (original,), members)
+    members = {
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+        "compressed_config": config,
+        "__module__": original.__module__,
+    }
+    return type(f"Compressed{original.__name__.removeprefix('Compressed')}", (original,), members), base
 
 
 AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)

@@ -114,8 +114,16 @@ def test_a_class_of_ours_survives_being_saved_again(tmp_path: Path) -> None:
         opened.model.save_pretrained(folders[1])
         opened.tokenizer.save_pretrained(folders[1])
         first = logits(opened.model)
+    thinner = tmp_path / "thinner"
+    thinner.mkdir()
     with open_model(folders[1]) as opened:
         assert torch.equal(logits(opened.model), first)
+        twice = compress(opened.model, find_method("low_rank", ["rank=2"]), sequences(), batch_size=4)
+        write_model(twice, opened.tokenizer, folders[1], thinner)
+        second = logits(twice.model)
+    with open_model(thinner) as opened:
+        assert type(opened.model).__name__ == "CompressedLlamaForCausalLM"
+        assert torch.allclose(logits(opened.model), second, atol=1e-5) and not torch.allclose(second, first, atol=1e-3)
     content = json.loads((folders[1] / "config.json").read_text())
     damage: list[tuple[dict[str, Any], str]] = [
         ({"method": "sorcery"}, "method 'sorcery' is unknown here"),
