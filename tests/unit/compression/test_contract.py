@@ -179,13 +179,13 @@ def test_gradients_and_other_shapes_of_a_stock_class_fit_the_contract(tmp_path: 
         assert torch.allclose(logits(opened.model), measured, atol=1e-6)
 
 
-def test_weights_that_are_not_finite_are_refused() -> None:
+def test_non_finite_weights_are_refused() -> None:
     class Broken(Probe):
         def compress(self, material: Material) -> Outcome:
             material.changes.put("model.layers.1.mlp.up_proj.weight", torch.full((48, 32), float("nan")))
             return Outcome()
 
-    with pytest.raises(ConversionError, match=r"layers\.1\.mlp\.up_proj\.weight: the method made weights that are not"):
+    with pytest.raises(ConversionError, match=r"layers\.1\.mlp\.up_proj\.weight: the method made non-finite weights"):
         compress(tiny("llama"), Broken(None), sequences(), batch_size=4)
 
 
