@@ -43,7 +43,7 @@ class Magnitude(Method):
             module = holder(material.model, name)
             if not self.reason(module, weight):
                 matrix = _by_rows(module, weight)
-                kept = matrix * self.pattern.keep(matrix.abs().float())
+                kept = matrix.masked_fill(~self.pattern.keep(matrix.abs().float()), 0)
                 material.changes.put(name, _by_rows(module, kept))
         return Outcome()
 

@@ -53,7 +53,8 @@ def test_planted_weights_go_from_the_model_and_nothing_else_does() -> None:
         for name, weight in model.named_parameters():
             mask = torch.rand_like(weight).argsort(-1) < weight.shape[-1] // 2  # half of every row
             if name.endswith(("_proj.weight", "_proj")) and "embed" not in name:
-                weight[mask] *= 1e-4
+                away = torch.where(weight < 0, -0.1, 0.1)  # no weight that stays is near zero by chance
+                weight.add_(away)[mask] *= 1e-4
                 planted[name] = mask
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     result = compress(model, find_method("magnitude", ["pattern=0.5", "per=row"]), sequences(), batch_size=4)
