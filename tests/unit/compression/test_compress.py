@@ -16,7 +16,6 @@ from sparsecod_megatron.compression.compress import compress, restore, sidecar_o
 from sparsecod_megatron.compression.modelopt import quiet_modelopt
 from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import CheckpointError, ConversionError
-from sparsecod_megatron.models.loading import load_model
 from tests.helpers.decoders import tiny_decoder
 from tests.helpers.words import save_with_words
 from tests.unit.compression.models import MODELS, sequences, tiny
@@ -115,35 +114,29 @@ def test_sparsegpt_beats_magnitude(name: str) -> None:
         assert torch.equal(new[-1], two_of_four(old)[-1]) if name == "mixtral" else torch.equal(new, two_of_four(old))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ["sparsegpt24", "fp8", "int8"])
-def test_written_directory_computes_what_was_measured(name: str, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "method"), [("llama", "fp8"), ("llama", "int8"), ("sparsecod", "int8")])
+def test_engines_get_the_same_weights_and_ranges_fit_their_model_alone(name: str, method: str, tmp_path: Path) -> None:
     source = save_with_words(tiny(name), tmp_path / "source")
-    result = compress(load_model(source, dtype="float32", device="cpu"), find_method(method), sequences(), batch_size=4)
-    measured = logits(result.scored)
+    result = compress(tiny(name), find_method(method), sequences(), batch_size=4)
     folder = tmp_path / "written"
     folder.mkdir()
     write_model(result, AutoTokenizer.from_pretrained(source), source, folder)
-    loaded = load_model(folder, dtype="float32", device="cpu")
-    for parameter, weight in loaded.state_dict().items():
-        assert torch.equal(weight, result.model.state_dict()[parameter]), parameter
+    assert (folder / "engine").exists() == (name != "sparsecod")
+    if name == "sparsecod":
+        return
+    files = load_file(folder / "engine" / "model.safetensors")
+    row = "model.layers.1.mlp.down_proj"
+    assert files[f"{row}.weight"].dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[method]
+    scale = files[f"{row}.weight_scale"].reshape(-1, 1)
+    weight = result.model.get_parameter(f"{row}.weight")
+    assert torch.allclose(files[f"{row}.weight"].float() * scale, weight, atol=1e-6)
     sidecar = sidecar_of(folder)
-    assert (sidecar is not None) == (method != "sparsegpt24")
-    if sidecar is not None:
-        restore(loaded, sidecar)
-    assert torch.allclose(logits(loaded), measured, atol=1e-5)
-    assert (folder / "engine").exists() == (method != "sparsegpt24" and name != "sparsecod")
-    if name == "llama" and sidecar is not None:
-        files = load_file(folder / "engine" / "model.safetensors")
-        row = "model.layers.1.mlp.down_proj"
-        assert files[f"{row}.weight"].dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[method]
-        scale = files[f"{row}.weight_scale"].reshape(-1, 1)
-        assert torch.allclose(files[f"{row}.weight"].float() * scale, loaded.get_parameter(f"{row}.weight"), atol=1e-6)
-        with pytest.raises(CheckpointError, match="input ranges do not fit"):
-            restore(tiny("llama", num_hidden_layers=1), sidecar)
-        sidecar.write_text('{"method": "sparse24"}')
-        with pytest.raises(CheckpointError, match="not what `sparsecod compress` writes: sparse24 writes no such file"):
-            restore(tiny("llama"), sidecar)
+    assert sidecar is not None
+    with pytest.raises(CheckpointError, match="input ranges do not fit"):
+        restore(tiny("llama", num_hidden_layers=1), sidecar)
+    sidecar.write_text('{"method": "sparse24"}')
+    with pytest.raises(CheckpointError, match="not what `sparsecod compress` writes: sparse24 writes no such file"):
+        restore(tiny("llama"), sidecar)
 
 
 def test_sizes_that_modelopt_passes_over_are_named() -> None:

@@ -19,7 +19,7 @@ from sparsecod_megatron.compression.registry import METHODS, find_method, method
 from sparsecod_megatron.errors import CheckpointError, ConfigError, ConversionError
 from sparsecod_megatron.models.opening import open_model
 from tests.helpers.words import save_with_words
-from tests.unit.compression.models import sequences, tiny
+from tests.unit.compression.models import MODELS, sequences, tiny
 
 SETTINGS = {"low_rank": ["share=0.4"]}
 """Of methods that refuse their own defaults."""
@@ -59,7 +59,7 @@ def method_needs_modelopt(method: str) -> bool:
 def cases() -> list[tuple[str, str]]:
     """Layouts of weights: plain, fused experts, our own class, and transposed layers where ModelOpt is not asked."""
     own = [(method, "gpt2") for method in METHODS if not method_needs_modelopt(method)]
-    return [(method, family) for method in METHODS for family in ("llama", "qwen2_moe", "sparsecod")] + own
+    return [(method, family) for method in METHODS for family in MODELS] + own
 
 
 @pytest.mark.parametrize(("method", "family"), cases())
