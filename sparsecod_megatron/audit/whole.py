@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sparsecod_megatron.checkpoint.native import model_sharded_state
 from sparsecod_megatron.checkpoint.sharded import Leaf, sharded_leaves
-from sparsecod_megatron.metrics.owned_slices import held_slices, working_parts
+from sparsecod_megatron.parallel.owned_slices import held_slices, working_parts
 from sparsecod_megatron.train.setup import Trainer
 
 Read = Callable[[torch.nn.Parameter, Tensor, tuple[int, int]], Tensor]

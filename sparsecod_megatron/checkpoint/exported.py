@@ -9,11 +9,13 @@ import torch
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
-from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.export import DEFAULT_SHARD_BYTES
 from sparsecod_megatron.hf.verify import Verification, verify_directory
+from sparsecod_megatron.mechanisms.exports import know_extensions
+from sparsecod_megatron.seams.mechanism import configured
 
 DEFAULT_SEED = 1234
 
@@ -55,7 +57,7 @@ def export_checkpoint(
         def check(folder: Path) -> None:
             verification = verify_checkpoint(
                 source.step_dir,
-                source.config.model,
+                source.config,
                 folder,
                 exported_as=dtype,
                 seq_length=source.config.data.seq_length,
@@ -70,6 +72,7 @@ def export_checkpoint(
             source.config.model,
             source.tensors,
             output,
+            mechanisms=configured(source.config),
             seq_length=source.config.data.seq_length,
             dtype=dtype,
             tokenizer_dir=source.tokenizer_dir,
@@ -82,7 +85,7 @@ def export_checkpoint(
 
 def verify_checkpoint(
     step_dir: Path,
-    model: ModelConfig,
+    config: RunConfig,
     hf_dir: Path,
     *,
     exported_as: torch.dtype | None,
@@ -93,7 +96,7 @@ def verify_checkpoint(
 
     Args:
         step_dir: the checkpoint.
-        model: its configuration.
+        config: of the run that made it.
         hf_dir: made from it, or what it was made from.
         exported_as: as `verify_directory`.
         seq_length: longest sequence, in tokens.
@@ -103,10 +106,12 @@ def verify_checkpoint(
         CheckpointError: it cannot be read.
         ConversionError: as `verify_directory`.
     """
+    know_extensions()
     return verify_directory(
         lambda: whole_model(step_dir, select_backend()),
-        model,
+        config.model,
         hf_dir,
+        mechanisms=configured(config),
         exported_as=exported_as,
         seq_length=seq_length,
         generator=torch.Generator().manual_seed(seed),

@@ -52,7 +52,7 @@ def verified_digests(optimizer: MegatronOptimizer, sharded: ShardedStateDict) ->
     Raises:
         CheckpointError: on all ranks, where fp32 weights are not the model's, or an optimizer's tensor is another's.
     """
-    model_state = {name: part for name, part in sharded.items() if name != "optimizer"}
+    model_state = {name: part for name, part in sharded.items() if name not in ("optimizer", "mechanisms")}
     stepped = stepped_digests(optimizer, model_state)
     written = by_name(whole_digests(sharded.get("optimizer", {})), replicas=True)
     tensors = [(leaf, leaf.data) for _, leaf in sharded_leaves(sharded) if not is_float8tensor(leaf.data)]

@@ -34,32 +34,41 @@ from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set
 from sparsecod_megatron.checkpoint.random_states import restore_random_states
 from sparsecod_megatron.checkpoint.sharded import pieces, sharded_leaves
 from sparsecod_megatron.checkpoint.state import TrainState, check_same_model, layout_of, read_state, saved_config
+from sparsecod_megatron.checkpoint.stream import NOT_WEIGHTS
 from sparsecod_megatron.checkpoint.untrusted import read_metadata, tensors_only
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.model_keys import model_differences
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import unwrap
 from sparsecod_megatron.parallel.weights import gather_weights
+from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin
 
 logger = logging.getLogger("sparsecod")
+PLUGINS = "mechanisms"
+"""Part of the state that is no model's and not the optimizer's."""
 
 
 def sharded_state(
-    models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    groups: ProcessGroupCollection,
+    plugins: Sequence[Plugin] = (),
 ) -> ShardedStateDict:
-    """This rank's part of weights and optimizer, to be saved. Collective over all processes.
+    """This rank's part of weights and optimizer, and of mechanisms' state, to be saved. Collective over all processes.
 
     Args:
         models: model chunks of this rank, wrapped or not.
         optimizer: optimizer of the models; None saves the weights alone.
         groups: the run's process groups.
+        plugins: of the run's mechanisms.
     """
     gather_weights(models)
-    sharded = model_sharded_state(models, groups)
+    weights = model_sharded_state(models, groups)
+    sharded = weights | _plugin_state(plugins, weights)
     if optimizer is None:
         return sharded
     # Data-parallel rank 0 has gathered the others' parts; they write none.
-    tensors = optimizer_tensors(optimizer, sharded, metadata=_metadata(groups), is_loading=False)
+    tensors = optimizer_tensors(optimizer, weights, metadata=_metadata(groups), is_loading=False)
     tensors = {index: part for index, part in tensors.items() if part}
     return sharded | ({"optimizer": tensors} if tensors else {})
 
@@ -72,6 +81,7 @@ def load_latest(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     groups: ProcessGroupCollection,
+    plugins: Sequence[Plugin] = (),
 ) -> TrainState:
     """Continue from the first of `candidates` that is not damaged. Collective over all processes.
 
@@ -82,6 +92,7 @@ def load_latest(
         optimizer: optimizer of the models.
         scheduler: learning-rate schedule.
         groups: the run's process groups.
+        plugins: of the run's mechanisms.
 
     Raises:
         CheckpointError: all are damaged, or one is of another model.
@@ -90,7 +101,13 @@ def load_latest(
     for directory in candidates:
         try:
             state = load_checkpoint(
-                directory, config=config, models=models, optimizer=optimizer, scheduler=scheduler, groups=groups
+                directory,
+                config=config,
+                models=models,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                groups=groups,
+                plugins=plugins,
             )
         except DamagedCheckpoint as damage:
             damages.append(str(damage).removesuffix("; choose another step"))
@@ -112,6 +129,7 @@ def load_checkpoint(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     groups: ProcessGroupCollection,
+    plugins: Sequence[Plugin] = (),
 ) -> TrainState:
     """Continue from a checkpoint of any layout. Collective over all processes.
 
@@ -122,6 +140,7 @@ def load_checkpoint(
         optimizer: optimizer of the models.
         scheduler: learning-rate schedule.
         groups: the run's process groups.
+        plugins: of the run's mechanisms.
 
     Returns:
         Progress at that step. Under the same layout random states are restored too, and the run continues bit for bit.
@@ -138,14 +157,19 @@ def load_checkpoint(
         loaded, _ = _load(model_state, directory)
         _set_model_state(models, loaded, directory)
         optimizer.reload_model_params()
+        for plugin in plugins:
+            plugin.weights_replaced()
         return saved.train
     tensors = optimizer_tensors(optimizer, model_state, metadata=_metadata(groups), is_loading=True)
-    sharded = model_state | {"optimizer": tensors}
+    sharded = model_state | _plugin_state(plugins, model_state) | {"optimizer": tensors}
     loaded, metadata = _load(sharded, directory)
     if not (config.precision.fp8_param_gather or theirs.precision.fp8_param_gather):
         require_own_masters(directory, sharded, loaded, metadata)
     _set_model_state(models, loaded, directory)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
+    for plugin in plugins:
+        plugin.restore(loaded.get(PLUGINS, {}).get(plugin.name, {}))
+        plugin.weights_replaced()
     # Loading has taken the tensors out of the sharded state.
     require_digests(directory, optimizer, model_sharded_state(models, groups), saved.digests)
     try:
@@ -204,7 +228,7 @@ def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -
     except (OSError, pickle.UnpicklingError) as error:
         raise _damaged(directory, error) from error
     tensors = {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    theirs = {key: shape for key, shape in tensors.items() if not key.startswith("optimizer.")}
+    theirs = {key: shape for key, shape in tensors.items() if not key.startswith(NOT_WEIGHTS)}
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             shapes = [list(found[key]) if key in found else "absent" for found in (theirs, ours)]
@@ -212,6 +236,14 @@ def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -
                 f"{directory}: weights of another model: {key} is {shapes[0]} there and {shapes[1]} here "
                 f"({reason or 'configurations agree'}); use that model, or another checkpoint"
             )
+
+
+def _plugin_state(plugins: Sequence[Plugin], weights: ShardedStateDict) -> ShardedStateDict:
+    """What plugins keep, or nothing where none keeps any. Collective over all processes."""
+    states = {plugin.name: state for plugin in plugins if (state := plugin.sharded_state(weights))}
+    keys = [piece.key for _, leaf in sharded_leaves(states) for piece in pieces(leaf)]
+    assert all(key.startswith(STATE_PREFIX) for key in keys), "a mechanism's tensors would be taken for weights"
+    return {PLUGINS: states} if states else {}
 
 
 def _load(sharded: ShardedStateDict, directory: Path) -> tuple[dict[str, Any], Metadata]:

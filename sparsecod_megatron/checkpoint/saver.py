@@ -34,6 +34,7 @@ from sparsecod_megatron.config import RunConfig, save_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.parallel import any_rank, wait_for_all
+from sparsecod_megatron.seams.plugin import Plugin
 
 logger = logging.getLogger("sparsecod")
 
@@ -60,6 +61,7 @@ class CheckpointSaver:
         optimizer: optimizer of the models, or None to save weights alone.
         scheduler: learning-rate schedule, None without an optimizer.
         groups: the run's process groups.
+        plugins: of the run's mechanisms.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class CheckpointSaver:
         optimizer: MegatronOptimizer | None,
         scheduler: OptimizerParamScheduler | None,
         groups: ProcessGroupCollection,
+        plugins: Sequence[Plugin] = (),
     ) -> None:
         self._checkpoints, self._config = checkpoints, config
         self._models, self._optimizer, self._scheduler, self._groups = models, optimizer, scheduler, groups
+        self._plugins = plugins
         self._device = next(models[0].parameters()).device
         self._calls = AsyncCallsQueue(persistent=False)
         self._flight: _Flight | None = None
@@ -150,7 +154,7 @@ class CheckpointSaver:
         """Fork the writers, which hold this moment's tensors. Collective."""
         began = time.monotonic()
         random_states = gather_random_states()
-        sharded = sharded_state(self._models, self._optimizer, self._groups)
+        sharded = sharded_state(self._models, self._optimizer, self._groups, self._plugins)
         digests = {} if self._optimizer is None else verified_digests(self._optimizer, sharded)
         schedule = {} if self._scheduler is None else self._scheduler.state_dict()
         file = StateFile(state, schedule, layout_of(self._config.parallel), random_states, digests)

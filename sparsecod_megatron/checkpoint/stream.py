@@ -25,13 +25,13 @@ from sparsecod_megatron.checkpoint.paths import resolve_step_dir, tokenizer_dir
 from sparsecod_megatron.checkpoint.state import read_state
 from sparsecod_megatron.checkpoint.untrusted import read_metadata
 from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.config.parameters import RENAMED_NORMS
 from sparsecod_megatron.config.run_files import CONFIG_FILE
+from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.seams.plugin import STATE_PREFIX
 
-NORM_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
+NOT_WEIGHTS = ("optimizer.", STATE_PREFIX)
+"""Before the keys of tensors that belong to no model."""
 OPTIMIZER_PREFIX = "optimizer.state.{}."
 """Prefix of a parameter's key, for what the optimizer keeps of it."""
 EXPERT_STACK, EXPERT = "mlp.experts.experts.", "mlp.experts.local_experts.{}."
@@ -85,7 +85,7 @@ def streamed_checkpoint(path: Path, *, digests: bool = True) -> Iterator[Streame
     read_state(step_dir)
     with ExitStack() as files:
         yield StreamedCheckpoint(
-            config=load_config(step_dir / CONFIG_FILE),
+            config=load_config(step_dir / CONFIG_FILE, mechanisms=MECHANISMS),
             tensors=CheckpointTensors(step_dir, files),
             step_dir=step_dir,
             tokenizer_dir=tokenizer_dir(step_dir),
@@ -183,7 +183,7 @@ def _index(step_dir: Path) -> Metadata:
 def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
     """Name in the model and place of every weight, or of what lies under a prefix in the optimizer's part."""
     for key, entry in metadata.state_dict_metadata.items():
-        others = not key.startswith(prefix) if prefix else key.startswith("optimizer.")
+        others = not key.startswith(prefix) if prefix else key.startswith(NOT_WEIGHTS)
         if others or not isinstance(entry, TensorStorageMetadata):
             continue
         found = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key.removeprefix(prefix))
@@ -195,7 +195,7 @@ def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
         layers = range(entry.size[0]) if numbered is None else [int(numbered)]
         for layer in layers:
             above = (layer,) if numbered is None else ()
-            for name, expert in _expert_names(NORM_NAMES.get(rest, rest), entry, len(above)):
+            for name, expert in _expert_names(RENAMED_NORMS.get(rest, rest), entry, len(above)):
                 yield f"decoder.layers.{layer}.{name}", Place(key, above + expert)
 
 

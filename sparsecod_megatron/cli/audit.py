@@ -47,13 +47,14 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.audit.small import small_run
     from sparsecod_megatron.config import load_config
     from sparsecod_megatron.files import check_writable
+    from sparsecod_megatron.mechanisms import MECHANISMS
 
     if is_rank() and args.found is None:
         raise ConfigError("audit starts its own processes; run it without torchrun")
     if args.output is not None:
         check_writable(args.output)
     nproc, capability = _processes(args.nproc)
-    small = small_run(load_config(args.config, args.overrides), capability=capability)
+    small = small_run(load_config(args.config, args.overrides, mechanisms=MECHANISMS), capability=capability)
     plan = plan_rows(small.config, nproc=nproc, only=args.only)
     if args.found is not None:
         run_rank(lambda: _be_rank(args, plan, small))

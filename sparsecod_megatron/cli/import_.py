@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.files import making_output
     from sparsecod_megatron.hf.source import open_source
     from sparsecod_megatron.hf.tokenizer import has_tokenizer, load_tokenizer
+    from sparsecod_megatron.mechanisms.exports import know_extensions
 
+    know_extensions()
     source = open_source(args.hf)
     config = run_config(source, args.config)
     vocab_size = config.model.vocab_size or 0
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         step_dir = write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
         if args.verify:
             found = verify_checkpoint(
-                step_dir, config.model, source.directory, exported_as=None, seq_length=source.seq_length
+                step_dir, config, source.directory, exported_as=None, seq_length=source.seq_length
             )
             found.publish(folder)
         save_config(config, folder / CONFIG_FILE)
@@ -79,6 +81,7 @@ def run_config(source: HFSource, base: Path | None) -> RunConfig:
 
     from sparsecod_megatron.config import load_config
     from sparsecod_megatron.config.model_keys import TRAINING_KEYS
+    from sparsecod_megatron.mechanisms import MECHANISMS
 
     kept = TRAINING_KEYS.keys() - {"make_vocab_size_divisible_by"} if base else frozenset()
     keys = {
@@ -87,7 +90,10 @@ def run_config(source: HFSource, base: Path | None) -> RunConfig:
         if field.name not in kept | {"init_std", "preset"}
     }
     overrides = [f"model.{name}={json.dumps(value)}" for name, value in keys.items()]
-    return load_config(base, overrides if base else [*overrides, f"data.seq_length={source.seq_length}"])
+    overrides += [f"mechanisms.{name}={json.dumps(settings)}" for name, settings in source.mechanisms.items()]
+    return load_config(
+        base, overrides if base else [*overrides, f"data.seq_length={source.seq_length}"], mechanisms=MECHANISMS
+    )
 
 
 def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> Path:
@@ -105,12 +111,13 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.checkpoint.whole import single_process, unsharded
     from sparsecod_megatron.model import unwrap
+    from sparsecod_megatron.seams.mechanism import configured
 
     config = single_process(config)
     with unsharded(config, select_backend()) as (models, groups):
         own = {**dict(unwrap(models[0]).named_parameters()), **dict(unwrap(models[0]).named_buffers())}
         with torch.no_grad():
-            for name, tensor in source.tensors():
+            for name, tensor in source.tensors(configured(config)):
                 own[name].copy_(tensor)
         parts = {"models": models, "optimizer": None, "scheduler": None, "groups": groups}
         return save_checkpoint(checkpoints, config=config, state=TrainState(), **parts)

@@ -38,12 +38,13 @@ def run(args: argparse.Namespace) -> None:
         SparsecodError: a layout that cannot run or does not fit; nothing is printed or written then.
     """
     from sparsecod_megatron.config import load_config
+    from sparsecod_megatron.mechanisms import MECHANISMS
     from sparsecod_megatron.planning import GPUS
     from sparsecod_megatron.planning.report import write_json
     from sparsecod_megatron.planning.vocabulary import with_vocabulary
 
     check_at_least(args, gpus=1)
-    config, note = with_vocabulary(load_config(args.config, args.overrides))
+    config, note = with_vocabulary(load_config(args.config, args.overrides, mechanisms=MECHANISMS))
     text, content = (_search if args.search else _plan)(config, args.gpus, GPUS[args.gpu])
     if args.output is not None:
         write_json({**content, "note": note}, args.output)

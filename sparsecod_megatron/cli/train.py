@@ -35,9 +35,10 @@ def run(args: argparse.Namespace) -> None:
         SparsecodError: a run that is impossible, or an invalid number of processes or restarts.
     """
     from sparsecod_megatron.config import data_parallel_size, load_config
+    from sparsecod_megatron.mechanisms import MECHANISMS
 
     check_at_least(args, nproc=1, max_restarts=0)
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, mechanisms=MECHANISMS)
     data_parallel_size(config, world_size=int(os.environ["WORLD_SIZE"]) if is_rank() else args.nproc)
     if args.nproc > 1 and not is_rank():
         launch(args.command_line, nproc=args.nproc, max_restarts=args.max_restarts)

@@ -68,6 +68,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 def _problems(config: RunConfig) -> Iterator[str]:
     yield from bound_problems(config)
+    yield from _mechanism_bounds(config)
     yield from megatron_problems(config)
     yield from model_problems(config)
     yield from layout_problems(config)
@@ -79,6 +80,13 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _fault_problems(config)
     yield from _checkpoint_problems(config.checkpoint)
     yield from _profile_problems(config.profile)
+    for mechanism in config.mechanisms.values():
+        yield from mechanism.problems(config)
+
+
+def _mechanism_bounds(config: RunConfig) -> Iterator[str]:
+    for name, mechanism in config.mechanisms.items():
+        yield from bound_problems(mechanism, f"mechanisms.{name}.")
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.config.schema import RunConfig
 
 
@@ -65,21 +66,20 @@ def _size_problems(config: RunConfig) -> Iterator[str]:
 
 def _product_sizes(config: RunConfig) -> Iterator[tuple[str, int, str, int]]:
     """(key, size, key that divides it, by what) of every dimension of the layers' matrix products."""
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     tp_key, tp = "parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size
-    yield "model.hidden_size", model.hidden_size, tp_key, 1
-    channels = model.num_attention_heads * model.head_dim
-    yield "model.num_attention_heads × head channels", channels, tp_key, tp
-    channels += 2 * model.query_groups * model.head_dim
-    yield "model.num_query_groups: query, key and value channels", channels, tp_key, tp
-    if model.attention_output_gate == "headwise":
-        yield "model.num_attention_heads, each with a gate", model.num_attention_heads, tp_key, tp
-    if not all(model.is_moe_layer(layer) for layer in range(model.num_layers)):
-        yield "model.ffn_hidden_size", model.ffn_hidden_size, tp_key, tp
-    if model.is_moe:
-        etp_key, etp = "parallel.expert_tensor_parallel_size", parallel.expert_tensor_size
-        yield "model.moe_ffn_hidden_size", model.expert_ffn_hidden_size, etp_key, etp
-        yield "model.moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size or 0, tp_key, tp
+    etp_key, etp = "parallel.expert_tensor_parallel_size", parallel.expert_tensor_size
+    yield "model.hidden_size", config.model.hidden_size, tp_key, 1
+    table = ParameterTable.of(config)
+    kinds = {kind.name: kind for layer in range(config.model.num_layers) for kind in table.layer(layer) if kind.fp8}
+    for kind in kinds.values():
+        assert kind.dimension is not None, "a matrix of FP8 products that no rank shares"
+        shared = (etp_key, etp) if kind.split == "expert" else (tp_key, tp)
+        yield kind.channels, kind.shape[kind.dimension] // kind.stacked, *shared
     tokens = config.train.micro_batch_size * config.data.seq_length
-    cp_key, cp = "parallel.context_parallel_size", parallel.context_parallel_size
-    yield "data.seq_length × train.micro_batch_size", tokens, cp_key, cp
+    yield (
+        "data.seq_length × train.micro_batch_size",
+        tokens,
+        "parallel.context_parallel_size",
+        (parallel.context_parallel_size),
+    )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from sparsecod_megatron.config.model_schema import ModelConfig
-from sparsecod_megatron.config.parameters import last_parameters, layer_parameters
+from sparsecod_megatron.config.parameters import ParameterTable
 
 CONVENTIONS = ("full", "causal", "windowed")
 BACKWARD_FACTOR = 3
 """Forward and backward pass together, in forward passes: each product has two products as its gradients."""
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, *, convention: str = "full") -> float:
+def flops_per_token(table: ParameterTable, seq_length: int, *, convention: str = "full") -> float:
     """Forward and backward operations of one token, a multiplication and an addition being two.
 
     6 for each weight that multiplies it (look-ups and norms are free, the output layer is not; a routed token meets its
@@ -22,15 +22,15 @@ def flops_per_token(model: ModelConfig, seq_length: int, *, convention: str = "f
     - `windowed`: the same, but in layers with a sliding window of w < S keys, w − w² / 2S.
 
     Args:
-        model: its shape, vocabulary included.
+        table: of the model's parameters, vocabulary included.
         seq_length: tokens of a sequence; masks between documents are not counted.
         convention: one of these.
 
     Source: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B.
     """
-    layers = range(model.num_layers)
-    matrices = sum(kind.multiplied for layer in layers for kind in layer_parameters(model, layer))
-    matrices += sum(kind.multiplied for kind in last_parameters(model, shares_embedding=False))
+    model, layers = table.model, range(table.model.num_layers)
+    matrices = sum(kind.multiplied for layer in layers for kind in table.layer(layer))
+    matrices += sum(kind.multiplied for kind in table.last(shares_embedding=False))
     keys = sum(keys_per_query(model, layer, seq_length, convention=convention) for layer in layers)
     return BACKWARD_FACTOR * (2.0 * matrices + 4.0 * model.num_attention_heads * model.head_dim * keys)
 

@@ -8,6 +8,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sparsecod_megatron.config.check import check_config
+from sparsecod_megatron.config.mechanism_section import (
+    Catalogue,
+    named_mechanisms,
+    refuse_former_keys,
+    schema_with,
+    with_mechanisms,
+)
 from sparsecod_megatron.config.presets import preset_model
 from sparsecod_megatron.config.schema import RunConfig
 from sparsecod_megatron.config.typed import Update, merge_typed, read_updates
@@ -15,12 +22,15 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.files import write_text
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, mechanisms: Catalogue | None = None
+) -> RunConfig:
     """Read, merge, type, complete and check one run's configuration. Local: every rank reads the same file.
 
     Args:
         path: a YAML file; None starts from the defaults.
         overrides: `a.b=c` strings, applied in order; text keys take the value as it is typed, others as YAML.
+        mechanisms: what may stand in the section of that name (`mechanisms.MECHANISMS`); None takes no such section.
 
     Returns:
         The configuration with derived values filled in (`vocab_size` may still be None: it needs the tokenizer). The
@@ -30,7 +40,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: unreadable file, unknown key or preset, wrong type, bound, or combination that cannot run.
     """
     updates = read_updates(RunConfig, path, overrides)
-    config = merge_typed(RunConfig, [*_preset(updates), *updates])
+    if mechanisms is not None:
+        refuse_former_keys(updates, mechanisms)
+    if named := mechanisms and named_mechanisms(updates, mechanisms):
+        schema = schema_with(named)
+        updates = read_updates(schema, path, overrides)  # again, for now the types of all keys are known
+        config = with_mechanisms(merge_typed(schema, [*_preset(updates), *updates]))
+    else:
+        config = merge_typed(RunConfig, [*_preset(updates), *updates])
+        assert not config.mechanisms, "whoever reads a run with mechanisms says which there are"
     _complete(config)
     check_config(config)
     return config

@@ -68,6 +68,10 @@ def model_differences(theirs: RunConfig, ours: RunConfig) -> Iterator[Difference
         values = [config.megatron.get(field) for config in (theirs, ours)]
         if (values[0] or None) != (values[1] or None):  # false and 0 are Megatron-Core's defaults
             yield Difference(f"megatron.{field}", *values)
+    for name in dict.fromkeys((*theirs.mechanisms, *ours.mechanisms)):
+        values = [config.mechanisms.get(name) for config in (theirs, ours)]
+        if values[0] != values[1]:
+            yield Difference(f"mechanisms.{name}", *values)
 
 
 def _effective(model: ModelConfig, key: str) -> Any:

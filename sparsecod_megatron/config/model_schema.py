@@ -77,8 +77,8 @@ class ModelConfig:
     """Keys that a query sees, itself included; None: all before it."""
     window_attn_skip_freq: int | None = at_least(2, None)
     """Every n-th layer attends without the window; None: all layers have it."""
-    attention_output_gate: str = choice("none", "headwise", "elementwise")
-    """Attention output times sigmoid of a projection of the layer's input, one value per head or per channel."""
+    attention_output_gate: str = choice("none", "elementwise")
+    """Attention output times sigmoid of a projection of the layer's input, one value per channel."""
 
     activation: str = choice("swiglu", "geglu", "gelu", "relu", "relu2")
 

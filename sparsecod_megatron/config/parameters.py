@@ -1,15 +1,25 @@
-"""Every parameter of a model, kind by kind, from its keys alone: its size, what multiplies, what is split over ranks.
+"""THE table of a model's tensors: one row for each kind of parameter, with every fact that some part of a run needs.
 
-Arithmetic only, so that planning a run needs neither torch nor Megatron-Core.
+Initialisation, parameter groups, sharding marks, planning, precision checks and mechanisms read it; none keeps a list
+of its own. Arithmetic only, so that planning a run needs neither torch nor Megatron-Core.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from sparsecod_megatron.config.model_schema import ModelConfig
+from sparsecod_megatron.config.schema import RunConfig
+
+GROUPS = ("norms", "biases", "embeddings", "output", "router", "hidden")
+"""What `ParameterKind.group` says; all but the last are choices of `optimizer.no_weight_decay`."""
+RATE_FALLS_WITH_WIDTH = ("hidden", "output", "router")
+"""Groups whose learning rate muP divides by `model.width_ratio`."""
 
 
 @dataclass(frozen=True)
@@ -18,20 +28,35 @@ class ParameterKind:
 
     Attributes:
         name: `qkv`, `mlp_input`, `expert_output`, …
-        shape: [out, in] of a matrix, [channels] of a norm; of one copy.
+        shape: [out, in] of a matrix, [channels] of a norm or bias; of one copy, whole.
+        pattern: regular expression of its names in a GPTModel, of whichever backend and stage, without what stands
+            before the layer's own part.
+        group: one of `GROUPS`: how it decays and learns.
+        init: the field of `model.init_std` that a matrix is drawn by; None for vectors, which start at one or zero.
         split: over the ranks of tensor parallelism, of `expert` parallelism (and the experts' tensor parallelism), or
             `none`.
+        dimension: the one that tensor parallelism splits; None where ranks hold it whole.
+        stacked: matrices that stand one above the other in it, each of which is split (gate over up: 2).
         copies: experts.
         used: copies that one token meets.
         fp8: whether Transformer Engine multiplies it in FP8 under an FP8 recipe.
+        looked_up: whether a token takes a row of it, which multiplies nothing.
+        channels: key of the configuration, for messages, that gives the size which tensor parallelism splits.
     """
 
     name: str
     shape: tuple[int, ...]
+    pattern: str
+    group: str = "hidden"
+    init: str | None = None
     split: str = "none"
+    dimension: int | None = None
+    stacked: int = 1
     copies: int = 1
     used: int = 1
     fp8: bool = False
+    looked_up: bool = False
+    channels: str = ""
 
     @property
     def total(self) -> int:
@@ -46,7 +71,12 @@ class ParameterKind:
     @property
     def multiplied(self) -> int:
         """Number of those in a matrix that a token's vector is multiplied by: no norms, no look-up."""
-        return self.active if len(self.shape) == 2 and self.name != "embedding" else 0
+        return self.active if len(self.shape) == 2 and not self.looked_up else 0
+
+    @property
+    def is_orthogonalised(self) -> bool:
+        """Whether Muon steps it; AdamW steps vectors, embeddings and the output layer."""
+        return len(self.shape) == 2 and self.group not in ("embeddings", "output")
 
     def on_rank(self, *, tensor: int, expert: int) -> int:
         """Number of parameters that one rank holds.
@@ -66,6 +96,7 @@ class ParameterCount:
         total: all of them, shared ones once.
         active: without the experts that a token does not use.
         embedding: number in the embedding and the output layer, shared ones once.
+        live: without those that a mechanism holds at zero.
         by_kind: total by kind.
         by_layer: total by layer.
     """
@@ -73,113 +104,205 @@ class ParameterCount:
     total: int
     active: int
     embedding: int
+    live: int
     by_kind: dict[str, int]
     by_layer: list[int]
 
 
-def count_parameters(model: ModelConfig, *, qkv_bias: bool = False) -> ParameterCount:
-    """Count a model whose vocabulary is known; buffers, such as the selection bias of experts, are not parameters.
+@dataclass(frozen=True)
+class ParameterTable:
+    """The kinds of parameters of one model.
 
-    Args:
+    Attributes:
         model: its shape.
-        qkv_bias: as for `layer_parameters`.
-    """
-    layers = [list(layer_parameters(model, layer, qkv_bias=qkv_bias)) for layer in range(model.num_layers)]
-    ends = [*first_parameters(model), *last_parameters(model, shares_embedding=True)]
-    everything = [*ends, *(kind for layer in layers for kind in layer)]
-    by_kind: dict[str, int] = {}
-    for kind in everything:
-        by_kind[kind.name] = by_kind.get(kind.name, 0) + kind.total
-    return ParameterCount(
-        total=sum(by_kind.values()),
-        active=sum(kind.active for kind in everything),
-        embedding=by_kind["embedding"] + by_kind.get("output", 0),
-        by_kind=by_kind,
-        by_layer=[_total(layer) for layer in layers],
-    )
-
-
-def first_parameters(model: ModelConfig) -> Iterator[ParameterKind]:
-    """What stands before the layers."""
-    assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
-    yield ParameterKind("embedding", (model.vocab_size, model.hidden_size), "tensor")
-    if model.has_embedding_norm:
-        yield ParameterKind("embedding_norm", (model.hidden_size,))
-
-
-def last_parameters(model: ModelConfig, *, shares_embedding: bool) -> Iterator[ParameterKind]:
-    """What stands behind the layers.
-
-    Args:
-        model: its shape.
-        shares_embedding: whether the embedding is at hand, so that a tied output layer adds nothing.
-    """
-    assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
-    if model.final_norm:
-        yield ParameterKind("final_norm", (model.hidden_size,))
-    if model.untie_embeddings_and_output_weights or not shares_embedding:
-        yield ParameterKind("output", (model.vocab_size, model.hidden_size), "tensor")
-
-
-def layer_parameters(model: ModelConfig, layer: int, *, qkv_bias: bool = False) -> Iterator[ParameterKind]:
-    """Parameters of layer `layer` (from 0).
-
-    Args:
-        model: its shape.
-        layer: which.
+        mechanisms: `seams.mechanism.Mechanism`s, which add kinds of their own.
         qkv_bias: whether `megatron.add_qkv_bias` gives queries, keys and values a bias.
     """
-    yield from _norms(model, layer)
-    yield from _attention(model, qkv_bias=qkv_bias)
-    if model.is_moe_layer(layer):
-        yield from _experts(model, layer)
-    else:
-        yield from _mlp(model, "mlp", model.ffn_hidden_size)
+
+    model: ModelConfig
+    mechanisms: tuple[Any, ...] = field(default=())
+    qkv_bias: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig) -> ParameterTable:
+        """The table of a run."""
+        return cls(config.model, tuple(config.mechanisms.values()), config.qkv_bias)
+
+    def first(self) -> Iterator[ParameterKind]:
+        """What stands before the layers; the vocabulary is known."""
+        model = self.model
+        assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
+        shape = (model.vocab_size, model.hidden_size)
+        name = r"embedding\.word_embeddings\.weight"
+        yield ParameterKind("embedding", shape, name, "embeddings", "embedding", "tensor", 0, looked_up=True)
+        if model.has_embedding_norm:
+            yield _norm("embedding_norm", model.hidden_size, r"embedding_norm\.weight")
+
+    def last(self, *, shares_embedding: bool) -> Iterator[ParameterKind]:
+        """What stands behind the layers; the vocabulary is known.
+
+        Args:
+            shares_embedding: whether the embedding is at hand, so that a tied output layer adds nothing.
+        """
+        model = self.model
+        assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
+        if model.final_norm:
+            yield _norm("final_norm", model.hidden_size, r"decoder\.final_layernorm\.weight")
+        tied = not model.untie_embeddings_and_output_weights
+        if not tied or not shares_embedding:
+            # Tied, it is the last pipeline stage's copy of the embedding.
+            group, init = ("embeddings", "embedding") if tied else ("output", "output")
+            shape = (model.vocab_size, model.hidden_size)
+            yield ParameterKind("output", shape, r"output_layer\.weight", group, init, "tensor", 0)
+
+    def layer(self, layer: int) -> Iterator[ParameterKind]:
+        """Parameters of layer `layer` (from 0)."""
+        model = self.model
+        yield from _norms(model, layer)
+        yield from _attention(model, qkv_bias=self.qkv_bias)
+        if model.is_moe_layer(layer):
+            yield from _experts(model, layer)
+        else:
+            names = r"mlp\.linear_fc{}\.weight"
+            yield from _mlp(model, "mlp", model.ffn_hidden_size, names, channels="model.ffn_hidden_size")
+        for mechanism in self.mechanisms:
+            yield from mechanism.parameters(model, layer)
+
+    def find(self, name: str) -> ParameterKind:
+        """The kind of a parameter by its name in a GPTModel, wrapped or not; of one layer, where layers differ.
+
+        Raises:
+            LookupError: no row has such a name.
+        """
+        inside = re.search(r"(?:^|\.)decoder\.layers\.\d+\.(.+)", name)
+        own = inside[1] if inside else re.sub(r"^(module\.)+", "", name)
+        for kind in self._kinds:
+            if re.fullmatch(kind.pattern, own):
+                return kind
+        raise LookupError(f"the table of parameters has no row for {name}")
+
+    def count(self) -> ParameterCount:
+        """Count a model whose vocabulary is known; buffers, such as the selection bias of experts, are none."""
+        layers = [list(self.layer(layer)) for layer in range(self.model.num_layers)]
+        ends = [*self.first(), *self.last(shares_embedding=True)]
+        kinds = [*ends, *(kind for layer in layers for kind in layer)]
+        by_kind: dict[str, int] = {}
+        for kind in kinds:
+            by_kind[kind.name] = by_kind.get(kind.name, 0) + kind.total
+        total = sum(by_kind.values())
+        return ParameterCount(
+            total=total,
+            active=sum(kind.active for kind in kinds),
+            embedding=by_kind["embedding"] + by_kind.get("output", 0),
+            live=total - sum(mechanism.dead_parameters(self) for mechanism in self.mechanisms),
+            by_kind=by_kind,
+            by_layer=[_total(layer) for layer in layers],
+        )
+
+    @cached_property
+    def _kinds(self) -> list[ParameterKind]:
+        """One row for each pattern."""
+        layers = (kind for layer in range(self.model.num_layers) for kind in self.layer(layer))
+        rows = (*self.first(), *self.last(shares_embedding=False), *layers)
+        return list({kind.pattern: kind for kind in rows}.values())
+
+
+def _norm(name: str, channels: int, pattern: str) -> ParameterKind:
+    return ParameterKind(name, (channels,), pattern, "norms")
 
 
 def _norms(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
+    """Transformer Engine's fused layers hold the norm before them; checkpoints use their names (`RENAMED_NORMS`)."""
+    places = (("attention", "input_layernorm", "self_attn_bda"), ("mlp", "pre_mlp_layernorm", "mlp_bda"))
+    fused = {norm: name for name, norm in RENAMED_NORMS.items()}
     before = not model.is_post_norm(layer)
-    for branch in ("attention", "mlp"):
+    for branch, norm, join in places:
         if before:
-            yield ParameterKind(f"{branch}_norm", (model.hidden_size,))
+            name = f"{norm}.weight"
+            yield _norm(f"{branch}_norm", model.hidden_size, f"{re.escape(name)}|{re.escape(fused[name])}")
         if not before or model.norm_placement in ("peri", "sandwich"):
-            yield ParameterKind(f"{branch}_post_norm", (model.hidden_size,))
+            yield _norm(f"{branch}_post_norm", model.hidden_size, rf"{join}\.norm\.weight")
+
+
+RENAMED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
 
 
 def _attention(model: ModelConfig, *, qkv_bias: bool) -> Iterator[ParameterKind]:
     hidden, heads, width = model.hidden_size, model.num_attention_heads, model.head_dim
     queries = 2 * heads if model.attention_output_gate == "elementwise" else heads
-    channels = (queries + 2 * model.query_groups) * width
-    yield ParameterKind("qkv", (channels, hidden), "tensor", fp8=True)
+    channels, at = (queries + 2 * model.query_groups) * width, r"self_attention\."
+    yield ParameterKind(
+        "qkv",
+        (channels, hidden),
+        rf"{at}linear_qkv\.weight",
+        init="qkv",
+        split="tensor",
+        dimension=0,
+        fp8=True,
+        channels="model.num_query_groups: query, key and value channels",
+    )
     if qkv_bias:
-        yield ParameterKind("qkv_bias", (channels,), "tensor")
-    yield ParameterKind("attention_output", (hidden, heads * width), "tensor", fp8=True)
-    if model.attention_output_gate == "headwise":
-        yield ParameterKind("attention_gate", (heads, hidden), "tensor", fp8=True)
+        yield ParameterKind("qkv_bias", (channels,), rf"{at}linear_qkv\.bias", "biases", None, "tensor", 0)
+    yield ParameterKind(
+        "attention_output",
+        (hidden, heads * width),
+        rf"{at}linear_proj\.weight",
+        init="attention_output",
+        split="tensor",
+        dimension=1,
+        fp8=True,
+        channels="model.num_attention_heads × head channels",
+    )
     if model.qk_norm:
-        yield ParameterKind("query_norm", (width,))
-        yield ParameterKind("key_norm", (width,))
+        yield _norm("query_norm", width, rf"{at}q_layernorm\.weight")
+        yield _norm("key_norm", width, rf"{at}k_layernorm\.weight")
 
 
 def _mlp(
-    model: ModelConfig, prefix: str, width: int, *, split: str = "tensor", copies: int = 1, used: int = 1
+    model: ModelConfig,
+    prefix: str,
+    width: int,
+    names: str,
+    *,
+    channels: str,
+    split: str = "tensor",
+    copies: int = 1,
+    used: int = 1,
 ) -> Iterator[ParameterKind]:
-    inputs = 2 * width if model.is_gated else width
-    yield ParameterKind(f"{prefix}_input", (inputs, model.hidden_size), split, copies, used, fp8=True)
-    yield ParameterKind(f"{prefix}_output", (model.hidden_size, width), split, copies, used, fp8=True)
+    """Both matrices of an MLP; `names` is their pattern, with a place for the number of the layer."""
+    stacked = 2 if model.is_gated else 1
+    shared: dict[str, Any] = {"split": split, "copies": copies, "used": used, "fp8": True, "channels": channels}
+    shape, name = (stacked * width, model.hidden_size), names.replace("{}", "1")
+    yield ParameterKind(f"{prefix}_input", shape, name, init="mlp_input", dimension=0, stacked=stacked, **shared)
+    shape, name = (model.hidden_size, width), names.replace("{}", "2")
+    yield ParameterKind(f"{prefix}_output", shape, name, init="mlp_output", dimension=1, **shared)
 
 
 def _experts(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
-    experts = model.num_moe_experts
+    experts, hidden = model.num_moe_experts, model.hidden_size
     assert experts is not None
-    yield ParameterKind("router", (experts, model.hidden_size))
+    yield ParameterKind("router", (experts, hidden), r"mlp\.router\.weight", "router", "router")
     yield from _mlp(
-        model, "expert", model.expert_ffn_hidden_size, split="expert", copies=experts, used=model.topk(layer)
+        model,
+        "expert",
+        model.expert_ffn_hidden_size,
+        # One by one, or grouped by Transformer Engine.
+        r"mlp\.experts\.(?:local_experts\.\d+\.linear_fc{}\.weight|linear_fc{}\.weight\d+)",
+        channels="model.moe_ffn_hidden_size",
+        split="expert",
+        copies=experts,
+        used=model.topk(layer),
     )
-    if model.moe_shared_expert_intermediate_size is not None:
-        yield from _mlp(model, "shared_expert", model.moe_shared_expert_intermediate_size)
+    if (width := model.moe_shared_expert_intermediate_size) is not None:
+        names = r"mlp\.shared_experts\.linear_fc{}\.weight"
+        yield from _mlp(model, "shared_expert", width, names, channels="model.moe_shared_expert_intermediate_size")
         if model.moe_shared_expert_gate:
-            yield ParameterKind("shared_expert_gate", (1, model.hidden_size))
+            name = r"mlp\.shared_experts\.gate_weight"
+            yield ParameterKind("shared_expert_gate", (1, hidden), name, init="router")
 
 
 def _total(kinds: Iterable[ParameterKind]) -> int:

@@ -183,6 +183,8 @@ class StatisticsConfig:
     """Load, probabilities and losses of every router; none for dense layers."""
     spikes: IntervalConfig = field(default_factory=IntervalConfig)
     """Gradient elements far above what Adam's second moment expects of them."""
+    mechanisms: IntervalConfig = field(default_factory=lambda: IntervalConfig(interval=10))
+    """What the configured mechanisms say of themselves; nothing without any."""
     compat: str = choice("none", "reference")
     """`reference` adds the published code's own numbers as `ref_*`, whenever the variance is collected."""
 
@@ -278,6 +280,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    mechanisms: dict[str, Any] = field(default_factory=dict)
+    """What the model or its training has beside the above, by name: objects of `seams.mechanism.Mechanism` once the
+    file is read. null switches one off."""
     backend: str = choice("auto", "cpu", "cuda")
     cpu_kernels: str = choice("fast", "plain", "compiled")
     """On CPU: the fastest eager functions, torch's and Megatron-Core's own, or `fast` with compiled formulas."""

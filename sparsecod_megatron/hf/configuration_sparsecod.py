@@ -10,13 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .extensions_sparsecod import FORMER_FIELDS
+
 
 class SparsecodConfig(PreTrainedConfig):
     """What `SparsecodForCausalLM` computes; the keys mean what they mean in a run's `model:` section.
 
     0 is derived: as many key heads as query heads, the width shared by the heads, experts as wide as dense layers.
     `layer_types` follows from `sliding_window` and `window_attn_skip_freq`, and `rope_parameters` holds transformers'
-    own rotary keys.
+    own rotary keys. `mechanisms` holds, by name, the settings of what `extensions_sparsecod.py` makes of the layers.
     """
 
     model_type = "sparsecod"
@@ -48,6 +50,7 @@ class SparsecodConfig(PreTrainedConfig):
     final_norm: bool = True
     qk_norm: bool = False
     attention_output_gate: str = "none"
+    mechanisms: Any = None
     sliding_window: int | None = None
     window_attn_skip_freq: int | None = None
     layer_types: Any = None
@@ -72,6 +75,11 @@ class SparsecodConfig(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.moe_ffn_hidden_size = self.moe_ffn_hidden_size or self.intermediate_size
+        self.mechanisms = self.mechanisms or {}
+        for (field, value), name in FORMER_FIELDS.items():
+            if getattr(self, field) == value:
+                setattr(self, field, getattr(type(self), field))
+                self.mechanisms = {**self.mechanisms, name: {}}
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.layer_types = [
             "sliding_attention" if self.is_windowed(layer) else "full_attention"

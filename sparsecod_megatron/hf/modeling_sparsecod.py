@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparsecod import SparsecodConfig
+from .extensions_sparsecod import EXTENSIONS
 from .moe_sparsecod import SparsecodMLP, SparsecodMoE
 
 Rotation = tuple[Tensor, Tensor]
@@ -116,8 +117,8 @@ class SparsecodAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(width, hidden, bias=False)
-        gates = {"none": 0, "headwise": config.num_attention_heads, "elementwise": width}[config.attention_output_gate]
-        self.g_proj = nn.Linear(hidden, gates, bias=False) if gates else None
+        has_gate = config.attention_output_gate == "elementwise"
+        self.g_proj = nn.Linear(hidden, width, bias=False) if has_gate else None
         self.q_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -162,6 +163,10 @@ class SparsecodLayer(nn.Module):
         self.attention_join_norm = norm(has_join_norm, scale)
         self.post_attention_layernorm = norm(not self.is_post_norm, before)
         self.mlp_join_norm = norm(has_join_norm, scale)
+        for name, settings in config.mechanisms.items():
+            if name not in EXTENSIONS:
+                raise ValueError(f"mechanisms: {name} is not known here; use the code that lies beside the weights")
+            EXTENSIONS[name](self, settings, config, layer_idx)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: Cache | None, **kwargs: Any) -> Tensor:
         """[batch, seq, hidden] → [batch, seq, hidden]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
-from sparsecod_megatron.hf.families import FAMILIES, Family
+from sparsecod_megatron.hf.families import FAMILIES, Family, exported_modules
 from sparsecod_megatron.hf.families.read import model_config
+from sparsecod_megatron.seams.mechanism import Mechanism
 
 INDEX_FILE, SINGLE_FILE, ADAPTER_FILE = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -35,6 +36,7 @@ class HFSource:
         model: its configuration in our keys, `vocab_size` set.
         family: whose name table its files follow.
         seq_length: longest sequence, in tokens.
+        mechanisms: settings of each, by name.
         files: its tensors under HuggingFace's names, each read when it is asked for.
     """
 
@@ -42,16 +44,20 @@ class HFSource:
     model: ModelConfig
     family: Family
     seq_length: int
+    mechanisms: dict[str, Any]
     files: Mapping[str, Tensor]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, mechanisms: Sequence[Mechanism] = ()) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors in table order, one entry in memory at a time.
+
+        Args:
+            mechanisms: what `self.mechanisms` are the settings of.
 
         Raises:
             ConversionError: tensors missing, unknown, misshapen, unreadable or non-finite; or values that ours has no
                 place for.
         """
-        yield from self.family.table(self.model).to_megatron(self.files)
+        yield from self.family.table(self.model, exported_modules(self.model, mechanisms)).to_megatron(self.files)
 
 
 def open_source(directory: Path) -> HFSource:
@@ -85,7 +91,8 @@ def open_source(directory: Path) -> HFSource:
             model = replace(model, untie_embeddings_and_output_weights=True)
     _leave_out_derived(files, config)
     model = family.without_placeholders(model, files)
-    return HFSource(directory, model, family, int(config.max_position_embeddings), files)
+    settings = getattr(config, "mechanisms", {}) if family.extensible else {}
+    return HFSource(directory, model, family, int(config.max_position_embeddings), settings, files)
 
 
 def _leave_out_derived(files: SafetensorsFiles, config: PreTrainedConfig) -> None:

@@ -6,7 +6,7 @@ One of the two is in memory at a time: ours computes first and leaves what it fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
-from sparsecod_megatron.hf.families import choose_family
+from sparsecod_megatron.hf.families import name_table
 from sparsecod_megatron.hf.parity import ParityReport, Recorded, compare_loaded, load_in_fp32
+from sparsecod_megatron.hf.table import NameTable
 from sparsecod_megatron.hf.witness import megatron_outputs
+from sparsecod_megatron.seams.mechanism import Mechanism
 
 PARITY_FILE = "parity.json"
 """What a comparison found, beside the weights."""
@@ -89,6 +91,7 @@ def verify_directory(
     model: ModelConfig,
     hf_dir: Path,
     *,
+    mechanisms: Sequence[Mechanism] = (),
     exported_as: torch.dtype | None,
     seq_length: int,
     generator: torch.Generator,
@@ -99,6 +102,7 @@ def verify_directory(
         reference: opens ours; left before the directory's weights are read, so that its memory can be theirs.
         model: its configuration.
         hf_dir: the directory.
+        mechanisms: that the model was trained with.
         exported_as: type of an export's weights, to which the reference's are rounded; None for a model that holds the
             directory's numbers.
         seq_length: longest sequence, in tokens.
@@ -110,7 +114,10 @@ def verify_directory(
     assert model.vocab_size is not None
     for _ in range(DRAWS if model.is_moe else 1):
         tokens = torch.randint(model.vocab_size, (1, min(seq_length, RANDOM_LENGTH)), generator=generator)
-        random, greedy = _recorded(reference, model, tokens, exported_as=exported_as, seq_length=seq_length)
+        table = None if exported_as is None else name_table(model, mechanisms)
+        random, greedy = _recorded(
+            reference, model, tokens, table=table, exported_as=exported_as, seq_length=seq_length
+        )
         verification = _compared(random, greedy, hf_dir)
         if verification.greedy.passed:
             break
@@ -123,14 +130,15 @@ def _recorded(
     model: ModelConfig,
     tokens: Tensor,
     *,
+    table: NameTable | None,
     exported_as: torch.dtype | None,
     seq_length: int,
 ) -> tuple[Recorded, Recorded]:
     """What ours gives on the tokens, with what its modules give, and on its own continuation of the first of them."""
     with reference() as ours:
-        if exported_as is not None:
+        if table is not None and exported_as is not None:
             own = {**dict(ours.model.named_parameters()), **dict(ours.model.named_buffers())}
-            for name, rounded in as_exported(model, own, exported_as):
+            for name, rounded in as_exported(table, own, exported_as):
                 own[name].copy_(rounded)
         with megatron_outputs(ours.model, model) as outputs:
             random = Recorded(tokens, ours.logits(tokens), outputs)
@@ -147,18 +155,18 @@ def _compared(random: Recorded, greedy: Recorded, hf_dir: Path) -> Verification:
     return Verification(report, compare_loaded(greedy, loaded, hf_dir, by_module=False))
 
 
-def as_exported(model: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def as_exported(table: NameTable, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Our tensors with the rounding that the export gave them: there in `dtype`, and back in fp32.
 
     Args:
-        model: ours.
+        table: of the export.
         tensors: by name; others than the model's are left out.
         dtype: number format of the export.
 
     Raises:
         ConversionError: a tensor does not come back, so the two directions of its entry do not fit.
     """
-    for entry in choose_family(model).table(model).entries:
+    for entry in table.entries:
         group = [tensors[name].float() for name in entry.megatron]
         there = [tensor.to(dtype).float() for tensor in entry.transform.to_hf(group)]
         back = entry.transform.to_megatron(there) if group else ()

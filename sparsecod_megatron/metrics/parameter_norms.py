@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sparsecod_megatron.metrics.accumulator import LayerAccumulator
 from sparsecod_megatron.metrics.group import Statistics
-from sparsecod_megatron.metrics.owned_slices import OwnedSlices, owned_slices
+from sparsecod_megatron.parallel.owned_slices import OwnedSlices, owned_slices
 
 
 class ParameterNormsGroup:

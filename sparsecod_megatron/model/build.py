@@ -18,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.model.gpt import EmbeddingNormGPTModel
 from sparsecod_megatron.model.init import initialize
 from sparsecod_megatron.model.sharding import mark_sharded
@@ -51,11 +52,12 @@ def build_model(
     build: Any = GPTModel
     if config.model.has_embedding_norm:
         build = partial(EmbeddingNormGPTModel, embedding_norm=provider.layer_norm(rms_norm=True))
+    table = ParameterTable.of(config)
     models: list[torch.nn.Module] = []
     for vp_stage in stages:
         first = is_pp_first_stage(groups.pp) and is_vp_first_stage(vp_stage, chunks)
         last = is_pp_last_stage(groups.pp) and is_vp_last_stage(vp_stage, chunks)
-        spec = block_spec(config.model, megatron, provider, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+        spec = block_spec(config, megatron, provider, vp_stage=vp_stage, pp_rank=groups.pp.rank())
         model = build(
             config=megatron,
             transformer_layer_spec=spec,
@@ -68,8 +70,8 @@ def build_model(
             vp_stage=vp_stage,
             **_rotary(config.model),
         ).to(device)
-        mark_sharded(model, gated=config.model.is_gated)
-        initialize(model, config.model, groups, seed=config.train.seed)
+        mark_sharded(model, table)
+        initialize(model, table, groups, seed=config.train.seed)
         model.vp_stage = vp_stage
         if transformer_engine and config.megatron.get("gradient_accumulation_fusion", True):
             fuse_weight_gradients(model)

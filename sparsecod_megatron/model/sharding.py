@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from megatron.core.models.gpt import GPTModel
 
-from sparsecod_megatron.model.init import SHARDED_DIMENSION, matrix_kind
+from sparsecod_megatron.config.parameters import ParameterTable
 
 
-def mark_sharded(chunk: GPTModel, *, gated: bool) -> None:
+def mark_sharded(chunk: GPTModel, table: ParameterTable) -> None:
     """Set `tensor_model_parallel`, `partition_dim` and `partition_stride` of every parameter. Local.
 
     An expert's matrices count as sharded whatever the experts' tensor-parallel size: no two tensor-parallel ranks own
@@ -23,11 +23,10 @@ def mark_sharded(chunk: GPTModel, *, gated: bool) -> None:
 
     Args:
         chunk: as built, without wrappers; before an optimizer copies the attributes.
-        gated: whether an MLP's first matrix is gate over up.
+        table: of the model's parameters.
     """
     for name, parameter in chunk.named_parameters():
-        kind = matrix_kind(name)
-        dimension = -1 if kind is None else SHARDED_DIMENSION.get(kind, -1)
-        parameter.tensor_model_parallel = dimension >= 0
-        parameter.partition_dim = dimension
-        parameter.partition_stride = 2 if kind == "mlp_input" and gated else 1
+        kind = table.find(name)
+        parameter.tensor_model_parallel = kind.dimension is not None
+        parameter.partition_dim = -1 if kind.dimension is None else kind.dimension
+        parameter.partition_stride = kind.stacked

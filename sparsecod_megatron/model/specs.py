@@ -6,6 +6,7 @@ itself are Megatron-Core's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -25,11 +26,11 @@ from megatron.core.transformer.transformer_layer import (
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
-from sparsecod_megatron.model.gate import HeadwiseGatedSelfAttention, HeadwiseGateSubmodules
 from sparsecod_megatron.model.layer import VariedLayer
 from sparsecod_megatron.model.norms import RMSNorm
 from sparsecod_megatron.model.placement import Placement, placement
 from sparsecod_megatron.model.router import StepRouter
+from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, configured
 
 
 class ReferenceSpecProvider(LocalSpecProvider):
@@ -60,7 +61,7 @@ def spec_provider(config: RunConfig, *, transformer_engine: bool) -> BackendSpec
 
 
 def block_spec(
-    model: ModelConfig,
+    config: RunConfig,
     megatron: TransformerConfig,
     provider: BackendSpecProvider,
     *,
@@ -70,7 +71,7 @@ def block_spec(
     """Specs of the layers that one pipeline (or virtual) stage holds, and of the final norm.
 
     Args:
-        model: ours.
+        config: ours.
         megatron: `transformer_config` of it.
         provider: the backend's modules.
         vp_stage: index of this model chunk under the interleaved schedule.
@@ -78,25 +79,29 @@ def block_spec(
     """
     first = get_transformer_layer_offset(megatron, vp_stage, pp_rank)
     count = get_num_layers_to_build(megatron, vp_stage=vp_stage, pp_rank=pp_rank)
-    layers = [layer_spec(model, megatron, provider, layer) for layer in range(first, first + count)]
+    mechanisms = configured(config)
+    layers = [
+        layer_spec(LayerSite(config.model, megatron, provider, layer), mechanisms)
+        for layer in range(first, first + count)
+    ]
     return TransformerBlockSubmodules(
-        layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True) if model.final_norm else None
+        layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True) if config.model.final_norm else None
     )
 
 
-def layer_spec(
-    model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider, layer: int
-) -> ModuleSpec:
-    """Layer `layer` (from 0): its norms, attention and MLP.
+def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleSpec:
+    """A layer: its norms, attention and MLP, then what each mechanism makes of them.
 
     Checkpoints name every input norm as Transformer Engine's fused linear layers do, whether it is fused or not, so
     that they load on either backend. Before a mixture of experts the norm is a module of its own there too, and keeps
     its name (Megatron's local spec renames it, gpt_layer_specs.py:410).
     """
-    norms = placement(model, megatron, provider, layer)
+    model, provider, layer = site.model, site.provider, site.layer
+    norms = placement(model, site.megatron, provider, layer)
     is_moe = model.is_moe_layer(layer)
     fuse = norms.fusible and provider.fuse_layernorm_and_linear()
-    fuse_attention = fuse and model.attention_output_gate != "headwise"
+    unfused = {branch for mechanism in mechanisms for branch in mechanism.unfused}
+    fuse_attention, fuse_mlp = fuse and "attention" not in unfused, fuse and "mlp" not in unfused and not is_moe
     renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not is_moe:
         renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -104,15 +109,18 @@ def layer_spec(
         input_layernorm=IdentityOp if fuse_attention else norms.input_norm,
         self_attention=_attention(model, provider, fuse=fuse_attention),
         self_attn_bda=norms.join,
-        pre_mlp_layernorm=IdentityOp if fuse and not is_moe else norms.input_norm,
-        mlp=_experts(model, megatron, provider) if is_moe else _mlp(provider, fuse=fuse),
+        pre_mlp_layernorm=IdentityOp if fuse_mlp else norms.input_norm,
+        mlp=_experts(model, site.megatron, provider) if is_moe else _mlp(provider, fuse=fuse_mlp),
         mlp_bda=norms.join,
         sharded_state_dict_keys_map=renamed if _has_own_input_norm(norms) else {},
     )
     changes = _changes(model, layer)
-    if not changes:
-        return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    return ModuleSpec(module=VariedLayer, submodules=submodules, params={"changes": changes})
+    spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    if changes:
+        spec = ModuleSpec(module=VariedLayer, submodules=submodules, params={"changes": changes})
+    for mechanism in mechanisms:
+        spec = mechanism.layer_spec(spec, site)
+    return spec
 
 
 def _has_own_input_norm(norms: Placement) -> bool:
@@ -120,19 +128,15 @@ def _has_own_input_norm(norms: Placement) -> bool:
 
 
 def _attention(model: ModelConfig, provider: BackendSpecProvider, *, fuse: bool) -> ModuleSpec:
-    column = provider.column_parallel_linear()
     head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if model.qk_norm else IdentityOp
     places: dict[str, Any] = {
-        "linear_qkv": provider.column_parallel_layer_norm_linear() if fuse else column,
+        "linear_qkv": provider.column_parallel_layer_norm_linear() if fuse else provider.column_parallel_linear(),
         "core_attention": provider.core_attention(),
         "linear_proj": provider.row_parallel_linear(),
         "q_layernorm": head_norm,
         "k_layernorm": head_norm,
     }
     causal = {"attn_mask_type": AttnMaskType.causal}
-    if model.attention_output_gate == "headwise":
-        gated = HeadwiseGateSubmodules(**places, linear_gate=column)
-        return ModuleSpec(module=HeadwiseGatedSelfAttention, params=causal, submodules=gated)
     return ModuleSpec(module=SelfAttention, params=causal, submodules=SelfAttentionSubmodules(**places))
 
 

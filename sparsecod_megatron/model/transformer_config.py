@@ -20,6 +20,7 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model.init import leave_as_is
 from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import precision_fields, torch_dtype
+from sparsecod_megatron.seams.mechanism import configured
 
 
 def transformer_config(config: RunConfig, *, transformer_engine: bool) -> TransformerConfig:
@@ -39,6 +40,9 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         **_activation(config.model),
         **_experts(config.model),
         **_layout(config, dtype),
+        # Layers of different parameters are saved one by one, not stacked (the misspelling is Megatron's).
+        "hetereogenous_dist_checkpoint": config.model.norm_placement == "mix"
+        or any(mechanism.layers_differ(config.model) for mechanism in configured(config)),
         **precision_fields(config.precision),
         # Megatron's per-token mode would scale the auxiliary losses down by the tensor- and context-parallel sizes.
         # Every micro-batch holds the same number of counted tokens, so the mean of means is the mean over tokens.
@@ -60,6 +64,8 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         "cp_comm_type": None if config.model.sliding_window is None else "all_gather",
         **_exchange_between_stages(config.parallel, config.megatron),
     }
+    for mechanism in configured(config):
+        defaults |= mechanism.transformer_fields(config.model)
     _refuse_unread(config.megatron, transformer_engine)
     arguments = passthrough(config.megatron, TransformerConfig, ours, defaults)
     if (attention := config.megatron.get("attention_backend")) is not None:
@@ -92,8 +98,6 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_dim,
         "add_bias_linear": False,
-        # Layers of different parameters are saved one by one, not stacked (the misspelling is Megatron's).
-        "hetereogenous_dist_checkpoint": model.norm_placement == "mix",
         # `init.py` draws every matrix. Without `perform_initialization` Megatron would not mark which are sharded.
         "init_method": leave_as_is,
         "output_layer_init_method": leave_as_is,

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import sparsecod_megatron.compression.own_class  # noqa: F401  (registers our architectures)
 from sparsecod_megatron.errors import CheckpointError, ConfigError
+from sparsecod_megatron.mechanisms.exports import know_extensions
 
 
 def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
@@ -33,6 +34,7 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
             f"{directory}: 8-bit weights for inference engines, whose scales transformers leaves out; give the folder "
             "above, which `sparsecod compress` wrote"
         )
+    know_extensions()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -31,6 +31,7 @@ def layer_activations(layout: Layout, layer: int) -> Saved:
         **_norms(layout, layer),
         **_attention(layout, layer),
         **(_experts(layout, layer) if layout.model.is_moe_layer(layer) else {"mlp": _dense(layout, layer)}),
+        **layout.mechanism_bytes(layer),
     }
 
 
@@ -132,9 +133,7 @@ def _attention(layout: Layout, layer: int) -> Saved:
             saved["qk_norm"] -= (key + (query if heads == groups else 0)) * value
     if model.attention_output_gate == "elementwise":
         saved["attention_gate"] = query * (_FP32 + value)
-    elif model.attention_output_gate == "headwise":
-        saved["attention_gate"] = query * value + softmax
-    if layout.in_fp8(layer) and "attention_gate" not in saved:
+    elif layout.in_fp8(layer):
         saved["attention_gate"] = query  # the output projection's input in FP8, beside attention's own output
     return saved
 

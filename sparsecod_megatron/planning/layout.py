@@ -12,8 +12,9 @@ from typing import Any
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, data_parallel_size
 from sparsecod_megatron.config.flops import is_windowed
 from sparsecod_megatron.config.megatron_fields import STAGE_FIELDS
-from sparsecod_megatron.config.parameters import ParameterKind, first_parameters, last_parameters, layer_parameters
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.seams.mechanism import RankShape, configured
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,28 @@ class Layout:
     def _traits(self, layer: int) -> tuple[object, ...]:
         model = self.model
         moe = model.is_moe_layer(layer)
-        return moe, moe and model.topk(layer), model.is_post_norm(layer), is_windowed(model, layer), self.in_fp8(layer)
+        plain = moe, moe and model.topk(layer), model.is_post_norm(layer), is_windowed(model, layer), self.in_fp8(layer)
+        own = [tuple(mechanism.parameters(model, layer)) for mechanism in configured(self.config)]
+        return *plain, *own, *self.mechanism_bytes(layer).items()
+
+    @cached_property
+    def table(self) -> ParameterTable:
+        """Of the model's parameters."""
+        return ParameterTable.of(self.config)
+
+    def mechanism_bytes(self, layer: int) -> dict[str, int]:
+        """What mechanisms keep of a layer's forward pass, by module."""
+        rank = RankShape(
+            tokens=self.tokens,
+            expert_rows=self.expert_rows(layer) if self.model.is_moe_layer(layer) else 0,
+            tensor=self.tensor,
+            expert_tensor=self.parallel.expert_tensor_size,
+            value_bytes=self.bytes_per_value,
+        )
+        saved: dict[str, int] = {}
+        for mechanism in configured(self.config):
+            saved |= mechanism.saved_bytes(self.model, layer, rank)
+        return saved
 
     def in_fp8(self, layer: int) -> bool:
         """Whether the layer's projections multiply in FP8, and keep their inputs in it."""
@@ -135,12 +157,12 @@ class Layout:
         """Every parameter of a stage's ranks, before splitting, and how many of it there are."""
         ends: list[ParameterKind] = []
         if stage == 0:
-            ends.extend(first_parameters(self.model))
+            ends.extend(self.table.first())
         if stage == self.stages - 1:
-            ends.extend(last_parameters(self.model, shares_embedding=self.stages == 1))
+            ends.extend(self.table.last(shares_embedding=self.stages == 1))
         yield from ((kind, 1) for kind in ends)
         for layer, count in self.stage_layers(stage).items():
-            yield from ((kind, count) for kind in layer_parameters(self.model, layer, qkv_bias=self.config.qkv_bias))
+            yield from ((kind, count) for kind in self.table.layer(layer))
 
     @cached_property
     def distinct_stages(self) -> list[int]:

@@ -14,6 +14,7 @@ from sparsecod_megatron.planning.activations import (
     layer_activations,
 )
 from sparsecod_megatron.planning.layout import Layout
+from sparsecod_megatron.seams.mechanism import configured
 
 Kinds = Sequence[tuple[ParameterKind, int]]
 """Kinds of parameters, and how many of each."""
@@ -98,13 +99,20 @@ def _optimizer(layout: Layout, kinds: Kinds) -> int:
     """
     main = _FP32 if layout.bytes_per_value < _FP32 else 0
     if layout.config.optimizer.optimizer == "adam":
-        sharded = (count * math.ceil(layout.on_rank(kind) / layout.replicas(kind)) for kind, count in kinds)
-        return sum(sharded) * (main + 2 * _FP32)
+        return sum(
+            count * math.ceil(layout.on_rank(kind) / layout.replicas(kind)) * (main + 2 * _FP32 + _own(layout, kind))
+            for kind, count in kinds
+        )
 
     def moments(kind: ParameterKind) -> int:
-        return 1 if len(kind.shape) == 2 and kind.name not in ("embedding", "output") else 2
+        return 1 if kind.is_orthogonalised else 2
 
     return sum(count * layout.on_rank(kind) * (main + moments(kind) * _FP32) for kind, count in kinds)
+
+
+def _own(layout: Layout, kind: ParameterKind) -> int:
+    """Bytes a parameter that mechanisms keep beside the optimizer."""
+    return sum(mechanism.optimizer_bytes(kind) for mechanism in configured(layout.config))
 
 
 def gathered_optimizer(layout: Layout, stage: int) -> int:

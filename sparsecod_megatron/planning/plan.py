@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.flops import CONVENTIONS, flops_per_token
-from sparsecod_megatron.config.parameters import ParameterCount, count_parameters
+from sparsecod_megatron.config.parameters import ParameterCount
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.planning.communication import Traffic, step_traffic
 from sparsecod_megatron.planning.hardware import Gpu
@@ -83,8 +83,8 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu) -> Plan:
     return Plan(
         layout=layout,
         gpu=gpu,
-        parameters=count_parameters(config.model, qkv_bias=config.qkv_bias),
-        flops={name: flops_per_token(config.model, length, convention=name) for name in CONVENTIONS},
+        parameters=layout.table.count(),
+        flops={name: flops_per_token(layout.table, length, convention=name) for name in CONVENTIONS},
         memory=[rank_memory(layout, stage) for stage in stages],
         gathered=[gathered_optimizer(layout, stage) for stage in stages],
         activations={name: _activations(config, gpus, recompute) for name, recompute in _RECOMPUTE_OPTIONS.items()},

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token, keys_per_query
-from sparsecod_megatron.config.parameters import ParameterKind, last_parameters, layer_parameters
+from sparsecod_megatron.config.parameters import ParameterKind
 from sparsecod_megatron.planning.activations import kept_after_recompute, last_activations, layer_activations
 from sparsecod_megatron.planning.communication import step_traffic
 from sparsecod_megatron.planning.hardware import Efficiency, Gpu, Range
@@ -62,7 +62,7 @@ def step_time(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) ->
         ends[end] = parts
     seconds = Range(sum(ends["best"].values()), sum(ends["worst"].values()))
     tokens = layout.config.train.global_batch_size * layout.config.data.seq_length
-    model_flops = flops_per_token(layout.model, layout.config.data.seq_length) * tokens
+    model_flops = flops_per_token(layout.table, layout.config.data.seq_length) * tokens
     peak = gpu.bf16_flops * layout.gpus
     return StepTime(
         seconds=seconds,
@@ -156,7 +156,7 @@ def microbatch_work(layout: Layout, stage: int) -> Work:
     for (layer, recomputed), count in counts.items():
         _add_layers(work, layout, layer, count, recomputed=recomputed)
     if stage == layout.stages - 1:
-        for kind in last_parameters(layout.model, shares_embedding=False):
+        for kind in layout.table.last(shares_embedding=False):
             work.dense += BACKWARD_FACTOR * _forward_flops(layout, kind, layer=-1)
         work.elementwise_bytes += _ELEMENTWISE_PASSES * last_activations(layout)["logits"]
     return work
@@ -172,7 +172,7 @@ def _add_layers(work: Work, layout: Layout, layer: int, count: int, *, recompute
         "router": "moe" in modules,
     }
     fp8 = layout.in_fp8(layer)
-    for kind in layer_parameters(model, layer):
+    for kind in layout.table.layer(layer):
         family = kind.name.removesuffix("_input").removesuffix("_output")
         passes = BACKWARD_FACTOR + (recomputed or again_of.get(family, False))
         flops = count * passes * _forward_flops(layout, kind, layer)
@@ -222,7 +222,7 @@ def _orthogonalisation(layout: Layout, stage: int) -> float:
         return 0.0
     total = 0.0
     for kind, count in layout.stage_parameters(stage):
-        if len(kind.shape) != 2 or kind.name in ("embedding", "output"):
+        if not kind.is_orthogonalised:
             continue
         small, large = sorted(kind.shape)
         copies = count * kind.copies / (layout.parallel.expert_model_parallel_size if kind.split == "expert" else 1)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
 from sparsecod_megatron.studies.schema import BudgetConfig, Labels, setting_name
 
@@ -55,7 +57,7 @@ def tokens_per_step(config: RunConfig) -> int:
 def training_flops_per_token(config: RunConfig) -> float:
     """Forward and backward; convention `full` of config/flops.py."""
     completed, _ = with_vocabulary(config)
-    return flops_per_token(completed.model, config.data.seq_length)
+    return flops_per_token(ParameterTable.of(completed), config.data.seq_length)
 
 
 def training_tokens(config: RunConfig) -> int:
@@ -66,7 +68,7 @@ def training_tokens(config: RunConfig) -> int:
 def _load(base: Path, labels: Labels, changes: Sequence[str]) -> RunConfig:
     try:
         # Only sizes count here; a warm-up meant for the budget's steps may be longer than the base's.
-        return load_config(base, [*changes, "schedule.lr_warmup_steps=0"])
+        return load_config(base, [*changes, "schedule.lr_warmup_steps=0"], mechanisms=MECHANISMS)
     except ConfigError as error:
         raise ConfigError(f"cell {setting_name(labels)}: {error}") from None
 

@@ -14,6 +14,7 @@ from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.config.fields import bound_problems
 from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.studies.budget import set_budget
 from sparsecod_megatron.studies.schema import AxisConfig, Labels, StudyConfig, setting_name
 
@@ -102,7 +103,7 @@ def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output:
     directory = output / CELLS_FOLDER / name
     own = [f"train.seed={seed}", f"logging.run_dir={_flow(str(directory / RUN_FOLDER))}"]
     try:
-        return Cell(name, labels, seed, directory, load_config(base, [*changes, *own]))
+        return Cell(name, labels, seed, directory, load_config(base, [*changes, *own], mechanisms=MECHANISMS))
     except ConfigError as error:
         raise ConfigError(f"cell {name}: {error}") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 from sparsecod_megatron.analysis.directory import SCORES_FILE
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.flops import flops_per_token
-from sparsecod_megatron.config.parameters import count_parameters
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.config.run_files import METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
 from sparsecod_megatron.studies.budget import training_tokens
@@ -23,9 +23,9 @@ SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 def cell_sizes(config: RunConfig) -> dict[str, float]:
     """The numbers of `SIZES`; operations by the convention `full` of config/flops.py."""
     completed, _ = with_vocabulary(config)
-    count = count_parameters(completed.model, qkv_bias=completed.qkv_bias)
+    count = ParameterTable.of(completed).count()
     tokens = training_tokens(config)
-    flops = tokens * flops_per_token(completed.model, config.data.seq_length)
+    flops = tokens * flops_per_token(ParameterTable.of(completed), config.data.seq_length)
     return dict(zip(SIZES, (count.total, count.active, tokens, flops), strict=True))
 
 

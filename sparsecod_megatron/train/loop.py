@@ -17,6 +17,7 @@ from sparsecod_megatron.checkpoint.saver import CheckpointSaver
 from sparsecod_megatron.checkpoint.state import TrainState
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, LOG_FILE
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.parallel import running_processes, wait_for_all
@@ -108,7 +109,7 @@ class _Loop:
         self.last_step = config.train.exit_step or config.train.train_steps
         self.statistics = statistics_collector(trainer)
         self.saved_step = state.step
-        self.flops_per_token = flops_per_token(config.model, config.data.seq_length)
+        self.flops_per_token = flops_per_token(ParameterTable.of(config), config.data.seq_length)
         self.profiler = StepProfiler(
             config.profile, Path(config.logging.run_dir), trainer.models, trainer.backend.device
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from sparsecod_megatron.seams.plugin import effective_weights
 from sparsecod_megatron.train.forward import Batch, make_forward_step
 from sparsecod_megatron.train.setup import Trainer
 
@@ -34,7 +35,7 @@ def forward_backward(
     size, length = config.train.micro_batch_size, config.data.seq_length
     packed = config.data.reset_attention_mask
     # Upstream's `forward_only` leaves autograd on: activations are kept, and routers count the tokens as trained on.
-    with torch.set_grad_enabled(not forward_only):
+    with torch.set_grad_enabled(not forward_only), effective_weights(trainer.plugins):
         reports = schedule(
             forward_step_func=make_forward_step(groups.cp, trainer.backend.device, mask_documents=packed),
             data_iterator=list(data),

@@ -40,6 +40,8 @@ def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
         source = resolve_step_dir(Path(config.checkpoint.init_from))
         load_weights(source, config=config, models=trainer.models, groups=trainer.groups)
         trainer.optimizer.reload_model_params()
+        for plugin in trainer.plugins:
+            plugin.weights_replaced()
     return TrainState()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,9 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sparsecod_megatron.backend import Backend, choice
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.model import build_model, transformer_config
+from sparsecod_megatron.model import build_model, transformer_config, unwrap
 from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import ddp_precision_fields
+from sparsecod_megatron.seams.mechanism import configured
+from sparsecod_megatron.seams.plugin import Plugin, StepParts
 from sparsecod_megatron.train.optimizer import build_optimizer, shards_optimizer
 from sparsecod_megatron.train.schedule import build_scheduler
 
@@ -36,6 +38,7 @@ class Trainer:
         models: data-parallel wrapped model chunks of this rank.
         optimizer: a chain of optimizers over them.
         scheduler: learning rate and weight decay by step.
+        plugins: what mechanisms do inside the step.
         products: which library multiplies, as `choice.record` has it; None where there is no choice.
     """
 
@@ -46,6 +49,7 @@ class Trainer:
     models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    plugins: list[Plugin]
     products: dict[str, Any] | None
 
     def num_microbatches(self, global_batch_size: int) -> int:
@@ -55,7 +59,8 @@ class Trainer:
     @property
     def parts(self) -> dict[str, Any]:
         """What saving and loading a checkpoint take of it, by their keyword."""
-        return {name: getattr(self, name) for name in ("config", "models", "optimizer", "scheduler", "groups")}
+        names = ("config", "models", "optimizer", "scheduler", "groups", "plugins")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def is_first_rank(self) -> bool:
@@ -82,7 +87,24 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
     optimizer = build_optimizer(config, models, groups)
     scheduler = build_scheduler(config, optimizer)
     _connect(megatron, models, optimizer)
-    return Trainer(config, backend, groups, megatron, models, optimizer, scheduler, products)
+    plugins = _plugins(config, models, optimizer, groups)
+    return Trainer(config, backend, groups, megatron, models, optimizer, scheduler, plugins, products)
+
+
+def _plugins(
+    config: RunConfig,
+    models: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
+) -> list[Plugin]:
+    """Of the mechanisms that have one, which have seen the fresh weights."""
+    assert isinstance(optimizer, ChainedOptimizer)
+    parts = StepParts(config, [unwrap(model) for model in models], optimizer, groups)
+    found = [mechanism.plugin(parts) for mechanism in configured(config)]
+    plugins = [plugin for plugin in found if plugin is not None]
+    for plugin in plugins:
+        plugin.weights_replaced()
+    return plugins
 
 
 def _data_parallel(

@@ -11,6 +11,7 @@ from sparsecod_megatron.metrics.parameter_norms import ParameterNormsGroup
 from sparsecod_megatron.metrics.reference import ReferenceGroup
 from sparsecod_megatron.metrics.router import RouterGroup
 from sparsecod_megatron.model import unwrap
+from sparsecod_megatron.seams.mechanism import configured
 from sparsecod_megatron.train.setup import Trainer
 
 
@@ -40,6 +41,10 @@ def statistics_collector(trainer: Trainer) -> StatisticsCollector:
         groups["router"] = RouterGroup(models)
     if intervals["reference"]:
         groups["reference"] = ReferenceGroup(models)
+    plugins = {plugin.name: plugin for plugin in trainer.plugins}
+    for mechanism in configured(trainer.config) if section.mechanisms.interval else ():
+        if (group := mechanism.statistics(models, plugins.get(mechanism.name))) is not None:
+            groups[mechanism.name], intervals[mechanism.name] = group, section.mechanisms.interval
     return StatisticsCollector(
         groups, intervals, num_layers=trainer.config.model.num_layers, device=trainer.backend.device
     )

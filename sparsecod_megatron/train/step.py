@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from sparsecod_megatron.parallel import all_reduce_sums
+from sparsecod_megatron.parallel.owned_slices import working_parts
+from sparsecod_megatron.seams.plugin import Plugin, StepContext
 from sparsecod_megatron.train.balance import balanced_by_step
 from sparsecod_megatron.train.divergence import Verdict, require_finite
 from sparsecod_megatron.train.forward import Batch
@@ -79,6 +82,9 @@ def train_step(
     with balanced_by_step(trainer, data, samples=samples) as batches, observing or nullcontext():
         buffers = KeptBuffers(trainer.models)
         sums = forward_backward(trainer, batches, samples=samples, forward_only=False)
+        context = StepContext(trainer.scheduler.num_steps + 1, trainer.config.train.train_steps)
+        for plugin in trainer.plugins:
+            plugin.on_gradients(context)
         # The schedule counts from 1, so that the first step of a warm-up already moves the weights.
         trainer.scheduler.step(increment=1)
         enter("optimizer")
@@ -86,7 +92,8 @@ def train_step(
         found = agreed_outcome(sums, trainer.optimizer, replicas=trainer.groups.tp.size(), stop=asked_to_stop())
         verdict = _judge(judge, found.loss, found.grad_norm, buffers)
         if verdict.update:
-            _update(trainer, found.grad_norm)
+            with _after_update(trainer, context):
+                _update(trainer, found.grad_norm)
     lr = nominal_lr(trainer.scheduler)
     return StepResult(samples=samples, lr=lr, verdict=verdict, **vars(found))
 
@@ -117,6 +124,21 @@ def evaluate(trainer: Trainer, data: Sequence[Iterator[Batch]], *, num_steps: in
         tokens = round(tokens_of_replicas / trainer.groups.tp.size())
         total, count = total + loss_sum / tokens_of_replicas * tokens, count + tokens
     return total / count
+
+
+@contextmanager
+def _after_update(trainer: Trainer, context: StepContext) -> Iterator[None]:
+    """Let the plugins act on what each optimizer steps inside the block, before its weights are gathered."""
+    with ExitStack() as hooks:
+        for plugin in trainer.plugins:
+            assert isinstance(trainer.optimizer, megatron_optimizer.ChainedOptimizer)
+            for part in working_parts(trainer.optimizer):
+
+                def after(optimizer: Any, *_: Any, plugin: Plugin = plugin) -> None:
+                    plugin.after_update(context, optimizer)
+
+                hooks.callback(part.optimizer.register_step_post_hook(after).remove)
+        yield
 
 
 def _update(trainer: Trainer, grad_norm: float) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
+from sparsecod_megatron.mechanisms import MECHANISMS
 
 SMALL = (
     "model.num_layers=3",
@@ -27,7 +28,7 @@ SMALL = (
 @contextlib.contextmanager
 def megatron_model(*overrides: str) -> Iterator[torch.nn.Module]:
     """One GPTModel on one process while the block runs, in training mode."""
-    config = load_config(None, [*SMALL, *overrides])
+    config = load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS)
     backend = select_backend()
     from sparsecod_megatron.model import build_model, transformer_config, unwrap
     from sparsecod_megatron.parallel import running_processes

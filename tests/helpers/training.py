@@ -10,6 +10,7 @@ import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.helpers.megatron import SMALL
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ ROUTER_FIELDS = {
 def small_trainer(*overrides: str) -> Iterator[Trainer]:
     """A trainer of the small model in one process while the block runs: two micro-batches of two sequences a step."""
     batch = ("train.global_batch_size=4", "train.micro_batch_size=2", "optimizer.lr=1e-2")
-    config = load_config(None, [*SMALL, *batch, *overrides])
+    config = load_config(None, [*SMALL, *batch, *overrides], mechanisms=MECHANISMS)
     backend = select_backend()
     from sparsecod_megatron.audit.measure import release
     from sparsecod_megatron.parallel import running_processes

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = "sparsecod_megatron"
 SENTENCE = (
-    "config | backend, parallel | model, mechanisms, data, metrics, hf | checkpoint | "
+    "config | backend, parallel | seams | model, data, metrics, hf | mechanisms | checkpoint | "
     "train, analysis, evaluation, planning, compression | models | studies, audit | cli"
 )
 LAYER_OF = {folder.strip(): layer for layer, group in enumerate(SENTENCE.split("|")) for folder in group.split(",")}

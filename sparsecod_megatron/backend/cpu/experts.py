@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -152,7 +153,7 @@ def forward(
     Source: Megatron-Core transformer/moe/experts.py, `SequentialMLP.forward`.
     """
     x, probabilities = permuted_local_hidden_states, permuted_probs
-    if not _has_plain_swiglu(self) or x.dtype != probabilities.dtype:
+    if not (_has_plain_swiglu(self) and _has_plain_linears(self)) or x.dtype != probabilities.dtype:
         return _upstream(self, x, tokens_per_expert, probabilities)
     experts: list[MLP] = list(self.local_experts)
     linears = [linear for expert in experts for linear in (expert.linear_fc1, expert.linear_fc2)]
@@ -182,6 +183,12 @@ def _has_plain_swiglu(experts: SequentialMLP) -> bool:
         and not config.moe_apply_probs_on_input
         and not (config.fp8 or config.fp4)
     )
+
+
+def _has_plain_linears(experts: SequentialMLP) -> bool:
+    """Whether the products are all that an expert's linear layers do; a mechanism's own layer must be called."""
+    linears = (ColumnParallelLinear, RowParallelLinear)
+    return all((type(expert.linear_fc1), type(expert.linear_fc2)) == linears for expert in experts.local_experts)
 
 
 def sort_chunks(

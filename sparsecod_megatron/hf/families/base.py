@@ -20,6 +20,8 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.entries import layer_entries, outer_entries
 from sparsecod_megatron.hf.families.rotary import rope_parameters
 from sparsecod_megatron.hf.table import Entry, NameTable
+from sparsecod_megatron.hf.transforms import same
+from sparsecod_megatron.seams.mechanism import Module
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Family:
         read: the keys of ours that `fields` wrote, from a configuration's fields.
         folds_scaling: whether the factors of LayerNorm scaling go into the norms' weights.
         code: files to copy beside the weights.
+        extensible: whether mechanisms' modules can change its layers.
         without_placeholders: the model that `read` gave, without the parts of the class whose tensors are those that
             export puts where ours has none.
     """
@@ -49,14 +52,28 @@ class Family:
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     folds_scaling: bool = True
     code: tuple[Path, ...] = ()
+    extensible: bool = False
     without_placeholders: Callable[[ModelConfig, Mapping[str, Tensor]], ModelConfig] = lambda model, tensors: model
 
-    def table(self, model: ModelConfig) -> NameTable:
-        """The names of one model, in the order embedding, layers, final norm, output."""
-        return NameTable(self.architecture, tuple(self._entries(model)))
+    def table(self, model: ModelConfig, modules: Mapping[str, Module] | None = None) -> NameTable:
+        """The names of one model, in the order embedding, layers, final norm, output, mechanisms' own.
+
+        Args:
+            model: ours.
+            modules: what `choose.exported_modules` gave.
+        """
+        own = [tensor for module in (modules or {}).values() for tensor in module.tensors]
+        entries = [Entry((tensor.megatron,), (tensor.hf,), same(tensor.shape)) for tensor in own]
+        return NameTable(self.architecture, (*self._entries(model), *entries))
 
     def config(
-        self, model: ModelConfig, *, seq_length: int, dtype: torch.dtype, token_ids: Mapping[str, int | None]
+        self,
+        model: ModelConfig,
+        *,
+        seq_length: int,
+        dtype: torch.dtype,
+        token_ids: Mapping[str, int | None],
+        modules: Mapping[str, Module] | None = None,
     ) -> PreTrainedConfig:
         """The configuration of one model.
 
@@ -65,11 +82,14 @@ class Family:
             seq_length: longest sequence trained on, in tokens.
             dtype: number format of the weights in the files.
             token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+            modules: what `choose.exported_modules` gave.
 
         Raises:
             ConversionError: transformers refuses a value.
         """
         fields = _shared_fields(model) | self.fields(model)
+        if modules:
+            fields["mechanisms"] = {name: module.settings for name, module in modules.items()}
         try:
             config = self.config_class(
                 architectures=[self.architecture],

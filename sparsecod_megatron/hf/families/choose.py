@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.model_keys import TRAINING_KEYS
@@ -13,6 +13,8 @@ from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
 from sparsecod_megatron.hf.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from sparsecod_megatron.hf.families.sparsecod import SPARSECOD
+from sparsecod_megatron.hf.table import NameTable
+from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
 FAMILIES = (LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, SPARSECOD)
 """In order of preference: the most widely supported class first, our own last."""
@@ -71,12 +73,31 @@ DEPENDENT_KEYS = frozenset(
 """Keys without an effect of their own beside those above."""
 
 
-def choose_family(model: ModelConfig, families: Sequence[Family] = FAMILIES) -> Family:
+def exported_modules(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> dict[str, Module]:
+    """What the mechanisms add to a HuggingFace model, by name; nothing where the weights say it all.
+
+    Raises:
+        ConversionError: one of them cannot be exported.
+    """
+    modules: dict[str, Module] = {}
+    for mechanism in mechanisms:
+        way = mechanism.export(model)
+        if isinstance(way, Refused):
+            raise ConversionError(f"mechanisms.{mechanism.name}: {way.reason}")
+        if isinstance(way, Module):
+            modules[mechanism.name] = way
+    return modules
+
+
+def choose_family(
+    model: ModelConfig, families: Sequence[Family] = FAMILIES, *, modules: Mapping[str, Module] | None = None
+) -> Family:
     """The first family that computes the same function as the model.
 
     Args:
         model: ours.
         families: candidates, best first.
+        modules: what `exported_modules` gave.
 
     Returns:
         The family.
@@ -87,7 +108,8 @@ def choose_family(model: ModelConfig, families: Sequence[Family] = FAMILIES) -> 
     _check_keys(model)
     obstacles = []
     for family in families:
-        obstacle = _missing_feature(model, family) or family.obstacle(model)
+        added = "" if family.extensible else ", ".join(f"mechanisms.{name}" for name in modules or {})
+        obstacle = _missing_feature(model, family) or family.obstacle(model) or added or None
         if obstacle is None:
             return family
         obstacles.append(f"{family.architecture}: {obstacle}")
@@ -95,6 +117,16 @@ def choose_family(model: ModelConfig, families: Sequence[Family] = FAMILIES) -> 
         f"model: none of these classes expresses it ({'; '.join(obstacles)}); "
         "only models without these features convert"
     )
+
+
+def name_table(model: ModelConfig, mechanisms: Sequence[Mechanism] = ()) -> NameTable:
+    """The names of the family that expresses a model with these mechanisms.
+
+    Raises:
+        ConversionError: none does.
+    """
+    modules = exported_modules(model, mechanisms)
+    return choose_family(model, modules=modules).table(model, modules)
 
 
 def _missing_feature(model: ModelConfig, family: Family) -> str | None:

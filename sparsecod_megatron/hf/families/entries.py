@@ -53,15 +53,12 @@ def layer_entries(model: ModelConfig, layer: int, *, norm_factor: float) -> Iter
 
 
 def _projection_entries(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
-    gate = model.attention_output_gate
-    parts = "qkvg" if gate == "elementwise" else "qkv"
+    gated = model.attention_output_gate == "elementwise"
+    parts = "qkvg" if gated else "qkv"
     fused = query_key_value(
-        model.num_attention_heads, model.query_groups, model.head_dim, model.hidden_size, gated=gate == "elementwise"
+        model.num_attention_heads, model.query_groups, model.head_dim, model.hidden_size, gated=gated
     )
     yield Entry((f"{ours}.linear_qkv.weight",), tuple(f"{theirs}.{part}_proj.weight" for part in parts), fused)
-    if gate == "headwise":
-        heads = same((model.num_attention_heads, model.hidden_size))
-        yield Entry((f"{ours}.linear_gate.weight",), (f"{theirs}.g_proj.weight",), heads)
     if model.qk_norm:
         for part in "qk":
             norm = same((model.head_dim,))

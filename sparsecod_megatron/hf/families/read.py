@@ -97,7 +97,8 @@ def _require_same(fields: Mapping[str, Any], model: ModelConfig, family: Family,
     written = family.config(
         model, seq_length=fields["max_position_embeddings"], dtype=torch.float32, token_ids={}
     ).to_dict()
-    known = (family.config_class().to_dict().keys() | {"head_dim"}) - FIELDS_WITHOUT_EFFECT
+    elsewhere = {"mechanisms"} if family.extensible else set()  # a section of its own (`HFSource.mechanisms`)
+    known = (family.config_class().to_dict().keys() | {"head_dim"}) - FIELDS_WITHOUT_EFFECT - elsewhere
     for name in sorted(known):
         if fields.get(name) != written.get(name):
             raise ConversionError(

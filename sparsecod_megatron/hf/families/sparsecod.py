@@ -87,4 +87,5 @@ SPARSECOD = Family(
     _read,
     folds_scaling=False,
     code=CODE,
+    extensible=True,
 )

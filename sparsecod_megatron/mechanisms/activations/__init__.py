@@ -1,0 +1,1 @@
+"""Mechanisms that leave most activations of a token at zero."""

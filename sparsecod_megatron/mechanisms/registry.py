@@ -1,0 +1,44 @@
+"""The mechanisms by name: a line for each. A mechanism's module is imported when a run configures it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparsecod_megatron.seams.mechanism import Mechanism
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Names, and where the class of each is; what `load_config` takes.
+
+    Attributes:
+        places: name → `module:Class`, the module below `sparsecod_megatron.mechanisms`.
+        former_keys: (key of `model:`, value) → the mechanism that replaces it.
+    """
+
+    places: Mapping[str, str]
+    former_keys: Mapping[tuple[str, str], str]
+
+    @property
+    def names(self) -> list[str]:
+        """All names."""
+        return list(self.places)
+
+    def settings_class(self, name: str) -> type[Mechanism]:
+        """The mechanism's class, a dataclass of its settings."""
+        module, _, kind = self.places[name].partition(":")
+        found: type[Mechanism] = getattr(importlib.import_module(f"{__package__}.{module}"), kind)
+        assert found.name == name, f"{self.places[name]} calls itself {found.name}"
+        return found
+
+
+MECHANISMS = Registry(
+    places={
+        "headwise_gate": "attention.headwise_gate:HeadwiseGate",
+        "sparse_weights": "weights.sparse_weights:SparseWeights",
+        "topk_activation": "activations.topk_activation:TopKActivation",
+    },
+    former_keys={("attention_output_gate", "headwise"): "headwise_gate"},
+)

@@ -1,0 +1,1 @@
+"""Mechanisms that hold weights at zero, or make them of fewer numbers."""

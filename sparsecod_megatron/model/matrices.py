@@ -1,0 +1,114 @@
+"""The matrices that a rank holds a part of: their names in the whole model, and how a whole one is cut into shards.
+
+What is drawn by name (weights, masks) is so the same under every layout: a rank draws the whole matrix from a generator
+of that name, and keeps its shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of the whole model.
+
+    Attributes:
+        name: unique in the model, whatever the layout.
+        kind: a field of InitStdConfig.
+        layer: from 0; 0 outside of layers.
+        fan_in: its input size in the whole model.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    fan_in: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a matrix.
+
+    Attributes:
+        parameter: that holds it, in one of this rank's model chunks.
+        matrix: the whole one.
+        row: of the table of parameters.
+        group: ranks that share it.
+    """
+
+    parameter: torch.nn.Parameter
+    matrix: Matrix
+    row: ParameterKind
+    group: torch.distributed.ProcessGroup
+
+    @property
+    def whole_shape(self) -> list[int]:
+        """Of the whole matrix."""
+        shape = list(self.parameter.shape)
+        if self.row.dimension is not None:
+            shape[self.row.dimension] *= self.group.size()
+        return shape
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's part of something of the whole matrix's shape; of each of the matrices stacked in it. Local."""
+        dimension, parts = self.row.dimension, self.group.size()
+        if dimension is None:
+            return whole
+        return torch.cat(
+            whole.chunk(parts * self.row.stacked, dim=dimension)[self.group.rank() :: parts], dim=dimension
+        )
+
+
+def named_generator(name: str, device: torch.device) -> torch.Generator:
+    """A generator whose numbers depend on a name (and the kind of device) only."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def matrices(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCollection) -> Iterator[Shard]:
+    """Every matrix of a model chunk that has weights on this rank. Local.
+
+    Args:
+        chunk: without wrappers.
+        table: of the model's parameters.
+        groups: the run's process groups.
+    """
+    model = table.model
+    for name, parameter in chunk.named_parameters():
+        if parameter.dim() < 2 or parameter.is_meta:
+            continue
+        row = table.find(name)
+        assert row.init is not None, f"no initialisation for {name}"
+        found = re.search(r"layers\.(\d+)\.", name)
+        layer = chunk.decoder.layers[int(found[1])].layer_number - 1 if found else 0
+        # The last pipeline stage's output layer is, where it is tied, a copy of the embedding.
+        is_copy = row.name == "output" and row.init == "embedding"
+        whole_name = "embedding.word_embeddings.weight" if is_copy else name
+        whole_name = _whole_name(whole_name, layer, groups.ep.rank() * _local_experts(model, groups))
+        group = groups.expt_tp if row.split == "expert" else groups.tp
+        yield Shard(parameter, Matrix(whole_name, row.init, layer, row.shape[1]), row, group)
+
+
+def _local_experts(model: ModelConfig, groups: ProcessGroupCollection) -> int:
+    return (model.num_moe_experts or 0) // groups.ep.size()
+
+
+def _whole_name(name: str, layer: int, first_expert: int) -> str:
+    """The name with layer and expert counted over all ranks, the same for grouped experts (`linear_fc1.weight3`)."""
+    name = re.sub(r"layers\.\d+\.", f"layers.{layer}.", name)
+    grouped = re.fullmatch(r"(.*\.experts\.)(linear_fc[12]\.weight)(\d+)", name)
+    if grouped:
+        return f"{grouped[1]}{first_expert + int(grouped[3])}.{grouped[2]}"
+    return re.sub(r"local_experts\.(\d+)", lambda expert: str(first_expert + int(expert[1])), name)

@@ -1,0 +1,187 @@
+"""What a mechanism is to the rest of the system: a dataclass of its settings whose methods say all that follows.
+
+`config`, `model`, `train`, `planning`, `hf` and `checkpoint` never name a mechanism: they ask the objects that stand in
+`RunConfig.mechanisms`. Every method has a neutral default, so that a small mechanism stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from sparsecod_megatron.seams.plugin import Plugin, StepParts
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """Where a layer is built.
+
+    Attributes:
+        model: our configuration of it.
+        megatron: Megatron-Core's.
+        provider: the modules of the backend.
+        layer: from 0.
+    """
+
+    model: ModelConfig
+    megatron: TransformerConfig
+    provider: BackendSpecProvider
+    layer: int
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """What one rank's modules see of a micro-batch, for planning.
+
+    Attributes:
+        tokens: that its dense matrix products see.
+        expert_rows: that all its routed experts of the layer get, if the load is even.
+        tensor: tensor-parallel size.
+        expert_tensor: tensor-parallel size of the experts.
+        value_bytes: of an activation.
+    """
+
+    tokens: int
+    expert_rows: int
+    tensor: int
+    expert_tensor: int
+    value_bytes: int
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Export: the weights, as they are stored, are the whole of it, so every HuggingFace class can hold them."""
+
+
+@dataclass(frozen=True)
+class ExportedTensor:
+    """A tensor of the mechanism's own, the same in a GPTModel and in the files.
+
+    Attributes:
+        megatron: name in a single-process GPTModel.
+        hf: name in the files.
+        shape: of both.
+    """
+
+    megatron: str
+    hf: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Module:
+    """Export: the `sparsecod` architecture, extended by a file of code.
+
+    Attributes:
+        code: a file that imports torch and the standard library alone, with a function `extend(layer, settings, config,
+            index)` that changes a `SparsecodLayer` as it is built; copied into the directory.
+        settings: what `extend` and an import get, as plain data; an import takes them for the section of YAML.
+        tensors: of all layers.
+    """
+
+    code: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    tensors: tuple[ExportedTensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Export: no HuggingFace class can compute it.
+
+    Attributes:
+        reason: why, and what to do, for the message.
+    """
+
+    reason: str
+
+
+class Mechanism:
+    """One entry of the `mechanisms:` section; a subclass is a dataclass whose fields are its settings, with bounds.
+
+    Its module imports torch at most: Megatron-Core is there only after a backend has been chosen, so methods that need
+    it import it.
+
+    Attributes:
+        name: in YAML.
+        shapes_weights: whether weights that were trained with it mean another function without it, or the other way
+            round, so that `checkpoint.init_from` refuses to switch it.
+        unfused: branches (`attention`, `mlp`) whose normalised input it reads, so that no kernel may fuse the norm into
+            what follows.
+    """
+
+    name: ClassVar[str]
+    shapes_weights: ClassVar[bool] = False
+    unfused: ClassVar[tuple[str, ...]] = ()
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """One line for each reason why the run cannot have it: key, value, what to do. Bounds are checked already."""
+        yield from ()
+
+    def parameters(self, model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
+        """Parameters that it adds to layer `layer` (from 0)."""
+        yield from ()
+
+    def dead_parameters(self, table: ParameterTable) -> int:
+        """Number of parameters that it holds at zero."""
+        return 0
+
+    def layers_differ(self, model: ModelConfig) -> bool:
+        """Whether it gives layers of one kind different parameters, so that checkpoints cannot stack them."""
+        return False
+
+    def transformer_fields(self, model: ModelConfig) -> dict[str, Any]:
+        """Fields of Megatron-Core's TransformerConfig that it needs."""
+        return {}
+
+    def layer_spec(self, spec: ModuleSpec, site: LayerSite) -> ModuleSpec:
+        """The spec of a layer with its own modules in Megatron-Core's places. Local."""
+        return spec
+
+    def plugin(self, parts: StepParts) -> Plugin | None:
+        """What acts inside the step of this rank. Local."""
+        return None
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> Any:
+        """Its `metrics.group.StatisticsGroup`, or None.
+
+        Args:
+            models: the GPTModel chunks of this rank, without wrappers.
+            plugin: what `plugin` gave.
+        """
+        return None
+
+    def saved_bytes(self, model: ModelConfig, layer: int, rank: RankShape) -> dict[str, int]:
+        """Bytes by module that layer `layer` keeps for its backward pass, beside what the plain layer keeps."""
+        return {}
+
+    def optimizer_bytes(self, kind: ParameterKind) -> int:
+        """Bytes that it keeps for each parameter of a kind, sharded as the optimizer's state is."""
+        return 0
+
+    def export(self, model: ModelConfig) -> Folds | Module | Refused:
+        """How a HuggingFace directory holds it."""
+        return Refused("it says no way to export it; train without it to export")
+
+    def key(self, setting: str) -> str:
+        """A setting as messages name it."""
+        return f"mechanisms.{self.name}.{setting}"
+
+
+def configured(config: RunConfig) -> tuple[Mechanism, ...]:
+    """The mechanisms of a run, in the order of its file."""
+    return tuple(config.mechanisms.values())
+
+
+def mixed(mixin: type, base: type) -> type:
+    """`base` with what `mixin` adds or overrides: a backend's module keeps its parameters and their names."""
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})

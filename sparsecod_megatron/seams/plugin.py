@@ -1,0 +1,112 @@
+"""What acts inside the optimizer step, between Megatron-Core's own parts, and keeps state in the checkpoint.
+
+    with effective_weights()              forward and backward passes, of validation too; gradients are reduced
+    on_gradients(context)                 before the gradient norm, so that norm, judge and clip see what it leaves
+    after_update(context, optimizer)      on the fp32 slices that one torch optimizer stepped, before they are gathered
+
+In fp32 those slices are views of the parameters: what reads latent weights must wait until the window has closed, as
+`on_gradients` does. A run without plugins executes nothing of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsecod_megatron.config import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.optimizer import ChainedOptimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+STATE_PREFIX = "mechanisms."
+"""Before the key of every tensor that a plugin keeps in a checkpoint; the mechanism's name follows."""
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a plugin acts on.
+
+    Attributes:
+        config: the run.
+        models: the GPTModel chunks of this rank, without wrappers.
+        optimizer: the chain of optimizers over them.
+        groups: the run's process groups.
+    """
+
+    config: RunConfig
+    models: Sequence[GPTModel]
+    optimizer: ChainedOptimizer
+    groups: ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where the run is.
+
+    Attributes:
+        step: counted from 1; steps whose update was left out count too.
+        last_step: `train.train_steps`.
+    """
+
+    step: int
+    last_step: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's steps that are done when this one is."""
+        return self.step / self.last_step
+
+
+class Plugin:
+    """Does nothing at each of its places; a mechanism overrides those it needs.
+
+    Attributes:
+        name: the mechanism's, under which a checkpoint keeps the state.
+    """
+
+    name: str
+
+    def weights_replaced(self) -> None:
+        """The weights came from elsewhere: drawn, or loaded from any checkpoint. Local."""
+
+    def effective_weights(self) -> AbstractContextManager[None]:
+        """While it is open the parameters hold what the model computes with. Collective over all processes."""
+        return contextlib.nullcontext()
+
+    def on_gradients(self, context: StepContext) -> None:
+        """Change `main_grad` of this rank's slices, which is reduced over data-parallel ranks. Collective."""
+
+    def after_update(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:
+        """Change masters and moments that an optimizer has just stepped. Local: ranks may hold other optimizers.
+
+        What needs other ranks is decided in `on_gradients`. A step whose update is left out does not come here.
+        """
+
+    def sharded_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Tensors for the checkpoint, by any key. Collective over all processes.
+
+        Args:
+            model_state: Megatron-Core's sharded state of the weights, which tells how each is cut.
+
+        Returns:
+            `ShardedTensor`s and factories whose own keys begin with `STATE_PREFIX` and the name.
+        """
+        return {}
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """Take loaded tensors, by the keys of `sharded_state`; `weights_replaced` follows. Local."""
+
+
+@contextlib.contextmanager
+def effective_weights(plugins: Sequence[Plugin]) -> Iterator[None]:
+    """The windows of all plugins, opened in order. Collective over all processes where a plugin's is."""
+    with contextlib.ExitStack() as windows:
+        for plugin in plugins:
+            windows.enter_context(plugin.effective_weights())
+        yield
