@@ -37,7 +37,7 @@ DENSE_LAYOUTS = {"tp2": (TP2,), "tp2-sp": (TP2, SP), "pp2": (PP2,), "cp2": (CP2,
 MOE_LAYOUTS = {"ep2": (EP2,), "tp2-ep2": (TP2, SP, EP2, ETP1), "pp2": (PP2,)}
 CONCERNED = {
     # Without sequence parallelism norms are whole on each rank: what has weights that tensor parallelism does not split.
-    "tp2": {"pre", "qk-norm", "gate-headwise", "everything"},
+    "tp2": {"pre", "qk-norm", "everything"},
     # Stages: what depends on a layer's place, or lies outside of the layers.
     "pp2": {
         "pre",

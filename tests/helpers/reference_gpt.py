@@ -200,7 +200,7 @@ def _attention(
         output = (scores + hidden_keys).softmax(-1) @ value
         if elementwise:
             output = output * torch.sigmoid(slot(first + per_group + within))
-        if model.attention_output_gate == "headwise":
-            output = output * torch.sigmoid(x @ weights[f"{at}.linear_gate.weight"][head])[..., None]
+        if (gates := weights.get(f"{at}.linear_gate.weight")) is not None:
+            output = output * torch.sigmoid(x @ gates[head])[..., None]
         outputs.append(output)
     return torch.cat(outputs, dim=-1) @ weights[f"{at}.linear_proj.weight"].T

@@ -9,6 +9,7 @@ import torch
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.planning import GPUS, make_plan
 from sparsecod_megatron.planning.memory import CUDA_CONTEXT, GIB
 from tests.helpers.training import trainer_batches
@@ -49,7 +50,7 @@ def _measure(bench: Bench, found: Finding, config: RunConfig) -> None:
     losses = [loss for loss, _ in timed]
     seconds = statistics.median(seconds for _, seconds in timed[size.speed_warm_up :])
     tokens = config.train.global_batch_size * config.data.seq_length / seconds
-    flops = tokens * flops_per_token(config.model, config.data.seq_length)
+    flops = tokens * flops_per_token(ParameterTable.of(config), config.data.seq_length)
     plan = make_plan(config, 1, GPU)
     found.values = {
         "step_s": seconds,

@@ -6,6 +6,7 @@ import pytest
 
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 
 TENSORWISE = "precision.fp8_recipe=tensorwise"
 KEPT = "precision.num_layers_at_start_in_bf16"
@@ -15,7 +16,7 @@ MOE = ["model.num_moe_experts=4", "model.moe_ffn_hidden_size=64"]
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_accepted(recipe: str) -> None:
-    config = load_config(None, [f"precision.fp8_recipe={recipe}"])
+    config = load_config(None, [f"precision.fp8_recipe={recipe}"], mechanisms=MECHANISMS)
     assert config.precision.fp8 and config.precision.dtype == "bf16"
 
 
@@ -44,7 +45,7 @@ def test_accepted(recipe: str) -> None:
             [TENSORWISE, "model.kv_channels=20", "model.num_query_groups=1"],
             ["num_query_groups: query, key and value channels: 280"],
         ),
-        ([TENSORWISE, "model.attention_output_gate=headwise"], ["each with a gate: 12", "multiple of 16"]),
+        ([TENSORWISE, "mechanisms.headwise_gate={}"], ["each with a gate: 12", "multiple of 16"]),
         ([TENSORWISE, *MOE, "model.moe_ffn_hidden_size=72"], ["moe_ffn_hidden_size: 72"]),
         (
             [TENSORWISE, *MOE, *TP2, "model.moe_ffn_hidden_size=48"],
@@ -59,7 +60,7 @@ def test_accepted(recipe: str) -> None:
 )
 def test_refused(overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, overrides)
+        load_config(None, overrides, mechanisms=MECHANISMS)
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
@@ -67,6 +68,6 @@ def test_refused(overrides: list[str], parts: list[str]) -> None:
 
 def test_dense_width_does_not_matter_where_every_layer_has_experts() -> None:
     odd = [TENSORWISE, *MOE, "model.ffn_hidden_size=2040"]
-    assert load_config(None, odd).model.ffn_hidden_size == 2040
+    assert load_config(None, odd, mechanisms=MECHANISMS).model.ffn_hidden_size == 2040
     with pytest.raises(ConfigError, match="model.ffn_hidden_size: 2040"):
-        load_config(None, [*odd, "model.moe_first_k_dense_layers=1"])
+        load_config(None, [*odd, "model.moe_first_k_dense_layers=1"], mechanisms=MECHANISMS)

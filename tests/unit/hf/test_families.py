@@ -138,7 +138,7 @@ def test_every_key_of_the_configuration_is_accounted_for() -> None:
         {"activation": "relu2"},
         {"norm_placement": "post"},
         {"final_norm": False},
-        {"attention_output_gate": "headwise"},
+        {"attention_output_gate": "elementwise"},
         {"embedding_norm": True},
     ],
 )

@@ -10,11 +10,12 @@ from scipy import stats
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
+from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.helpers.megatron import SMALL
 
 select_backend()
 
-from sparsecod_megatron.model.init import _whole_name  # noqa: E402
+from sparsecod_megatron.model.matrices import _whole_name  # noqa: E402
 
 D, F, L = 256, 512, 8
 WIDE = (f"model.hidden_size={D}", f"model.ffn_hidden_size={F}", f"model.num_layers={L}", "model.vocab_size=512")
@@ -23,7 +24,7 @@ EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=128", "model.mo
 
 def fresh(*overrides: str) -> dict[str, torch.Tensor]:
     """Matrices of a model as it is built."""
-    config = load_config(None, [*SMALL, *WIDE, *overrides])
+    config = load_config(None, [*SMALL, *WIDE, *overrides], mechanisms=MECHANISMS)
     backend = select_backend()
     from sparsecod_megatron.model import build_model, transformer_config, unwrap
     from sparsecod_megatron.parallel import running_processes
@@ -52,7 +53,7 @@ def stds(layer: int, weights: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def test_every_matrix_is_drawn_once_and_no_two_alike() -> None:
-    weights = fresh(*EXPERTS, "model.attention_output_gate=headwise", "model.moe_shared_expert_gate=true")
+    weights = fresh(*EXPERTS, "mechanisms.headwise_gate={}", "model.moe_shared_expert_gate=true")
     assert all(float(tensor.std()) > 0.01 for tensor in weights.values())
     starts = {tuple(tensor.flatten()[:4].tolist()) for tensor in weights.values()}
     assert len(starts) == len(weights)

@@ -6,6 +6,7 @@ import pytest
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
+from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.helpers.megatron import SMALL
 from tests.helpers.variants import MOE_SHAPE
 
@@ -20,6 +21,7 @@ from sparsecod_megatron.model.layer import VariedLayer  # noqa: E402
 from sparsecod_megatron.model.norms import ScaledRMSNorm  # noqa: E402
 from sparsecod_megatron.model.residual import BranchNorm, PostNorm  # noqa: E402
 from sparsecod_megatron.model.specs import block_spec, layer_spec  # noqa: E402
+from sparsecod_megatron.seams.mechanism import LayerSite, configured  # noqa: E402
 
 ENGINE = TESpecProvider()
 LINEAR = {"fused": ENGINE.column_parallel_layer_norm_linear(), "plain": ENGINE.column_parallel_linear()}
@@ -27,8 +29,9 @@ LINEAR = {"fused": ENGINE.column_parallel_layer_norm_linear(), "plain": ENGINE.c
 
 def spec(*overrides: str, layer: int = 0) -> ModuleSpec:
     """A layer of Transformer Engine's modules; nothing is built, so no GPU is needed."""
-    config = load_config(None, [*SMALL, *overrides])
-    return layer_spec(config.model, transformer_config(config, transformer_engine=True), ENGINE, layer)
+    config = load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS)
+    megatron = transformer_config(config, transformer_engine=True)
+    return layer_spec(LayerSite(config.model, megatron, ENGINE, layer), configured(config))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +42,7 @@ def spec(*overrides: str, layer: int = 0) -> ModuleSpec:
         (("model.norm_placement=peri", "model.layernorm_scaling=true"), "fused", "fused", BranchNorm),
         (("model.norm_placement=post",), "plain", "plain", PostNorm),
         (("model.layernorm_scaling=true",), "plain", "plain", None),
-        (("model.attention_output_gate=headwise",), "plain", "fused", None),
+        (("mechanisms.headwise_gate={}",), "plain", "fused", None),
         (("model.attention_output_gate=elementwise",), "fused", "fused", None),
     ],
 )
@@ -77,7 +80,7 @@ def test_only_layers_that_differ_carry_changes() -> None:
 def test_the_final_norm_can_be_left_out() -> None:
     for final_norm in (True, False):
         overrides = ["model.norm_placement=post", f"model.final_norm={str(final_norm).lower()}"]
-        config = load_config(None, [*SMALL, *overrides])
+        config = load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS)
         megatron = transformer_config(config, transformer_engine=False)
-        block = block_spec(config.model, megatron, ENGINE, vp_stage=None, pp_rank=0)
+        block = block_spec(config, megatron, ENGINE, vp_stage=None, pp_rank=0)
         assert (block.layer_norm is not None) == final_norm

@@ -8,6 +8,7 @@ import pytest
 
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.planning.hardware import GPUS, Efficiency, Range
 from sparsecod_megatron.planning.layout import layout_of
 from sparsecod_megatron.planning.step_time import StepTime, microbatch_work, step_time
@@ -52,7 +53,9 @@ def test_ranks_share_the_models_operations(path: str, gpus: int, overrides: tupl
         total += (work.dense + work.grouped + work.attention) * layout.num_microbatches * gpus / layout.stages
     length = config.data.seq_length
     tokens = config.train.global_batch_size * length
-    assert total == pytest.approx(flops_per_token(config.model, length, convention="windowed") * tokens, rel=1e-9)
+    assert total == pytest.approx(
+        flops_per_token(ParameterTable.of(config), length, convention="windowed") * tokens, rel=1e-9
+    )
 
 
 def test_full_recompute_adds_a_forward_pass_of_the_layers() -> None:
@@ -68,7 +71,9 @@ def test_hardware_without_other_limits_reaches_its_peak() -> None:
     unlimited = {"memory_bandwidth": 1e30, "nvlink_bandwidth": 1e30, "network_bandwidth": 1e30}
     time = step_time(layout_of(config, 8), replace(GPUS["h100"], **unlimited), PERFECT)
     length = config.data.seq_length
-    expected = flops_per_token(config.model, length) / flops_per_token(config.model, length, convention="causal")
+    expected = flops_per_token(ParameterTable.of(config), length) / flops_per_token(
+        ParameterTable.of(config), length, convention="causal"
+    )
     assert time.mfu.best == pytest.approx(expected)
     assert time.mfu.worst == pytest.approx(expected)
 

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.studies import Cell, load_study
 from tests.unit.studies.conftest import WriteStudy
 
@@ -31,7 +32,7 @@ def tokens_a_step(cell: Cell) -> int:
 
 
 def flops(cell: Cell) -> float:
-    return flops_per_token(cell.config.model, cell.config.data.seq_length)
+    return flops_per_token(ParameterTable.of(cell.config), cell.config.data.seq_length)
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

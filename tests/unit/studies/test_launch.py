@@ -11,6 +11,7 @@ import pytest
 
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.planning import GPUS, make_plan
 from sparsecod_megatron.studies import Study, load_study
@@ -95,7 +96,7 @@ def test_a_missing_job_script_or_a_refusal_is_one_line(
 def test_cost_of_a_processor_is_its_operations(small_study: Study) -> None:
     cell = small_study.cells[0]
     cost = cell_cost(small_study, cell)
-    flops = 10 * 4 * 16 * flops_per_token(cell.config.model, 16)
+    flops = 10 * 4 * 16 * flops_per_token(ParameterTable.of(cell.config), 16)
     assert cost.sizes["train_flops"] == flops and cost.gpus == 0
     assert cost.hours == pytest.approx((flops / 20e9 / 3600,) * 2)
 

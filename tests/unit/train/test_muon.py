@@ -45,10 +45,10 @@ def test_matrices_are_muons_and_the_rest_adams(model: str) -> None:
         assert not trainer.models[0].ddp_config.use_distributed_optimizer
 
 
-@pytest.mark.parametrize("gate", ["none", "headwise", "elementwise"])
+@pytest.mark.parametrize("gate", ["", "mechanisms.headwise_gate={}", "model.attention_output_gate=elementwise"])
 def test_each_projection_of_attention_is_a_matrix_of_its_own(gate: str) -> None:
     """The first update of the fused projection is that of its parts: the momentum is then parallel to the gradient."""
-    settings = (*MUON, f"model.attention_output_gate={gate}", "optimizer.weight_decay=0", "optimizer.clip_grad=0")
+    settings = (*MUON, *filter(None, [gate]), "optimizer.weight_decay=0", "optimizer.clip_grad=0")
     with small_trainer(*settings, "schedule.lr_decay_style=constant", "optimizer.muon_extra_scale_factor=1") as trainer:
         from sparsecod_megatron.train.step import train_step
 
@@ -57,7 +57,7 @@ def test_each_projection_of_attention_is_a_matrix_of_its_own(gate: str) -> None:
         train_step(trainer, trainer_batches(trainer))
         update, gradient = (before - weight.detach()) / 1e-2, weight.main_grad
     # Two groups: queries of two heads with eight channels (and as many gates), then one head of keys and of values.
-    sizes = [16, 16, 8, 8] if gate == "elementwise" else [16, 8, 8]
+    sizes = [16, 16, 8, 8] if "elementwise" in gate else [16, 8, 8]
     ours, theirs = (tensor.view(2, sum(sizes), 32).split(sizes, dim=1) for tensor in (update, gradient))
     for part, of_gradient in zip(ours, theirs, strict=True):
         matrix = of_gradient.reshape(-1, 32)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import load_config
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import small_trainer, trainer_batches
 
@@ -104,23 +106,20 @@ def test_a_tied_output_layer_is_an_embedding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "tied", "kind"),
+    ("name", "overrides", "group"),
     [
-        ("module.module.decoder.layers.3.self_attention.linear_qkv.layer_norm_weight", (8,), False, "norms"),
-        ("decoder.layers.3.mlp.linear_fc1.layer_norm_bias", (8,), False, "biases"),
-        ("decoder.layers.3.mlp.experts.linear_fc1.weight12", (8, 4), False, "hidden"),
-        ("decoder.layers.3.mlp.experts.linear_fc1.bias12", (8,), False, "biases"),
-        ("decoder.layers.3.self_attention.linear_gate.weight", (8, 4), False, "hidden"),
-        ("output_layer.weight", (8, 4), False, "output"),
-        ("output_layer.weight", (8, 4), True, "embeddings"),
+        ("module.module.decoder.layers.3.self_attention.linear_qkv.layer_norm_weight", (), "norms"),
+        ("decoder.layers.3.mlp.experts.linear_fc1.weight12", MOE, "hidden"),
+        ("decoder.layers.3.self_attention.linear_gate.weight", ("mechanisms.headwise_gate={}",), "hidden"),
+        ("output_layer.weight", (), "output"),
+        ("output_layer.weight", TIED, "embeddings"),
     ],
 )
-def test_names_that_only_other_backends_and_stages_have(
-    name: str, shape: tuple[int, ...], tied: bool, kind: str
-) -> None:
-    from sparsecod_megatron.train.parameter_groups import parameter_kind
-
-    assert parameter_kind(name, torch.empty(shape), tied=tied) == kind
+def test_names_that_only_other_backends_and_stages_have(name: str, overrides: tuple[str, ...], group: str) -> None:
+    table = ParameterTable.of(load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS))
+    assert table.find(name).group == group
+    with pytest.raises(LookupError, match="no row for decoder.layers.0.mlp.linear_fc3.weight"):
+        table.find("decoder.layers.0.mlp.linear_fc3.weight")
 
 
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
