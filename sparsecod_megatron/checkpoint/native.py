@@ -191,20 +191,36 @@ def load_weights(
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.
-        CheckpointError: it is of another version, or has other tensors.
+        CheckpointError: it is of another version, has other tensors, or a mechanism gives them another meaning.
     """
     check_files(directory, digests=config.checkpoint.verify)
     read_state(directory)
+    saved = saved_config(directory)
+    _check_mechanisms(saved, config, directory)
     sharded = model_sharded_state(models, groups)
     differences = [
-        f"{key} is {theirs!r} there and {ours!r} here"
-        for key, theirs, ours in model_differences(saved_config(directory), config)
+        f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in model_differences(saved, config)
     ]
     _check_tensors(sharded, directory, reason=", ".join(differences))
     for difference in differences:
         logger.info("%s: %s", directory, difference)
     loaded, _ = _load(sharded, directory)
     _set_model_state(models, loaded, directory)
+
+
+def _check_mechanisms(saved: RunConfig, config: RunConfig, directory: Path) -> None:
+    """Refuse weights whose meaning a mechanism has, or has not, changed.
+
+    Raises:
+        CheckpointError: names the mechanism.
+    """
+    for name in dict.fromkeys((*saved.mechanisms, *config.mechanisms)):
+        theirs, ours = saved.mechanisms.get(name), config.mechanisms.get(name)
+        if theirs != ours and any(mechanism is not None and mechanism.shapes_weights for mechanism in (theirs, ours)):
+            raise CheckpointError(
+                f"{directory}: mechanisms.{name} is {theirs!r} there and {ours!r} here, which gives weights another "
+                "meaning; use the same, or another checkpoint"
+            )
 
 
 def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -> None:

@@ -72,10 +72,10 @@ def _product_sizes(config: RunConfig) -> Iterator[tuple[str, int, str, int]]:
     yield "model.hidden_size", config.model.hidden_size, tp_key, 1
     table = ParameterTable.of(config)
     kinds = {kind.name: kind for layer in range(config.model.num_layers) for kind in table.layer(layer) if kind.fp8}
-    for kind in kinds.values():
-        assert kind.dimension is not None, "a matrix of FP8 products that no rank shares"
+    sizes = [(kind, kind.shape[kind.dimension or 0] // kind.stacked) for kind in kinds.values()]
+    for kind, size in sorted(sizes, key=lambda item: item[1]):  # heads before the sum of heads
         shared = (etp_key, etp) if kind.split == "expert" else (tp_key, tp)
-        yield kind.channels, kind.shape[kind.dimension] // kind.stacked, *shared
+        yield kind.channels, size, *shared
     tokens = config.train.micro_batch_size * config.data.seq_length
     yield (
         "data.seq_length × train.micro_batch_size",

@@ -26,6 +26,7 @@ from sparsecod_megatron.config.megatron_refused import REFUSALS
 from sparsecod_megatron.config.schema import RunConfig
 from sparsecod_megatron.config.typed import known_keys
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.studies import load_study
 from tests.dist.layouts import LAYOUTS
 from tests.unit.test_packaging import tomllib
@@ -89,7 +90,7 @@ def test_yaml_loads(page: Path, tmp_path: Path) -> None:
         if "grid" in yaml.safe_load(block):
             assert len(load_study(file, tmp_path / "out").cells) > 1
         else:
-            load_config(file)
+            load_config(file, mechanisms=MECHANISMS)
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -116,7 +117,8 @@ def test_commands_parse(page: Path) -> None:
         module.add_arguments(parser)
         parsed = parser.parse_intermixed_args(arguments[1:])
         if arguments[0] in ("train", "plan") and parsed.config.startswith("examples/"):
-            config = load_config(ROOT / parsed.config, [word for word in parsed.overrides if "$" not in word])
+            words = [word for word in parsed.overrides if "$" not in word]
+            config = load_config(ROOT / parsed.config, words, mechanisms=MECHANISMS)
             processes = parsed.gpus if arguments[0] == "plan" else parsed.nproc
             if processes > 1:
                 data_parallel_size(config, processes)

@@ -9,6 +9,7 @@ import pytest
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import RunConfig, data_parallel_size, load_config, preset_names
+from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.helpers.meta import meta_model, parameter_counts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def test_builds(path: Path) -> None:
 
 
 def load(path: Path) -> RunConfig:
-    config = load_config(path)
+    config = load_config(path, mechanisms=MECHANISMS)
     if config.model.vocab_size is None:
         config.model.vocab_size = QUICKSTART_VOCABULARY if path.stem.startswith("quickstart") else NANO_VOCABULARY
     return config
@@ -50,4 +51,4 @@ def decimals(digits: str) -> int:
 
 
 def test_every_preset_has_an_example() -> None:
-    assert {load_config(path).model.preset for path in CONFIGS} - {None} == set(preset_names())
+    assert {load_config(path, mechanisms=MECHANISMS).model.preset for path in CONFIGS} - {None} == set(preset_names())

@@ -110,6 +110,7 @@ class KeepsLargest:
 
     def __init__(self, *arguments: Any, k: int, tp_group: Any, **options: Any) -> None:
         super().__init__(*arguments, tp_group=tp_group, **options)  # type: ignore[call-arg]
+        assert tp_group is not None, "an MLP says which ranks share its units"
         self.k, self.units_group = k, tp_group
         self.observe: Callable[[Tensor], None] | None = None
         # In front of all other hooks, which so see what is multiplied.

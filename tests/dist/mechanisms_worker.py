@@ -1,0 +1,143 @@
+"""Trains each group of mechanisms three steps from fresh weights in each layout of two processes. Started by torchrun.
+
+Arguments: the JSON file to write, {case: run}, and a folder for the checkpoints that `SAVES` makes after two steps and
+`RESUMES` continues from.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparsecod_megatron.backend import Backend, select_backend
+from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.mechanisms import MECHANISMS
+from tests.dist.layouts import BUCKETS, CP2, EP2, FULL_RECOMPUTE, PP2, SP, TP2, VPP2
+from tests.helpers.mechanisms import CASES, TOGETHER, settings
+from tests.helpers.megatron import SMALL
+from tests.helpers.training import fresh_router_losses, trainer_batches
+
+STEPS = 3
+RUN = (
+    *SMALL,
+    "model.num_layers=4",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=1",
+    "schedule.lr_decay_style=constant",
+    "optimizer.lr=1e-2",
+    # Of the order of the gradient, so that an element of rounding noise does not move by the sign of the noise.
+    "optimizer.adam_eps=1e-3",
+    "model.init_method_std=0.2",
+    "statistics.variance.interval=1",
+    "statistics.norms.interval=1",
+    "statistics.mechanisms.interval=1",
+)
+EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=24", "model.moe_shared_expert_intermediate_size=24")
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "dp2": BUCKETS,
+    "tp2": (TP2,),
+    "tp2-sp": (TP2, SP),
+    "pp2-full-recompute": (PP2, *FULL_RECOMPUTE),
+    "pp2-vpp2": (PP2, VPP2, *BUCKETS),
+    "cp2": (CP2, *BUCKETS),
+}
+EXPERT_LAYOUTS: dict[str, tuple[str, ...]] = {"ep2": (EP2,), "tp2-sp": (TP2, SP)}
+SAVES = {"dense": "tp2-sp", "moe": "ep2"}
+RESUMES = {"dense": "pp2-vpp2", "moe": "tp2-sp"}
+
+
+@dataclass(frozen=True)
+class LayoutCase:
+    """A group of mechanisms in a layout; `layout` is empty for one process."""
+
+    model: str
+    group: str
+    layout: str = ""
+
+    @property
+    def name(self) -> str:
+        """Shown by pytest, and the key of the file."""
+        return "-".join(filter(None, (self.model, self.group, self.layout)))
+
+    def config(self) -> RunConfig:
+        """The run."""
+        names, spread = TOGETHER[self.group], LAYOUTS if self.model == "dense" else EXPERT_LAYOUTS
+        shape = EXPERTS if self.model == "moe" else ()
+        return load_config(
+            None, [*RUN, *shape, *settings(names), *spread.get(self.layout, ())], mechanisms=MECHANISMS
+        )
+
+
+LAYOUT_CASES = [
+    LayoutCase(model, group, layout)
+    for model, layouts in (("dense", LAYOUTS), ("moe", EXPERT_LAYOUTS))
+    for layout in layouts
+    for group, names in TOGETHER.items()
+    if model == "dense" or any(CASES[name].experts for name in names)
+]
+
+
+def train(
+    config: RunConfig, backend: Backend, groups: Any, *, save: Path | None = None, resume: Path | None = None
+) -> dict[str, Any]:
+    """Losses, gradient norms and statistics of each step and layer, from fresh weights or a checkpoint. Collective.
+
+    Args:
+        config: the run.
+        backend: the selected backend.
+        groups: the run's process groups.
+        save: folder for a checkpoint before the last step.
+        resume: folder with such a checkpoint, to take the last step from.
+    """
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
+    from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.statistics import statistics_collector
+    from sparsecod_megatron.train.step import train_step
+
+    with fresh_router_losses():
+        if resume is not None:  # other weights and masks than the checkpoint's
+            config = replace(config, train=replace(config.train, seed=7))
+        trainer, done = build_trainer(config, backend, groups), 0
+        if resume is not None:
+            done = load_checkpoint(resolve_step_dir(resume), **trainer.parts).step
+        collector = statistics_collector(trainer)
+        data, run = trainer_batches(trainer), {"loss": [], "grad_norm": [], "layers": []}
+        for step in range(done + 1, STEPS + 1):
+            if step == STEPS and save is not None:
+                save_checkpoint(save, state=TrainState(step=step - 1, optimizer_steps=step - 1), **trainer.parts)
+            result = train_step(trainer, data, observing=collector.collecting(step))
+            run["loss"].append(result.loss)
+            run["grad_norm"].append(result.grad_norm)
+            run["layers"].append(collector.reduce(step))
+        return run
+
+
+def main() -> None:
+    """Write the file from rank 0."""
+    backend = select_backend()
+    from sparsecod_megatron.parallel import process_groups, world
+
+    runs, folder = {}, Path(sys.argv[2])
+    saving = [case for case in LAYOUT_CASES if SAVES[case.model] == case.layout]
+    with world(communication=backend.communication):
+        for case in [*saving, *(case for case in LAYOUT_CASES if case not in saving)]:
+            config, checkpoints = case.config(), folder / f"{case.model}-{case.group}"
+            with process_groups(config) as groups:
+                save = checkpoints if case in saving else None
+                runs[case.name] = train(config, backend, groups, save=save)
+                if RESUMES[case.model] == case.layout:
+                    runs[f"{case.name}-resumed"] = train(config, backend, groups, resume=checkpoints)
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(runs))
+
+
+if __name__ == "__main__":
+    main()

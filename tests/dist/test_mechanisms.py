@@ -1,0 +1,84 @@
+"""Every mechanism under every layout: losses, gradient norms and statistics of one process, and checkpoints between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.mechanisms import MECHANISMS
+from tests.dist.mechanisms_worker import LAYOUT_CASES, RESUMES, SAVES, LayoutCase, train
+from tests.helpers.cli import script_ranks
+from tests.helpers.mechanisms import CASES, TOGETHER
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For checkpoints."""
+    return tmp_path_factory.mktemp("mechanisms")
+
+
+@pytest.fixture(scope="module")
+def spread(folder: Path, repo_root: Path) -> dict[str, Any]:
+    """All cases on two processes."""
+    output = folder / "runs.json"
+    script_ranks(repo_root / "tests/dist/mechanisms_worker.py", output, folder, nproc=2)
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def single(spread: dict[str, Any], folder: Path) -> dict[tuple[str, str], Any]:
+    """Each group in this process; of the dense model the last step from two processes' checkpoint too."""
+    backend = select_backend()
+    from sparsecod_megatron.parallel import running_processes
+
+    runs = {}
+    for model, group in dict.fromkeys((case.model, case.group) for case in LAYOUT_CASES):
+        config = LayoutCase(model, group).config()
+        with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+            runs[model, group] = train(config, backend, groups)
+            resumed = train(config, backend, groups, resume=folder / f"{model}-{group}")
+            runs[model, f"{group}-resumed"] = resumed
+    return runs
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any], steps: slice = slice(None)) -> None:
+    """To 1e-5; statistics of weights and activations too."""
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(ours[name], theirs[name][steps], rtol=1e-5, err_msg=name)
+    for layers, expected in zip(ours["layers"], theirs["layers"][steps], strict=True):
+        for layer, want in zip(layers, expected, strict=True):
+            assert set(layer) == set(want)
+            for name, value in want.items():
+                # An update of the size of rounding noise is a share of the noise.
+                rtol = 1e-3 if name == "update_ratio" else 2e-5
+                np.testing.assert_allclose(layer[name], value, rtol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
+def test_equals_one_process(case: LayoutCase, spread: dict[str, Any], single: dict[tuple[str, str], Any]) -> None:
+    theirs = single[case.model, case.group]
+    assert_same(spread[case.name], theirs)
+    values = [value for layers in theirs["layers"] for layer in layers for value in layer.values()]
+    assert values and np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("model", SAVES)
+@pytest.mark.parametrize("group", TOGETHER)
+def test_a_checkpoint_continues_under_other_layouts(
+    model: str, group: str, spread: dict[str, Any], single: dict[tuple[str, str], Any]
+) -> None:
+    """Saved by two processes after two steps; the third in another layout of two, and in one process."""
+    theirs = single[model, group]
+    assert_same(spread[f"{model}-{group}-{RESUMES[model]}-resumed"], theirs, slice(2, 3))
+    assert_same(single[model, f"{group}-resumed"], theirs, slice(2, 3))
+
+
+def test_every_mechanism_is_tested() -> None:
+    assert set(MECHANISMS.names) == set(CASES) == {name for names in TOGETHER.values() for name in names}

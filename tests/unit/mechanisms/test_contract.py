@@ -1,0 +1,222 @@
+"""What every mechanism must keep to in one process; under layouts, tests/dist/test_mechanisms.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.config import load_config
+from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.errors import CheckpointError, ConfigError, ConversionError
+from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.planning.layout import layout_of
+from sparsecod_megatron.planning.memory import rank_memory
+from tests.helpers.mechanisms import CASES
+from tests.helpers.megatron import SMALL
+from tests.helpers.memory import step_bytes
+from tests.helpers.training import small_trainer, trainer_batches
+
+DEPTH = ("model.num_layers=4",)
+NEUTRAL = {name: case.neutral for name, case in CASES.items() if case.neutral}
+
+
+def trained(trainer: Any, steps: int = 2) -> tuple[list[str], list[torch.Tensor]]:
+    """Losses bit by bit, and every weight."""
+    from sparsecod_megatron.train.step import train_step
+
+    data = trainer_batches(trainer)
+    losses = [train_step(trainer, data).loss.hex() for _ in range(steps)]
+    return losses, [parameter.detach().clone() for parameter in trainer.models[0].parameters()]
+
+
+def same_bits(ours: tuple[list[str], list[torch.Tensor]], theirs: tuple[list[str], list[torch.Tensor]]) -> bool:
+    return ours[0] == theirs[0] and all(map(torch.equal, ours[1], theirs[1]))
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_neutral_value_is_the_dense_run(name: str) -> None:
+    with small_trainer(*DEPTH) as trainer:
+        dense = trained(trainer)
+    with small_trainer(*DEPTH, *NEUTRAL[name]) as trainer:
+        assert trainer.config.mechanisms
+        assert same_bits(trained(trainer), dense)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_off_is_off_and_on_is_not(name: str) -> None:
+    case = CASES[name]
+    plain = [override for override in case.settings if not override.startswith("mechanisms.")]
+    with small_trainer(*DEPTH, *plain) as trainer:
+        dense = trained(trainer)
+    with small_trainer(*DEPTH, *case.settings, f"mechanisms.{name}=null") as trainer:
+        assert not trainer.config.mechanisms and not trainer.plugins
+        assert same_bits(trained(trainer), dense)
+    with small_trainer(*DEPTH, *case.settings) as trainer:
+        assert not same_bits(trained(trainer), dense)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """And a fresh run starts from the weights of a dense one, or is refused in one line."""
+    from sparsecod_megatron.checkpoint.native import load_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
+    from sparsecod_megatron.train.step import train_step
+
+    settings = (*DEPTH, *CASES[name].settings)
+    with small_trainer(*settings) as trainer:
+        data = trainer_batches(trainer)
+        train_step(trainer, data)
+        saved = save_checkpoint(tmp_path, state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
+        expected = trained(trainer)
+    with small_trainer(*settings, "train.seed=7") as trainer:
+        load_checkpoint(saved, **trainer.parts)
+        assert same_bits(trained(trainer), expected)
+    with small_trainer(*settings, f"mechanisms.{name}=null") as trainer:
+        with pytest.raises(CheckpointError, match=rf"another model or optimizer: mechanisms\.{name} is "):
+            load_checkpoint(saved, **trainer.parts)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_starts_from_dense_weights_unless_it_gives_them_another_meaning(name: str, tmp_path: Path) -> None:
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
+    from sparsecod_megatron.train.restore import initial_state
+
+    settings = (*DEPTH, *CASES[name].settings)
+    with small_trainer(*settings, f"mechanisms.{name}=null") as trainer:
+        saved = save_checkpoint(tmp_path / "dense", state=TrainState(step=1), **trainer.parts)
+        dense = [parameter.detach().clone() for parameter in trainer.models[0].parameters()]
+    with small_trainer(*settings, "train.seed=7", f"checkpoint.init_from={saved}") as trainer:
+        mechanism = trainer.config.mechanisms[name]
+        if mechanism.shapes_weights:
+            with pytest.raises(
+                CheckpointError, match=rf"mechanisms\.{name} .*gives weights another meaning"
+            ) as refused:
+                initial_state(trainer, [])
+            assert "\n" not in str(refused.value)
+            return
+        initial_state(trainer, [])
+        for weight, theirs in zip(trainer.models[0].parameters(), dense, strict=True):
+            assert torch.equal(weight, torch.where(weight == 0, 0, theirs))
+        back = save_checkpoint(tmp_path / "back", state=TrainState(step=1), **trainer.parts)
+    with small_trainer(*settings, f"mechanisms.{name}=null", f"checkpoint.init_from={back}") as trainer:
+        initial_state(trainer, [])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_is_what_is_there(name: str) -> None:
+    shape = (*DEPTH, "model.hidden_size=64", "model.vocab_size=256", "data.seq_length=64", "train.micro_batch_size=2")
+    select_backend(cpu_kernels="plain")  # what is planned for
+    try:
+        with small_trainer(*shape, *CASES[name].settings) as trainer:
+            real = step_bytes(trainer)
+            state = [plugin.sharded_state(_sharded(trainer)) for plugin in trainer.plugins]
+            real["optimizer"] += sum(leaf.data.nbytes for leaves in state for leaf in leaves.values())
+            config, parameters = trainer.config, [weight for weight in trainer.models[0].parameters()]
+    finally:
+        select_backend(cpu_kernels="fast")
+    count = ParameterTable.of(config).count()
+    assert count.total == sum(weight.numel() for weight in parameters)
+    assert count.total - count.live == sum(int((weight == 0).sum()) for weight in parameters)
+    memory = rank_memory(layout_of(config, 1, transformer_engine=False), 0)
+    planned = {**memory.parts(), "activations": memory.activations + memory.logits}
+    for part, size in real.items():
+        assert planned[part] == pytest.approx(size, rel=0.05), part
+
+
+def _sharded(trainer: Any) -> Any:
+    from sparsecod_megatron.checkpoint.native import model_sharded_state
+
+    return model_sharded_state(trainer.models, trainer.groups)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_is_verified_or_refused(name: str, tmp_path: Path) -> None:
+    """And what was exported is imported as the same run."""
+    from sparsecod_megatron.checkpoint.exported import export_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
+    from sparsecod_megatron.cli.import_ import run_config
+    from sparsecod_megatron.hf.source import open_model
+    from sparsecod_megatron.seams.mechanism import Folds, Refused
+
+    with small_trainer(*DEPTH, *CASES[name].settings, "model.init_method_std=0.1") as trainer:
+        trained(trainer, 1)
+        saved = save_checkpoint(tmp_path, state=TrainState(step=1), **trainer.parts)
+        config = trainer.config
+    way = config.mechanisms[name].export(config.model)
+    if isinstance(way, Refused):
+        with pytest.raises(ConversionError, match=re.escape(f"mechanisms.{name}: {way.reason}")):
+            export_checkpoint(saved, tmp_path / "hf")
+        return
+    assert export_checkpoint(saved, tmp_path / "hf") is not None
+    imported = run_config(open_model(tmp_path / "hf"), None)
+    assert imported.mechanisms == ({} if isinstance(way, Folds) else config.mechanisms)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_example_trains(name: str) -> None:
+    """On a model of its own, made small: the loss falls."""
+    path = Path(__file__).parents[3] / f"examples/configs/nano_{name}.yaml"
+    small = ("model.num_layers=2", "model.vocab_size=64", "train.train_steps=30", "train.global_batch_size=4")
+    small = (*small, "train.micro_batch_size=4", "data.seq_length=16", "schedule.lr_warmup_steps=2")
+    config = load_config(path, [*small, "optimizer.lr=1e-2"], mechanisms=MECHANISMS)
+    assert name in config.mechanisms
+    backend = select_backend()
+    from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.step import train_step
+
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        trainer = build_trainer(config, backend, groups)
+        data = trainer_batches(trainer)
+        losses = [train_step(trainer, data).loss for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_settings_are_read_as_every_section_is(name: str, tmp_path: Path) -> None:
+    kind = MECHANISMS.settings_class(name)
+    config = load_config(None, [*SMALL, *DEPTH, *CASES[name].settings], mechanisms=MECHANISMS)
+    assert type(config.mechanisms[name]) is kind
+    from sparsecod_megatron.config import save_config
+
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", mechanisms=MECHANISMS) == config
+    with pytest.raises(ConfigError, match=rf"unknown key 'mechanisms\.{name}\.stranger'"):
+        load_config(None, [*SMALL, f"mechanisms.{name}.stranger=1"], mechanisms=MECHANISMS)
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        for bound in ("minimum", "above"):
+            if bound in item.metadata:
+                below = item.metadata[bound] - (bound == "minimum")
+                with pytest.raises(ConfigError, match=rf"mechanisms\.{name}\.{item.name}: {below}"):
+                    load_config(None, [*SMALL, f"mechanisms.{name}.{item.name}={below}"], mechanisms=MECHANISMS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["mechanisms.topk_activaton.k=3"], "no such mechanism; did you mean 'topk_activation'"),
+        (["mechanisms.headwise_gate=true"], "mechanisms.headwise_gate: True is not settings"),
+        (["model.attention_output_gate=headwise"], "is a mechanism now; write `mechanisms: {headwise_gate: {}}`"),
+        (
+            ["mechanisms.headwise_gate={}", "model.attention_output_gate=elementwise"],
+            "beside model.attention_output_gate=elementwise; keep one",
+        ),
+        (["mechanisms.topk_activation.k_per_layer=[1,2]"], "2 entries for model.num_layers=3; give one a layer"),
+        (["mechanisms.sparse_weights.density=0", "model.num_layers=2"], "density: 0.0 is not above 0"),
+        (["mechanisms.sparse_weights.density=1e-9"], "leaves no weight of"),
+        (["mechanisms.sparse_weights={}", "optimizer.optimizer=muon"], "optimizer.optimizer: muon"),
+    ],
+)
+def test_refused_in_one_line(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+        load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS)
+    assert "\n" not in str(refused.value)
