@@ -109,7 +109,11 @@ def train(
         if resume is not None:
             done = load_checkpoint(resolve_step_dir(resume), **trainer.parts).step
         collector = statistics_collector(trainer)
-        data, run = trainer_batches(trainer), {"loss": [], "grad_norm": [], "layers": []}
+        data = trainer_batches(trainer)
+        for iterator in data:
+            for _ in range(done * trainer.num_microbatches(config.train.global_batch_size)):
+                next(iterator)
+        run: dict[str, Any] = {"loss": [], "grad_norm": [], "layers": []}
         for step in range(done + 1, STEPS + 1):
             if step == STEPS and save is not None:
                 save_checkpoint(save, state=TrainState(step=step - 1, optimizer_steps=step - 1), **trainer.parts)

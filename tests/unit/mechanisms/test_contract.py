@@ -78,9 +78,9 @@ def test_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     with small_trainer(*settings, "train.seed=7") as trainer:
         load_checkpoint(saved, **trainer.parts)
         assert same_bits(trained(trainer), expected)
-    with small_trainer(*settings, f"mechanisms.{name}=null") as trainer:
-        with pytest.raises(CheckpointError, match=rf"another model or optimizer: mechanisms\.{name} is "):
-            load_checkpoint(saved, **trainer.parts)
+    refused = pytest.raises(CheckpointError, match=rf"another model or optimizer: mechanisms\.{name} is ")
+    with small_trainer(*settings, f"mechanisms.{name}=null") as trainer, refused:
+        load_checkpoint(saved, **trainer.parts)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,7 +119,7 @@ def test_plan_is_what_is_there(name: str) -> None:
             real = step_bytes(trainer)
             state = [plugin.sharded_state(_sharded(trainer)) for plugin in trainer.plugins]
             real["optimizer"] += sum(leaf.data.nbytes for leaves in state for leaf in leaves.values())
-            config, parameters = trainer.config, [weight for weight in trainer.models[0].parameters()]
+            config, parameters = trainer.config, list(trainer.models[0].parameters())
     finally:
         select_backend(cpu_kernels="fast")
     count = ParameterTable.of(config).count()
