@@ -21,7 +21,7 @@ from sparsecod_megatron.analysis.directory import short_names
 from sparsecod_megatron.config import IntervalConfig, RunConfig, load_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE, METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.errors import DataError
-from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _check_run_directory(path: Path) -> None:
 
 
 def _load_run(path: Path, name: str) -> Run:
-    config = load_config(path / CONFIG_FILE, mechanisms=MECHANISMS)
+    config = load_config(path / CONFIG_FILE, mechanisms=SAVED_MECHANISMS)
     metrics = _Columns()
     for where, record in _records(path / METRICS_FILE, metrics.notes):
         metrics.add_metrics(record, where)

@@ -91,8 +91,9 @@ def small_run(config: RunConfig, *, capability: tuple[int, int] | None) -> Small
     lacking = [key for key in config.megatron if capability is None and needs_transformer_engine(key)]
     notes += [f"megatron.{key} is left out: rows choose communication and memory" for key in left]
     notes += [f"megatron.{key} is left out: it needs Transformer Engine, and this is a CPU" for key in lacking]
+    model = _model(config)
     small = RunConfig(
-        model=_model(config),
+        model=model,
         parallel=ParallelConfig(),
         precision=_few_layers(precision),
         data=DataConfig(
@@ -112,8 +113,13 @@ def small_run(config: RunConfig, *, capability: tuple[int, int] | None) -> Small
         ),
         # Without spikes: g²/v̂ is largest where v̂ is rounding.
         statistics=StatisticsConfig(
-            variance=_STEP_INTERVAL, moments=_STEP_INTERVAL, norms=_STEP_INTERVAL, router=_STEP_INTERVAL
+            variance=_STEP_INTERVAL,
+            moments=_STEP_INTERVAL,
+            norms=_STEP_INTERVAL,
+            router=_STEP_INTERVAL,
+            mechanisms=_STEP_INTERVAL,
         ),
+        mechanisms={name: mechanism.made_small(config.model, model) for name, mechanism in config.mechanisms.items()},
         checkpoint=CheckpointConfig(save_interval=0),
         evaluation=EvaluationConfig(),
         logging=LoggingConfig(),

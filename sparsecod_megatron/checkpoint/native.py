@@ -45,7 +45,7 @@ from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin
 
 logger = logging.getLogger("sparsecod")
 PLUGINS = "mechanisms"
-"""Part of the state that is no model's and not the optimizer's."""
+"""The part of the state that belongs neither to a model nor to the optimizer."""
 
 
 def sharded_state(

@@ -17,7 +17,7 @@ from sparsecod_megatron.config import ParallelConfig, RunConfig, load_config
 from sparsecod_megatron.config.model_keys import Difference, model_differences
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError, ConfigError
-from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 
 FORMAT = 3
 """Version of state.json; a reader refuses any other but `FORMAT_WITHOUT_DIGESTS`."""
@@ -114,7 +114,7 @@ def saved_config(directory: Path) -> RunConfig:
         DamagedCheckpoint: its configuration cannot be read.
     """
     try:
-        return load_config(directory / CONFIG_FILE, mechanisms=MECHANISMS)
+        return load_config(directory / CONFIG_FILE, mechanisms=SAVED_MECHANISMS)
     except ConfigError as error:
         raise DamagedCheckpoint(f"{directory}: damaged ({' '.join(str(error).split())}); choose another step") from None
 

@@ -27,7 +27,7 @@ from sparsecod_megatron.checkpoint.untrusted import read_metadata
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.config.parameters import RENAMED_NORMS
 from sparsecod_megatron.config.run_files import CONFIG_FILE
-from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.seams.plugin import STATE_PREFIX
 
 NOT_WEIGHTS = ("optimizer.", STATE_PREFIX)
@@ -85,7 +85,7 @@ def streamed_checkpoint(path: Path, *, digests: bool = True) -> Iterator[Streame
     read_state(step_dir)
     with ExitStack() as files:
         yield StreamedCheckpoint(
-            config=load_config(step_dir / CONFIG_FILE, mechanisms=MECHANISMS),
+            config=load_config(step_dir / CONFIG_FILE, mechanisms=SAVED_MECHANISMS),
             tensors=CheckpointTensors(step_dir, files),
             step_dir=step_dir,
             tokenizer_dir=tokenizer_dir(step_dir),

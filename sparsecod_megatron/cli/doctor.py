@@ -103,12 +103,12 @@ def _data(step_dir: Path, overrides: list[str]) -> Finding:
     from sparsecod_megatron.config.blend import parse_blend
     from sparsecod_megatron.config.run_files import CONFIG_FILE
     from sparsecod_megatron.data.fingerprint import check_fingerprint, fingerprint
-    from sparsecod_megatron.mechanisms import MECHANISMS
+    from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 
     saved = read_state(step_dir).train.data
     if not saved:
         return Finding("data", None, "the checkpoint keeps none")
-    config = load_config(step_dir / CONFIG_FILE, overrides, mechanisms=MECHANISMS)
+    config = load_config(step_dir / CONFIG_FILE, overrides, mechanisms=SAVED_MECHANISMS)
     blend = parse_blend("data.train", config.data.train)
     now = fingerprint(blend, seq_length=config.data.seq_length, seed=config.train.seed)
     check_fingerprint(saved, now, allow_changed=False)
@@ -133,13 +133,13 @@ def _versions(run_dir: Path) -> Finding:
 def _rehearsed(args: argparse.Namespace, step_dir: Path) -> Finding:
     from sparsecod_megatron.checkpoint.examination import Finding
     from sparsecod_megatron.config import load_config
-    from sparsecod_megatron.mechanisms import MECHANISMS
+    from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
     from sparsecod_megatron.train.rehearsal import STEPS, first_deviation, recorded_steps, same_layout
 
     recorded = recorded_steps(step_dir.parent.parent, until=step_dir)
     if recorded is None:
         return Finding("rehearsal", None, f"no checkpoint with {STEPS} recorded steps behind it")
-    config = load_config(recorded.config, args.overrides, mechanisms=MECHANISMS)
+    config = load_config(recorded.config, args.overrides, mechanisms=SAVED_MECHANISMS)
     nproc = args.nproc or _available(recorded.layout["world_size"])
     try:
         again = launch_for_answer(args, nproc=nproc)
@@ -173,7 +173,7 @@ def _be_rank(args: argparse.Namespace) -> None:
     from sparsecod_megatron.backend import select_backend
     from sparsecod_megatron.config import ParallelConfig, load_config
     from sparsecod_megatron.config.run_files import CONFIG_FILE
-    from sparsecod_megatron.mechanisms import MECHANISMS
+    from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 
     select_backend()
     from sparsecod_megatron.checkpoint.paths import resolve_step_dir
@@ -182,7 +182,8 @@ def _be_rank(args: argparse.Namespace) -> None:
 
     step_dir = resolve_step_dir(args.run)
     recorded = None if args.repair else recorded_steps(step_dir.parent.parent, until=step_dir)
-    config = load_config(recorded.config if recorded else step_dir / CONFIG_FILE, args.overrides, mechanisms=MECHANISMS)
+    saved = recorded.config if recorded else step_dir / CONFIG_FILE
+    config = load_config(saved, args.overrides, mechanisms=SAVED_MECHANISMS)
     backend = select_backend(config.backend, precision=config.precision, cpu_kernels=config.cpu_kernels)
     if recorded is None:
         one = replace(config, parallel=ParallelConfig()) if args.nproc == 1 else config

@@ -11,8 +11,8 @@ from sparsecod_megatron.config.check import check_config
 from sparsecod_megatron.config.mechanism_section import (
     Catalogue,
     named_mechanisms,
-    refuse_former_keys,
     schema_with,
+    take_former_keys,
     with_mechanisms,
 )
 from sparsecod_megatron.config.presets import preset_model
@@ -41,10 +41,11 @@ def load_config(
     """
     updates = read_updates(RunConfig, path, overrides)
     if mechanisms is not None:
-        refuse_former_keys(updates, mechanisms)
+        take_former_keys(updates, mechanisms)
     if named := mechanisms and named_mechanisms(updates, mechanisms):
         schema = schema_with(named)
         updates = read_updates(schema, path, overrides)  # again, for now the types of all keys are known
+        take_former_keys(updates, mechanisms)
         config = with_mechanisms(merge_typed(schema, [*_preset(updates), *updates]))
     else:
         config = merge_typed(RunConfig, [*_preset(updates), *updates])

@@ -28,20 +28,29 @@ class Catalogue(Protocol):
     def former_keys(self) -> Mapping[tuple[str, str], str]:
         """(key of `model:`, value) → the mechanism that replaces it."""
 
+    @property
+    def renames(self) -> bool:
+        """Whether former keys are read as the mechanisms that they have become, and not refused."""
+
     def settings_class(self, name: str) -> type:
         """The dataclass of a mechanism's settings, which is the mechanism."""
 
 
-def refuse_former_keys(updates: Sequence[Update], known: Catalogue) -> None:
-    """Name the mechanism that a key of `model:` has become.
+def take_former_keys(updates: Sequence[Update], known: Catalogue) -> None:
+    """Replace a key of `model:` by the mechanism that it has become, in the configuration of an earlier version's run.
 
     Raises:
-        ConfigError: the key is set to the value that the mechanism replaces.
+        ConfigError: the key is set to that value in a file that a user writes; names the mechanism.
     """
     for where, content in updates:
         model = content.get("model")
         for (key, value), name in known.former_keys.items():
-            if isinstance(model, dict) and model.get(key) == value:
+            if not isinstance(model, dict) or model.get(key) != value:
+                continue
+            if known.renames:
+                del model[key]
+                content.setdefault(SECTION, {})[name] = {}
+            else:
                 raise ConfigError(
                     f"{where}: model.{key}: {value!r} is a mechanism now; write `mechanisms: {{{name}: {{}}}}` instead "
                     f"(as an override, mechanisms.{name}={{}})"

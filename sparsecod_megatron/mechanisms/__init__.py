@@ -1,5 +1,5 @@
 """What a run can have beside Megatron-Core's own transformer and step: a file each, and a line in the registry."""
 
-from sparsecod_megatron.mechanisms.registry import MECHANISMS
+from sparsecod_megatron.mechanisms.registry import MECHANISMS, SAVED_MECHANISMS
 
-__all__ = ["MECHANISMS"]
+__all__ = ["MECHANISMS", "SAVED_MECHANISMS"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsecod_megatron.seams.mechanism import Mechanism
 
@@ -16,10 +16,12 @@ class Registry:
     Attributes:
         places: name → `module:Class`, the module below `sparsecod_megatron.mechanisms`.
         former_keys: (key of `model:`, value) → the mechanism that replaces it.
+        renames: whether former keys are read as what they have become, and not refused.
     """
 
     places: Mapping[str, str]
     former_keys: Mapping[tuple[str, str], str]
+    renames: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -42,3 +44,5 @@ MECHANISMS = Registry(
     },
     former_keys={("attention_output_gate", "headwise"): "headwise_gate"},
 )
+SAVED_MECHANISMS = replace(MECHANISMS, renames=True)
+"""For configurations that a run has saved, maybe by an earlier version."""

@@ -55,7 +55,7 @@ class Shard:
 
     @property
     def whole_shape(self) -> list[int]:
-        """Of the whole matrix."""
+        """The whole matrix's."""
         shape = list(self.parameter.shape)
         if self.row.dimension is not None:
             shape[self.row.dimension] *= self.group.size()

@@ -123,7 +123,7 @@ class Layout:
 
     @cached_property
     def table(self) -> ParameterTable:
-        """Of the model's parameters."""
+        """The table of the model's parameters."""
         return ParameterTable.of(self.config)
 
     def mechanism_bytes(self, layer: int) -> dict[str, int]:

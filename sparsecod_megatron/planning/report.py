@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sparsecod_megatron.config.parameters import ParameterCount
 from sparsecod_megatron.files import check_output, replacing_output
 from sparsecod_megatron.planning.hardware import Gpu, Range
 from sparsecod_megatron.planning.layout import Layout
@@ -25,7 +26,10 @@ def plan_text(plan: Plan) -> str:
     sections = [
         table(
             [
-                ["parameters", f"{count.total:,} ({count.active:,} active, {count.embedding:,} in embeddings)"],
+                [
+                    "parameters",
+                    f"{count.total:,} ({_parts(count)})",
+                ],
                 ["FLOPs/token", f"{flops} attention, forward and backward"],
                 ["layout", _layout_line(layout, plan.gpu)],
                 ["step", _step_line(layout)],
@@ -36,6 +40,11 @@ def plan_text(plan: Plan) -> str:
         _time_table(plan),
     ]
     return "\n\n".join(sections)
+
+
+def _parts(count: ParameterCount) -> str:
+    live = "" if count.live == count.total else f", {count.live:,} not held at zero"
+    return f"{count.active:,} active, {count.embedding:,} in embeddings{live}"
 
 
 def search_text(candidates: Sequence[Candidate], gpu: Gpu, *, limit: int) -> str:

@@ -168,6 +168,15 @@ class Mechanism:
         """Bytes that it keeps for each parameter of a kind, sharded as the optimizer's state is."""
         return 0
 
+    def made_small(self, model: ModelConfig, small: ModelConfig) -> Mechanism:
+        """Its settings for a small model of the same architecture, as an audit steps it.
+
+        Args:
+            model: the run's.
+            small: with fewer layers and smaller sizes.
+        """
+        return self
+
     def export(self, model: ModelConfig) -> Folds | Module | Refused:
         """How a HuggingFace directory holds it."""
         return Refused("it says no way to export it; train without it to export")

@@ -15,7 +15,7 @@ from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, ME
 from sparsecod_megatron.config.stop_signals import handling_stop_signals
 from sparsecod_megatron.errors import ConfigError, SparsecodError
 from sparsecod_megatron.files import write_text
-from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
 from sparsecod_megatron.studies.metrics import cell_metrics
 from sparsecod_megatron.studies.scoring import evaluate, export, score
@@ -115,7 +115,7 @@ def write_config(cell: Cell) -> None:
 
 def _check_unchanged(cell: Cell) -> None:
     path = cell.directory / CONFIG_FILE
-    if path.is_file() and load_config(path, mechanisms=MECHANISMS) != cell.config:
+    if path.is_file() and load_config(path, mechanisms=SAVED_MECHANISMS) != cell.config:
         raise ConfigError(
             f"{path}: the study now gives this cell another run; give another --output, or delete the cell"
         )

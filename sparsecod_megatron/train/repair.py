@@ -24,7 +24,7 @@ from sparsecod_megatron.config.run_files import (
     VERSIONS_FILE,
 )
 from sparsecod_megatron.files import making_output
-from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.parallel import running_processes
 from sparsecod_megatron.train.setup import build_trainer
 
@@ -65,7 +65,7 @@ def repair(run_dir: Path, step_dir: Path, output: Path, config: RunConfig, backe
 
 
 def _copy_history(run_dir: Path, folder: Path, output: Path) -> None:
-    config = load_config(run_dir / CONFIG_FILE, mechanisms=MECHANISMS)
+    config = load_config(run_dir / CONFIG_FILE, mechanisms=SAVED_MECHANISMS)
     config.logging.run_dir = str(output)
     save_config(config, folder / CONFIG_FILE)
     for source in (run_dir / name for name in _KEPT):

@@ -22,7 +22,7 @@ from sparsecod_megatron.config.run_files import (
 from sparsecod_megatron.config.versions import installed_versions, recorded_versions
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.files import making
-from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, TrackerWriter, WandbWriter, Writer
 
@@ -118,14 +118,14 @@ def refuse_foreign_run(path: Path, config: RunConfig, *, resuming: bool) -> None
     if not (path / METRICS_FILE).exists() or (path / METRICS_FILE).stat().st_size == 0:
         return
     if not resuming:
-        if config.checkpoint.resume and load_config(path / CONFIG_FILE, mechanisms=MECHANISMS) == config:
+        if config.checkpoint.resume and load_config(path / CONFIG_FILE, mechanisms=SAVED_MECHANISMS) == config:
             return
         raise ConfigError(
             f"logging.run_dir: {path} already holds a run that cannot be resumed (no checkpoint, or "
             f"checkpoint.resume=false); "
             "choose another directory or delete it"
         )
-    earlier = load_config(path / CONFIG_FILE, mechanisms=MECHANISMS)
+    earlier = load_config(path / CONFIG_FILE, mechanisms=SAVED_MECHANISMS)
     if earlier.model.num_layers != config.model.num_layers:
         raise ConfigError(
             f"logging.run_dir: {path} holds a run with model.num_layers={earlier.model.num_layers}, not "

@@ -97,7 +97,7 @@ def _plugins(
     optimizer: MegatronOptimizer,
     groups: ProcessGroupCollection,
 ) -> list[Plugin]:
-    """Of the mechanisms that have one, which have seen the fresh weights."""
+    """The mechanisms' own, which have seen the fresh weights."""
     assert isinstance(optimizer, ChainedOptimizer)
     parts = StepParts(config, [unwrap(model) for model in models], optimizer, groups)
     found = [mechanism.plugin(parts) for mechanism in configured(config)]

@@ -1,4 +1,4 @@
-"""Of a token's units in an MLP only the k largest keep their activation: exact, over all tensor-parallel ranks.
+"""Only the k largest units of a token keep their activation in an MLP: exactly, over all tensor-parallel ranks.
 
 With a the activation [..., F] before the output projection, a' = a where |a| is at least the k-th largest of the
 token's |a|, else 0. Gradients flow through the kept units alone, and k is the same in training and evaluation. Units
@@ -6,7 +6,7 @@ that tie with the k-th are all kept (in bf16 a few), and a zero stays zero wheth
 mixture of experts each expert, shared ones too, keeps k of its own. The products stay dense: nothing is saved in
 training.
 
-Under tensor parallelism every rank gathers the others' k largest values, k · TP numbers a token, to know the k-th of
+Under tensor parallelism every rank gathers the others' k largest values, k · TP numbers per token, to know the k-th of
 all; the threshold is a constant of the backward pass.
 
 Source: Li et al., The Lazy Neuron Phenomenon (arXiv 2210.06313), section 4; there of ReLU, here of any activation.
@@ -90,6 +90,13 @@ class TopKActivation(Mechanism):
         if k < (width := model.moe_shared_expert_intermediate_size or 0):
             saved["shared_expert_topk"] = rank.tokens * width // rank.tensor * value
         return saved
+
+    def made_small(self, model: ModelConfig, small: ModelConfig) -> TopKActivation:
+        """The same share of the units."""
+        share = small.ffn_hidden_size / model.ffn_hidden_size
+        units = [max(1, round(self.units(layer) * share)) for layer in range(min(small.num_layers, model.num_layers))]
+        units += [units[-1]] * (small.num_layers - len(units))
+        return replace(self, k=units[0], k_per_layer=units)
 
     def export(self, model: ModelConfig) -> Module:
         """The same weights, and the same choice of units before the down projections."""

@@ -1,4 +1,4 @@
-"""One output gate a head: output = projection(concat_h(sigmoid(w_h · x) · attention_h(x))), x the normalised input.
+"""One output gate per head: output = projection(concat_h(sigmoid(w_h · x) · attention_h(x))), x the normalised input.
 
 Megatron-Core has a gate of every channel (`model.attention_output_gate: elementwise`); its forward pass takes a gate
 with queries, keys and values, and applies it before the output projection. This supplies both steps.
@@ -40,7 +40,7 @@ class HeadwiseGate(Mechanism):
             yield f"mechanisms.{self.name}: beside model.attention_output_gate={other}; keep one of them"
 
     def parameters(self, model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
-        """The gates' projection, a row a head."""
+        """The gates' projection, one row per head."""
         yield ParameterKind(
             "attention_gate",
             (model.num_attention_heads, model.hidden_size),

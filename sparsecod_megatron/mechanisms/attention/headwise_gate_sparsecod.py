@@ -8,5 +8,5 @@ from torch import nn
 
 
 def extend(layer: Any, settings: dict[str, Any], config: Any, index: int) -> None:
-    """Give a layer's attention the projection of its gates, a value a head."""
+    """Give a layer's attention the projection of its gates, one value per head."""
     layer.self_attn.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import CheckpointError, ConfigError, ConversionError
-from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.mechanisms import MECHANISMS, SAVED_MECHANISMS
 from sparsecod_megatron.planning.layout import layout_of
 from sparsecod_megatron.planning.memory import rank_memory
 from tests.helpers.mechanisms import CASES
@@ -144,7 +145,7 @@ def test_export_is_verified_or_refused(name: str, tmp_path: Path) -> None:
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.cli.import_ import run_config
-    from sparsecod_megatron.hf.source import open_model
+    from sparsecod_megatron.hf.source import open_source
     from sparsecod_megatron.seams.mechanism import Folds, Refused
 
     with small_trainer(*DEPTH, *CASES[name].settings, "model.init_method_std=0.1") as trainer:
@@ -157,7 +158,7 @@ def test_export_is_verified_or_refused(name: str, tmp_path: Path) -> None:
             export_checkpoint(saved, tmp_path / "hf")
         return
     assert export_checkpoint(saved, tmp_path / "hf") is not None
-    imported = run_config(open_model(tmp_path / "hf"), None)
+    imported = run_config(open_source(tmp_path / "hf"), None)
     assert imported.mechanisms == ({} if isinstance(way, Folds) else config.mechanisms)
 
 
@@ -198,6 +199,25 @@ def test_settings_are_read_as_every_section_is(name: str, tmp_path: Path) -> Non
                 below = item.metadata[bound] - (bound == "minimum")
                 with pytest.raises(ConfigError, match=rf"mechanisms\.{name}\.{item.name}: {below}"):
                     load_config(None, [*SMALL, f"mechanisms.{name}.{item.name}={below}"], mechanisms=MECHANISMS)
+
+
+def test_a_saved_run_keeps_the_meaning_of_its_former_key(tmp_path: Path) -> None:
+    """What an earlier version wrote is read as what the key has become."""
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {attention_output_gate: headwise}\nmechanisms: {topk_activation: {k: 3}}\n")
+    saved = load_config(file, mechanisms=SAVED_MECHANISMS)
+    assert saved.model.attention_output_gate == "none"
+    assert list(saved.mechanisms) == ["topk_activation", "headwise_gate"]
+
+
+def test_every_reader_of_a_run_knows_the_mechanisms() -> None:
+    """A call of `load_config` that left them out would refuse the section."""
+    package = Path(__file__).parents[3] / "sparsecod_megatron"
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        for call in (call for call in calls if getattr(call.func, "id", "") == "load_config"):
+            assert "mechanisms" in [argument.arg for argument in call.keywords], f"{path}:{call.lineno}"
 
 
 @pytest.mark.parametrize(
