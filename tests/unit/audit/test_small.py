@@ -11,6 +11,7 @@ from sparsecod_megatron.audit.rows import plan_rows
 from sparsecod_megatron.audit.small import small_run
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -35,7 +36,7 @@ SIZES = {
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_only_sizes_differ(path: Path) -> None:
-    large = load_config(path)
+    large = load_config(path, mechanisms=MECHANISMS)
     small = small_run(large, capability=None).config
     ours, theirs = dataclasses.asdict(small.model), dataclasses.asdict(large.model)
     assert {name for name in ours if ours[name] != theirs[name]} <= SIZES
