@@ -1,7 +1,7 @@
 """Single ranks of jobs of up to 16,384 processes, on one CPU: what they hold, join and send, against `sparsecod plan`.
 
     python tools/simulated_ranks.py             # the table of docs/PARALLELISM.md; a few minutes
-    python tools/simulated_ranks.py --ranks 64  # its jobs of so many ranks
+    python tools/simulated_ranks.py --ranks 64  # its jobs of that many ranks
 
 A rank is this process, told that it is one of many: torch's fake process group answers every collective without sending
 anything. Parameters and groups are those of the shipped configurations, built on the meta device. What a step sends is

@@ -1,1 +1,1 @@
-"""Compression of trained models: a file and a registry line a method, and what each did to every matrix."""
+"""Compression of trained models: one file and one registry line per method, and what each did to every matrix."""

@@ -138,7 +138,7 @@ def restore(model: PreTrainedModel, sidecar: Path) -> None:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         name = content.pop("method")
         if METHODS[name].sidecar != sidecar.name:
-            raise ValueError(f"{name} writes no such file")
+            raise ValueError(f"{name} does not write this file")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{sidecar}: not what `sparsecod compress` writes: {error}") from error
     try:

@@ -1,1 +1,1 @@
-"""One compression method a file; `compression/registry.py` has a line for each."""
+"""One file per compression method; `compression/registry.py` has a line for each."""

@@ -1,4 +1,4 @@
-"""FP8: weights in E4M3 with one scale a matrix, inputs of layers in E4M3 with one fixed scale."""
+"""FP8: weights in E4M3 with one scale per matrix, inputs of layers in E4M3 with one fixed scale."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ from sparsecod_megatron.errors import CheckpointError, ConfigError
 
 @dataclass
 class LowRankSettings:
-    """How much of each matrix stays: one of `rank` and `share`."""
+    """How much of each matrix is kept: one of `rank` and `share`."""
 
     rank: int | None = at_least(1, None)
-    """Singular values that stay in every matrix."""
+    """Singular values kept in every matrix."""
     share: float | None = field(default=None, metadata={"above": 0.0, "below": 1.0})
     """Share of a matrix's weights that are stored; its rank follows."""
     layers: str = "*"
@@ -59,7 +59,7 @@ class FactoredLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The second layer's."""
+        """Weight of the second layer."""
         return self.second.bias
 
     def forward(self, x: Tensor) -> Tensor:

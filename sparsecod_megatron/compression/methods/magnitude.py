@@ -19,12 +19,12 @@ from sparsecod_megatron.compression.patterns import parse_pattern
 
 @dataclass
 class MagnitudeSettings:
-    """Which weights go."""
+    """Which weights are pruned."""
 
     pattern: str = "0.5"
-    """Share of weights that go, or n:m, where n of every m stay."""
+    """Share of weights to prune, or n:m, which keeps n of every m."""
     per: str | None = field(default=None, metadata={"choices": ("matrix", "row")})
-    """What a share is of; None is matrix."""
+    """What the share refers to; None is matrix."""
 
 
 class Magnitude(Method):
@@ -48,7 +48,7 @@ class Magnitude(Method):
         return Outcome()
 
     def reason(self, module: nn.Module, weight: Tensor) -> str:
-        """Routers and convolutions stay, a gate of one output, and rows that n:m does not divide."""
+        """Routers, convolutions, gates of one output, and rows that n:m does not divide are kept."""
         if not (isinstance(module, (nn.Linear, Conv1D)) or is_fused(module)):
             return "routers, convolutions and other weights outside linear layers"
         matrix = _by_rows(module, weight)
