@@ -55,7 +55,7 @@ class OwnedSlices:
 
 
 def owned_slices(models: Sequence[GPTModel], optimizer: ChainedOptimizer) -> list[OwnedSlices]:
-    """What this process owns of its layers, one entry an optimizer of the chain. Local.
+    """What this process owns of its layers, one entry per optimizer of the chain. Local.
 
     Args:
         models: the GPTModel chunks of this rank, without wrappers; their layers, in order, are the rows.
@@ -78,6 +78,7 @@ def _owned_slices(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> OwnedSlices:
+    # Embedding, output layer and final norm have no row: they are in no layer.
     owned = [
         entry
         for entry in held_slices(part, groups)
@@ -101,9 +102,11 @@ def held_slices(part: MegatronOptimizer, groups: ProcessGroupCollection) -> Iter
 
 def _sharded_masters(part: DistributedOptimizer) -> Iterator[Held]:
     """What this data-parallel rank steps."""
+    # Both lists in the optimizer's own order; the master of an fp32 parameter is a view of it.
     models = [*part.model_fp32_groups, *part.model_float16_groups]
     masters = [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups]
     for parameter, master in zip(itertools.chain(*models), itertools.chain(*masters), strict=True):
+        # A private method, but nothing else says which part of a parameter this rank steps.
         span = part._get_model_param_range_map(parameter)["param"]
         yield parameter, master, (span.start, span.end)
 
@@ -114,8 +117,10 @@ def _whole_masters(part: MegatronOptimizer, groups: ProcessGroupCollection) -> I
         models = [*part.float16_groups, *part.fp32_from_fp32_groups]
         masters = [*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups]
     else:
+        # An fp32 optimizer steps the parameters themselves.
         models = masters = [part.get_parameters()]
     for parameter, master in zip(itertools.chain(*models), itertools.chain(*masters), strict=True):
+        # Megatron-Core marks so the parameters of experts that are spread over ranks.
         is_expert_parallel = not getattr(parameter, "allreduce", True)
         if (groups.expt_dp if is_expert_parallel else groups.dp_cp).rank() == 0:
             yield parameter, master, (0, parameter.numel())

@@ -135,7 +135,9 @@ def test_engines_get_the_same_weights_and_ranges_fit_their_model_alone(name: str
     with pytest.raises(CheckpointError, match="input ranges do not fit"):
         restore(tiny("llama", num_hidden_layers=1), sidecar)
     sidecar.write_text('{"method": "sparse24"}')
-    with pytest.raises(CheckpointError, match="not what `sparsecod compress` writes: sparse24 does not write this file"):
+    with pytest.raises(
+        CheckpointError, match="not what `sparsecod compress` writes: sparse24 does not write this file"
+    ):
         restore(tiny("llama"), sidecar)
 
 
