@@ -1,6 +1,6 @@
 """The `mechanisms:` section: a mapping from names to settings, typed and bounded as every other section is.
 
-Which names there are, and what settings each has, the caller says: mechanisms stand right of everything here.
+The caller says which names there are and what settings each has: mechanisms stand right of everything here.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def named_mechanisms(updates: Sequence[Update], known: Catalogue) -> dict[str, t
                 raise ConfigError(f"{where}: {SECTION}.{name}: no such mechanism; {hint}")
             if settings is not None and not isinstance(settings, dict):
                 raise ConfigError(
-                    f"{where}: {SECTION}.{name}: {settings!r} is not settings; write keys under it, {{}} for its "
+                    f"{where}: {SECTION}.{name}: {settings!r} is not a section; write keys under it, {{}} for its "
                     "defaults, or null to switch it off"
                 )
             named[name] = known.settings_class(name)

@@ -1,4 +1,4 @@
-"""What a run can have beside Megatron-Core's own transformer and step: a file each, and a line in the registry."""
+"""What a run can have beside Megatron-Core's own transformer and step: one file each, and one line in the registry."""
 
 from sparsecod_megatron.mechanisms.registry import MECHANISMS, SAVED_MECHANISMS
 

@@ -1,4 +1,4 @@
-"""The mechanisms by name: a line for each. A mechanism's module is imported when a run configures it."""
+"""The mechanisms by name, one line each. A mechanism's module is imported when a run configures it."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class RankShape:
 
 @dataclass(frozen=True)
 class Folds:
-    """Export: the weights, as they are stored, are the whole of it, so every HuggingFace class can hold them."""
+    """Export: the stored weights are all there is, so every HuggingFace class can hold them."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Mechanism:
     unfused: ClassVar[tuple[str, ...]] = ()
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        """One line for each reason why the run cannot have it: key, value, what to do. Bounds are checked already."""
+        """One line for each reason why the run cannot have it: key, value, what to do. Bounds are already checked."""
         yield from ()
 
     def parameters(self, model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
@@ -179,7 +179,7 @@ class Mechanism:
 
     def export(self, model: ModelConfig) -> Folds | Module | Refused:
         """How a HuggingFace directory holds it."""
-        return Refused("it says no way to export it; train without it to export")
+        return Refused("it cannot be exported; train without it to export")
 
     def key(self, setting: str) -> str:
         """A setting as messages name it."""

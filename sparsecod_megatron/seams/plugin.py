@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 STATE_PREFIX = "mechanisms."
-"""Before the key of every tensor that a plugin keeps in a checkpoint; the mechanism's name follows."""
+"""Prefix of the key of every tensor that a plugin keeps in a checkpoint; the mechanism's name follows."""
 
 
 @dataclass(frozen=True)

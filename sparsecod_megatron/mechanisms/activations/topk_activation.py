@@ -42,7 +42,7 @@ class TopKActivation(Mechanism):
     name: ClassVar[str] = "topk_activation"
 
     k: int = at_least(1, 64)
-    """Units that a token keeps in each MLP; a width, or more, leaves that MLP as it is."""
+    """Units that a token keeps in each MLP; with the MLP's width, or more, it keeps all."""
     k_per_layer: list[int] | None = None
     """One for each layer, in place of `k`."""
 
@@ -54,7 +54,7 @@ class TopKActivation(Mechanism):
         """A list of another length, and experts that run as one product."""
         layers, key = config.model.num_layers, self.key("k_per_layer")
         if self.k_per_layer is not None and len(self.k_per_layer) != layers:
-            yield f"{key}: {len(self.k_per_layer)} entries for model.num_layers={layers}; give one a layer"
+            yield f"{key}: {len(self.k_per_layer)} entries for model.num_layers={layers}; give one per layer"
         if self.k_per_layer is not None and min(self.k_per_layer, default=1) < 1:
             yield f"{key}: {min(self.k_per_layer)} is below 1; raise it"
         for field in ("moe_grouped_gemm", "moe_shared_expert_overlap", "use_te_activation_func"):

@@ -35,7 +35,7 @@ class HeadwiseGate(Mechanism):
     unfused: ClassVar[tuple[str, ...]] = ("attention",)
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        """Not beside the other gate."""
+        """The other gate, which cannot be combined with this one."""
         if (other := config.model.attention_output_gate) != "none":
             yield f"mechanisms.{self.name}: beside model.attention_output_gate={other}; keep one of them"
 

@@ -54,7 +54,7 @@ class SparseWeights(Mechanism):
     """Which matrices have masks."""
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        """What would revive dead weights, or hides them; and matrices without a live one."""
+        """Settings that would revive dead weights or hide them, and matrices without a live weight."""
         name = f"mechanisms.{self.name}"
         if config.optimizer.optimizer == "muon":
             yield f"optimizer.optimizer: muon, whose updates move every weight, with {name}; use adam"
@@ -63,7 +63,7 @@ class SparseWeights(Mechanism):
         if config.megatron.get("use_precision_aware_optimizer"):
             yield f"megatron.use_precision_aware_optimizer: true hides the fp32 weights from {name}; remove it"
         if not self.kinds:
-            yield f"{self.key('kinds')}: names none; name some of {', '.join(KINDS)}, or remove the mechanism"
+            yield f"{self.key('kinds')}: names none; name at least one of {', '.join(KINDS)}, or remove the mechanism"
             return
         for row, count in self.live_counts(ParameterTable.of(config)).items():
             if count == 0:
@@ -82,7 +82,7 @@ class SparseWeights(Mechanism):
         return {shape: round(share * math.prod(shape)) for shape, share in densities.items()}
 
     def dead_parameters(self, table: ParameterTable) -> int:
-        """All that masks hold at zero."""
+        """Number of weights that masks hold at zero."""
         live = self.live_counts(table)
         return sum(row.copies * (math.prod(row.shape) - live[row.shape]) for row in self._rows(table))
 
@@ -100,7 +100,7 @@ class SparseWeights(Mechanism):
         return LiveShare(plugin)
 
     def export(self, model: ModelConfig) -> Folds:
-        """Zeros are weights like others."""
+        """The weights as they are: zeros are weights like others."""
         return Folds()
 
     def _rows(self, table: ParameterTable) -> list[ParameterKind]:
