@@ -1,4 +1,4 @@
-"""Lets exported models with mechanisms load in this package, by the package's code instead of the copy with the weights.
+"""Lets exported models with mechanisms load in this package, by its own code instead of that beside the weights."""
 
 from __future__ import annotations
 

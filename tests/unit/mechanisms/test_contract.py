@@ -230,7 +230,7 @@ def test_every_reader_of_a_run_knows_the_mechanisms() -> None:
             ["mechanisms.headwise_gate={}", "model.attention_output_gate=elementwise"],
             "beside model.attention_output_gate=elementwise; keep one",
         ),
-        (["mechanisms.topk_activation.k_per_layer=[1,2]"], "2 entries for model.num_layers=3; give one a layer"),
+        (["mechanisms.topk_activation.k_per_layer=[1,2]"], "2 entries for model.num_layers=3; give one per layer"),
         (["mechanisms.sparse_weights.density=0", "model.num_layers=2"], "density: 0.0 is not above 0"),
         (["mechanisms.sparse_weights.density=1e-9"], "leaves no weight of"),
         (["mechanisms.sparse_weights={}", "optimizer.optimizer=muon"], "optimizer.optimizer: muon"),
