@@ -224,7 +224,7 @@ def test_every_reader_of_a_run_knows_the_mechanisms() -> None:
     ("overrides", "words"),
     [
         (["mechanisms.topk_activaton.k=3"], "no such mechanism; did you mean 'topk_activation'"),
-        (["mechanisms.headwise_gate=true"], "mechanisms.headwise_gate: True is not settings"),
+        (["mechanisms.headwise_gate=true"], "mechanisms.headwise_gate: True is not a section"),
         (["model.attention_output_gate=headwise"], "is a mechanism now; write `mechanisms: {headwise_gate: {}}`"),
         (
             ["mechanisms.headwise_gate={}", "model.attention_output_gate=elementwise"],
