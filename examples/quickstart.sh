@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # From nothing to two trained, exported, evaluated and analysed models and a plot of their layer variance, on a laptop's CPU:
 #     bash examples/quickstart.sh [OUTPUT]              (default: runs/quickstart; an earlier result there is replaced)
-# STEPS=20 bash examples/quickstart.sh is a shorter look at the same path.
+# STEPS=20 DOCUMENTS=400 QUESTIONS=20 bash examples/quickstart.sh is a shorter look at the same path.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUTPUT="${1:-runs/quickstart}"
 STEPS="${STEPS:-150}"
+DOCUMENTS="${DOCUMENTS:-1000000}" # more than there are
+QUESTIONS="${QUESTIONS:-100}"
 DATA="$OUTPUT/data/stdlib"
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
@@ -25,7 +27,7 @@ rm -rf "$OUTPUT"
 mkdir -p "$OUTPUT"
 
 step "1/7 Data: the Python standard library's own text, and a tokenizer learnt from it"
-run data --input stdlib --tokenizer train:4096 --output "$DATA" --val-fraction 0.02
+run data --input stdlib --tokenizer train:4096 --output "$DATA" --val-fraction 0.02 --max-documents "$DOCUMENTS"
 
 step "2/7 A dense model with grouped-query attention, tensor parallel over 2 processes, stopped and resumed half-way"
 train dense
@@ -41,7 +43,7 @@ done
 for model in dense moe; do
     step "5/7 $model: perplexity on held-out text, and which of four continuations is the true one"
     run eval --model "$OUTPUT/$model-hf" --perplexity "${DATA}_val" --continuation-task "${DATA}_val" \
-        --questions 100 --limit 100 --output "$OUTPUT/$model-eval"
+        --questions "$QUESTIONS" --limit "$QUESTIONS" --output "$OUTPUT/$model-eval"
 done
 
 for model in dense moe; do

@@ -17,7 +17,7 @@ def test_quickstart(repo_root: Path, tmp_path: Path) -> None:
     output = tmp_path / "quickstart"
     result = subprocess.run(
         ["bash", str(repo_root / "examples" / "quickstart.sh"), str(output)],
-        env=os.environ | {"STEPS": "4"},
+        env=os.environ | {"STEPS": "4", "DOCUMENTS": "400", "QUESTIONS": "20"},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -35,7 +35,7 @@ def test_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ran.append(arguments[0])
     assert " ".join(ran) == "data train plan audit export import eval analyze compress study report doctor"
     losses = [json.loads(row)["loss"] for row in (tmp_path / "runs/quickstart_dense/metrics.jsonl").open()]
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.5
     tasks = json.loads((tmp_path / "exported/dense/eval/results.json").read_text())["tasks"]
     assert tasks and all(math.isfinite(task["value"]) for task in tasks)
     audited = json.loads((tmp_path / "audits/moe/audit.json").read_text())
