@@ -17,7 +17,7 @@ def test_quickstart(repo_root: Path, tmp_path: Path) -> None:
     output = tmp_path / "quickstart"
     result = subprocess.run(
         ["bash", str(repo_root / "examples" / "quickstart.sh"), str(output)],
-        env=os.environ | {"STEPS": "4", "DOCUMENTS": "400", "QUESTIONS": "20"},
+        env=os.environ | {"STEPS": "6", "DOCUMENTS": "400", "QUESTIONS": "20"},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -25,7 +25,7 @@ def test_quickstart(repo_root: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
     for name in ("dense", "moe"):
         run = output / name
-        assert (run / "checkpoints" / "latest").read_text() == "step_00000004\n"
+        assert (run / "checkpoints" / "latest").read_text() == "step_00000006\n"
         assert "resumed from" in (run / "log.txt").read_text() + result.stderr
         assert (output / f"{name}-hf" / "model.safetensors").exists()
         assert "true_continuation" in (output / f"{name}-eval" / "results.md").read_text()
