@@ -33,6 +33,8 @@ RUN = (
     # Of the order of the gradient, so that an element of rounding noise does not move by the sign of the noise.
     "optimizer.adam_eps=1e-3",
     "model.init_method_std=0.2",
+    # Split over tensor-parallel ranks as few vectors are: each rank's part counts in the gradient norm.
+    "megatron.add_qkv_bias=true",
     "statistics.variance.interval=1",
     "statistics.norms.interval=1",
     "statistics.mechanisms.interval=1",
