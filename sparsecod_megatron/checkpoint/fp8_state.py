@@ -7,7 +7,6 @@ that held it would load on the backend that wrote it alone.
 
 from __future__ import annotations
 
-import io
 import logging
 import pickle
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.metadata import Metadata
+
+from sparsecod_megatron.checkpoint.untrusted import read_pickle
 
 logger = logging.getLogger("sparsecod")
 
@@ -28,15 +29,6 @@ _CLASSES_ALLOWED = {
     "transformer_engine.common.recipe": {"Format", "_FormatHelper"},
 }
 """What the pickle of a module's scales names. `_load_from_bytes` is a torch.load, which `tensors_only` restrains."""
-
-
-class _ScalesReader(pickle.Unpickler):
-    """Refuses, before it is looked up, every name that does not belong into scales."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _CLASSES_ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"FP8 scales name {module}.{name}, which does not belong there")
-        return super().find_class(module, name)
 
 
 def is_extra_state(key: str) -> bool:
@@ -92,9 +84,4 @@ def check_scales(loaded: Mapping[str, Any]) -> None:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8:
             raise pickle.UnpicklingError(f"{key} holds a {type(value).__name__} instead of bytes")
         if value.numel():
-            try:
-                _ScalesReader(io.BytesIO(value.cpu().numpy().tobytes())).load()
-            except pickle.UnpicklingError:
-                raise
-            except Exception as error:  # any exception: damaged bytes become arguments of the classes above
-                raise pickle.UnpicklingError(f"{key}: {type(error).__name__}: {error}") from error
+            read_pickle(value.cpu().numpy().tobytes(), _CLASSES_ALLOWED, f"{key}: FP8 scales")

@@ -8,10 +8,11 @@ FP8 scales are the one pickle more; `fp8_state.py` reads them before Transformer
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,51 @@ _CLASSES_ALLOWED = {
 """What torch's and Megatron-Core's writers put into `.metadata`."""
 
 
-class _MetadataReader(pickle.Unpickler):
-    """Refuses, before it is looked up, every name that does not belong into `.metadata`."""
+class _Reader(pickle.Unpickler):
+    """Refuses, before it is looked up, every name that does not belong into what is read.
+
+    Args:
+        content: the pickle.
+        classes: names allowed, by module.
+        what: is read, for messages.
+    """
+
+    def __init__(self, content: bytes, classes: Mapping[str, Set[str]], what: str) -> None:
+        super().__init__(io.BytesIO(content))
+        self._classes, self._what = classes, what
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _CLASSES_ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"{METADATA_FILE} names {module}.{name}, which does not belong there")
+        if (module, name) == ("builtins", "getattr"):
+            return _enumeration_member
+        if name not in self._classes.get(module, ()):
+            raise pickle.UnpicklingError(f"{self._what} names {module}.{name}, which does not belong there")
         return super().find_class(module, name)
+
+
+def _enumeration_member(kind: Any, name: Any) -> enum.Enum:
+    """What Python 3.11.0 to 3.11.3 write as `getattr(kind, name)`: a member of an enumeration, and nothing else."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"builtins.getattr of {kind!r}, which is not an enumeration with a member {name!r}")
+
+
+def read_pickle(content: bytes, classes: Mapping[str, Set[str]], what: str) -> Any:
+    """Unpickle without calling anything but these classes. Local.
+
+    Args:
+        content: the pickle.
+        classes: names allowed, by module.
+        what: is read, for messages.
+
+    Raises:
+        pickle.UnpicklingError: it names something else, or is damaged.
+    """
+    try:
+        return _Reader(content, classes, what).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # any exception: damaged bytes become arguments of the classes
+        raise pickle.UnpicklingError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -55,13 +94,7 @@ def read_metadata(directory: Path) -> Metadata:
         OSError: it cannot be read.
         pickle.UnpicklingError: it names something else, or is damaged.
     """
-    content = (directory / METADATA_FILE).read_bytes()
-    try:
-        metadata = _MetadataReader(io.BytesIO(content)).load()
-    except pickle.UnpicklingError:
-        raise
-    except Exception as error:  # any exception: damaged bytes become arguments of the classes above
-        raise pickle.UnpicklingError(f"{METADATA_FILE}: {type(error).__name__}: {error}") from error
+    metadata = read_pickle((directory / METADATA_FILE).read_bytes(), _CLASSES_ALLOWED, METADATA_FILE)
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(f"{METADATA_FILE} holds a {type(metadata).__name__}")
     return metadata

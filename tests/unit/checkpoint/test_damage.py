@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from sparsecod_megatron.errors import CheckpointError
 from tests.helpers.training import small_trainer
@@ -201,6 +202,27 @@ def test_pickle_bombs_do_not_go_off(
     with pytest.raises(CheckpointError, match="step_00000002"):
         load_weights(directory, config=trainer.config, models=trainer.models, groups=trainer.groups)
     assert not (tmp_path / "exploded").exists()
+
+
+class _Named:
+    """Pickled as Python 3.11.0 to 3.11.3 do it with a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.parts = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.parts
+
+
+def test_members_of_enumerations_are_read_and_nothing_else_by_name() -> None:
+    from sparsecod_megatron.checkpoint.untrusted import read_pickle
+
+    classes = {"torch.distributed.checkpoint.planner": {"WriteItemType", "SavePlan"}}
+    member = read_pickle(pickle.dumps(_Named(WriteItemType, "TENSOR")), classes, "a plan")
+    assert member is WriteItemType.TENSOR
+    for kind, name in ((WriteItemType, "mro"), (SavePlan, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match="not an enumeration with a member"):
+            read_pickle(pickle.dumps(_Named(kind, name)), classes, "a plan")
 
 
 def test_the_bomb_is_live(tmp_path: Path) -> None:
