@@ -70,9 +70,7 @@ class LayoutCase:
         """The run."""
         names, spread = TOGETHER[self.group], LAYOUTS if self.model == "dense" else EXPERT_LAYOUTS
         shape = EXPERTS if self.model == "moe" else ()
-        return load_config(
-            None, [*RUN, *shape, *settings(names), *spread.get(self.layout, ())], mechanisms=MECHANISMS
-        )
+        return load_config(None, [*RUN, *shape, *settings(names), *spread.get(self.layout, ())], mechanisms=MECHANISMS)
 
 
 LAYOUT_CASES = [

@@ -1,4 +1,4 @@
-"""Trains with the whole step's balance in each layout, from the same fresh weights. Started by torchrun with four ranks.
+"""Trains with the whole step's balance in each layout, from the same fresh weights. Started with four ranks.
 
 Argument: the JSON file to write: {layout: [[loss, gradient norm] by step]}.
 """

@@ -138,7 +138,9 @@ def test_repaired_it_trains_on(whole: Path, bench: Bench, tmp_path: Path) -> Non
     further = ("train.train_steps=8", *SETTINGS[:3], *SETTINGS[4:])
     refused = sparsecod("train", bench.config, f"logging.run_dir={run}", *further, check=False)
     assert refused.returncode == 2
-    assert re.search(r"fp32 weights of decoder.layers.\d.mlp.linear_fc2.weight are not the model's; `spa", refused.stderr)
+    assert re.search(
+        r"fp32 weights of decoder.layers.\d.mlp.linear_fc2.weight are not the model's; `spa", refused.stderr
+    )
     sparsecod("doctor", run, "--repair", new)
     output = sparsecod("doctor", new, "--no-rehearsal").stdout
     assert verdicts(output) == dict.fromkeys(SUBJECTS[:-1], "ok")

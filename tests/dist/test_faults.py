@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tests.dist.conftest import Bench
 from tests.dist.test_layouts import series
 from tests.helpers.cli import read_jsonl, script_ranks
 from tests.helpers.pace import PACE
-from tests.helpers.running import end, ended_with_block, until
+from tests.helpers.running import ended_with_block, until
 from tests.helpers.training import small_trainer
 
 pytestmark = pytest.mark.dist
@@ -188,8 +187,8 @@ def test_a_second_start_is_told_and_the_first_goes_on(bench: Bench, straight: Pa
             _, errors = second.communicate(timeout=PACE.patience_s)
         assert second.returncode == 2, errors
         assert re.fullmatch(
-            rf"sparsecod train: logging.run_dir: {run} is in use by process {first[0].pid} on \S+, since .*; stop that, or "
-            "choose another directory",
+            rf"sparsecod train: logging.run_dir: {run} is in use by process {first[0].pid} on \S+, since .*; stop "
+            "that, or choose another directory",
             errors.splitlines()[-1],
         )
         for rank in first.values():

@@ -1,4 +1,4 @@
-"""Fields that pass under `megatron:` do what they say on a CPU: something reads each, and none changes what it must not."""
+"""Fields that pass under `megatron:` do what they say on a CPU: something reads each, none changes what it must not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.config.megatron_fields import MUON_FIELDS, TRANSFORMER_ENGINE_FIELDS, FIELDS_PASSED
+from sparsecod_megatron.config.megatron_fields import FIELDS_PASSED, MUON_FIELDS, TRANSFORMER_ENGINE_FIELDS
 from tests.dist.megatron_fields_worker import EXCHANGES, EXPERTS, OTHER, SAME, series
 from tests.helpers.cli import script_ranks
 from tests.helpers.training import fresh_router_losses

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ from tests.dist.conftest import MODELS, Bench
 from tests.dist.layouts import BUCKETS, EP2, PP2, SP, TP2
 from tests.dist.test_layouts import assert_statistics_equal, series
 from tests.helpers.cli import read_jsonl
-from tests.helpers.pace import PACE
-from tests.helpers.running import ended_with_block, until
 
 pytestmark = pytest.mark.dist
 
@@ -35,8 +31,8 @@ def stopped_copy(reference: Path, target: Path) -> Path:
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
 WALL_CLOCK = ("tokens_per_s", "tflops", "step_time_s")
-LAYOUTS = {"dp2": BUCKETS, "tp2-sp": (TP2, SP)}
-"""With CUDA's default communication, and with a CPU's."""
+LAYOUTS = {"dp2": BUCKETS, "tp2-sp": (TP2, SP, *BUCKETS)}
+"""With CUDA's default communication."""
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +107,7 @@ def test_a_wrong_random_state_shows(bench: Bench, straight: Callable[[str, str],
     ("model", "overrides", "nproc"),
     [
         pytest.param("dense", (TP2, PP2, *BUCKETS), 4, id="one-to-tp2-pp2"),
-        pytest.param("moe", (EP2, TP2, SP), 4, id="one-to-ep2-tp2"),
+        pytest.param("moe", (EP2, TP2, SP, *BUCKETS), 4, id="one-to-ep2-tp2"),
     ],
 )
 def test_other_layout_continues(

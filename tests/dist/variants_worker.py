@@ -36,7 +36,7 @@ RUN = (
 DENSE_LAYOUTS = {"tp2": (TP2,), "tp2-sp": (TP2, SP), "pp2": (PP2,), "cp2": (CP2,)}
 MOE_LAYOUTS = {"ep2": (EP2,), "tp2-ep2": (TP2, SP, EP2, ETP1), "pp2": (PP2,)}
 CONCERNED = {
-    # Without sequence parallelism norms are whole on each rank: what has weights that tensor parallelism does not split.
+    # Without sequence parallelism norms are whole on each rank: what has weights that tensor parallelism leaves whole.
     "tp2": {"pre", "qk-norm", "everything"},
     # Stages: what depends on a layer's place, or lies outside of the layers.
     "pp2": {
@@ -57,7 +57,7 @@ CONCERNED = {
     # Whole experts move: what their shapes, the router's state, or the layers without experts change.
     "ep2": {"post-softmax", "sigmoid-bias", "shared-gate", "first-dense", "topk-per-layer", "deepseek"},
 }
-"""Variants that a layout treats unlike `pre` or `post-softmax`; tensor and sequence parallelism together concern all."""
+"""Variants that a layout treats unlike `pre` or `post-softmax`; tensor with sequence parallelism concerns all."""
 ADJUSTED = {"topk-per-layer": ("model.moe_router_topk_per_layer=[1,2,4,2]",)}
 """For four layers instead of three."""
 PARTITIONED = {"capacity"}
