@@ -33,7 +33,7 @@ def main() -> int:
         check_writable(args.output)
         rows = []
         for path, decay in zip(args.models, match_decays(len(args.models), args.weight_decay), strict=True):
-            with open_model(path, device="cpu", restored=False) as opened:
+            with open_model(path, device="cpu", restored=False, reads_text=False) as opened:
                 rows += decay_rows(opened.model, label=str(path), weight_decay=decay, lr=args.lr)
         write_text(args.output / "weight_decay_sparsity.csv", as_csv(rows))
         write_text(args.output / "weight_decay_sparsity.json", json.dumps(rows, indent=1))

@@ -37,21 +37,26 @@ class Opened:
 
     Attributes:
         directory: the HuggingFace directory, which a checkpoint has while it is open.
-        tokenizer: the model's.
     """
 
     def __init__(
         self,
         directory: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         load: Callable[[], PreTrainedModel],
         processes: Processes,
         export: contextlib.ExitStack,
     ) -> None:
-        self.directory, self.tokenizer = directory, tokenizer
+        self.directory, self._tokenizer = directory, tokenizer
         self._load, self._processes, self._export = load, processes, export
         self._model: PreTrainedModel | None = None
         self._is_open = True
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        assert self._tokenizer is not None, "asked for the tokenizer of a model that was opened without one"
+        return self._tokenizer
 
     @property
     def model(self) -> PreTrainedModel:
@@ -94,6 +99,7 @@ def open_model(
     device: str | None = None,
     verify: bool = True,
     restored: bool = True,
+    reads_text: bool = True,
     processes: Processes | None = None,
 ) -> Opened:
     """Find a model, make it a HuggingFace directory where it is not one, and read its tokenizer. Collective.
@@ -106,6 +112,7 @@ def open_model(
         restored: compute what was measured when a directory was compressed, also where that is more than the weights:
             a quantised model rounds what enters its layers. Without it the model keeps its derivatives, and a warning
             says what it lacks.
+        reads_text: whether the tokenizer is needed; a model without one is refused before its weights are loaded.
         processes: those that open it together; the first exports, for all of them. None is this one alone.
 
     Raises:
@@ -117,7 +124,7 @@ def open_model(
     device = usable_device(device)
     with contextlib.ExitStack() as export:
         directory = processes.from_first(lambda: export.enter_context(_huggingface_directory(path, verify=verify)))
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory) if reads_text else None
         load = partial(_load, directory, dtype=dtype, device=device, restored=restored)
         return Opened(directory, tokenizer, load, processes, export.pop_all())
 

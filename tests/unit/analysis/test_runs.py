@@ -98,7 +98,7 @@ FAULTS = [
         "layer_statistics.jsonl",
         '{"step": 1, "tokens": 1, "layers": [{"layer": 0, "n": [1, 2]}]}\n'
         '{"step": 2, "tokens": 1, "layers": [{"layer": 0, "n": [1]}]}\n',
-        "layer_statistics.jsonl:2: n has not 2 entries",
+        "layer_statistics.jsonl:2: n no longer has 2 entries",
     ),
     ("config.yaml", "model: {num_layer: 3}\n", "config.yaml: unknown key 'model.num_layer'"),
 ]
