@@ -17,6 +17,8 @@ FP8 = ("model.hidden_size=64", "model.ffn_hidden_size=96", "precision.dtype=bf16
 VARIANTS: dict[str, tuple[str, ...]] = {
     **DENSE,
     **{f"moe-{name}": (*MOE_SHAPE, *overrides) for name, overrides in MOE.items()},
+    "gate-headwise": ("mechanisms.headwise_gate={}",),
+    "everything": (*DENSE["everything"], "model.attention_output_gate=none", "mechanisms.headwise_gate={}"),
     "bf16": ("precision.dtype=bf16",),
     "fp8-delayed": (*FP8, "precision.fp8_recipe=delayed"),
     "fp8-blockwise": (*FP8, "precision.fp8_recipe=blockwise"),
@@ -34,9 +36,10 @@ def tensors(overrides: tuple[str, ...], groups: Any, *, transformer_engine: bool
     """
     from sparsecod_megatron.checkpoint.native import model_sharded_state
     from sparsecod_megatron.checkpoint.sharded import pieces, sharded_leaves
+    from sparsecod_megatron.mechanisms import MECHANISMS
     from sparsecod_megatron.model import build_model, transformer_config
 
-    config = load_config(None, [*SMALL, *overrides])
+    config = load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS)
     if not transformer_engine:
         config = replace(config, precision=replace(config.precision, fp8_recipe="none"))
     meta = torch.device("meta")

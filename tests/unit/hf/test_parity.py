@@ -86,7 +86,7 @@ def test_a_table_with_two_names_exchanged_does_not_pass(tmp_path: Path, monkeypa
         yield fc2
 
     broken = dataclasses.replace(family, mlp_entries=exchanged)
-    monkeypatch.setattr("sparsecod_megatron.hf.export.choose_family", lambda model: broken)
+    monkeypatch.setattr("sparsecod_megatron.hf.export.choose_family", lambda model, **_: broken)
     report = compare(model, tensors, export(model, tensors, tmp_path / "m"))
     with pytest.raises(ConversionError, match=r"max \|Δlogit\| .*first layer that differs: 0"):
         report.require()

@@ -135,8 +135,8 @@ def test_a_broken_table_is_named(
         yield fc2
 
     broken = dataclasses.replace(family, mlp_entries=entries)
-    for module in ("export", "verify"):
-        monkeypatch.setattr(f"sparsecod_megatron.hf.{module}.choose_family", lambda model: broken)
+    monkeypatch.setattr("sparsecod_megatron.hf.export.choose_family", lambda model, **_: broken)
+    monkeypatch.setattr("sparsecod_megatron.hf.verify.name_table", lambda model, mechanisms: broken.table(model))
     with pytest.raises(ConversionError, match=message):
         gate((), tmp_path / "m", torch.float32, lambda folder: None).require()
 
