@@ -65,7 +65,7 @@ def restored_kernels() -> Iterator[None]:
     apply_redirections("fast")
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(6, 5, 3), (products.MANY_TOKENS, 40, 24)])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(6, 5, 3), (products.TOKEN_THRESHOLD, 40, 24)])
 def test_linear_equals_float64(by_onednn: bool, tokens: int, rows: int, columns: int) -> None:
     x, weight, bias = torch.randn(tokens // 2, 2, columns), torch.randn(rows, columns), torch.randn(rows)
     got = assert_same_in_double(lambda x, w, b: linear.linear(x, w, b, False, False, False), F.linear, x, weight, bias)
@@ -85,7 +85,7 @@ def assert_same_in_double(ours, theirs, *inputs: torch.Tensor) -> torch.Tensor: 
     return output
 
 
-@pytest.mark.parametrize("tokens", [8, products.MANY_TOKENS])
+@pytest.mark.parametrize("tokens", [8, products.TOKEN_THRESHOLD])
 def test_a_gradient_with_gaps_never_reaches_the_reference_loop(
     by_onednn: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_gradient_with_gaps_never_reaches_the_reference_loop(
     assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in given)
 
 
-@pytest.mark.parametrize("tokens", [8, products.MANY_TOKENS])
+@pytest.mark.parametrize("tokens", [8, products.TOKEN_THRESHOLD])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 3), (3, 5)])
 def test_weight_gradient_accumulates(by_onednn: bool, tokens: int, rows: int, columns: int) -> None:
     weight = torch.nn.Parameter(torch.randn(rows, columns))
