@@ -74,6 +74,7 @@ def measure(config: RunConfig, backend: Backend, *, steps: int) -> dict[str, flo
     """
     from sparsecod_megatron.audit.measure import release
     from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.train.clock import synchronize
     from sparsecod_megatron.train.setup import build_trainer
     from sparsecod_megatron.train.statistics import statistics_collector
     from sparsecod_megatron.train.step import train_step
@@ -88,20 +89,15 @@ def measure(config: RunConfig, backend: Backend, *, steps: int) -> dict[str, flo
         batches = [random_batches(config)]
         for step in range(1, steps + WARM_UP + 1):
             for name, collector in collectors.items():
-                _settle()
+                synchronize(backend.device)
                 began = time.perf_counter()
                 train_step(trainer, batches, observing=collector.collecting(step))
                 collector.reduce(step)
-                _settle()  # or the end of this update would count as the next way's
+                synchronize(backend.device)  # or the end of this update would count as the next way's
                 if step > WARM_UP:
                     seconds[name].append(time.perf_counter() - began)
         release(trainer)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main() -> None:

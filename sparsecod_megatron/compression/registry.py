@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,8 +63,7 @@ def method_class(name: str) -> type[Method]:
     """
     if name not in METHODS:
         raise ConfigError(f"--method {name}: no such method; use {', '.join(METHODS)}")
-    module, _, class_name = METHODS[name].path.partition(":")
-    method: type[Method] = getattr(importlib.import_module(module), class_name)
+    method: type[Method] = pkgutil.resolve_name(METHODS[name].path)
     if method.needs.modelopt:
         from sparsecod_megatron.compression.modelopt import require_modelopt
 

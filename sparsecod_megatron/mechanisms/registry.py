@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -30,8 +30,7 @@ class Registry:
 
     def settings_class(self, name: str) -> type[Mechanism]:
         """The mechanism's class, a dataclass of its settings."""
-        module, _, kind = self.places[name].partition(":")
-        found: type[Mechanism] = getattr(importlib.import_module(f"{__package__}.{module}"), kind)
+        found: type[Mechanism] = pkgutil.resolve_name(f"{__package__}.{self.places[name]}")
         assert found.name == name, f"{self.places[name]} calls itself {found.name}"
         return found
 

@@ -32,14 +32,16 @@ class StepClock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the block out of the lap; waits for the device before it and after it."""
-        self._synchronize()
+        synchronize(self._device)
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._synchronize()
+            synchronize(self._device)
             self._began += time.perf_counter() - began
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told; a CPU has. Local."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

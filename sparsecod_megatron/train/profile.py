@@ -20,6 +20,7 @@ from sparsecod_megatron.config.run_files import PROFILE_DIR
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.files import replacing
 from sparsecod_megatron.model import unwrap
+from sparsecod_megatron.train.clock import synchronize
 
 logger = logging.getLogger("sparsecod")
 
@@ -69,7 +70,7 @@ class StepProfiler:
         """Before `step`: start if it is the first to trace, or the first that a resumed run has left of them. Local."""
         if self._trace is not None or not self._first <= step <= self._last:
             return
-        self._synchronize()
+        synchronize(self._device)
         cuda = self._device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         self._name = f"rank_{dist.get_rank()}_from_step_{step}"
@@ -88,7 +89,7 @@ class StepProfiler:
     def _end(self) -> None:
         assert self._trace is not None
         trace, self._trace = self._trace, None
-        self._synchronize()
+        synchronize(self._device)
         trace.stop()
         self._running.close()
         cuda = self._device.type == "cuda"
@@ -108,10 +109,6 @@ class StepProfiler:
     def _write(self, suffix: str, write: Callable[[Path], Any]) -> None:
         with replacing(self._folder / f"{self._name}{suffix}") as temporary:
             write(temporary)
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 @contextlib.contextmanager

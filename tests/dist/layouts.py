@@ -39,6 +39,26 @@ class Layout:
     overrides: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class SpreadCase:
+    """What a worker trains in each of its layouts.
+
+    Attributes:
+        model: `dense` or `moe`.
+        subject: what is tried in it.
+        layout: a name of the worker's; empty for one process.
+    """
+
+    model: str
+    subject: str
+    layout: str = ""
+
+    @property
+    def name(self) -> str:
+        """Shown by pytest, and the key of the worker's file."""
+        return "-".join(filter(None, (self.model, self.subject, self.layout)))
+
+
 LAYOUTS = [  # with CUDA's defaults; test_optimizers.py and test_variants.py have a CPU's, one bucket and no overlap
     Layout("dp2", "dense", 2, BUCKETS),
     Layout("tp2", "dense", 2, (TP2, *BUCKETS)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
-from tests.dist.layouts import BUCKETS, CP2, EP2, FULL_RECOMPUTE, PP2, SP, TP2, VPP2
+from tests.dist.layouts import BUCKETS, CP2, EP2, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, SpreadCase
 from tests.helpers.mechanisms import CASES, TOGETHER, settings
 from tests.helpers.megatron import SMALL
-from tests.helpers.training import fresh_router_losses, trainer_batches
+from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 
 STEPS = 3
 RUN = (
@@ -53,22 +53,12 @@ SAVES = {"dense": "tp2-sp", "moe": "ep2"}
 RESUMES = {"dense": "pp2-vpp2", "moe": "tp2-sp"}
 
 
-@dataclass(frozen=True)
-class LayoutCase:
-    """A group of mechanisms in a layout; `layout` is empty for one process."""
-
-    model: str
-    group: str
-    layout: str = ""
-
-    @property
-    def name(self) -> str:
-        """Shown by pytest, and the key of the file."""
-        return "-".join(filter(None, (self.model, self.group, self.layout)))
+class LayoutCase(SpreadCase):
+    """A group of mechanisms in a layout."""
 
     def config(self) -> RunConfig:
         """The run."""
-        names, spread = TOGETHER[self.group], LAYOUTS if self.model == "dense" else EXPERT_LAYOUTS
+        names, spread = TOGETHER[self.subject], LAYOUTS if self.model == "dense" else EXPERT_LAYOUTS
         shape = EXPERTS if self.model == "moe" else ()
         return load_config(None, [*RUN, *shape, *settings(names), *spread.get(self.layout, ())], mechanisms=MECHANISMS)
 
@@ -99,8 +89,6 @@ def train(
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.train.setup import build_trainer
-    from sparsecod_megatron.train.statistics import statistics_collector
-    from sparsecod_megatron.train.step import train_step
 
     with fresh_router_losses():
         if resume is not None:  # other weights and masks than the checkpoint's
@@ -108,20 +96,16 @@ def train(
         trainer, done = build_trainer(config, backend, groups), 0
         if resume is not None:
             done = load_checkpoint(resolve_step_dir(resume), **trainer.parts).step
-        collector = statistics_collector(trainer)
         data = trainer_batches(trainer)
         for iterator in data:
             for _ in range(done * trainer.num_microbatches(config.train.global_batch_size)):
                 next(iterator)
-        run: dict[str, Any] = {"loss": [], "grad_norm": [], "layers": []}
-        for step in range(done + 1, STEPS + 1):
+
+        def save_before_the_last(step: int) -> None:
             if step == STEPS and save is not None:
                 save_checkpoint(save, state=TrainState(step=step - 1, optimizer_steps=step - 1), **trainer.parts)
-            result = train_step(trainer, data, observing=collector.collecting(step))
-            run["loss"].append(result.loss)
-            run["grad_norm"].append(result.grad_norm)
-            run["layers"].append(collector.reduce(step))
-        return run
+
+        return recorded_steps(trainer, data, range(done + 1, STEPS + 1), before=save_before_the_last)
 
 
 def main() -> None:
@@ -133,7 +117,7 @@ def main() -> None:
     saving = [case for case in LAYOUT_CASES if SAVES[case.model] == case.layout]
     with world(communication=backend.communication):
         for case in [*saving, *(case for case in LAYOUT_CASES if case not in saving)]:
-            config, checkpoints = case.config(), folder / f"{case.model}-{case.group}"
+            config, checkpoints = case.config(), folder / f"{case.model}-{case.subject}"
             with process_groups(config) as groups:
                 save = checkpoints if case in saving else None
                 runs[case.name] = train(config, backend, groups, save=save)

@@ -39,7 +39,7 @@ def single(spread: dict[str, Any], folder: Path) -> dict[tuple[str, str], Any]:
     from sparsecod_megatron.parallel import running_processes
 
     runs = {}
-    for model, group in dict.fromkeys((case.model, case.group) for case in LAYOUT_CASES):
+    for model, group in dict.fromkeys((case.model, case.subject) for case in LAYOUT_CASES):
         config = LayoutCase(model, group).config()
         with running_processes(config, communication=backend.communication, device=backend.device) as groups:
             runs[model, group] = train(config, backend, groups)
@@ -63,7 +63,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], steps: slice = sli
 
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
 def test_equals_one_process(case: LayoutCase, spread: dict[str, Any], single: dict[tuple[str, str], Any]) -> None:
-    theirs = single[case.model, case.group]
+    theirs = single[case.model, case.subject]
     assert_same(spread[case.name], theirs)
     values = [value for layers in theirs["layers"] for layer in layers for value in layer.values()]
     assert values and np.isfinite(values).all()

@@ -31,16 +31,16 @@ def single() -> dict[tuple[str, str], Any]:
     backend = select_backend()
     from sparsecod_megatron.parallel import running_processes
 
-    cases = [Case(model, variant) for model, variant in dict.fromkeys((case.model, case.variant) for case in CASES)]
+    cases = [Case(model, variant) for model, variant in dict.fromkeys((case.model, case.subject) for case in CASES)]
     config = cases[0].config()
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
-        return {(case.model, case.variant): train(case.config(), backend, groups) for case in cases}
+        return {(case.model, case.subject): train(case.config(), backend, groups) for case in cases}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_one_process(case: Case, spread: dict[str, Any], single: dict[tuple[str, str], Any]) -> None:
     """Fresh weights, losses, gradient norms and statistics, to 1e-5; the second step has seen the gradients."""
-    ours, theirs = spread[case.name], single[case.model, case.variant]
+    ours, theirs = spread[case.name], single[case.model, case.subject]
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
     for layers, expected in zip(ours["layers"], theirs["layers"], strict=True):
@@ -52,4 +52,4 @@ def test_equals_one_process(case: Case, spread: dict[str, Any], single: dict[tup
 
 def test_no_variant_is_left_out_by_a_misspelt_name() -> None:
     assert set().union(*CONCERNED.values()) <= DENSE.keys() | MOE.keys()
-    assert {(case.model, case.variant) for case in CASES} >= {("dense", name) for name in DENSE}
+    assert {(case.model, case.subject) for case in CASES} >= {("dense", name) for name in DENSE}

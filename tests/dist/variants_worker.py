@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
-from tests.dist.layouts import CP2, EP2, ETP1, PP2, SP, TP2
+from tests.dist.layouts import CP2, EP2, ETP1, PP2, SP, TP2, SpreadCase
 from tests.helpers.megatron import SMALL
-from tests.helpers.training import fresh_router_losses, trainer_batches
+from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
 
 STEPS = 2
@@ -64,26 +63,16 @@ PARTITIONED = {"capacity"}
 """Depends on which tokens share a rank, by its definition."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A variant in a layout; `layout` is empty for one process."""
-
-    model: str
-    variant: str
-    layout: str = ""
-
-    @property
-    def name(self) -> str:
-        """Shown by pytest, and the key of the file."""
-        return "-".join(filter(None, (self.model, self.variant, self.layout)))
+class Case(SpreadCase):
+    """A variant in a layout."""
 
     def config(self) -> RunConfig:
         """The run."""
         if self.model == "dense":
-            overrides = (*DENSE[self.variant], *DENSE_LAYOUTS.get(self.layout, ()))
+            overrides = (*DENSE[self.subject], *DENSE_LAYOUTS.get(self.layout, ()))
         else:
-            overrides = (*MOE_SHAPE, *MOE[self.variant], *MOE_LAYOUTS.get(self.layout, ()))
-        return load_config(None, [*RUN, *overrides, *ADJUSTED.get(self.variant, ())])
+            overrides = (*MOE_SHAPE, *MOE[self.subject], *MOE_LAYOUTS.get(self.layout, ()))
+        return load_config(None, [*RUN, *overrides, *ADJUSTED.get(self.subject, ())])
 
 
 CASES = [
@@ -98,19 +87,10 @@ CASES = [
 def train(config: RunConfig, backend: Backend, groups: Any) -> dict[str, Any]:
     """Losses, gradient norms, and the variance statistics of each step and layer. Collective over all processes."""
     from sparsecod_megatron.train.setup import build_trainer
-    from sparsecod_megatron.train.statistics import statistics_collector
-    from sparsecod_megatron.train.step import train_step
 
     with fresh_router_losses():
         trainer = build_trainer(config, backend, groups)
-        collector = statistics_collector(trainer)
-        data, run = trainer_batches(trainer), {"loss": [], "grad_norm": [], "layers": []}
-        for step in range(1, STEPS + 1):
-            result = train_step(trainer, data, observing=collector.collecting(step))
-            run["loss"].append(result.loss)
-            run["grad_norm"].append(result.grad_norm)
-            run["layers"].append(collector.reduce(step))
-        return run
+        return recorded_steps(trainer, trainer_batches(trainer), range(1, STEPS + 1))
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -97,6 +97,38 @@ def trainer_batches(trainer: Trainer, seed: int = 0) -> list[Iterator[dict[str, 
     """One iterator a model chunk of this rank."""
     dp = trainer.groups.dp
     return [micro_batches(trainer.config, rank=dp.rank(), size=dp.size(), seed=seed) for _ in trainer.models]
+
+
+def recorded_steps(
+    trainer: Trainer,
+    data: list[Iterator[dict[str, torch.Tensor]]],
+    steps: Iterable[int],
+    *,
+    before: Callable[[int], object] = lambda step: None,
+) -> dict[str, Any]:
+    """Train, collecting what the run's configuration asks for. Collective over all processes.
+
+    Args:
+        trainer: this rank's.
+        data: as `trainer_batches` gives it.
+        steps: numbers of the steps.
+        before: called with each before it is taken.
+
+    Returns:
+        Losses, gradient norms and statistics (`loss`, `grad_norm`, `layers`) by step.
+    """
+    from sparsecod_megatron.train.statistics import statistics_collector
+    from sparsecod_megatron.train.step import train_step
+
+    collector = statistics_collector(trainer)
+    run: dict[str, Any] = {"loss": [], "grad_norm": [], "layers": []}
+    for step in steps:
+        before(step)
+        result = train_step(trainer, data, observing=collector.collecting(step))
+        run["loss"].append(result.loss)
+        run["grad_norm"].append(result.grad_norm)
+        run["layers"].append(collector.reduce(step))
+    return run
 
 
 def collected_steps(trainer: Trainer, groups: Sequence[StatisticsGroup], *, steps: int) -> list[list[Statistics]]:

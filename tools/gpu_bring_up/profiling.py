@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.training import trainer_batches
 from tools.gpu_bring_up.bench import Bench
-from tools.gpu_bring_up.trainers import large_config, settle, timed_steps, trainer_of
+from tools.gpu_bring_up.trainers import large_config, timed_steps, trainer_of
 
 STEPS, WARM_UP = 3, 3
 PROFILE_FILE = "profile.txt"
@@ -33,7 +33,6 @@ def run(bench: Bench) -> None:
             data = trainer_batches(trainer)
             list(timed_steps(trainer, data, WARM_UP))
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]
-            settle()
             began = time.perf_counter()
             with profile(activities=activities) as record:
                 list(timed_steps(trainer, data, STEPS))

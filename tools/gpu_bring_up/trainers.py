@@ -54,17 +54,12 @@ def trainer_of(config: RunConfig, *, transformer_engine: bool) -> Iterator[Train
 
 def timed_steps(trainer: Trainer, data: list[Iterator[dict[str, Any]]], steps: int) -> Iterator[tuple[float, float]]:
     """(loss, seconds) of each step, until the card is idle again."""
+    from sparsecod_megatron.train.clock import synchronize
     from sparsecod_megatron.train.step import train_step
 
     for _ in range(steps):
-        settle()
+        synchronize(trainer.backend.device)
         began = time.perf_counter()
         loss = train_step(trainer, data).loss
-        settle()
+        synchronize(trainer.backend.device)
         yield loss, time.perf_counter() - began
-
-
-def settle() -> None:
-    """Wait for the card."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +55,5 @@ def _pairs(text: str, names: Sequence[str]) -> int | str:
 
 
 def _load(path: str, options: Mapping[str, Any]) -> Score:
-    module, _, name = path.partition(":")
-    score: Score = getattr(importlib.import_module(module), name)(**options)
+    score: Score = pkgutil.resolve_name(path)(**options)
     return score
