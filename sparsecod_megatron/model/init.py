@@ -40,11 +40,12 @@ def initialize(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupColle
     for shard in matrices(chunk, table, groups):
         parameter = shard.parameter
         whole = draw(table.model, shard.matrix, shard.whole_shape, seed=seed, device=parameter.device)
+        mine = shard.cut(whole)
         with torch.no_grad():
-            parameter.copy_(shard.cut(whole))
+            parameter.copy_(mine)
             if hasattr(parameter, "get_high_precision_init_val"):
                 # Weights kept in FP8: Transformer Engine holds what the optimizer's master weights start from.
-                parameter.get_high_precision_init_val().copy_(shard.cut(whole))
+                parameter.get_high_precision_init_val().copy_(mine)
 
 
 def draw(model: ModelConfig, matrix: Matrix, shape: list[int], *, seed: int, device: torch.device) -> Tensor:
