@@ -23,3 +23,8 @@ class CheckpointError(SparsecodError):
 
 class ConversionError(SparsecodError):
     """A model that the other format cannot express, or whose conversion does not reproduce its outputs."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, short enough for a line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sparsecod_megatron.data.readers import no_text_key, no_text_value
 from sparsecod_megatron.data.sources import Corpus
-from sparsecod_megatron.errors import DataError
+from sparsecod_megatron.errors import DataError, first_line
 
 _MARKER_FILES = ("dataset_info.json", "dataset_dict.json")
 
@@ -80,8 +80,9 @@ def _texts(name: str, text_key: str, start: int) -> Iterator[str]:
                 raise no_text_value(f"hf:{name}", text_key, row[text_key])
             yield row[text_key]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"hf:{name}: cannot be loaded ({reason}); check name, configuration and network") from error
+        raise DataError(
+            f"hf:{name}: cannot be loaded ({first_line(error)}); check name, configuration and network"
+        ) from error
 
 
 def _rows(name: str, start: int) -> Iterable[dict[str, Any]]:

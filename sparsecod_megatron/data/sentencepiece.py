@@ -36,21 +36,16 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
         The tokenizer, and the special tokens it defines under transformers' names (`eos_token`, `unk_token`, …).
 
     Raises:
-        DataError: not a sentencepiece model, or one whose ids the converted tokenizer does not reproduce.
+        DataError: of another type, or its ids are not those of the converted tokenizer.
+        Exception: not a sentencepiece model, or damaged: whatever protobuf, sentencepiece or tokenizers raise.
     """
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
 
-    try:
-        processor = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a sentencepiece model ({error}); check the file") from error
+    processor = SentencePieceProcessor(model_file=str(path))
     proto = ModelProto.FromString(path.read_bytes())
     tokenizer = Tokenizer(_model(proto, path))
-    try:
-        tokenizer.normalizer = _normalizer(proto)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise DataError(f"{path}: its normalisation cannot be read ({error}); check the file") from error
+    tokenizer.normalizer = _normalizer(proto)
     tokenizer.pre_tokenizer = _pre_tokenizer(proto)
     tokenizer.decoder = _decoder(proto)
     for piece in proto.pieces:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from sparsecod_megatron.data.encode import load_encoding_tokenizer
 from sparsecod_megatron.data.sentencepiece import convert_sentencepiece
 from sparsecod_megatron.data.tiktoken import END_OF_TEXT, convert_tiktoken
-from sparsecod_megatron.errors import DataError
+from sparsecod_megatron.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,18 +32,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         DataError: nothing loads from `name`, or it defines no end-of-text token.
     """
     path = Path(name)
-    if path.is_file() and path.suffix == ".model":
-        backend, special_tokens = convert_sentencepiece(path)
-        tokenizer = _wrap(backend, **special_tokens)
-    elif path.is_file() and path.suffix == ".tiktoken":
-        tokenizer = _wrap(convert_tiktoken(path), eos_token=END_OF_TEXT)
-    elif path.is_file():
-        tokenizer = _load_json(path)
-    elif path.suffix in (".json", ".model", ".tiktoken"):
+    if not path.is_file() and path.suffix in (".json", ".model", ".tiktoken"):
         raise DataError(f"{path}: no such tokenizer file; check the path")
-    else:
-        tokenizer = _load_pretrained(name)
-    if tokenizer.eos_token_id is None:
+    try:
+        tokenizer = _load_file(path) if path.is_file() else _load_pretrained(name)
+        tokenizer.encode(_PROBE)  # some damage shows only here
+        separates = tokenizer.eos_token_id is not None
+    except (DataError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # damage shows anywhere in four libraries; a panic of tokenizers is no Exception
+        fix = "check the file" if path.is_file() else "check the path, or name and network"
+        raise DataError(f"{name}: no tokenizer can be made of it ({first_line(error)}); {fix}") from error
+    if not separates:
         raise DataError(f"{name}: no end-of-text token, which must separate documents; give a tokenizer that has one")
     return tokenizer
 
@@ -98,13 +98,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
     return path
 
 
-def _load_json(path: Path) -> PreTrainedTokenizerFast:
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(
-            f"{path}: not a tokenizer.json ({error}); give one, a .model or .tiktoken file or a directory"
-        ) from error
+def _load_file(path: Path) -> PreTrainedTokenizerFast:
+    if path.suffix == ".model":
+        backend, special_tokens = convert_sentencepiece(path)
+        return _wrap(backend, **special_tokens)
+    if path.suffix == ".tiktoken":
+        return _wrap(convert_tiktoken(path), eos_token=END_OF_TEXT)
+    backend = Tokenizer.from_file(str(path))
     end = next((token for token in _END_TOKENS if backend.token_to_id(token) is not None), None)
     return _wrap(backend, **({"eos_token": end} if end else {}))
 
@@ -112,11 +112,7 @@ def _load_json(path: Path) -> PreTrainedTokenizerFast:
 def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{name}: no tokenizer there ({reason}); check the path, or name and network") from error
+    tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.is_fast:
         raise DataError(f"{name}: its tokenizer is Python code without a tokenizer.json; give one that has it")
     return tokenizer

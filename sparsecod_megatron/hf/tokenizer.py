@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.errors import ConversionError, first_line
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -34,10 +34,13 @@ def load_tokenizer(source: Path, *, vocab_size: int) -> Any:
         raise ConversionError(f"{source}: no such tokenizer directory; give the one that `sparsecod data` wrote")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except Exception as error:  # the readers behind it raise nothing narrower
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the readers behind it raise nothing narrower; a panic of tokenizers is no Exception
         raise ConversionError(
-            f"{source}: AutoTokenizer cannot load it ({reason}); give a HuggingFace tokenizer directory"
+            f"{source}: AutoTokenizer cannot load it ({first_line(error)}); give a HuggingFace tokenizer directory"
         ) from error
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > vocab_size:

@@ -85,9 +85,9 @@ def test_a_vocabulary_with_gaps_needs_rows_up_to_its_largest_id():
     [
         ("absent.json", None, "absent.json: no such tokenizer file"),
         ("absent.model", None, "absent.model: no such tokenizer file"),
-        ("no-such-directory", None, "no-such-directory: no tokenizer there"),
-        ("bad.json", "{}", "bad.json: not a tokenizer.json"),
-        ("bad.model", "text", "bad.model: not a sentencepiece model"),
+        ("no-such-directory", None, "no-such-directory: no tokenizer can be made of it"),
+        ("bad.json", "{}", "bad.json: no tokenizer can be made of it"),
+        ("bad.model", "text", "bad.model: no tokenizer can be made of it"),
     ],
 )
 def test_what_is_no_tokenizer_is_named(tmp_path, name, content, message):
