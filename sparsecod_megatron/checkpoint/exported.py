@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.checkpoint.effective import EffectiveTensors
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
 from sparsecod_megatron.config import RunConfig
@@ -70,7 +71,7 @@ def export_checkpoint(
             _require_plain(source.config)
         export_model(
             source.config.model,
-            source.tensors,
+            EffectiveTensors(source.tensors, source.config, source.step_dir),
             output,
             mechanisms=configured(source.config),
             seq_length=source.config.data.seq_length,

@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sparsecod_megatron.backend import Backend
+from sparsecod_megatron.checkpoint.effective import make_effective
 from sparsecod_megatron.checkpoint.manifest import require_undamaged
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
@@ -62,6 +63,7 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     config = replace(single_process(config), megatron=shape_only(config))
     with unsharded(config, backend) as (models, groups):
         load_weights(step_dir, config=config, models=models, groups=groups)
+        make_effective(unwrap(models[0]), config, step_dir)
         yield WholeModel(config, unwrap(models[0]).eval(), step_dir)
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch import Tensor
 
-    from sparsecod_megatron.seams.plugin import Plugin, StepParts
+    from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,18 @@ class Mechanism:
         return spec
 
     def plugin(self, parts: StepParts) -> Plugin | None:
-        """What acts inside the step of this rank. Local."""
+        """What acts inside the step of this rank. Collective over all processes."""
         return None
+
+    def effective_weight(self, kind: ParameterKind, weight: Tensor, context: StepContext) -> Tensor:
+        """What the model computes with in place of a stored weight: what is exported.
+
+        Args:
+            kind: of parameter.
+            weight: as a checkpoint holds it, one copy, whole.
+            context: the step of the checkpoint.
+        """
+        return weight
 
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> Any:
         """Its `metrics.group.StatisticsGroup`, or None.

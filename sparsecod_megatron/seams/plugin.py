@@ -1,8 +1,9 @@
 """What acts inside the optimizer step, between Megatron-Core's own parts, and keeps state in the checkpoint.
 
-    with effective_weights()              forward and backward passes, of validation too; gradients are reduced
+    with effective_weights(context)       forward and backward passes, of validation too; gradients are reduced
     on_gradients(context)                 before the gradient norm, so that norm, judge and clip see what it leaves
     after_update(context, optimizer)      on the fp32 slices that one torch optimizer stepped, before they are gathered
+    step_ended(context, updated)          whether there was an update, on ranks without an optimizer too
 
 In fp32 those slices are views of the parameters: what reads latent weights must wait until the window has closed, as
 `on_gradients` does. A run without plugins executes nothing of this.
@@ -14,7 +15,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import RunConfig
 
@@ -50,7 +51,8 @@ class StepContext:
     """Where the run is.
 
     Attributes:
-        step: counted from 1; steps whose update was left out count too.
+        step: counted from 1; steps whose update was left out count too. For a validation or an export, the step that
+            has been taken: 0 before the first.
         last_step: `train.train_steps`.
     """
 
@@ -68,14 +70,16 @@ class Plugin:
 
     Attributes:
         name: the mechanism's, under which a checkpoint keeps the state.
+        has_window: whether `effective_weights` does anything, so that all weights must have arrived before it.
     """
 
     name: str
+    has_window: ClassVar[bool] = False
 
     def weights_replaced(self) -> None:
         """The weights came from elsewhere: drawn, or loaded from any checkpoint. Local."""
 
-    def effective_weights(self) -> AbstractContextManager[None]:
+    def effective_weights(self, context: StepContext) -> AbstractContextManager[None]:
         """While it is open the parameters hold what the model computes with. Collective over all processes."""
         return contextlib.nullcontext()
 
@@ -87,6 +91,13 @@ class Plugin:
 
         What needs other ranks is decided in `on_gradients`. A step whose update is left out does not come here.
         """
+
+    def step_ended(self, context: StepContext, *, updated: bool) -> None:
+        """The step is over; without an update, what `on_gradients` prepared was not used. Local, on every rank."""
+
+    def metrics(self, context: StepContext) -> dict[str, float]:
+        """What the line of metrics says of it, the same on every rank, without waiting for the device. Local."""
+        return {}
 
     def sharded_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """Tensors for the checkpoint, by any key. Collective over all processes.
@@ -104,9 +115,9 @@ class Plugin:
 
 
 @contextlib.contextmanager
-def effective_weights(plugins: Sequence[Plugin]) -> Iterator[None]:
+def effective_weights(plugins: Sequence[Plugin], context: StepContext) -> Iterator[None]:
     """The windows of all plugins, opened in order. Collective over all processes where a plugin's is."""
     with contextlib.ExitStack() as windows:
         for plugin in plugins:
-            windows.enter_context(plugin.effective_weights())
+            windows.enter_context(plugin.effective_weights(context))
         yield

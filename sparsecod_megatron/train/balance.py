@@ -19,6 +19,7 @@ import torch
 from sparsecod_megatron.checkpoint.random_states import unchanged_random_states
 from sparsecod_megatron.model.router import StepRouter
 from sparsecod_megatron.parallel import all_reduce_sums
+from sparsecod_megatron.seams.plugin import StepContext
 from sparsecod_megatron.train.forward import Batch
 from sparsecod_megatron.train.passes import forward_backward
 from sparsecod_megatron.train.setup import Trainer
@@ -26,13 +27,14 @@ from sparsecod_megatron.train.setup import Trainer
 
 @contextmanager
 def balanced_by_step(
-    trainer: Trainer, data: Sequence[Iterator[Batch]], *, samples: int
+    trainer: Trainer, data: Sequence[Iterator[Batch]], context: StepContext, *, samples: int
 ) -> Iterator[Sequence[Iterator[Batch]]]:
     """Give every router the load of the step that is trained inside the block. Collective over all processes.
 
     Args:
         trainer: this rank's model and layout.
         data: micro-batches, one iterator a model chunk.
+        context: the step.
         samples: sequences of the step.
 
     Yields:
@@ -49,7 +51,8 @@ def balanced_by_step(
         router.counted = torch.zeros(router.num_experts, dtype=torch.float64, device=trainer.backend.device)
     try:
         with unchanged_random_states():
-            forward_backward(trainer, [iter(batches) for batches in kept], samples=samples, forward_only=True)
+            again = [iter(batches) for batches in kept]
+            forward_backward(trainer, again, context, samples=samples, forward_only=True)
         _share_loads(routers)
         yield [iter(batches) for batches in kept]
     finally:

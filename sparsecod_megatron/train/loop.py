@@ -175,7 +175,7 @@ class _Loop:
         self.profiler.end(step)
         if layers is not None and self.recorder is not None:
             self.recorder.write_statistics(step=step, tokens=self.state.consumed_tokens, layers=layers)
-        record = self._record(result, elapsed) | self._follow(result)
+        record = self._record(result, elapsed) | self._of_plugins() | self._follow(result)
         last = step == self.last_step
         if config.train.eval_interval and (_due(step, config.train.eval_interval) or last):
             record.update(self._validate())
@@ -247,6 +247,10 @@ class _Loop:
             "tflops": tokens_per_s * self.flops_per_token / dist.get_world_size() / 1e12,
             "step_time_s": elapsed,
         }
+
+    def _of_plugins(self) -> dict[str, float]:
+        context = self.trainer.context(self.state.step)
+        return {name: value for plugin in self.trainer.plugins for name, value in plugin.metrics(context).items()}
 
     def _validate(self) -> dict[str, float]:
         self.watchdog.enter(self.state.step, "validation")

@@ -7,19 +7,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from sparsecod_megatron.seams.plugin import effective_weights
+from sparsecod_megatron.parallel.weights import gather_weights
+from sparsecod_megatron.seams.plugin import StepContext, effective_weights
 from sparsecod_megatron.train.forward import Batch, make_forward_step
 from sparsecod_megatron.train.setup import Trainer
 
 
 def forward_backward(
-    trainer: Trainer, data: Sequence[Iterator[Batch]], *, samples: int, forward_only: bool
+    trainer: Trainer, data: Sequence[Iterator[Batch]], context: StepContext, *, samples: int, forward_only: bool
 ) -> torch.Tensor:
     """Forward over one global batch and, unless `forward_only`, backward. Collective over all processes.
 
     Args:
         trainer: this rank's model and layout.
         data: micro-batches, one iterator a model chunk.
+        context: where the run is.
         samples: sequences of the global batch.
         forward_only: compute no gradient; the pass keeps no activations either.
 
@@ -34,8 +36,10 @@ def forward_backward(
     )
     size, length = config.train.micro_batch_size, config.data.seq_length
     packed = config.data.reset_attention_mask
+    if any(plugin.has_window for plugin in trainer.plugins):
+        gather_weights(trainer.models)
     # Upstream's `forward_only` leaves autograd on: activations are kept, and routers count the tokens as trained on.
-    with torch.set_grad_enabled(not forward_only), effective_weights(trainer.plugins):
+    with torch.set_grad_enabled(not forward_only), effective_weights(trainer.plugins, context):
         reports = schedule(
             forward_step_func=make_forward_step(groups.cp, trainer.backend.device, mask_documents=packed),
             data_iterator=list(data),

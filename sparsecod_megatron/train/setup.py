@@ -21,7 +21,7 @@ from sparsecod_megatron.model import build_model, transformer_config, unwrap
 from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import ddp_precision_fields
 from sparsecod_megatron.seams.mechanism import configured
-from sparsecod_megatron.seams.plugin import Plugin, StepParts
+from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
 from sparsecod_megatron.train.optimizer import build_optimizer, shards_optimizer
 from sparsecod_megatron.train.schedule import build_scheduler
 
@@ -55,6 +55,10 @@ class Trainer:
     def num_microbatches(self, global_batch_size: int) -> int:
         """Forward passes of one rank in a step of `global_batch_size` sequences."""
         return global_batch_size // (self.config.train.micro_batch_size * self.groups.dp.size())
+
+    def context(self, step: int) -> StepContext:
+        """What plugins are told of a step, counted from 1."""
+        return StepContext(step, self.config.train.train_steps)
 
     @property
     def parts(self) -> dict[str, Any]:

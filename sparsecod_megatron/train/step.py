@@ -79,10 +79,10 @@ def train_step(
         model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     samples = global_batch_size or trainer.config.train.global_batch_size
-    with balanced_by_step(trainer, data, samples=samples) as batches, observing or nullcontext():
+    context = trainer.context(trainer.scheduler.num_steps + 1)
+    with balanced_by_step(trainer, data, context, samples=samples) as batches, observing or nullcontext():
         buffers = KeptBuffers(trainer.models)
-        sums = forward_backward(trainer, batches, samples=samples, forward_only=False)
-        context = StepContext(trainer.scheduler.num_steps + 1, trainer.config.train.train_steps)
+        sums = forward_backward(trainer, batches, context, samples=samples, forward_only=False)
         for plugin in trainer.plugins:
             plugin.on_gradients(context)
         # The schedule counts from 1, so that the first step of a warm-up already moves the weights.
@@ -94,6 +94,8 @@ def train_step(
         if verdict.update:
             with _after_update(trainer, context):
                 _update(trainer, found.grad_norm)
+        for plugin in trainer.plugins:
+            plugin.step_ended(context, updated=verdict.update)
     lr = nominal_lr(trainer.scheduler)
     return StepResult(samples=samples, lr=lr, verdict=verdict, **vars(found))
 
@@ -117,8 +119,9 @@ def evaluate(trainer: Trainer, data: Sequence[Iterator[Batch]], *, num_steps: in
     not gathered yet are gathered by the forward passes.
     """
     samples = trainer.config.train.global_batch_size
+    context = trainer.context(trainer.scheduler.num_steps)
     with evaluating(trainer.models):
-        sums = [forward_backward(trainer, data, samples=samples, forward_only=True) for _ in range(num_steps)]
+        sums = [forward_backward(trainer, data, context, samples=samples, forward_only=True) for _ in range(num_steps)]
     total, count = 0.0, 0
     for loss_sum, tokens_of_replicas in all_reduce_sums(torch.stack(sums)).tolist():
         tokens = round(tokens_of_replicas / trainer.groups.tp.size())

@@ -64,7 +64,7 @@ def test_norm_is_upstreams(model: tuple[str, ...]) -> None:
 
     with small_trainer(*model) as trainer:
         samples = trainer.config.train.global_batch_size
-        forward_backward(trainer, trainer_batches(trainer), samples=samples, forward_only=False)
+        forward_backward(trainer, trainer_batches(trainer), trainer.context(1), samples=samples, forward_only=False)
         trainer.optimizer.prepare_grads()
         upstream = trainer.optimizer.get_grad_norm()
         ours = squared_grad_norm(trainer.optimizer, trainer.backend.device).item() ** 0.5

@@ -1,0 +1,54 @@
+"""What a model computes with, where a mechanism stores other weights: what exports and their reference hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsecod_megatron.checkpoint.state import read_state
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.seams.mechanism import configured
+from sparsecod_megatron.seams.plugin import StepContext
+
+
+class EffectiveTensors(Mapping[str, Tensor]):
+    """Tensors by name, each computed from the stored one when it is asked for.
+
+    Args:
+        stored: every parameter under its name in a single-process GPTModel.
+        config: of the run that stored them.
+        step_dir: the checkpoint.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor], config: RunConfig, step_dir: Path) -> None:
+        self._stored, self._mechanisms, self._table = stored, configured(config), ParameterTable.of(config)
+        self._context = StepContext(read_state(step_dir).train.step, config.train.train_steps)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """On the stored tensor's device, in its type."""
+        weight = self._stored[name]
+        # Buffers, such as the router's selection bias, have no row, and no mechanism.
+        if weight.dim() < 2:
+            return weight
+        for mechanism in self._mechanisms:
+            weight = mechanism.effective_weight(self._table.find(name), weight, self._context)
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+@torch.no_grad()
+def make_effective(model: torch.nn.Module, config: RunConfig, step_dir: Path) -> None:
+    """Give the parameters of a single-process model, which hold a checkpoint's, what the run computes with. Local."""
+    parameters = dict(model.named_parameters())
+    for name, weight in EffectiveTensors(parameters, config, step_dir).items():
+        if weight is not parameters[name]:
+            parameters[name].copy_(weight)
