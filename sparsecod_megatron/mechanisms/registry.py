@@ -38,7 +38,16 @@ class Registry:
 MECHANISMS = Registry(
     places={
         "headwise_gate": "attention.headwise_gate:HeadwiseGate",
+        "cast": "weights.cast:Cast",
+        "iss": "weights.iss:Iss",
+        "journey": "weights.journey:Journey",
+        "pgf": "weights.pgf:Pgf",
+        "rigl": "weights.rigl:RigL",
+        "set": "weights.set:Set",
         "sparse_weights": "weights.sparse_weights:SparseWeights",
+        "spdf": "weights.spdf:Spdf",
+        "srste": "weights.srste:SrSte",
+        "ste": "weights.ste:Ste",
         "topk_activation": "activations.topk_activation:TopKActivation",
     },
     former_keys={("attention_output_gate", "headwise"): "headwise_gate"},

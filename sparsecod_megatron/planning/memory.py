@@ -69,18 +69,20 @@ def rank_memory(layout: Layout, stage: int) -> RankMemory:
 
 
 def _weights(layout: Layout, kinds: Kinds) -> int:
-    """In the run's dtype; matrices that are multiplied in FP8 have two FP8 copies, one transposed.
+    """In the run's dtype, and what mechanisms keep of each; what is multiplied in FP8 has two copies, one transposed.
 
     Those copies replace the bf16 one under `fp8_param_gather`. Layers kept in bf16 are counted as if they were not.
 
     Source: Transformer Engine, pytorch/tensor/float8_tensor.py (data and transpose).
     """
     precision, value = layout.config.precision, layout.bytes_per_value
+    mechanisms = configured(layout.config)
 
     def size(kind: ParameterKind) -> int:
+        own = value + sum(mechanism.weight_bytes(kind, value) for mechanism in mechanisms)
         if not (precision.fp8 and kind.fp8):
-            return value
-        return 2 if precision.fp8_param_gather else value + 2
+            return own
+        return 2 if precision.fp8_param_gather else own + 2
 
     return sum(count * layout.on_rank(kind) * size(kind) for kind, count in kinds)
 

@@ -179,6 +179,15 @@ class Mechanism:
         """Bytes that it keeps for each parameter of a kind, sharded as the optimizer's state is."""
         return 0
 
+    def weight_bytes(self, kind: ParameterKind, value_bytes: int) -> int:
+        """Bytes that it keeps for each parameter of a kind on every rank that holds it.
+
+        Args:
+            kind: of parameter.
+            value_bytes: of the weight itself.
+        """
+        return 0
+
     def made_small(self, model: ModelConfig, small: ModelConfig) -> Mechanism:
         """Its settings for a small model of the same architecture, as an audit steps it.
 

@@ -96,7 +96,7 @@ class Plugin:
         """The step is over; without an update, what `on_gradients` prepared was not used. Local, on every rank."""
 
     def metrics(self, context: StepContext) -> dict[str, float]:
-        """What the line of metrics says of it, the same on every rank, without waiting for the device. Local."""
+        """What the line of metrics says of it. Local, on the first rank at logged steps; it may wait for the device."""
         return {}
 
     def sharded_state(self, model_state: dict[str, Any]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class _Loop:
         self.profiler.end(step)
         if layers is not None and self.recorder is not None:
             self.recorder.write_statistics(step=step, tokens=self.state.consumed_tokens, layers=layers)
-        record = self._record(result, elapsed) | self._of_plugins() | self._follow(result)
+        record = self._record(result, elapsed) | self._follow(result)
         last = step == self.last_step
         if config.train.eval_interval and (_due(step, config.train.eval_interval) or last):
             record.update(self._validate())
@@ -248,10 +248,6 @@ class _Loop:
             "step_time_s": elapsed,
         }
 
-    def _of_plugins(self) -> dict[str, float]:
-        context = self.trainer.context(self.state.step)
-        return {name: value for plugin in self.trainer.plugins for name, value in plugin.metrics(context).items()}
-
     def _validate(self) -> dict[str, float]:
         self.watchdog.enter(self.state.step, "validation")
         steps = self.trainer.config.train.eval_steps
@@ -261,6 +257,9 @@ class _Loop:
     def _log(self, record: dict[str, Any]) -> None:
         if self.recorder is None:
             return
+        context = self.trainer.context(self.state.step)
+        for plugin in self.trainer.plugins:
+            record |= plugin.metrics(context)
         # JSON has no NaN.
         finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
         self.recorder.write_metrics(finite)

@@ -13,11 +13,17 @@ class Case:
         settings: overrides that switch it on, with an effect in every layer.
         neutral: overrides that switch it on without an effect; empty where none can.
         experts: whether it has an effect of its own in a mixture of experts.
+        holds_zeros: whether the weights that it counts as dead are zeros after a step of these settings.
     """
 
     settings: tuple[str, ...]
     neutral: tuple[str, ...] = ()
     experts: bool = False
+    holds_zeros: bool = True
+
+
+def _set(name: str, *settings: str) -> tuple[str, ...]:
+    return tuple(f"mechanisms.{name}.{setting}" for setting in settings)
 
 
 CASES: dict[str, Case] = {
@@ -27,13 +33,35 @@ CASES: dict[str, Case] = {
         neutral=("mechanisms.sparse_weights.density=1",),
         experts=True,
     ),
+    "rigl": Case(_set("rigl", "density=0.4", "interval=2", "stop=1"), experts=True),
+    "set": Case(_set("set", "density=0.4", "interval=2", "stop=1", "distribution=uniform")),
+    "journey": Case(
+        _set("journey", "density=0.4", "start=0", "end=0", "scope=global", "interval=1"),
+        neutral=_set("journey", "density=1"),
+        experts=True,
+    ),
+    "iss": Case(
+        _set("iss", "density=0.4", "interval=1", "freeze=1"),
+        neutral=_set("iss", "factor=1"),
+        holds_zeros=False,
+    ),
+    "spdf": Case(_set("spdf", "density=0.4", "dense_after=0.99"), holds_zeros=False),
+    "cast": Case(_set("cast", "decay=10", "rise=0.001"), neutral=_set("cast", "decay=0"), holds_zeros=False),
+    "ste": Case(_set("ste", "pattern=1:4"), holds_zeros=False),
+    "srste": Case(_set("srste", "decay=0.1"), experts=True, holds_zeros=False),
+    "pgf": Case(
+        _set("pgf", "dense_until=0", "fade=exponential"), neutral=_set("pgf", "dense_until=0.5"), holds_zeros=False
+    ),
     "topk_activation": Case(
         ("mechanisms.topk_activation.k_per_layer=[4,10,20,4]", "model.activation=relu"),
         neutral=("mechanisms.topk_activation.k=48",),
         experts=True,
     ),
 }
-TOGETHER: dict[str, tuple[str, ...]] = {"gate-masks-topk": ("headwise_gate", "sparse_weights", "topk_activation")}
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "gate-masks-topk": ("headwise_gate", "sparse_weights", "topk_activation"),
+    **{name: (name,) for name in ("rigl", "set", "journey", "iss", "spdf", "cast", "ste", "srste", "pgf")},
+}
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 
 

@@ -1,0 +1,126 @@
+"""CAST's decay: a dense model whose weights outside an n:m mask are drawn to zero by L1, inside Adam's own scaling.
+
+Every few steps the mask is made anew by magnitude; after each update what it leaves out moves towards zero by
+η λ_t / (√v̂ + ε), and stops there instead of changing its sign. λ_t rises linearly. The second moment is that of the
+loss alone, not of the sum with the decay as in the paper's AdamS. At the end what is left out is zero.
+
+The paper's scaling by rows and its distillation from the dense model are not here.
+
+Source: Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language
+Models (arXiv 2509.25996).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.fields import at_least
+from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
+from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
+from sparsecod_megatron.mechanisms.weights.engine.patterns import indivisible_groups, parsed_pattern, smallest_of_each
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece
+from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
+from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+
+
+@dataclass
+class Cast(WeightMechanism):
+    """Settings of the mechanism."""
+
+    name: ClassVar[str] = "cast"
+
+    pattern: str = "2:4"
+    """n:m along a matrix's input."""
+    interval: int = at_least(1, 10)
+    """Steps from one mask to the next."""
+    decay: float = at_least(0, 6e-5)
+    """λ at its largest."""
+    rise: float = field(default=0.5, metadata={"above": 0, "maximum": 1})
+    """Share of the steps over which λ rises from 0."""
+    harden: float = field(default=1.0, metadata={"above": 0, "maximum": 1})
+    """Share of the steps after which what the mask leaves out is zero."""
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """And groups that matrices or their shards cannot hold."""
+        yield from super().problems(config)
+        rows = [matrix.row for matrix in self.matrices(ParameterTable.of(config))]
+        yield from indivisible_groups(self.key("pattern"), self.pattern, rows, config)
+
+    def n_and_m(self) -> tuple[int, int]:
+        """The pattern."""
+        found = parsed_pattern(self.pattern)
+        assert found is not None, self.pattern
+        return found
+
+    def dead_parameters(self, table: ParameterTable) -> int:
+        """Number of weights at zero in the end."""
+        n, m = self.n_and_m()
+        return sum(matrix.size for matrix in self.matrices(table)) * (m - n) // m
+
+    def plugin(self, parts: StepParts) -> DrawnToZero:
+        """Decays, then prunes."""
+        return DrawnToZero(self, parts)
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
+        """Share of weights that are not drawn to zero."""
+        assert isinstance(plugin, DrawnToZero)
+        return LiveShare(plugin)
+
+
+class DrawnToZero(ZeroedWeights):
+    """L1 on what n:m masks leave out.
+
+    Args:
+        settings: of the run.
+        parts: what it acts on.
+    """
+
+    def __init__(self, settings: Cast, parts: StepParts) -> None:
+        super().__init__(settings, parts)
+        self._settings = settings
+
+    def is_zeroing(self, context: StepContext) -> bool:
+        """At the end."""
+        return context.step >= self._last_choice(context)
+
+    def is_due(self, context: StepContext) -> bool:
+        """Every `interval` steps, and when masks harden."""
+        last = self._last_choice(context)
+        return context.step == last or (context.step < last and (context.step - 1) % self._settings.interval == 0)
+
+    def chosen(self, context: StepContext) -> list[Tensor]:
+        """By the weights that forward passes have gathered, whose groups slices may cut. Local."""
+        n, m = self._settings.n_and_m()
+        dead = {shard.parameter: smallest_of_each(shard.parameter, n, m) for _, shard in self.places.shards}
+        return [piece.slice_of(dead[piece.shard.parameter]).clone() for piece in self.places.pieces]
+
+    def live_counts(self, context: StepContext) -> list[float]:
+        """All until masks harden."""
+        n, m = self._settings.n_and_m()
+        return [matrix.size * n / m for matrix in self.places.matrices] if self.is_zeroing(context) else self.live
+
+    def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
+        """The proximal step of λ_t |W| in the metric of Adam, or zeros."""
+        if self.is_zeroing(context):
+            super().change_weights(piece, marks, context)
+            return
+        group = next(
+            group
+            for group in piece.optimizer.param_groups
+            if any(parameter is piece.state_key for parameter in group["params"])
+        )
+        decay = self._settings.decay * min(context.progress / self._settings.rise, 1.0)
+        variance = piece.moments[1] / (1 - group["betas"][1] ** group["step"])
+        threshold = marks * (group["lr"] * decay / (variance.sqrt() + group["eps"]))
+        piece.master.copy_(torch.sign(piece.master) * (piece.master.abs() - threshold).clamp(min=0))
+
+    def _last_choice(self, context: StepContext) -> int:
+        return max(1, math.ceil(self._settings.harden * context.last_step))

@@ -1,0 +1,221 @@
+"""Marked weights: a bit for each weight where the optimizer's slice of it is, chosen at some steps, and what it means.
+
+Marks lie over all data-parallel ranks as masters and moments do, a byte for each weight, and whole in checkpoints,
+beside the weight that they belong to, so that any layout loads them. What a step chooses counts from the step's own
+gradient on, but becomes the marks only if the step has an update; else the next step chooses again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
+from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
+from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
+from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin, StepContext, StepParts
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.model.matrices import Shard
+
+COUNTERS = "counters"
+"""Key of the numbers that the checkpoint keeps beside the marks: seed, two flags, steps, Σ live weights, live ones."""
+
+
+class Marks(Plugin):
+    """Chooses marks and keeps them; a subclass says when, which, and what they do.
+
+    Args:
+        settings: of the run.
+        parts: what it acts on.
+
+    Attributes:
+        places: of the weights.
+        seed: of the run's masks; a checkpoint's is kept, whatever `train.seed` says.
+        live: number of weights of each matrix that the model computes with.
+        has_zeros: whether marked weights are zeros now.
+        flips: marks that the last choice changed, summed over all processes; None before the first.
+        is_observed: whether a statistic asks for this step's dead neurons.
+        dead_neurons: (layer, dead, all) of this rank's MLP inputs at an observed step.
+    """
+
+    def __init__(self, settings: WeightMechanism, parts: StepParts) -> None:
+        self.name = settings.name
+        self.places = Places(parts, settings.has_mask)
+        self.table, self._seq_length = ParameterTable.of(parts.config), parts.config.data.seq_length
+        self.seed = parts.config.train.seed
+        self.live: list[float] = [matrix.size for matrix in self.places.matrices]
+        self.has_zeros = False
+        self.flips: Tensor | None = None
+        self.is_observed = False
+        self.dead_neurons: list[tuple[int, Tensor, int]] = []
+        self._pending: list[Tensor] | None = None
+        self._is_owed, self._steps, self._live_steps = False, 0, 0.0
+        self._restored = False
+
+    def initial_marks(self, index: int, shard: Shard) -> Tensor | None:
+        """Of a fresh matrix's part on this rank, bool; None is none. Local."""
+        return None
+
+    def is_due(self, context: StepContext) -> bool:
+        """Whether this step chooses anew; a pure function of the step."""
+        return False
+
+    def chosen(self, context: StepContext) -> list[Tensor]:
+        """New marks of each piece, bool. Collective over all processes."""
+        raise NotImplementedError
+
+    def change_gradient(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
+        """Change the gradient of a piece, before its norm is taken. Local."""
+
+    def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
+        """Change what the optimizer has just stepped of a piece. Local."""
+
+    def is_zeroing(self, context: StepContext) -> bool:
+        """Whether this step's marks mean zeros."""
+        return True
+
+    def live_counts(self, context: StepContext) -> list[float]:
+        """Number of weights of each matrix that live once this step's choice stands."""
+        return self.live
+
+    @torch.no_grad()
+    def weights_replaced(self) -> None:
+        """Mark fresh weights; the marks of a checkpoint stay, and its weights are zero already where they must be."""
+        if not self._restored:
+            drawn = {shard.parameter: self.initial_marks(index, shard) for index, shard in self.places.shards}
+            for piece in self.places.pieces:
+                marks = drawn[piece.shard.parameter]
+                piece.marked = torch.zeros_like(piece.marked) if marks is None else piece.slice_of(marks).clone()
+                piece.master.masked_fill_(piece.marked, 0.0)
+            for parameter, marks in drawn.items():
+                if marks is not None:
+                    parameter.masked_fill_(marks, 0.0)
+            self.has_zeros = any(marks is not None for marks in drawn.values())
+
+    @torch.no_grad()
+    def on_gradients(self, context: StepContext) -> None:
+        """Choose, if it is time, and change gradients."""
+        if self.is_observed:
+            self.dead_neurons = dead_neurons(self.places)
+        self._pending = self.chosen(context) if self._is_owed or self.is_due(context) else None
+        for piece, marks in self._pieces():
+            self.change_gradient(piece, marks, context)
+
+    @torch.no_grad()
+    def after_update(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:
+        """Change masters and moments."""
+        for piece, marks in self._pieces():
+            if piece.optimizer is optimizer:
+                self.change_weights(piece, marks, context)
+
+    @torch.no_grad()
+    def step_ended(self, context: StepContext, *, updated: bool) -> None:
+        """Keep what was chosen if it was used."""
+        if self._pending is not None and updated:
+            flips = torch.zeros((), dtype=torch.int64, device=self.places.device)
+            for piece, marks in self._pieces():
+                flips += (piece.marked != marks).sum()
+                piece.marked = marks
+            self.flips = flips
+            dist.all_reduce(self.flips)
+            self.live = self.live_counts(context)
+            self.has_zeros = self.is_zeroing(context)
+        self._is_owed = self._pending is not None and not updated
+        self._pending = None
+        self._steps, self._live_steps = self._steps + 1, self._live_steps + sum(self.live)
+
+    def metrics(self, context: StepContext) -> dict[str, float]:
+        """Share of weights with a mask that live, parameters of the model that lived on average, FLOPs without dead."""
+        matrices = self.places.matrices
+        total, others = sum(matrix.size for matrix in matrices), self.table.count().total
+        # A routed expert's products are of the tokens that it gets: its share of a token's.
+        idle = sum(
+            (1 - live / matrix.size) * matrix.row.multiplied / matrix.row.copies
+            for matrix, live in zip(matrices, self.live, strict=True)
+        )
+        found = {
+            "live_share": sum(self.live) / total,
+            "mean_live_parameters": others - total + self._live_steps / max(self._steps, 1),
+            "effective_flops_per_token": flops_per_token(self.table, self._seq_length) - BACKWARD_FACTOR * 2.0 * idle,
+        }
+        return found if self.flips is None else {**found, "mask_flips": self.flips.item() / total}
+
+    def sharded_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Marks, cut as their weights are, and the counters. Collective over all processes."""
+        from megatron.core.dist_checkpointing import ShardedTensor
+        from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
+
+        shards = [shard for _, shard in self.places.shards]
+        places = get_param_id_to_sharded_param_map(model_state, [shard.parameter for shard in shards])
+        owned = {piece.shard.parameter: piece for piece in self.places.pieces}
+        state: dict[str, Any] = {}
+        for index, shard in enumerate(shards):
+            marked = torch.zeros(shard.parameter.numel(), dtype=torch.uint8, device=shard.parameter.device)
+            if (piece := owned.get(shard.parameter)) is not None:
+                marked[slice(*piece.span)] = piece.marked.to(torch.uint8)
+            group = self.places.groups.expt_dp if shard.row.split == "expert" else self.places.groups.dp_cp
+            dist.all_reduce(marked, dist.ReduceOp.MAX, group=group)
+            place = places[index]
+            dtype = {"dtype": torch.uint8} if hasattr(place, "dtype") else {}  # a factory's parts have it
+            state[shard.matrix.name] = dataclasses.replace(
+                place, key=f"{STATE_PREFIX}{self.name}.{place.key}", data=marked.view_as(shard.parameter), **dtype
+            )
+        flags = [float(self.has_zeros), float(self._is_owed)]
+        numbers = [float(self.seed), *flags, float(self._steps), self._live_steps, *self.live]
+        state[COUNTERS] = ShardedTensor.from_rank_offsets(
+            f"{STATE_PREFIX}{self.name}.{COUNTERS}",
+            torch.tensor(numbers, dtype=torch.float64),
+            replica_id=dist.get_rank(),
+        )
+        return state
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """The marks of a checkpoint, whatever was drawn."""
+        self._restored = True
+        numbers = tensors[COUNTERS].tolist()
+        self.seed, self.has_zeros, self._is_owed = round(numbers[0]), bool(numbers[1]), bool(numbers[2])
+        self._steps, self._live_steps, self.live = round(numbers[3]), numbers[4], numbers[5:]
+        for piece in self.places.pieces:
+            marks = tensors[piece.shard.matrix.name].to(piece.marked.device)
+            piece.marked = piece.slice_of(marks).bool()
+
+    def _pieces(self) -> list[tuple[Piece, Tensor]]:
+        """Each with the marks that count in this step."""
+        pieces = self.places.pieces
+        marks = [piece.marked for piece in pieces] if self._pending is None else self._pending
+        return list(zip(pieces, marks, strict=True))
+
+
+class ZeroedWeights(Marks):
+    """Marked weights are zeros, with moments of zero; one whose mark is taken away starts at zero too."""
+
+    def change_gradient(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
+        """None for what is dead before or after the step, so that neither norm nor moments see it."""
+        if self.has_zeros or self.is_zeroing(context):
+            piece.gradient.masked_fill_(self._touched(piece, marks), 0.0)
+
+    def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
+        """Only where marks change: without gradient and moments, AdamW leaves a zero where it is."""
+        if marks is not piece.marked and self.is_zeroing(context):
+            for values in (piece.master, *piece.moments):
+                values.masked_fill_(self._touched(piece, marks), 0.0)
+
+    def _touched(self, piece: Piece, marks: Tensor) -> Tensor:
+        return marks | piece.marked if self.has_zeros and marks is not piece.marked else marks
+
+
+def dead_neurons(places: Places) -> list[tuple[int, Tensor, int]]:
+    """Of each MLP input matrix on this rank, its layer, and how many of its neurons have a row of zeros. Local."""
+    found = []
+    for _, shard in places.shards:
+        if shard.row.init == "mlp_input":
+            rows = (shard.parameter.detach() == 0).all(dim=1)
+            neurons = rows.view(shard.row.stacked, -1).any(dim=0)
+            found.append((shard.matrix.layer, neurons.sum(), neurons.numel()))
+    return found

@@ -1,0 +1,65 @@
+"""Which weights compete with each other: n of m neighbours along a matrix's input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.parameters import ParameterKind
+
+
+def parsed_pattern(text: str) -> tuple[int, int] | None:
+    """(n, m) of `2:4`, or None if it is not a pattern with 1 ≤ n < m."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None:
+        return None
+    n, m = int(found[1]), int(found[2])
+    return (n, m) if 1 <= n < m else None
+
+
+def smallest_of_each(weight: Tensor, n: int, m: int) -> Tensor:
+    """True where a weight is not among the n largest magnitudes of its group; of equal ones the first is the larger.
+
+    Args:
+        weight: [out, in], `in` a multiple of m.
+        n: kept of each group.
+        m: neighbours along `in`.
+    """
+    groups = weight.detach().abs().unflatten(-1, (-1, m))
+    larger = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
+    for other in range(m):
+        rival = groups[..., other : other + 1]
+        larger[..., :other] += rival > groups[..., :other]
+        larger[..., other + 1 :] += rival >= groups[..., other + 1 :]
+    return (larger >= n).flatten(start_dim=-2)
+
+
+def indivisible_groups(key: str, pattern: str, rows: list[ParameterKind], config: RunConfig) -> Iterator[str]:
+    """The problem, if there is one, of groups that matrices or their tensor-parallel shards cannot hold.
+
+    Args:
+        key: of the pattern, for the message.
+        pattern: `n:m`.
+        rows: of the matrices.
+        config: the run.
+    """
+    found = parsed_pattern(pattern)
+    if found is None:
+        yield f"{key}: {pattern!r} is not a pattern n:m with n below m; write, for example, '2:4'"
+        return
+    parallel, seen = config.parallel, set()
+    for row in rows:
+        split = {
+            "tensor": ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size),
+            "expert": ("parallel.expert_tensor_parallel_size", parallel.expert_tensor_size),
+        }.get(row.split, ("", 1))
+        ranks = split[1] if row.dimension == 1 else 1
+        if row.shape[1] % (found[1] * ranks) and row.name not in seen:
+            seen.add(row.name)
+            shared = f" over {split[0]}={ranks}" if ranks > 1 else ""
+            inputs = f"the {row.shape[1]} inputs of {row.name}{shared}"
+            yield f"{key}: {pattern} has groups of {found[1]}, which do not divide {inputs}; change one of them"

@@ -1,0 +1,160 @@
+"""Where the weights that a method can mark are: this process's slices of them, and their places in the whole model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.seams.plugin import StepParts
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.model.matrices import Shard
+
+
+@dataclass(frozen=True)
+class WholeMatrix:
+    """A matrix of the whole model that can be marked, wherever it is.
+
+    Attributes:
+        row: of the table of parameters.
+        layer: from 0.
+        first: place in the whole model of its first weight: the number of weights before it.
+    """
+
+    row: ParameterKind
+    layer: int
+    first: int
+
+    @property
+    def size(self) -> int:
+        """Number of its weights."""
+        return math.prod(self.row.shape)
+
+
+@dataclass
+class Piece:
+    """This process's slice of a matrix: what its optimizer steps of it.
+
+    Attributes:
+        shard: the matrix's part on this rank.
+        index: of the matrix among those of the whole model.
+        master: fp32 weights of the slice, flat.
+        span: (start, end) of the slice in the flattened shard.
+        optimizer: that steps it.
+        state_key: what the optimizer keeps its moments under.
+        marked: which of them are, bool, flat.
+    """
+
+    shard: Shard
+    index: int
+    master: Tensor
+    span: tuple[int, int]
+    optimizer: torch.optim.Optimizer
+    state_key: Tensor
+    marked: Tensor
+
+    @property
+    def gradient(self) -> Tensor:
+        """Reduced over data-parallel ranks, flat: a view of their buffer."""
+        gradient: Tensor = self.shard.parameter.main_grad  # type: ignore[attr-defined]
+        return gradient.view(-1)[slice(*self.span)]
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """Both of Adam's, flat; none before the first update."""
+        state = self.optimizer.state.get(self.state_key, {})
+        return [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq") if name in state]
+
+    def slice_of(self, shard_values: Tensor) -> Tensor:
+        """The slice of something of the shard's shape, flat."""
+        return shard_values.reshape(-1)[slice(*self.span)]
+
+
+class Places:
+    """All matrices that can be marked, and what this process holds of them.
+
+    Args:
+        parts: what a plugin acts on.
+        has_mask: whether a kind of parameter in a layer can be marked.
+
+    Attributes:
+        matrices: of the whole model, the same on every process.
+        shards: of this rank, with the index of their matrix.
+        pieces: that this process steps.
+        device: of the weights.
+    """
+
+    def __init__(self, parts: StepParts, has_mask: Callable[[ParameterKind, int], bool]) -> None:
+        from sparsecod_megatron.model.matrices import matrices
+        from sparsecod_megatron.parallel.owned_slices import held_slices, working_parts
+
+        table = ParameterTable.of(parts.config)
+        self.matrices = whole_matrices(table, has_mask)
+        numbers = _numbers(table, has_mask)
+        self.shards: list[tuple[int, Shard]] = [
+            (numbers[shard.matrix.layer, shard.row.name] + _expert(shard), shard)
+            for model in parts.models
+            for shard in matrices(model, table, parts.groups)
+            if (shard.matrix.layer, shard.row.name) in numbers
+        ]
+        self.device = next(parts.models[0].parameters()).device
+        self.groups = parts.groups
+        here = {shard.parameter: (index, shard) for index, shard in self.shards}
+        self.pieces = [
+            Piece(
+                shard=here[parameter][1],
+                index=here[parameter][0],
+                master=master.view(-1),
+                span=span,
+                optimizer=part.optimizer,
+                state_key=master,
+                marked=torch.zeros(master.numel(), dtype=torch.bool, device=master.device),
+            )
+            for part in working_parts(parts.optimizer)
+            for parameter, master, span in held_slices(part, parts.groups)
+            if parameter in here
+        ]
+
+    def positions(self, number: int) -> Tensor:
+        """Place in the whole model of each weight of a piece, int64, flat."""
+        piece = self.pieces[number]
+        matrix = self.matrices[piece.index]
+        whole = torch.arange(matrix.size, device=self.device).view(matrix.row.shape)
+        return piece.slice_of(piece.shard.cut(whole)) + matrix.first
+
+    def counts(self, numbers: Sequence[int]) -> Tensor:
+        """One number a row, as `selection.largest` takes them."""
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def whole_matrices(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> list[WholeMatrix]:
+    """All that can be marked, layer by layer; each expert's is one of its own. Local, the same everywhere."""
+    found: list[WholeMatrix] = []
+    first = 0
+    for layer in range(table.model.num_layers):
+        for row in table.layer(layer):
+            for _ in range(row.copies if has_mask(row, layer) else 0):
+                found.append(WholeMatrix(row, layer, first))
+                first += found[-1].size
+    return found
+
+
+def _numbers(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> dict[tuple[int, str], int]:
+    """Index of the first matrix of each kind and layer."""
+    numbers: dict[tuple[int, str], int] = {}
+    for index, matrix in enumerate(whole_matrices(table, has_mask)):
+        numbers.setdefault((matrix.layer, matrix.row.name), index)
+    return numbers
+
+
+def _expert(shard: Shard) -> int:
+    """Counted over all ranks; 0 of what is not an expert's."""
+    found = re.search(r"\.experts\.(\d+)\.", shard.matrix.name)
+    return int(found[1]) if found else 0

@@ -1,0 +1,148 @@
+"""Weights that the model computes with and the optimizer never sees: the latent ones stand again when the pass is over.
+
+While the window is open the parameters hold W ⊙ m (or W ⊙ (m + (1 − m) β)), so that every kernel, fused or not, takes
+its products and gradients with them; `main_grad` is then the gradient of what was computed with. Outside of it
+checkpoint, optimizer and statistics see W. Masks follow from W, which every data-parallel rank holds alike, so nothing
+is kept and nothing communicated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.mechanisms.weights.engine.patterns import smallest_of_each
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
+from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+
+
+class WindowSettings(Protocol):
+    """What a window asks its mechanism; it asks at every pass, because a step may have other answers."""
+
+    name: ClassVar[str]
+
+    def has_mask(self, kind: ParameterKind, layer: int) -> bool:
+        """As `WeightMechanism.has_mask`."""
+
+    def n_and_m(self, context: StepContext) -> tuple[int, int]:
+        """The pattern of a step; n = m is dense."""
+
+    def dead_factor(self, context: StepContext) -> float:
+        """What the model multiplies a masked weight by."""
+
+
+class MaskedWindow(Plugin):
+    """n:m masks by magnitude, made anew for every pass; a subclass may change gradients.
+
+    Args:
+        settings: of the run.
+        parts: what it acts on.
+
+    Attributes:
+        places: of the weights.
+        flips: (layer, changed, all) of this rank's masks between the last two steps.
+    """
+
+    has_window: ClassVar[bool] = True
+
+    def __init__(self, settings: WindowSettings, parts: StepParts) -> None:
+        self.name, self.settings = settings.name, settings
+        self.places = Places(parts, settings.has_mask)
+        self.table, self._seq_length = ParameterTable.of(parts.config), parts.config.data.seq_length
+        self.masks: dict[torch.nn.Parameter, Tensor] = {}
+        self.flips: list[tuple[int, Tensor, int]] = []
+        self.is_observed = False
+
+    def change_gradient(self, piece: Piece, dead: Tensor, context: StepContext) -> None:
+        """Change the gradient of a piece, whose master holds latent weights. Local.
+
+        Args:
+            piece: of a matrix.
+            dead: which of its weights the mask leaves out, bool, flat.
+            context: the step.
+        """
+
+    @contextlib.contextmanager
+    def effective_weights(self, context: StepContext) -> Iterator[None]:
+        """Put the masks on, and the latent weights back. Local."""
+        n, m = self.settings.n_and_m(context)
+        if n == m:
+            self.masks = {}
+            yield
+            return
+        factor, latent = self.settings.dead_factor(context), {}
+        with torch.no_grad():
+            before, self.masks = self.masks, {}
+            for _, shard in self.places.shards:
+                parameter = shard.parameter
+                latent[parameter] = parameter.detach().clone()
+                dead = self.masks[parameter] = smallest_of_each(parameter, n, m)
+                parameter.copy_(masked(parameter, dead, factor))
+            if self.is_observed:
+                self._count_flips(before)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in latent.items():
+                    parameter.copy_(weight)
+
+    @torch.no_grad()
+    def on_gradients(self, context: StepContext) -> None:
+        """Change the gradient where the mask of the pass says so."""
+        for piece in self.places.pieces if self.masks else ():
+            self.change_gradient(piece, piece.slice_of(self.masks[piece.shard.parameter]), context)
+
+    def metrics(self, context: StepContext) -> dict[str, float]:
+        """Share of weights with a mask that the model computes with, and FLOPs without the others."""
+        n, m = self.settings.n_and_m(context)
+        idle = (1 - n / m) * sum(matrix.row.multiplied / matrix.row.copies for matrix in self.places.matrices)
+        flops = flops_per_token(self.table, self._seq_length) - BACKWARD_FACTOR * 2.0 * idle
+        return {"live_share": n / m, "effective_flops_per_token": flops}
+
+    def _count_flips(self, before: dict[torch.nn.Parameter, Tensor]) -> None:
+        self.flips = [
+            (shard.matrix.layer, (before[shard.parameter] != self.masks[shard.parameter]).sum(), dead.numel())
+            for _, shard in self.places.shards
+            if (dead := before.get(shard.parameter)) is not None
+        ]
+
+
+def masked(weight: Tensor, dead: Tensor, factor: float) -> Tensor:
+    """The weight with what is dead multiplied by a factor."""
+    return torch.where(dead, weight * factor, weight)
+
+
+class FlipShare:
+    """mask_flips: share of the layer's mask that differs from the pass before.
+
+    Args:
+        window: of this process.
+    """
+
+    names: tuple[str, ...] = ("mask_flips",)
+    maxima: tuple[str, ...] = ()
+
+    def __init__(self, window: MaskedWindow) -> None:
+        self._window = window
+
+    @contextlib.contextmanager
+    def collecting(self, sums: object) -> Iterator[None]:
+        """Compare the masks of passes inside the block with those before it. Local; data-parallel ranks count alike."""
+        self._window.is_observed = True
+        try:
+            yield
+        finally:
+            self._window.is_observed = False
+        for layer, flips, count in self._window.flips:
+            sums.add(layer, "mask_flips", flips, count)  # type: ignore[attr-defined]
+
+    def statistics(self, means: dict[str, float]) -> dict[str, float | list[float]]:
+        """One layer's statistics; none before the second pass."""
+        return {"mask_flips": means["mask_flips"]} if "mask_flips" in means else {}

@@ -1,0 +1,91 @@
+"""ISS: the weights that would be pruned shrink a little with every update instead, and may come back, until a freeze.
+
+The smallest of each matrix, chosen again every few steps, are multiplied by a factor after the optimizer's step; the
+model stays dense. From the freeze on the smallest are zeros.
+
+Source: Wang et al., Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution (arXiv 2303.09650), ISS-P;
+its length and its factor are for images, and how often the choice is made is ours (theirs: every step).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparsecod_megatron.config.fields import at_least
+from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
+from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece
+from sparsecod_megatron.mechanisms.weights.engine.selection import largest, magnitude_keys
+from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
+from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+
+
+@dataclass
+class Iss(CountedMechanism):
+    """Settings of the mechanism."""
+
+    name: ClassVar[str] = "iss"
+
+    factor: float = field(default=0.95, metadata={"above": 0, "maximum": 1})
+    """What the smallest weights are multiplied by after each update."""
+    interval: int = at_least(1, 10)
+    """Steps from one choice to the next."""
+    freeze: float = field(default=0.5, metadata={"above": 0, "maximum": 1})
+    """Share of the steps after which the smallest are zeros for good."""
+
+    def plugin(self, parts: StepParts) -> SoftMasks:
+        """Shrinks, then prunes."""
+        return SoftMasks(self, parts)
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
+        """Share of weights with a mask that do not shrink, or that live."""
+        assert isinstance(plugin, SoftMasks)
+        return LiveShare(plugin)
+
+
+class SoftMasks(ZeroedWeights):
+    """The smallest shrink, then die.
+
+    Args:
+        settings: of the run.
+        parts: what it acts on.
+    """
+
+    def __init__(self, settings: Iss, parts: StepParts) -> None:
+        super().__init__(settings, parts)
+        self._settings, self._counts = settings, settings.live_counts(self.table)
+
+    def is_zeroing(self, context: StepContext) -> bool:
+        """From the freeze on."""
+        return context.step >= self._last_choice(context)
+
+    def is_due(self, context: StepContext) -> bool:
+        """Every `interval` steps, and at the freeze."""
+        last = self._last_choice(context)
+        return context.step == last or (context.step < last and (context.step - 1) % self._settings.interval == 0)
+
+    def chosen(self, context: StepContext) -> list[Tensor]:
+        """The smallest of each matrix. Collective over all processes."""
+        pieces = self.places.pieces
+        keys = [magnitude_keys(piece.master) for piece in pieces]
+        rows, counts = [piece.index for piece in pieces], self.places.counts(self._counts)
+        return [~large for large in largest(keys, rows, counts, self.places.positions)]
+
+    def live_counts(self, context: StepContext) -> list[float]:
+        """All until the freeze."""
+        return [float(count) for count in self._counts] if self.is_zeroing(context) else self.live
+
+    def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
+        """Shrink what is marked, or zero it."""
+        if self.is_zeroing(context):
+            super().change_weights(piece, marks, context)
+        else:
+            piece.master.mul_(1 - (1 - self._settings.factor) * marks)
+
+    def _last_choice(self, context: StepContext) -> int:
+        return max(1, math.ceil(self._settings.freeze * context.last_step))

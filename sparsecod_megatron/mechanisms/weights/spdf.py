@@ -1,0 +1,87 @@
+"""SPDF: sparse pretraining, dense fine-tuning; a random mask that is taken away at a share of the steps.
+
+The revived weights start at zero with moments of zero, while Adam's bias correction is that of a late step: for a
+constant gradient the k-th update after the switch is (1 − β1^k) / √(1 − β2^k) of the learning rate, at most 1.10 with
+β = (0.9, 0.95), but 6.6 with β2 = 0.999.
+
+Source: Thangarasa et al., SPDF: Sparse Pre-training and Dense Fine-tuning (arXiv 2303.10464).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
+from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
+from sparsecod_megatron.mechanisms.weights.sparse_weights import RandomMasks
+from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+
+LARGEST_BETA2 = 0.99
+"""Above it updates after the switch exceed the learning rate by more than 2.2."""
+
+
+@dataclass
+class Spdf(CountedMechanism):
+    """Settings of the mechanism."""
+
+    name: ClassVar[str] = "spdf"
+
+    density: float = field(default=0.25, metadata={"above": 0, "maximum": 1})
+    """Share of weights that live in the sparse steps, of all matrices with masks."""
+    dense_after: float = field(default=0.8, metadata={"above": 0, "below": 1})
+    """Share of the steps after which all weights are trained."""
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """And moments that forget too slowly for weights that begin late."""
+        yield from super().problems(config)
+        if (beta := config.optimizer.adam_beta2) > LARGEST_BETA2:
+            yield (
+                f"optimizer.adam_beta2: {beta} with {self.key('dense_after')}: revived weights would move by several "
+                f"times the learning rate; lower it to {LARGEST_BETA2} or below"
+            )
+
+    def dead_parameters(self, table: ParameterTable) -> int:
+        """None in the end."""
+        return 0
+
+    def plugin(self, parts: StepParts) -> RandomMasks:
+        """Holds the dead weights at zero, for a time."""
+        return LiftedMasks(self, parts)
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
+        """Share of weights with a mask that live."""
+        assert isinstance(plugin, LiftedMasks)
+        return LiveShare(plugin)
+
+
+class LiftedMasks(RandomMasks):
+    """Random masks until a step.
+
+    Args:
+        settings: of the run.
+        parts: what it acts on.
+    """
+
+    def __init__(self, settings: Spdf, parts: StepParts) -> None:
+        super().__init__(settings, parts)
+        self._dense_after = settings.dense_after
+
+    def is_due(self, context: StepContext) -> bool:
+        """Once: the last sparse step takes the masks away."""
+        return context.step == max(1, math.ceil(self._dense_after * context.last_step))
+
+    def chosen(self, context: StepContext) -> list[Tensor]:
+        """None."""
+        return [torch.zeros_like(piece.marked) for piece in self.places.pieces]
+
+    def live_counts(self, context: StepContext) -> list[float]:
+        """All."""
+        return [matrix.size for matrix in self.places.matrices]
