@@ -63,6 +63,8 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("rigl", "set", "journey", "iss", "spdf", "cast", "ste", "srste", "pgf")},
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
+EVERYWHERE = ("gate-masks-topk", "rigl", "srste")
+"""Runs that are tried in every layout, one for each way to act on weights: the others act through the same code."""
 
 
 def settings(names: tuple[str, ...]) -> tuple[str, ...]:

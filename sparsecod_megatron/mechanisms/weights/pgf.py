@@ -58,7 +58,7 @@ class Pgf(Ste):
         assert found is not None, self.pattern
         n, m = found
         halves = [m >> power for power in range(1, m.bit_length())]
-        return [*dict.fromkeys([m - 1, *(half for half in halves if n < half < m - 1)])][: m - n] + [n] * (n < m - 1)
+        return [*dict.fromkeys([m - 1, *(half for half in halves if n < half < m - 1), n])]
 
     def way(self, context: StepContext) -> float:
         """How far the run is from the dense phase to the binary one: below 0, 0 to 1, 1."""

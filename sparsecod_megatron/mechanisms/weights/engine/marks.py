@@ -41,7 +41,7 @@ class Marks(Plugin):
         has_zeros: whether marked weights are zeros now.
         flips: marks that the last choice changed, summed over all processes; None before the first.
         is_observed: whether a statistic asks for this step's dead neurons.
-        dead_neurons: (layer, dead, all) of this rank's MLP inputs at an observed step.
+        dead_neurons: (layer, dead, all) of the MLP inputs that this rank counts, at an observed step.
     """
 
     def __init__(self, settings: WeightMechanism, parts: StepParts) -> None:
@@ -213,7 +213,7 @@ class ZeroedWeights(Marks):
 def dead_neurons(places: Places) -> list[tuple[int, Tensor, int]]:
     """Of each MLP input matrix on this rank, its layer, and how many of its neurons have a row of zeros. Local."""
     found = []
-    for _, shard in places.shards:
+    for shard in places.counted_shards():
         if shard.row.init == "mlp_input":
             rows = (shard.parameter.detach() == 0).all(dim=1)
             neurons = rows.view(shard.row.stacked, -1).any(dim=0)

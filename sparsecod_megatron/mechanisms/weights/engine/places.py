@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,6 +128,13 @@ class Places:
         matrix = self.matrices[piece.index]
         whole = torch.arange(matrix.size, device=self.device).view(matrix.row.shape)
         return piece.slice_of(piece.shard.cut(whole)) + matrix.first
+
+    def counted_shards(self) -> Iterator[Shard]:
+        """Shards of this rank that no other data-parallel rank counts: sums over all processes have each once."""
+        for _, shard in self.shards:
+            group = self.groups.expt_dp if shard.row.split == "expert" else self.groups.dp_cp
+            if group.rank() == 0:
+                yield shard
 
     def counts(self, numbers: Sequence[int]) -> Tensor:
         """One number a row, as `selection.largest` takes them."""

@@ -46,7 +46,7 @@ class MaskedWindow(Plugin):
 
     Attributes:
         places: of the weights.
-        flips: (layer, changed, all) of this rank's masks between the last two steps.
+        flips: (layer, changed, all) between the last two passes, of the masks that this rank counts.
     """
 
     has_window: ClassVar[bool] = True
@@ -108,8 +108,8 @@ class MaskedWindow(Plugin):
 
     def _count_flips(self, before: dict[torch.nn.Parameter, Tensor]) -> None:
         self.flips = [
-            (shard.matrix.layer, (before[shard.parameter] != self.masks[shard.parameter]).sum(), dead.numel())
-            for _, shard in self.places.shards
+            (shard.matrix.layer, (dead != self.masks[shard.parameter]).sum(), dead.numel())
+            for shard in self.places.counted_shards()
             if (dead := before.get(shard.parameter)) is not None
         ]
 
@@ -134,7 +134,7 @@ class FlipShare:
 
     @contextlib.contextmanager
     def collecting(self, sums: object) -> Iterator[None]:
-        """Compare the masks of passes inside the block with those before it. Local; data-parallel ranks count alike."""
+        """Compare the masks of the last pass inside the block with those of the pass before it. Local."""
         self._window.is_observed = True
         try:
             yield
