@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,20 +23,24 @@ class EffectiveTensors(Mapping[str, Tensor]):
         stored: every parameter under its name in a single-process GPTModel.
         config: of the run that stored them.
         step_dir: the checkpoint.
+
+    Attributes:
+        context: its step.
     """
 
     def __init__(self, stored: Mapping[str, Tensor], config: RunConfig, step_dir: Path) -> None:
         self._stored, self._mechanisms, self._table = stored, configured(config), ParameterTable.of(config)
-        self._context = StepContext(read_state(step_dir).train.step, config.train.train_steps)
+        self.context = StepContext(read_state(step_dir).train.step, config.train.train_steps)
 
     def __getitem__(self, name: str) -> Tensor:
         """On the stored tensor's device, in its type."""
         weight = self._stored[name]
-        # Buffers, such as the router's selection bias, have no row, and no mechanism.
-        if weight.dim() < 2:
+        found = re.search(r"decoder\.layers\.(\d+)\.", name)
+        # Buffers, such as the router's selection bias, have no row in the table, and no mechanism.
+        if found is None or weight.dim() < 2:
             return weight
         for mechanism in self._mechanisms:
-            weight = mechanism.effective_weight(self._table.find(name), weight, self._context)
+            weight = mechanism.effective_weight(self._table.find(name), int(found[1]), weight, self.context)
         return weight
 
     def __iter__(self) -> Iterator[str]:

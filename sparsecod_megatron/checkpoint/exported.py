@@ -8,6 +8,7 @@ import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.checkpoint.effective import EffectiveTensors
+from sparsecod_megatron.checkpoint.exported_sparsity import write_sparsity
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
 from sparsecod_megatron.config import RunConfig
@@ -54,8 +55,12 @@ def export_checkpoint(
     """
     found: list[Verification] = []
     with streamed_checkpoint(path, digests=digests) as source:
+        tensors = EffectiveTensors(source.tensors, source.config, source.step_dir)
 
         def check(folder: Path) -> None:
+            write_sparsity(source.config, tensors.context, folder)
+            if not verify:
+                return
             verification = verify_checkpoint(
                 source.step_dir,
                 source.config,
@@ -71,7 +76,7 @@ def export_checkpoint(
             _require_plain(source.config)
         export_model(
             source.config.model,
-            EffectiveTensors(source.tensors, source.config, source.step_dir),
+            tensors,
             output,
             mechanisms=configured(source.config),
             seq_length=source.config.data.seq_length,
@@ -79,7 +84,7 @@ def export_checkpoint(
             tokenizer_dir=source.tokenizer_dir,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
-            check=check if verify else None,
+            check=check,
         )
     return found[0] if found else None
 

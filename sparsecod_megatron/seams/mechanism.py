@@ -136,6 +136,10 @@ class Mechanism:
         """Number of parameters that it holds at zero."""
         return 0
 
+    def zero_pattern(self, context: StepContext) -> tuple[int, int] | None:
+        """(n, m) where at most n of any m neighbours along a matrix's input are not zero in what is exported."""
+        return None
+
     def layers_differ(self, model: ModelConfig) -> bool:
         """Whether it gives layers of one kind different parameters, so that checkpoints cannot stack them."""
         return False
@@ -152,11 +156,12 @@ class Mechanism:
         """What acts inside the step of this rank. Collective over all processes."""
         return None
 
-    def effective_weight(self, kind: ParameterKind, weight: Tensor, context: StepContext) -> Tensor:
-        """What the model computes with in place of a stored weight: what is exported.
+    def effective_weight(self, kind: ParameterKind, layer: int, weight: Tensor, context: StepContext) -> Tensor:
+        """What the model computes with in place of a stored weight of a layer: what is exported.
 
         Args:
             kind: of parameter.
+            layer: from 0.
             weight: as a checkpoint holds it, one copy, whole.
             context: the step of the checkpoint.
         """

@@ -65,6 +65,14 @@ class Cast(WeightMechanism):
         n, m = self.n_and_m()
         return sum(matrix.size for matrix in self.matrices(table)) * (m - n) // m
 
+    def last_choice(self, context: StepContext) -> int:
+        """The step at which masks harden."""
+        return max(1, math.ceil(self.harden * context.last_step))
+
+    def zero_pattern(self, context: StepContext) -> tuple[int, int] | None:
+        """Once masks have hardened."""
+        return self.n_and_m() if context.step >= self.last_choice(context) else None
+
     def plugin(self, parts: StepParts) -> DrawnToZero:
         """Decays, then prunes."""
         return DrawnToZero(self, parts)
@@ -89,11 +97,11 @@ class DrawnToZero(ZeroedWeights):
 
     def is_zeroing(self, context: StepContext) -> bool:
         """At the end."""
-        return context.step >= self._last_choice(context)
+        return context.step >= self._settings.last_choice(context)
 
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps, and when masks harden."""
-        last = self._last_choice(context)
+        last = self._settings.last_choice(context)
         return context.step == last or (context.step < last and (context.step - 1) % self._settings.interval == 0)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
@@ -121,6 +129,3 @@ class DrawnToZero(ZeroedWeights):
         variance = piece.moments[1] / (1 - group["betas"][1] ** group["step"])
         threshold = marks * (group["lr"] * decay / (variance.sqrt() + group["eps"]))
         piece.master.copy_(torch.sign(piece.master) * (piece.master.abs() - threshold).clamp(min=0))
-
-    def _last_choice(self, context: StepContext) -> int:
-        return max(1, math.ceil(self._settings.harden * context.last_step))

@@ -56,6 +56,11 @@ class Ste(WeightMechanism):
         n, m = self.n_and_m(StepContext(1, 1))
         return sum(matrix.size for matrix in self.matrices(table)) * (m - n) // m
 
+    def zero_pattern(self, context: StepContext) -> tuple[int, int] | None:
+        """The step's, unless the model still computes with all."""
+        n, m = self.n_and_m(context)
+        return None if n == m or self.dead_factor(context) else (n, m)
+
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """Masks are made for each pass."""
         return 0
@@ -64,10 +69,10 @@ class Ste(WeightMechanism):
         """Latent weights and mask, while the model computes with others."""
         return value_bytes + MASK_BYTES if self.marks(kind) else 0
 
-    def effective_weight(self, kind: ParameterKind, weight: Tensor, context: StepContext) -> Tensor:
+    def effective_weight(self, kind: ParameterKind, layer: int, weight: Tensor, context: StepContext) -> Tensor:
         """The masked weight; of what may have no mask the weight itself."""
         n, m = self.n_and_m(context)
-        if n == m or not self.marks(kind):
+        if n == m or not self.has_mask(kind, layer):
             return weight
         return masked(weight, smallest_of_each(weight, n, m), self.dead_factor(context))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -339,3 +341,34 @@ def test_refused_in_one_line(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS)
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_is_exported_is_what_the_model_computes(tmp_path: Path) -> None:
+    """The loss of the files' model is the run's own, inside its window; the sidecar says what is zero in them."""
+    from transformers import AutoModelForCausalLM
+
+    from sparsecod_megatron.checkpoint.exported import export_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
+    from sparsecod_megatron.train.step import evaluate, train_step
+
+    with small_trainer(STEPS, "mechanisms.srste.skip_layers=[1]", "model.init_method_std=0.2") as trainer:
+        data = trainer_batches(trainer)
+        train_step(trainer, data)
+        saved = save_checkpoint(tmp_path, state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
+        batches = [next(data[0]) for _ in range(2)]
+        ours = evaluate(trainer, [iter(batches)], num_steps=1)
+        assert all(bool(weight.any()) for weight in trainer.models[0].parameters())
+    export_checkpoint(saved, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    losses = []
+    for batch in batches:
+        logits = model(batch["tokens"]).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).item())
+    assert np.mean(losses) == pytest.approx(ours, rel=1e-5)
+    sidecar = json.loads((tmp_path / "hf" / "sparsity.json").read_text())
+    assert sidecar["pattern"] == "2:4" and sidecar["mechanisms"]["srste"]["skip_layers"] == [1]
+    assert set(sidecar["live_share"].values()) == {0.5}
+    assert {int(name.split(".")[2]) for name in sidecar["live_share"]} == {0, 2}
+    weights = dict(model.named_parameters())
+    assert all(int((weights[name] == 0).sum()) * 2 == weights[name].numel() for name in sidecar["live_share"])

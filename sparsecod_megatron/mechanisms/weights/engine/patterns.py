@@ -38,6 +38,17 @@ def smallest_of_each(weight: Tensor, n: int, m: int) -> Tensor:
     return (larger >= n).flatten(start_dim=-2)
 
 
+def exceeding_groups(weight: Tensor, n: int, m: int) -> int:
+    """Number of groups with more than n live weights.
+
+    Args:
+        weight: [out, in], `in` a multiple of m.
+        n: allowed in each group.
+        m: neighbours along `in`.
+    """
+    return int(((weight.unflatten(-1, (-1, m)) != 0).sum(-1) > n).sum())
+
+
 def indivisible_groups(key: str, pattern: str, rows: list[ParameterKind], config: RunConfig) -> Iterator[str]:
     """The problem, if there is one, of groups that matrices or their tensor-parallel shards cannot hold.
 
