@@ -38,7 +38,7 @@ def load_tokenizer(source: Path, *, vocab_size: int) -> Any:
         raise
     except (
         BaseException
-    ) as error:  # the readers behind it raise nothing narrower; a panic of tokenizers is no Exception
+    ) as error:  # the readers behind it raise nothing narrower; a panic of tokenizers is not an Exception
         raise ConversionError(
             f"{source}: AutoTokenizer cannot load it ({first_line(error)}); give a HuggingFace tokenizer directory"
         ) from error

@@ -1,6 +1,6 @@
 """CAST's decay: a dense model whose weights outside an n:m mask are drawn to zero by L1, inside Adam's own scaling.
 
-Every few steps the mask is made anew by magnitude; after each update what it leaves out moves towards zero by
+Every few steps the mask is chosen again by magnitude; after each update what it leaves out moves towards zero by
 η λ_t / (√v̂ + ε), and stops there instead of changing its sign. λ_t rises linearly. The second moment is that of the
 loss alone, not of the sum with the decay as in the paper's AdamS. At the end what is left out is zero.
 

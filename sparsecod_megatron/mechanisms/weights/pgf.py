@@ -37,7 +37,7 @@ class Pgf(Ste):
     fade: str = choice("linear", "exponential")
     """How β falls in `mdgf`: 1 − u, or exp(−rate · u), u from 0 to 1 between the phases."""
     rate: float = above(0, 5.0)
-    """Of `exponential`."""
+    """How fast `exponential` falls."""
     gradient: str = choice("chain", "ste")
     """`chain`: of a masked weight β times the gradient. `ste`: the whole."""
     dense_until: float = field(default=0.1, metadata={"minimum": 0, "below": 1})

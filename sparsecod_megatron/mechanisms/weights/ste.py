@@ -1,7 +1,7 @@
 """n:m sparsity, straight through: the model computes with the n largest of each m, and all weights learn.
 
 The gradient is that of the masked weights, and every latent weight takes it as its own, so that a weight that is left
-out goes on moving and may come back.
+out continues to move and may come back.
 
 Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons (arXiv 1308.3432); as the baseline
 of Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch (arXiv 2102.04010).

@@ -63,7 +63,7 @@ class Marks(Plugin):
         return None
 
     def is_due(self, context: StepContext) -> bool:
-        """Whether this step chooses anew; a pure function of the step."""
+        """Whether this step chooses again; a pure function of the step."""
         return False
 
     def chosen(self, context: StepContext) -> list[Tensor]:

@@ -38,7 +38,7 @@ class WindowSettings(Protocol):
 
 
 class MaskedWindow(Plugin):
-    """n:m masks by magnitude, made anew for every pass; a subclass may change gradients.
+    """n:m masks by magnitude, made afresh for every pass; a subclass may change gradients.
 
     Args:
         settings: of the run.
