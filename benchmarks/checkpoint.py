@@ -64,8 +64,8 @@ def main() -> None:
         for step in range(1, args.saves + 2):
             for name, section in WAYS.items():
                 train_step(trainer, [iter([batch, batch])])
-                parts = trainer.parts | {"config": replace(config, checkpoint=section)}
-                with CheckpointSaver(Path(folder) / name, **parts) as saver:
+                parts = replace(trainer, config=replace(config, checkpoint=section))
+                with CheckpointSaver(Path(folder) / name, parts) as saver:
                     began = time.perf_counter()
                     directory = saver.save(TrainState(step=step))
                     blocked = time.perf_counter() - began

@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
     config = load_config(None, [*shape.overrides, "precision.dtype=fp32"])
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         trainer = build_trainer(config, backend, groups)
-        save_checkpoint(folder, state=TrainState(), **trainer.parts)
+        save_checkpoint(folder, trainer, state=TrainState())
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype, *, digests: bool) -> None:

@@ -49,13 +49,13 @@ def measure(row: Row, small: RunConfig, backend: Backend, checkpoints: Path) -> 
         if not row.mechanism.startswith("resume"):
             _finish(trainer, state, found)
             return found
-        directory = save_checkpoint(checkpoints, state=state, **trainer.parts)
+        directory = save_checkpoint(checkpoints, trainer, state=state)
     # Other fresh weights, so that what continues can only come from the checkpoint.
     config = replace(config, train=replace(config.train, seed=config.train.seed + 1))
     if row.mechanism == "resume-as-dp":
         config = replace(config, parallel=REFERENCE.parallel)
     with _trainer(config, backend) as trainer:
-        _finish(trainer, load_checkpoint(directory, **trainer.parts), found)
+        _finish(trainer, load_checkpoint(directory, trainer), found)
     return found
 
 

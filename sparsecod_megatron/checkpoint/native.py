@@ -16,8 +16,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -30,69 +28,50 @@ from sparsecod_megatron.checkpoint.fp8_state import (
 )
 from sparsecod_megatron.checkpoint.invariants import require_digests, require_own_masters
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, check_files
+from sparsecod_megatron.checkpoint.mechanism_state import (
+    check_meaning,
+    plugin_state,
+    plugins_to_restore,
+    restore_plugins,
+)
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_tensors, set_optimizer_tensors
+from sparsecod_megatron.checkpoint.parts import ModelParts, TrainingParts
 from sparsecod_megatron.checkpoint.random_states import restore_random_states
 from sparsecod_megatron.checkpoint.sharded import pieces, sharded_leaves
 from sparsecod_megatron.checkpoint.state import TrainState, check_same_model, layout_of, read_state, saved_config
-from sparsecod_megatron.checkpoint.stream import NOT_WEIGHTS
+from sparsecod_megatron.checkpoint.stream import NOT_WEIGHTS, stored_metadata
 from sparsecod_megatron.checkpoint.untrusted import read_metadata, tensors_only
-from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.model_keys import model_differences
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.model import unwrap
 from sparsecod_megatron.parallel.weights import gather_weights
-from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin
+from sparsecod_megatron.seams.plugin import Plugin
 
 logger = logging.getLogger("sparsecod")
-PLUGINS = "mechanisms"
-"""The part of the state that belongs neither to a model nor to the optimizer."""
 
 
-def sharded_state(
-    models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    groups: ProcessGroupCollection,
-    plugins: Sequence[Plugin] = (),
-) -> ShardedStateDict:
-    """This rank's part of weights and optimizer, and of mechanisms' state, to be saved. Collective over all processes.
+def sharded_state(parts: ModelParts) -> ShardedStateDict:
+    """This rank's part of weights and, in training, optimizer and mechanisms' state, to be saved.
 
-    Args:
-        models: model chunks of this rank, wrapped or not.
-        optimizer: optimizer of the models; None saves the weights alone.
-        groups: the run's process groups.
-        plugins: of the run's mechanisms.
+    Collective over all processes.
     """
-    gather_weights(models)
-    weights = model_sharded_state(models, groups)
-    sharded = weights | _plugin_state(plugins, weights)
-    if optimizer is None:
-        return sharded
+    gather_weights(parts.models)
+    weights = model_sharded_state(parts.models, parts.groups)
+    if not isinstance(parts, TrainingParts):
+        return weights
+    sharded = weights | plugin_state(parts.plugins, weights)
     # Data-parallel rank 0 has gathered the others' parts; they write none.
-    tensors = optimizer_tensors(optimizer, weights, metadata=_metadata(groups), is_loading=False)
+    tensors = optimizer_tensors(parts.optimizer, weights, metadata=_metadata(parts.groups), is_loading=False)
     tensors = {index: part for index, part in tensors.items() if part}
     return sharded | ({"optimizer": tensors} if tensors else {})
 
 
-def load_latest(
-    candidates: Sequence[Path],
-    *,
-    config: RunConfig,
-    models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    groups: ProcessGroupCollection,
-    plugins: Sequence[Plugin] = (),
-) -> TrainState:
+def load_latest(candidates: Sequence[Path], parts: TrainingParts) -> TrainState:
     """Continue from the first of `candidates` that is not damaged. Collective over all processes.
 
     Args:
         candidates: step directories, the preferred one first (`paths.resume_candidates`).
-        config: must describe the same model.
-        models: model chunks of this rank, wrapped or not.
-        optimizer: optimizer of the models.
-        scheduler: learning-rate schedule.
-        groups: the run's process groups.
-        plugins: of the run's mechanisms.
+        parts: of the run, whose configuration must describe the same model.
 
     Raises:
         CheckpointError: all are damaged, or one is of another model.
@@ -100,15 +79,7 @@ def load_latest(
     damages: list[str] = []
     for directory in candidates:
         try:
-            state = load_checkpoint(
-                directory,
-                config=config,
-                models=models,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                groups=groups,
-                plugins=plugins,
-            )
+            state = load_checkpoint(directory, parts)
         except DamagedCheckpoint as damage:
             damages.append(str(damage).removesuffix("; choose another step"))
             continue
@@ -121,26 +92,12 @@ def load_latest(
     )
 
 
-def load_checkpoint(
-    directory: Path,
-    *,
-    config: RunConfig,
-    models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    groups: ProcessGroupCollection,
-    plugins: Sequence[Plugin] = (),
-) -> TrainState:
+def load_checkpoint(directory: Path, parts: TrainingParts) -> TrainState:
     """Continue from a checkpoint of any layout. Collective over all processes.
 
     Args:
         directory: a step directory.
-        config: must describe the same model.
-        models: model chunks of this rank, wrapped or not.
-        optimizer: optimizer of the models.
-        scheduler: learning-rate schedule.
-        groups: the run's process groups.
-        plugins: of the run's mechanisms.
+        parts: of the run, whose configuration must describe the same model.
 
     Returns:
         Progress at that step. Under the same layout random states are restored too, and the run continues bit for bit.
@@ -149,26 +106,23 @@ def load_checkpoint(
         DamagedCheckpoint: incomplete, or not as it was written.
         CheckpointError: it is of another model or version, or its optimizer does not belong to its weights.
     """
+    config, models, optimizer, groups = parts.config, parts.models, parts.optimizer, parts.groups
     check_files(directory, digests=config.checkpoint.verify)
     saved, theirs = read_state(directory), saved_config(directory)
     check_same_model(theirs, config, directory)
-    model_state = model_sharded_state(models, groups)
     if saved.is_weights_alone:
-        loaded, _ = _load(model_state, directory)
-        _set_model_state(models, loaded, directory)
-        optimizer.reload_model_params()
-        for plugin in plugins:
-            plugin.weights_replaced()
+        start_from_weights(directory, parts)
         return saved.train
+    model_state = model_sharded_state(models, groups)
     tensors = optimizer_tensors(optimizer, model_state, metadata=_metadata(groups), is_loading=True)
-    sharded = model_state | _plugin_state(plugins, model_state) | {"optimizer": tensors}
+    sharded = model_state | plugin_state(parts.plugins, model_state) | {"optimizer": tensors}
     loaded, metadata = _load(sharded, directory)
     if not (config.precision.fp8_param_gather or theirs.precision.fp8_param_gather):
         require_own_masters(directory, sharded, loaded, metadata)
     _set_model_state(models, loaded, directory)
     set_optimizer_tensors(optimizer, loaded["optimizer"], saved.train.optimizer_steps)
-    for plugin in plugins:
-        plugin.restore(loaded.get(PLUGINS, {}).get(plugin.name, {}))
+    restore_plugins(parts.plugins, loaded)
+    for plugin in parts.plugins:
         plugin.weights_replaced()
     # Loading has taken the tensors out of the sharded state.
     require_digests(directory, optimizer, model_sharded_state(models, groups), saved.digests)
@@ -177,50 +131,59 @@ def load_checkpoint(
             logger.info("%s: saved under another layout, so random states start from train.seed", directory)
         elif not restore_random_states(saved.random_states):
             logger.info("%s: saved on another kind of device, so random states start from train.seed", directory)
-        scheduler.num_steps = 0  # loading adds the checkpoint's to them
-        scheduler.load_state_dict(saved.scheduler)
+        parts.scheduler.num_steps = 0  # loading adds the checkpoint's to them
+        parts.scheduler.load_state_dict(saved.scheduler)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(directory, error) from error
     return saved.train
 
 
-def load_weights(
-    directory: Path, *, config: RunConfig, models: Sequence[torch.nn.Module], groups: ProcessGroupCollection
-) -> None:
+def start_from_weights(directory: Path, parts: TrainingParts, *, densify: bool = False) -> None:
+    """Take weights and mechanisms' state; optimizer and schedule start afresh. Collective over all processes.
+
+    A mechanism of which the checkpoint keeps nothing starts on these weights as it would on fresh ones.
+
+    Args:
+        directory: a step directory.
+        parts: of the run.
+        densify: leave mechanisms' state behind: masks are drawn anew, and without the mechanism every weight trains.
+
+    Raises:
+        DamagedCheckpoint: incomplete, or not as it was written.
+        CheckpointError: as `load_weights`, or it keeps a mechanism's state that this run would lose.
+    """
+    kept = [] if densify else plugins_to_restore(directory, parts)
+    load_weights(directory, parts, plugins=kept)
+    parts.optimizer.reload_model_params()
+    for plugin in parts.plugins:
+        plugin.weights_replaced()
+
+
+def load_weights(directory: Path, parts: ModelParts, *, plugins: Sequence[Plugin] = ()) -> None:
     """Load the weights alone, whose tensors must be the model's; what it computes with them may differ. Collective.
+
+    Args:
+        directory: a step directory.
+        parts: of the run; an optimizer is left as it is.
+        plugins: whose state the checkpoint keeps and is loaded too.
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.
         CheckpointError: it is of another version, has other tensors, or a mechanism gives them another meaning.
     """
+    config = parts.config
     check_files(directory, digests=config.checkpoint.verify)
     read_state(directory)
     saved = saved_config(directory)
-    _check_mechanisms(saved, config, directory)
-    sharded = model_sharded_state(models, groups)
-    differences = [
-        f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in model_differences(saved, config)
-    ]
+    check_meaning(saved, config, directory)
+    sharded = model_sharded_state(parts.models, parts.groups)
+    differences = [difference.described for difference in model_differences(saved, config)]
     _check_tensors(sharded, directory, reason=", ".join(differences))
     for difference in differences:
         logger.info("%s: %s", directory, difference)
-    loaded, _ = _load(sharded, directory)
-    _set_model_state(models, loaded, directory)
-
-
-def _check_mechanisms(saved: RunConfig, config: RunConfig, directory: Path) -> None:
-    """Refuse weights whose meaning a mechanism has, or has not, changed.
-
-    Raises:
-        CheckpointError: names the mechanism.
-    """
-    for name in dict.fromkeys((*saved.mechanisms, *config.mechanisms)):
-        theirs, ours = saved.mechanisms.get(name), config.mechanisms.get(name)
-        if theirs != ours and any(mechanism is not None and mechanism.shapes_weights for mechanism in (theirs, ours)):
-            raise CheckpointError(
-                f"{directory}: mechanisms.{name} is {theirs!r} there and {ours!r} here, which gives weights another "
-                "meaning; use the same, or another checkpoint"
-            )
+    loaded, _ = _load(sharded | plugin_state(plugins, sharded), directory)
+    _set_model_state(parts.models, loaded, directory)
+    restore_plugins(plugins, loaded)
 
 
 def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -> None:
@@ -239,10 +202,7 @@ def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, here)
     ours = {key: shape for part in ranks for key, shape in part.items()}
-    try:
-        stored = read_metadata(directory).state_dict_metadata
-    except (OSError, pickle.UnpicklingError) as error:
-        raise _damaged(directory, error) from error
+    stored = stored_metadata(directory).state_dict_metadata
     tensors = {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     theirs = {key: shape for key, shape in tensors.items() if not key.startswith(NOT_WEIGHTS)}
     for key in sorted(ours.keys() | theirs.keys()):
@@ -252,14 +212,6 @@ def _check_tensors(sharded: ShardedStateDict, directory: Path, *, reason: str) -
                 f"{directory}: weights of another model: {key} is {shapes[0]} there and {shapes[1]} here "
                 f"({reason or 'configurations agree'}); use that model, or another checkpoint"
             )
-
-
-def _plugin_state(plugins: Sequence[Plugin], weights: ShardedStateDict) -> ShardedStateDict:
-    """What plugins keep, or nothing where none keeps any. Collective over all processes."""
-    states = {plugin.name: state for plugin in plugins if (state := plugin.sharded_state(weights))}
-    keys = [piece.key for _, leaf in sharded_leaves(states) for piece in pieces(leaf)]
-    assert all(key.startswith(STATE_PREFIX) for key in keys), "a mechanism's tensors would be taken for weights"
-    return {PLUGINS: states} if states else {}
 
 
 def _load(sharded: ShardedStateDict, directory: Path) -> tuple[dict[str, Any], Metadata]:

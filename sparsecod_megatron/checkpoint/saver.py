@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sparsecod_megatron.checkpoint.directories import commit, delete_superseded, new_directory, remove_leftovers
 from sparsecod_megatron.checkpoint.first_rank import on_first_rank
 from sparsecod_megatron.checkpoint.invariants import verified_digests
 from sparsecod_megatron.checkpoint.native import sharded_state
+from sparsecod_megatron.checkpoint.parts import ModelParts, TrainingParts
 from sparsecod_megatron.checkpoint.paths import step_dir_name
 from sparsecod_megatron.checkpoint.random_states import gather_random_states
 from sparsecod_megatron.checkpoint.state import StateFile, TrainState, layout_of, write_state
 from sparsecod_megatron.checkpoint.writer import start_saving, stop_writers
-from sparsecod_megatron.config import RunConfig, save_config
+from sparsecod_megatron.config import save_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.parallel import any_rank, wait_for_all
-from sparsecod_megatron.seams.plugin import Plugin
 
 logger = logging.getLogger("sparsecod")
 
@@ -56,29 +50,12 @@ class CheckpointSaver:
 
     Args:
         checkpoints: RUN/checkpoints; what crashed saves left there is deleted.
-        config: configuration of the run.
-        models: model chunks of this rank, wrapped or not.
-        optimizer: optimizer of the models, or None to save weights alone.
-        scheduler: learning-rate schedule, None without an optimizer.
-        groups: the run's process groups.
-        plugins: of the run's mechanisms.
+        parts: of the run; without an optimizer, weights alone are saved.
     """
 
-    def __init__(
-        self,
-        checkpoints: Path,
-        *,
-        config: RunConfig,
-        models: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer | None,
-        scheduler: OptimizerParamScheduler | None,
-        groups: ProcessGroupCollection,
-        plugins: Sequence[Plugin] = (),
-    ) -> None:
-        self._checkpoints, self._config = checkpoints, config
-        self._models, self._optimizer, self._scheduler, self._groups = models, optimizer, scheduler, groups
-        self._plugins = plugins
-        self._device = next(models[0].parameters()).device
+    def __init__(self, checkpoints: Path, parts: ModelParts) -> None:
+        self._checkpoints, self._parts, self._config = checkpoints, parts, parts.config
+        self._device = next(parts.models[0].parameters()).device
         self._calls = AsyncCallsQueue(persistent=False)
         self._flight: _Flight | None = None
         self._failed: str | None = None
@@ -154,10 +131,11 @@ class CheckpointSaver:
         """Fork the writers, which hold this moment's tensors. Collective."""
         began = time.monotonic()
         random_states = gather_random_states()
-        sharded = sharded_state(self._models, self._optimizer, self._groups, self._plugins)
-        digests = {} if self._optimizer is None else verified_digests(self._optimizer, sharded)
-        schedule = {} if self._scheduler is None else self._scheduler.state_dict()
-        file = StateFile(state, schedule, layout_of(self._config.parallel), random_states, digests)
+        sharded = sharded_state(self._parts)
+        file = StateFile(state, {}, layout_of(self._config.parallel), random_states)
+        if isinstance(self._parts, TrainingParts):
+            file.scheduler = self._parts.scheduler.state_dict()
+            file.digests = verified_digests(self._parts.optimizer, sharded)
         temporary = on_first_rank(partial(self._begin, directory, file))
         self._calls.schedule_async_request(start_saving(sharded, temporary))
         self._flight = _Flight(state.step, directory, temporary, began)
@@ -223,14 +201,13 @@ class CheckpointSaver:
         self._calls = AsyncCallsQueue(persistent=False)
 
 
-def save_checkpoint(checkpoints: Path, *, config: RunConfig, state: TrainState, **parts: Any) -> Path:
+def save_checkpoint(checkpoints: Path, parts: ModelParts, *, state: TrainState) -> Path:
     """Save once, complete or not at all, and point `latest` at it. Collective over all processes.
 
     Args:
         checkpoints: the run's checkpoints folder.
-        config: configuration of the run.
+        parts: as `CheckpointSaver` takes them.
         state: progress.
-        parts: models, optimizer, scheduler and groups, as `CheckpointSaver` takes them.
 
     Returns:
         The directory written.
@@ -238,5 +215,5 @@ def save_checkpoint(checkpoints: Path, *, config: RunConfig, state: TrainState, 
     Raises:
         CheckpointError: it could not be written; what was there before has not changed.
     """
-    with CheckpointSaver(checkpoints, config=config, **parts) as saver:
+    with CheckpointSaver(checkpoints, parts) as saver:
         return saver.save(state)

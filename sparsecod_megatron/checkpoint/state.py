@@ -129,8 +129,8 @@ def check_same_model(saved: RunConfig, config: RunConfig, directory: Path) -> No
     differences = [*model_differences(saved, config)]
     if saved.optimizer.optimizer != config.optimizer.optimizer:
         differences.append(Difference("optimizer.optimizer", saved.optimizer.optimizer, config.optimizer.optimizer))
-    for key, theirs, ours in differences:
+    for difference in differences:
         raise CheckpointError(
-            f"{directory}: checkpoint of another model or optimizer: {key} is {theirs!r} there and {ours!r} here; use "
-            "that value, or start another logging.run_dir from these weights with checkpoint.init_from"
+            f"{directory}: checkpoint of another model or optimizer: {difference.described}; use that value, or start "
+            "another logging.run_dir from these weights with checkpoint.init_from"
         )

@@ -107,7 +107,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
     def __init__(self, step_dir: Path, files: ExitStack, kind: str | None = None) -> None:
         self._step_dir, self._files = step_dir, files
         self._open: dict[str, BinaryIO] = {}
-        self._metadata = _index(step_dir)
+        self._metadata = stored_metadata(step_dir)
         self.places = dict(_places(self._metadata, OPTIMIZER_PREFIX.format(kind) if kind else ""))
         self._pieces = self._pieces_by_place()
 
@@ -171,7 +171,12 @@ class CheckpointTensors(Mapping[str, Tensor]):
             ) from error
 
 
-def _index(step_dir: Path) -> Metadata:
+def stored_metadata(step_dir: Path) -> Metadata:
+    """Which tensors a checkpoint holds, and where they lie. Local.
+
+    Raises:
+        DamagedCheckpoint: that cannot be read.
+    """
     try:
         return read_metadata(step_dir)
     except (OSError, pickle.UnpicklingError) as error:

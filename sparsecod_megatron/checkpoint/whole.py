@@ -15,6 +15,7 @@ from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint.effective import make_effective
 from sparsecod_megatron.checkpoint.manifest import require_undamaged
 from sparsecod_megatron.checkpoint.native import load_weights
+from sparsecod_megatron.checkpoint.parts import ModelParts
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig, load_config
 from sparsecod_megatron.config.megatron_fields import FUNCTION_FIELDS
@@ -62,7 +63,7 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     config = load_config(step_dir / CONFIG_FILE, mechanisms=SAVED_MECHANISMS)
     config = replace(single_process(config), megatron=shape_only(config))
     with unsharded(config, backend) as (models, groups):
-        load_weights(step_dir, config=config, models=models, groups=groups)
+        load_weights(step_dir, ModelParts(config=config, groups=groups, models=models))
         make_effective(unwrap(models[0]), config, step_dir)
         yield WholeModel(config, unwrap(models[0]).eval(), step_dir)
 

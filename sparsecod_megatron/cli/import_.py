@@ -107,6 +107,7 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
     import torch
 
     from sparsecod_megatron.backend import select_backend
+    from sparsecod_megatron.checkpoint.parts import ModelParts
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.checkpoint.whole import single_process, unsharded
@@ -119,5 +120,4 @@ def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> 
         with torch.no_grad():
             for name, tensor in source.tensors(configured(config)):
                 own[name].copy_(tensor)
-        parts = {"models": models, "optimizer": None, "scheduler": None, "groups": groups}
-        return save_checkpoint(checkpoints, config=config, state=TrainState(), **parts)
+        return save_checkpoint(checkpoints, ModelParts(config=config, groups=groups, models=models), state=TrainState())

@@ -120,6 +120,8 @@ def _checkpoint_problems(section: CheckpointConfig) -> Iterator[str]:
         yield f"checkpoint.keep_every: {section.keep_every} changes nothing while keep_last=0 keeps all; set keep_last"
     if section.keep_every and section.save_interval:
         yield from indivisible("checkpoint.keep_every", section.keep_every, "save_interval", section.save_interval)
+    if section.densify and section.init_from is None:
+        yield "checkpoint.densify: true, but checkpoint.init_from names no weights; set it, or remove densify"
 
 
 def _profile_problems(section: ProfileConfig) -> Iterator[str]:

@@ -56,6 +56,11 @@ class Difference(NamedTuple):
     theirs: Any
     ours: Any
 
+    @property
+    def described(self) -> str:
+        """For a message about what was saved there."""
+        return f"{self.key} is {self.theirs!r} there and {self.ours!r} here"
+
 
 def model_differences(theirs: RunConfig, ours: RunConfig) -> Iterator[Difference]:
     """Keys by which the second run's model is not the first one's, or computes something else with its weights."""
@@ -68,10 +73,22 @@ def model_differences(theirs: RunConfig, ours: RunConfig) -> Iterator[Difference
         values = [config.megatron.get(field) for config in (theirs, ours)]
         if (values[0] or None) != (values[1] or None):  # false and 0 are Megatron-Core's defaults
             yield Difference(f"megatron.{field}", *values)
+    yield from mechanism_differences(theirs, ours)
+
+
+def mechanism_differences(theirs: RunConfig, ours: RunConfig) -> Iterator[Difference]:
+    """Settings that differ, of mechanisms that both runs have; all settings of those that only one has."""
     for name in dict.fromkeys((*theirs.mechanisms, *ours.mechanisms)):
-        values = [config.mechanisms.get(name) for config in (theirs, ours)]
-        if values[0] != values[1]:
-            yield Difference(f"mechanisms.{name}", *values)
+        first, second = (
+            None if (found := config.mechanisms.get(name)) is None else dataclasses.asdict(found)
+            for config in (theirs, ours)
+        )
+        if first is None or second is None:
+            yield Difference(f"mechanisms.{name}", first, second)
+            continue
+        for setting in first:
+            if first[setting] != second[setting]:
+                yield Difference(f"mechanisms.{name}.{setting}", first[setting], second[setting])
 
 
 def _effective(model: ModelConfig, key: str) -> Any:

@@ -208,7 +208,10 @@ class CheckpointConfig:
     resume: bool = True
     """Resume from RUN/checkpoints/latest if there is one, or from the one before it if that is damaged."""
     init_from: str | None = None
-    """A step directory whose weights (not optimizer, schedule or data position) a fresh run starts from."""
+    """A step directory whose weights (not optimizer, schedule or data position) a fresh run starts from. What a
+    mechanism keeps there, masks for one, stays in force where this run has the same mechanism."""
+    densify: bool = False
+    """`init_from`: leave behind what mechanisms keep there, so that weights which masks held at zero train again."""
 
 
 @dataclass

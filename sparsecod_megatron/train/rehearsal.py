@@ -93,7 +93,7 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         restore_products(recorded.step_dir.parent.parent)
         trainer = build_trainer(config, backend, groups)
-        state = load_checkpoint(recorded.step_dir, **trainer.parts)
+        state = load_checkpoint(recorded.step_dir, trainer)
         data = RunData(trainer, tokenizer, state)
         data.check_unchanged(state.data)
         judge = UpdateJudge(config.train, state.monitor)

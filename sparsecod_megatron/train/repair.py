@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint.first_rank import on_first_rank
-from sparsecod_megatron.checkpoint.native import load_weights
+from sparsecod_megatron.checkpoint.native import start_from_weights
 from sparsecod_megatron.checkpoint.saver import save_checkpoint
 from sparsecod_megatron.checkpoint.state import read_state
 from sparsecod_megatron.config import RunConfig, load_config, save_config
@@ -55,11 +55,10 @@ def repair(run_dir: Path, step_dir: Path, output: Path, config: RunConfig, backe
     ):
         folder = on_first_rank(lambda: making.enter_context(making_output(output)))
         trainer = build_trainer(config, backend, groups)
-        load_weights(step_dir, config=config, models=trainer.models, groups=groups)
-        trainer.optimizer.reload_model_params()
+        start_from_weights(step_dir, trainer)
         trainer.scheduler.load_state_dict(saved.scheduler)
         state = replace(saved.train, optimizer_steps=0)
-        save_checkpoint(folder / CHECKPOINTS_DIR, state=state, **trainer.parts)
+        save_checkpoint(folder / CHECKPOINTS_DIR, trainer, state=state)
         if dist.get_rank() == 0:
             _copy_history(run_dir, folder, output)
 

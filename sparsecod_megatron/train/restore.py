@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecod_megatron.checkpoint.native import load_latest, load_weights
+from sparsecod_megatron.checkpoint.native import load_latest, start_from_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.checkpoint.saver import CheckpointSaver
 from sparsecod_megatron.checkpoint.state import TrainState
@@ -17,7 +17,7 @@ logger = logging.getLogger("sparsecod")
 
 def checkpoint_saver(trainer: Trainer, checkpoints: Path) -> CheckpointSaver:
     """What saves this run into `checkpoints`. Collective over all processes."""
-    return CheckpointSaver(checkpoints, **trainer.parts)
+    return CheckpointSaver(checkpoints, trainer)
 
 
 def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
@@ -33,15 +33,12 @@ def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
     """
     config = trainer.config
     if resume_from:
-        state = load_latest(resume_from, **trainer.parts)
+        state = load_latest(resume_from, trainer)
         logger.info("resumed from step %d of %s", state.step, config.logging.run_dir)
         return state
     if config.checkpoint.init_from is not None:
         source = resolve_step_dir(Path(config.checkpoint.init_from))
-        load_weights(source, config=config, models=trainer.models, groups=trainer.groups)
-        trainer.optimizer.reload_model_params()
-        for plugin in trainer.plugins:
-            plugin.weights_replaced()
+        start_from_weights(source, trainer, densify=config.checkpoint.densify)
     return TrainState()
 
 
@@ -63,7 +60,7 @@ def roll_back(trainer: Trainer, state: TrainState, candidates: Sequence[Path]) -
         CheckpointError: all damaged.
     """
     scheduler, steps = trainer.scheduler, trainer.scheduler.num_steps
-    earlier = load_latest(candidates, **trainer.parts)
+    earlier = load_latest(candidates, trainer)
     # Loading put the schedule back to the checkpoint's step.
     scheduler.num_steps = steps
     scheduler.step(increment=0)

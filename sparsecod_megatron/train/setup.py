@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.backend import Backend, choice
+from sparsecod_megatron.checkpoint.parts import TrainingParts
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
@@ -26,30 +26,20 @@ from sparsecod_megatron.train.optimizer import build_optimizer, shards_optimizer
 from sparsecod_megatron.train.schedule import build_scheduler
 
 
-@dataclass
-class Trainer:
+@dataclass(kw_only=True)
+class Trainer(TrainingParts):
     """What one rank trains with.
 
     Attributes:
-        config: the run.
-        backend: where it computes.
-        groups: its process groups.
-        megatron: Megatron-Core's configuration of the model and layout.
         models: data-parallel wrapped model chunks of this rank.
-        optimizer: a chain of optimizers over them.
-        scheduler: learning rate and weight decay by step.
-        plugins: what mechanisms do inside the step.
+        backend: where it computes.
+        megatron: Megatron-Core's configuration of the model and layout.
         products: which library multiplies, as `choice.record` has it; None where there is no choice.
     """
 
-    config: RunConfig
-    backend: Backend
-    groups: ProcessGroupCollection
-    megatron: TransformerConfig
     models: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    plugins: list[Plugin]
+    backend: Backend
+    megatron: TransformerConfig
     products: dict[str, Any] | None
 
     def num_microbatches(self, global_batch_size: int) -> int:
@@ -59,12 +49,6 @@ class Trainer:
     def context(self, step: int) -> StepContext:
         """What plugins are told of a step, counted from 1."""
         return StepContext(step, self.config.train.train_steps)
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What saving and loading a checkpoint take of it, by their keyword."""
-        names = ("config", "models", "optimizer", "scheduler", "groups", "plugins")
-        return {name: getattr(self, name) for name in names}
 
     @property
     def is_first_rank(self) -> bool:
@@ -89,10 +73,18 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
     chunks = build_model(config, megatron, groups, device=backend.device, transformer_engine=backend.transformer_engine)
     models = _data_parallel(config, backend, groups, megatron, chunks)
     optimizer = build_optimizer(config, models, groups)
-    scheduler = build_scheduler(config, optimizer)
     _connect(megatron, models, optimizer)
-    plugins = _plugins(config, models, optimizer, groups)
-    return Trainer(config, backend, groups, megatron, models, optimizer, scheduler, plugins, products)
+    return Trainer(
+        config=config,
+        backend=backend,
+        groups=groups,
+        megatron=megatron,
+        models=models,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        plugins=_plugins(config, models, optimizer, groups),
+        products=products,
+    )
 
 
 def _plugins(

@@ -112,7 +112,7 @@ def train(
             config = replace(config, train=replace(config.train, seed=7))
         trainer, done = build_trainer(config, backend, groups), 0
         if resume is not None:
-            done = load_checkpoint(resolve_step_dir(resume), **trainer.parts).step
+            done = load_checkpoint(resolve_step_dir(resume), trainer).step
         data = trainer_batches(trainer)
         for iterator in data:
             for _ in range(done * trainer.num_microbatches(config.train.global_batch_size)):
@@ -120,7 +120,7 @@ def train(
 
         def save_before_the_last(step: int) -> None:
             if step == STEPS and save is not None:
-                save_checkpoint(save, state=TrainState(step=step - 1, optimizer_steps=step - 1), **trainer.parts)
+                save_checkpoint(save, trainer, state=TrainState(step=step - 1, optimizer_steps=step - 1))
 
         return recorded_steps(trainer, data, range(done + 1, STEPS + 1), before=save_before_the_last)
 

@@ -71,7 +71,7 @@ def statistics(
     trainer = build_trainer(config, backend, groups)
     models = [unwrap(model) for model in trainer.models]
     if source is not None:
-        load_weights(source, config=config, models=trainer.models, groups=groups)
+        load_weights(source, trainer)
     elif config.model.is_moe:
         for layer in models[0].decoder.layers:
             layer.mlp.router.weight.data.mul_(torch.linspace(1, 20, 4)[:, None])

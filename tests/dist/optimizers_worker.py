@@ -84,9 +84,9 @@ def continued(
     from sparsecod_megatron.train.step import train_step
 
     trainer = build_trainer(config, backend, groups)
-    state = load_checkpoint(source, **trainer.parts)
+    state = load_checkpoint(source, trainer)
     if copy is not None:
-        save_checkpoint(copy, state=state, **trainer.parts)
+        save_checkpoint(copy, trainer, state=state)
     group = ParameterNormsGroup([unwrap(model) for model in trainer.models], trainer.optimizer)
     collector = StatisticsCollector(
         {"norms": group}, {"norms": 1}, num_layers=config.model.num_layers, device=backend.device

@@ -36,8 +36,8 @@ def main() -> None:
             config = replace(config, train=replace(config.train, seed=7))
             with process_groups(config) as groups:
                 trainer = build_trainer(config, backend, groups)
-                state = load_checkpoint(source[layout.model], **trainer.parts)
-                save_checkpoint(Path(folder) / layout.name, state=state, **trainer.parts)
+                state = load_checkpoint(source[layout.model], trainer)
+                save_checkpoint(Path(folder) / layout.name, trainer, state=state)
             dist.barrier()
 
 

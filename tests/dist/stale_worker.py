@@ -42,7 +42,7 @@ def main() -> None:
         train_step(trainer, trainer_batches(trainer))
         told: list[Any] = [None] * dist.get_world_size()
         try:
-            save_checkpoint(Path(sys.argv[1]), state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
+            save_checkpoint(Path(sys.argv[1]), trainer, state=TrainState(step=1, optimizer_steps=1))
             reason = "saved"
         except CheckpointError as error:
             reason = str(error)

@@ -34,7 +34,7 @@ def single_process(model: str, checkpoint: Path) -> list[list[dict[str, Any]]]:
         running_processes(config, communication=backend.communication, device=backend.device) as groups,
     ):
         trainer, _ = statistics(config, backend, groups, None)
-        save_checkpoint(checkpoint, state=TrainState(), **trainer.parts)
+        save_checkpoint(checkpoint, trainer, state=TrainState())
         return statistics(config, backend, groups, resolve_step_dir(checkpoint))[1]
 
 

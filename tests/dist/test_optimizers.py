@@ -56,7 +56,7 @@ def two_steps(model: str, folder: Path) -> Path:
         data = trainer_batches(trainer)
         for _ in range(2):
             train_step(trainer, data)
-        return save_checkpoint(folder, state=TrainState(step=2, optimizer_steps=2), **trainer.parts)
+        return save_checkpoint(folder, trainer, state=TrainState(step=2, optimizer_steps=2))
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def saved(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.helpers.training import trainer_batches
 
     data = trainer_batches(trainer)
-    with CheckpointSaver(tmp_path_factory.mktemp("damage"), **trainer.parts) as saver:
+    with CheckpointSaver(tmp_path_factory.mktemp("damage"), trainer) as saver:
         for step in (1, 2):
             train_step(trainer, data)
             directory = saver.save(TrainState(step=step, optimizer_steps=step))
@@ -110,7 +110,7 @@ def test_any_damage_is_refused(
     damage(directory / name, where, bit)
     left = {path.name: path.read_bytes() for path in directory.iterdir()}
     try:
-        state = load_checkpoint(directory, **trainer.parts)
+        state = load_checkpoint(directory, trainer)
     except CheckpointError as error:
         assert str(directory) in str(error) and "\n" not in str(error)
     else:
@@ -145,7 +145,7 @@ def test_damage_behind_a_right_manifest(
     damage(directory / name, where, bit)
     with_new_manifest(directory)
     try:
-        load_checkpoint(directory, **trainer.parts)
+        load_checkpoint(directory, trainer)
     except CheckpointError as error:
         assert "\n" not in str(error)
 
@@ -198,9 +198,9 @@ def test_pickle_bombs_do_not_go_off(
     plant(directory, Bomb(tmp_path / "exploded"))
     with_new_manifest(directory)
     with pytest.raises(CheckpointError, match="step_00000002"):
-        load_checkpoint(directory, **trainer.parts)
+        load_checkpoint(directory, trainer)
     with pytest.raises(CheckpointError, match="step_00000002"):
-        load_weights(directory, config=trainer.config, models=trainer.models, groups=trainer.groups)
+        load_weights(directory, trainer)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -242,14 +242,14 @@ def test_falls_back_to_the_one_before(
     shutil.copytree(saved.parent, checkpoints)
     flip(checkpoints / "step_00000002" / "__0_1.distcp", 0.5, 3)
     with caplog.at_level("WARNING", logger="sparsecod"):
-        assert load_latest(resume_candidates(checkpoints), **trainer.parts).step == 1
+        assert load_latest(resume_candidates(checkpoints), trainer).step == 1
     assert [record.getMessage() for record in caplog.records] == [
         f"{checkpoints}/step_00000002: damaged (__0_1.distcp is not what was written: its SHA-256 differs); "
         "using step_00000001 instead"
     ]
     (checkpoints / "step_00000001" / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="none of 2 checkpoints can be used.*__0_1.distcp"):
-        load_latest(resume_candidates(checkpoints), **trainer.parts)
+        load_latest(resume_candidates(checkpoints), trainer)
 
 
 def test_verify_false_reads_sizes_only(trainer: Trainer, saved: Path, tmp_path: Path) -> None:

@@ -48,14 +48,14 @@ def save(trainer: Trainer, folder: Path) -> Path:
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
 
-    return save_checkpoint(folder, state=TrainState(step=1), **trainer.parts)
+    return save_checkpoint(folder, trainer, state=TrainState(step=1))
 
 
 def load(trainer: Trainer, directory: Path) -> int:
     from sparsecod_megatron.checkpoint.native import load_checkpoint, load_weights
 
-    load_weights(directory, config=trainer.config, models=trainer.models, groups=trainer.groups)
-    return load_checkpoint(directory, **trainer.parts).step
+    load_weights(directory, trainer)
+    return load_checkpoint(directory, trainer).step
 
 
 def test_modules_of_either_backend_load_what_the_other_saved(trainer: Trainer, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def save(trainer: Trainer, folder: Path) -> Path:
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
 
-    return save_checkpoint(folder, state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
+    return save_checkpoint(folder, trainer, state=TrainState(step=1, optimizer_steps=1))
 
 
 @contextlib.contextmanager
@@ -94,14 +94,14 @@ def test_an_earlier_versions_mixture_is_refused_and_not_what_is_right(
             wrong = save(trainer, tmp_path / "wrong")
         for directory in (right, wrong):
             as_of_before(directory, without_digests)
-        assert load_checkpoint(right, **trainer.parts).step == 1
+        assert load_checkpoint(right, trainer).step == 1
         with pytest.raises(CheckpointError, match="fp32 weights of .* are not the model's; `sparsecod doctor"):
-            load_checkpoint(wrong, **trainer.parts)
+            load_checkpoint(wrong, trainer)
     other = {"fp32": "bf16", "bf16": "fp32"}[dtype]
     with small_trainer(*PADDED, f"precision.dtype={other}") as trainer:
-        assert load_checkpoint(right, **trainer.parts).step == 1
+        assert load_checkpoint(right, trainer).step == 1
         with pytest.raises(CheckpointError, match="fp32 weights of"):
-            load_checkpoint(wrong, **trainer.parts)
+            load_checkpoint(wrong, trainer)
 
 
 @pytest.mark.parametrize("settings", [PADDED, MOE, (*MUON, "precision.dtype=bf16")], ids=["dense", "moe", "muon"])
@@ -114,7 +114,7 @@ def test_moments_of_another_parameter_are_refused(settings: tuple[str, ...], tmp
         digests = json.loads((directory / "state.json").read_text())["digests"]
         assert "embedding.word_embeddings.weight" in digests
         assert {f"decoder.layers.{layer}.self_attention.linear_proj.weight" for layer in range(2)} <= digests.keys()
-        assert load_checkpoint(directory, **trainer.parts).step == 1
+        assert load_checkpoint(directory, trainer).step == 1
         name = "decoder.layers.1.self_attention.linear_qkv.weight"
         kind = "momentum_buffer" if "optimizer.optimizer=muon" in settings else "exp_avg"
 
@@ -124,7 +124,7 @@ def test_moments_of_another_parameter_are_refused(settings: tuple[str, ...], tmp
 
         as_of_before(directory, exchange)
         with pytest.raises(CheckpointError, match=f"{kind} of decoder.layers.0.* as loaded is not what was saved"):
-            load_checkpoint(directory, **trainer.parts)
+            load_checkpoint(directory, trainer)
 
 
 def test_the_digest_is_of_values_in_any_order_and_of_every_bit() -> None:

@@ -42,7 +42,7 @@ def test_an_asynchronous_save_is_that_of_its_moment(tmp_path: Path) -> None:
     for asynchronous in (False, True):
         folder = tmp_path / str(asynchronous)
         setting = f"checkpoint.async_save={str(asynchronous).lower()}"
-        with small_trainer(*DROPOUT, setting) as trainer, CheckpointSaver(folder, **trainer.parts) as saver:
+        with small_trainer(*DROPOUT, setting) as trainer, CheckpointSaver(folder, trainer) as saver:
             data = trainer_batches(trainer)
             losses[asynchronous] = []
             for step in range(1, 5):
@@ -54,7 +54,7 @@ def test_an_asynchronous_save_is_that_of_its_moment(tmp_path: Path) -> None:
             first, second = sorted(folder.glob("step_*"))
             assert (folder / "latest").read_text() == second.name + "\n"
             if asynchronous:
-                load_checkpoint(first, **trainer.parts)
+                load_checkpoint(first, trainer)
                 rest = trainer_batches(trainer)
                 next(rest[0]), next(rest[0])  # the batches of step 1
                 assert [train_step(trainer, rest).loss for _ in range(3)] == losses[True][1:]
@@ -73,10 +73,10 @@ def test_step_0_continues_as_if_it_had_not_been_saved(tmp_path: Path) -> None:
         data = trainer_batches(trainer)
         expected = [train_step(trainer, data).loss for _ in range(2)]
     with small_trainer("model.num_layers=2") as trainer:
-        saved = save_checkpoint(tmp_path, state=TrainState(), **trainer.parts)
+        saved = save_checkpoint(tmp_path, trainer, state=TrainState())
         data = trainer_batches(trainer)
         assert [train_step(trainer, data).loss for _ in range(2)] == expected
-        assert load_checkpoint(saved, **trainer.parts) == TrainState()
+        assert load_checkpoint(saved, trainer) == TrainState()
         data = trainer_batches(trainer)
         assert [train_step(trainer, data).loss for _ in range(2)] == expected
 
@@ -102,7 +102,7 @@ def test_a_save_that_takes_too_long(
 
     section = trainer.config.checkpoint
     section.async_save = True
-    with CheckpointSaver(tmp_path, **trainer.parts) as saver:
+    with CheckpointSaver(tmp_path, trainer) as saver:
         saver.save(TrainState(step=1))
         saver.wait()
         before = set(psutil.Process().children(recursive=True))
@@ -137,7 +137,7 @@ def test_a_writer_that_dies_commits_nothing(trainer: Trainer, tmp_path: Path, mo
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(failing_write))
     with (
         pytest.raises(CheckpointError, match="step_00000001: not saved"),
-        CheckpointSaver(tmp_path, **trainer.parts) as saver,
+        CheckpointSaver(tmp_path, trainer) as saver,
     ):
         saver.save(TrainState(step=1))
     assert list(tmp_path.iterdir()) == []
@@ -149,7 +149,7 @@ def test_the_next_run_deletes_what_a_crash_left(trainer: Trainer, tmp_path: Path
     left = tmp_path / "step_00000005.tmp-12345678"
     left.mkdir()
     (left / "__0_0.distcp").write_bytes(b"half")
-    CheckpointSaver(tmp_path, **trainer.parts)
+    CheckpointSaver(tmp_path, trainer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,7 +159,7 @@ def test_an_unwritable_folder_is_one_line(trainer: Trainer, tmp_path: Path) -> N
 
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match=r"step_00000001: not saved \(Not a directory"):
-        save_checkpoint(tmp_path / "checkpoints", state=TrainState(step=1), **trainer.parts)
+        save_checkpoint(tmp_path / "checkpoints", trainer, state=TrainState(step=1))
 
 
 def test_random_states_of_every_generator(tmp_path: Path) -> None:

@@ -40,8 +40,7 @@ def write(folder: Path, *overrides: str) -> tuple[Path, dict[str, torch.Tensor]]
     with running_processes(config, communication=BACKEND.communication, device=BACKEND.device) as groups:
         trainer = build_trainer(config, BACKEND, groups)
         model = unwrap(trainer.models[0])
-        parts = {"models": trainer.models, "optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
-        step = save_checkpoint(folder, config=config, state=TrainState(), groups=groups, **parts)
+        step = save_checkpoint(folder, trainer, state=TrainState())
         weights = dict(model.named_parameters()) | {
             name: tensor for name, tensor in model.named_buffers() if name.endswith("expert_bias")
         }

@@ -74,14 +74,14 @@ def test_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     with small_trainer(*settings) as trainer:
         data = trainer_batches(trainer)
         train_step(trainer, data)
-        saved = save_checkpoint(tmp_path, state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
+        saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=1, optimizer_steps=1))
         expected = trained(trainer)
     with small_trainer(*settings, "train.seed=7") as trainer:
-        load_checkpoint(saved, **trainer.parts)
+        load_checkpoint(saved, trainer)
         assert same_bits(trained(trainer), expected)
     refused = pytest.raises(CheckpointError, match=rf"another model or optimizer: mechanisms\.{name} is ")
     with small_trainer(*settings, f"mechanisms.{name}=null") as trainer, refused:
-        load_checkpoint(saved, **trainer.parts)
+        load_checkpoint(saved, trainer)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,7 +92,7 @@ def test_starts_from_dense_weights_unless_it_gives_them_another_meaning(name: st
 
     settings = (*DEPTH, *CASES[name].settings)
     with small_trainer(*settings, f"mechanisms.{name}=null") as trainer:
-        saved = save_checkpoint(tmp_path / "dense", state=TrainState(step=1), **trainer.parts)
+        saved = save_checkpoint(tmp_path / "dense", trainer, state=TrainState(step=1))
         dense = [parameter.detach().clone() for parameter in trainer.models[0].parameters()]
     with small_trainer(*settings, "train.seed=7", f"checkpoint.init_from={saved}") as trainer:
         mechanism = trainer.config.mechanisms[name]
@@ -106,8 +106,9 @@ def test_starts_from_dense_weights_unless_it_gives_them_another_meaning(name: st
         initial_state(trainer, [])
         for weight, theirs in zip(trainer.models[0].parameters(), dense, strict=True):
             assert torch.equal(weight, torch.where(weight == 0, 0, theirs))
-        back = save_checkpoint(tmp_path / "back", state=TrainState(step=1), **trainer.parts)
-    with small_trainer(*settings, f"mechanisms.{name}=null", f"checkpoint.init_from={back}") as trainer:
+        back = save_checkpoint(tmp_path / "back", trainer, state=TrainState(step=1))
+    without = (*settings, f"mechanisms.{name}=null", f"checkpoint.init_from={back}", "checkpoint.densify=true")
+    with small_trainer(*without) as trainer:
         initial_state(trainer, [])
 
 
@@ -153,7 +154,7 @@ def test_export_is_verified_or_refused(name: str, tmp_path: Path) -> None:
 
     with small_trainer(*DEPTH, *CASES[name].settings, "model.init_method_std=0.1") as trainer:
         trained(trainer, 1)
-        saved = save_checkpoint(tmp_path, state=TrainState(step=1), **trainer.parts)
+        saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=1))
         config = trainer.config
     way = config.mechanisms[name].export(config.model)
     if isinstance(way, Refused):

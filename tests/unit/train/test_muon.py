@@ -85,10 +85,10 @@ def test_resumes_bitwise(model: str, dtype: str, tmp_path: Path) -> None:
     with small_trainer(*settings) as trainer:
         data = trainer_batches(trainer)
         losses(trainer, data, 2)
-        saved = save_checkpoint(tmp_path, state=TrainState(step=2, optimizer_steps=2), **trainer.parts)
+        saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=2, optimizer_steps=2))
         expected, final = losses(trainer, data, 3), weights(trainer)
     with small_trainer(*settings, "train.seed=7") as trainer:
-        load_checkpoint(saved, **trainer.parts)
+        load_checkpoint(saved, trainer)
         data = trainer_batches(trainer)
         skipped = 2 * trainer.num_microbatches(4)
         for _ in range(skipped):

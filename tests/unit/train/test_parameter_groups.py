@@ -158,10 +158,10 @@ def test_mup_rates_survive_a_checkpoint(tmp_path: Path) -> None:
     with small_trainer(*settings) as trainer:
         train_step(trainer, trainer_batches(trainer))
         rates = [(group["max_lr"], group["min_lr"]) for group in trainer.optimizer.param_groups]
-        saved = save_checkpoint(tmp_path, state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
+        saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=1, optimizer_steps=1))
     assert len(set(rates)) == 2
     with small_trainer(*settings, "train.seed=7") as trainer:
-        load_checkpoint(saved, **trainer.parts)
+        load_checkpoint(saved, trainer)
         assert [(group["max_lr"], group["min_lr"]) for group in trainer.optimizer.param_groups] == rates
 
 
