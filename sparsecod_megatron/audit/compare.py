@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sparsecod_megatron.audit.measurement import Measurement
 from sparsecod_megatron.audit.rows import Row
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,6 @@ SHARE_FACTOR = 100.0
 """How much more a share of elements may differ: one element that rounding takes over its limit is a hundredth of it."""
 LATE = ("grad_", "param_", "update_")
 """Prefixes of the names of statistics that follow from the gradients, not from the forward pass."""
-
-KINDS = (
-    (r"embedding\.word_embeddings\..*", "embed"),
-    (r"output_layer\..*", "output"),
-    (r".*\.(linear_qkv\.weight|linear_gate\..*)", "qkv"),
-    (r".*\.linear_proj\.weight", "attn out"),
-    (r".*\.router\..*", "router"),
-    (r".*\.shared_experts\..*", "shared"),
-    (r".*\.experts\..*fc1.*", "exp in"),
-    (r".*\.experts\..*fc2.*", "exp out"),
-    (r".*\.linear_fc1\.weight", "mlp in"),
-    (r".*\.linear_fc2\.weight", "mlp out"),
-    (r".*", "norms"),
-)
-"""Names in a whole model → columns of the table; the first that fits."""
 
 
 @dataclass
@@ -104,18 +89,21 @@ class Verdict:
         return _finite(content)
 
 
-def kind_of(name: str) -> str:
-    """The column of a tensor."""
-    return next(kind for pattern, kind in KINDS if re.fullmatch(pattern, name))
+def column_of(row: ParameterKind) -> str:
+    """The column of a kind of tensors: its name, and of vectors the group, all norms being one."""
+    return row.name if len(row.shape) == 2 else row.group
 
 
-def compare(row: Row, found: Measurement | str, expected: Measurement | str | None, *, on_cpu: bool) -> Verdict:
+def compare(
+    row: Row, found: Measurement | str, expected: Measurement | str | None, *, table: ParameterTable, on_cpu: bool
+) -> Verdict:
     """Judge one row. Local.
 
     Args:
         row: the row.
         found: what it did, or why it could not run.
         expected: the same of the row it must equal; None for a reference.
+        table: of the model's parameters.
         on_cpu: whether equal arithmetic gives equal bits.
     """
     verdict = Verdict(row.name, row.against, row.layout.nproc)
@@ -132,7 +120,7 @@ def compare(row: Row, found: Measurement | str, expected: Measurement | str | No
         return verdict
     wide = FP32 if row.precision == "fp32" else BF16
     tolerance = EQUALITY if row.exact and on_cpu else wide
-    for difference in _differences(found, expected):
+    for difference in _differences(found, expected, table):
         size, section = difference.size, difference.section
         if section == "gradients":
             verdict.gradients[difference.kind] = max(verdict.gradients.get(difference.kind, 0.0), size)
@@ -162,7 +150,7 @@ class _Difference:
     scale: float = 1.0
 
 
-def _differences(found: Measurement, expected: Measurement) -> Iterator[_Difference]:
+def _differences(found: Measurement, expected: Measurement, table: ParameterTable) -> Iterator[_Difference]:
     """In the order in which a step makes them, so that the first that is wrong lies next to the fault."""
     for step in range(len(expected.losses)):
         where = f"step {step + 1}"
@@ -170,7 +158,7 @@ def _differences(found: Measurement, expected: Measurement) -> Iterator[_Differe
         yield from (_statistic(where, *each) for each in statistics if not each[0].startswith(LATE))
         gradients = list(_tensors(found.gradients[step], expected.gradients[step]))
         for name, size in reversed(gradients):
-            yield _Difference("gradients", f"{where}: gradient of {name}", size, kind_of(name))
+            yield _Difference("gradients", f"{where}: gradient of {name}", size, column_of(table.find(name)))
         yield from (_statistic(where, *each) for each in statistics if each[0].startswith(LATE))
         for section, label, ours, theirs in (
             ("loss", "loss", found.losses[step], expected.losses[step]),

@@ -25,6 +25,7 @@ from sparsecod_megatron.audit.measurement import Measurement
 from sparsecod_megatron.audit.rows import Row, with_references
 from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import SparsecodError
 
 PATIENCE = datetime.timedelta(minutes=10)
@@ -93,12 +94,12 @@ def run_rows(
     store, rank = processes.store, processes.rank
     verdicts: list[Verdict] = []
     kept: dict[str, Measurement | str] = {}
-    needed = {row.against for row in rows}
+    needed, table = {row.against for row in rows}, ParameterTable.of(small)
     with _quick_collections(), tqdm(total=len(rows), unit="row", disable=None if rank == 0 else True) as bar:
         for row, found in _measured(processes, rows, small, backend, folder):
             if rank == 0:
                 expected = None if row.against is None else kept[row.against]
-                verdicts.append(compare(row, found, expected, on_cpu=backend.name == "cpu"))
+                verdicts.append(compare(row, found, expected, table=table, on_cpu=backend.name == "cpu"))
                 if row.name in needed:
                     kept[row.name] = found
             bar.set_postfix_str(row.name, refresh=False)

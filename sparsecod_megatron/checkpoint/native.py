@@ -146,7 +146,7 @@ def start_from_weights(directory: Path, parts: TrainingParts, *, densify: bool =
     Args:
         directory: a step directory.
         parts: of the run.
-        densify: leave mechanisms' state behind: masks are drawn anew, and without the mechanism every weight trains.
+        densify: leave mechanisms' state behind: masks are drawn afresh, and without the mechanism every weight trains.
 
     Raises:
         DamagedCheckpoint: incomplete, or not as it was written.

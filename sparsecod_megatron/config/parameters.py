@@ -290,8 +290,8 @@ def _experts(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
         model,
         "expert",
         model.expert_ffn_hidden_size,
-        # One by one, or grouped by Transformer Engine.
-        r"mlp\.experts\.(?:local_experts\.\d+\.linear_fc{}\.weight|linear_fc{}\.weight\d+)",
+        # One by one, counted on the rank or in the whole model; or grouped by Transformer Engine.
+        r"mlp\.experts\.(?:(?:local_experts\.)?\d+\.linear_fc{}\.weight|linear_fc{}\.weight\d+)",
         channels="model.moe_ffn_hidden_size",
         split="expert",
         copies=experts,

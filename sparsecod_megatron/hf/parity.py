@@ -30,7 +30,6 @@ from sparsecod_megatron.hf.witness import (
     by_channel,
     described,
     first_difference,
-    transformers_outputs,
 )
 
 Watch: TypeAlias = Callable[[Any, Record], AbstractContextManager[None]]
@@ -157,25 +156,25 @@ def compare_logits(
         logits = reference(tokens)
     blocks = {f"layers.{index}": states for index, states in enumerate(reference_hidden_states or ())}
     found = Recorded(tokens, logits, blocks)
-    return compare_loaded(found, load_in_fp32(hf_dir).to(tokens.device), hf_dir, by_module=False)
+    return compare_loaded(found, load_in_fp32(hf_dir).to(tokens.device), hf_dir)
 
 
 @torch.no_grad()
-def compare_loaded(found: Recorded, model: Any, hf_dir: Path, *, by_module: bool) -> ParityReport:
+def compare_loaded(found: Recorded, model: Any, hf_dir: Path, *, by_module: Watch | None = None) -> ParityReport:
     """Compare a directory that `load_in_fp32` has loaded with what a reference gave. Local.
 
     Args:
         found: results of the reference.
         model: transformers' own.
         hf_dir: where it lies, for messages.
-        by_module: the reference's outputs are those of every module, so that the tensor at fault can be named; else of
-            blocks, or none.
+        by_module: watches the modules whose outputs the reference gave, so that the tensor at fault can be named; None
+            where it gave those of blocks, or none.
 
     Raises:
         ConversionError: the logits' shapes differ.
     """
     tokens, expected = found.tokens, found.logits.float().to(found.tokens.device)
-    exact = _Exact.of(model, tokens, transformers_outputs if by_module else _layer_outputs)
+    exact = _Exact.of(model, tokens, by_module or _layer_outputs)
     if expected.shape != exact.logits.shape:
         raise ConversionError(
             f"{hf_dir}: logits have shape {list(exact.logits.shape)}, the reference's {list(expected.shape)}; use its "
@@ -196,7 +195,7 @@ def compare_loaded(found: Recorded, model: Any, hf_dir: Path, *, by_module: bool
         largest_logit=float(exact.logits.abs().max()),
         first_differing_layer=int(name.split(".")[1]) if name is not None and name.startswith("layers.") else None,
     )
-    if not by_module or (name is None and report.passed):
+    if by_module is None or (name is None and report.passed):
         return report
     tensor = "the output layer: lm_head.weight" if name is None else described(name)
     return replace(report, first_differing_tensor=tensor)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
-from sparsecod_megatron.hf.families import name_table
+from sparsecod_megatron.hf.families import exported_modules, name_table
 from sparsecod_megatron.hf.parity import ParityReport, Recorded, compare_loaded, load_in_fp32
 from sparsecod_megatron.hf.table import NameTable
-from sparsecod_megatron.hf.witness import megatron_outputs
-from sparsecod_megatron.seams.mechanism import Mechanism
+from sparsecod_megatron.hf.witness import megatron_outputs, transformers_outputs
+from sparsecod_megatron.seams.mechanism import ExportedTensor, Mechanism
 
 PARITY_FILE = "parity.json"
 """What a comparison found, beside the weights."""
@@ -112,13 +113,14 @@ def verify_directory(
         ConversionError: a table that does not invert itself, naming the tensor; or weights that do not load.
     """
     assert model.vocab_size is not None
+    own = [tensor for module in exported_modules(model, mechanisms).values() for tensor in module.tensors]
     for _ in range(DRAWS if model.is_moe else 1):
         tokens = torch.randint(model.vocab_size, (1, min(seq_length, RANDOM_LENGTH)), generator=generator)
         table = None if exported_as is None else name_table(model, mechanisms)
         random, greedy = _recorded(
-            reference, model, tokens, table=table, exported_as=exported_as, seq_length=seq_length
+            reference, model, tokens, own, table=table, exported_as=exported_as, seq_length=seq_length
         )
-        verification = _compared(random, greedy, hf_dir)
+        verification = _compared(random, greedy, hf_dir, own)
         if verification.greedy.passed:
             break
     return verification
@@ -129,6 +131,7 @@ def _recorded(
     reference: Callable[[], AbstractContextManager[Reference]],
     model: ModelConfig,
     tokens: Tensor,
+    own: Sequence[ExportedTensor],
     *,
     table: NameTable | None,
     exported_as: torch.dtype | None,
@@ -137,22 +140,22 @@ def _recorded(
     """What ours gives on the tokens, with what its modules give, and on its own continuation of the first of them."""
     with reference() as ours:
         if table is not None and exported_as is not None:
-            own = {**dict(ours.model.named_parameters()), **dict(ours.model.named_buffers())}
-            for name, rounded in as_exported(table, own, exported_as):
-                own[name].copy_(rounded)
-        with megatron_outputs(ours.model, model) as outputs:
+            tensors = {**dict(ours.model.named_parameters()), **dict(ours.model.named_buffers())}
+            for name, rounded in as_exported(table, tensors, exported_as):
+                tensors[name].copy_(rounded)
+        with megatron_outputs(ours.model, model, own) as outputs:
             random = Recorded(tokens, ours.logits(tokens), outputs)
         greedy = _greedy(ours.logits, tokens[:, :PROMPT], min(seq_length, GREEDY_LENGTH))
         return random, Recorded(greedy, ours.logits(greedy), {})
 
 
-def _compared(random: Recorded, greedy: Recorded, hf_dir: Path) -> Verification:
+def _compared(random: Recorded, greedy: Recorded, hf_dir: Path, own: Sequence[ExportedTensor]) -> Verification:
     """Both sequences, the second where the first agrees."""
     loaded = load_in_fp32(hf_dir)
-    report = compare_loaded(random, loaded, hf_dir, by_module=True)
+    report = compare_loaded(random, loaded, hf_dir, by_module=partial(transformers_outputs, own=own))
     if not report.passed:
         return Verification(report, report)
-    return Verification(report, compare_loaded(greedy, loaded, hf_dir, by_module=False))
+    return Verification(report, compare_loaded(greedy, loaded, hf_dir))
 
 
 def as_exported(table: NameTable, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ first tokens: the outputs of all modules are in memory together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.rounding import channel_limits
+from sparsecod_megatron.seams.mechanism import ExportedTensor
 
 Outputs = dict[str, Tensor]
 Record = Callable[[str, Tensor], None]
@@ -31,8 +32,14 @@ CAUSES_WITHOUT_TENSOR = {
 
 
 @contextmanager
-def megatron_outputs(model: Any, config: ModelConfig) -> Iterator[Outputs]:
-    """Filled by a forward pass of a single-process GPTModel while the block runs; a second pass replaces the first."""
+def megatron_outputs(model: Any, config: ModelConfig, own: Sequence[ExportedTensor] = ()) -> Iterator[Outputs]:
+    """Filled by a forward pass of a single-process GPTModel while the block runs; a second pass replaces the first.
+
+    Args:
+        model: the GPTModel.
+        config: ours.
+        own: tensors of mechanisms, whose modules are watched too.
+    """
     outputs: Outputs = {}
 
     def record(name: str, value: Tensor) -> None:
@@ -44,6 +51,8 @@ def megatron_outputs(model: Any, config: ModelConfig) -> Iterator[Outputs]:
     hooks.after(embedding, "embed_tokens")
     for index, layer in enumerate(model.decoder.layers):
         _watch_megatron_layer(hooks, layer, f"layers.{index}", config)
+    for tensor in own:
+        hooks.after(model.get_submodule(_module(tensor.megatron)), _module(tensor.hf).removeprefix("model."))
     hooks.after(getattr(model.decoder, "final_layernorm", None), "norm")
     try:
         yield outputs
@@ -52,7 +61,7 @@ def megatron_outputs(model: Any, config: ModelConfig) -> Iterator[Outputs]:
 
 
 @contextmanager
-def transformers_outputs(model: Any, record: Record) -> Iterator[None]:
+def transformers_outputs(model: Any, record: Record, own: Sequence[ExportedTensor] = ()) -> Iterator[None]:
     """Hand the same of a causal language model of transformers to a function, which may not keep it: it is a view."""
     hooks = Hooks(lambda name, value: record(name, value.detach()[:, :TOKENS].flatten(start_dim=2)))
     decoder = model.get_decoder()
@@ -60,6 +69,8 @@ def transformers_outputs(model: Any, record: Record) -> Iterator[None]:
     hooks.after(decoder.embed_tokens if norm is None else norm, "embed_tokens")
     for index, layer in enumerate(decoder.layers):
         _watch_transformers_layer(hooks, layer, f"layers.{index}")
+    for tensor in own:
+        hooks.after(model.get_submodule(_module(tensor.hf)), _module(tensor.hf).removeprefix("model."))
     hooks.after(decoder.norm, "norm")
     try:
         yield
@@ -97,6 +108,11 @@ def by_channel(values: Tensor) -> Tensor:
     return values.abs().amax((0, 1)).double()
 
 
+def _module(tensor: str) -> str:
+    """Name of the module that a tensor belongs to."""
+    return tensor.rpartition(".")[0]
+
+
 def _is_residual_stream(name: str) -> bool:
     return name.startswith("layers.") and name.count(".") == 1
 
@@ -119,10 +135,13 @@ class Hooks:
     def __init__(self, record: Record) -> None:
         self.record = record
         self._handles: list[Any] = []
+        self._names: set[str] = set()
 
     def after(self, module: nn.Module | None, name: str) -> None:
-        """Record a module's output, if the model has the module and it has a weight to be wrong."""
-        self.with_output(module, lambda output: self.record(name, output))
+        """Record a module's output, once by each name, if the model has it and it has a weight to be wrong."""
+        if module is not None and name not in self._names:
+            self._names.add(name)
+            self.with_output(module, lambda output: self.record(name, output))
 
     def with_output(self, module: nn.Module | None, use: Callable[[Tensor], None]) -> None:
         """Call with a module's output, the first of several."""
@@ -165,7 +184,6 @@ def _watch_megatron_layer(hooks: Hooks, layer: Any, at: str, config: ModelConfig
             record(f"{at}.self_attn.g_proj", slots[..., per_group:first_key, :].flatten(start_dim=2))
 
     hooks.with_output(attention.linear_qkv, split)
-    hooks.after(getattr(attention, "linear_gate", None), f"{at}.self_attn.g_proj")
     hooks.after(attention.q_layernorm, f"{at}.self_attn.q_norm")
     hooks.after(attention.k_layernorm, f"{at}.self_attn.k_norm")
     hooks.with_input(attention.linear_proj, lambda x: record(f"{at}.self_attn", x))
@@ -265,4 +283,8 @@ def _order(name: str) -> tuple[int, int, int]:
     _, layer, *inside = name.split(".")
     if inside[:2] == ["mlp", "experts"]:
         return int(layer), _STAGES.index("mlp.experts"), int(inside[2])
-    return int(layer), _STAGES.index(".".join(inside)), 0
+    stage = ".".join(inside)
+    if stage not in _STAGES:  # of a mechanism: before what its branch makes of it
+        stage = "self_attn" if inside[0] == "self_attn" else "mlp.act"
+        return int(layer), _STAGES.index(stage), -1
+    return int(layer), _STAGES.index(stage), 0

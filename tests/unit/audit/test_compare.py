@@ -11,7 +11,10 @@ from sparsecod_megatron.audit.compare import FP32, Verdict, compare
 from sparsecod_megatron.audit.measurement import Measurement
 from sparsecod_megatron.audit.report import audit_json, audit_text
 from sparsecod_megatron.audit.rows import REFERENCE, Row
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.config.parameters import ParameterTable
 
+TABLE = ParameterTable(ModelConfig(num_layers=1, vocab_size=4))
 NAMES = ("embedding.word_embeddings.weight", "decoder.layers.0.mlp.linear_fc1.weight", "output_layer.weight")
 
 
@@ -25,7 +28,7 @@ def measured() -> Measurement:
 
 def verdict(found: Measurement, *, exact: bool = False, expected: Measurement | None = None) -> Verdict:
     row = Row(REFERENCE, "overlap", "fp32", against="1 process", exact=exact)
-    return compare(row, found, expected or measured(), on_cpu=True)
+    return compare(row, found, expected or measured(), table=TABLE, on_cpu=True)
 
 
 def test_equal_is_green() -> None:
@@ -37,7 +40,7 @@ def test_relative_size_of_a_gradient() -> None:
     """By kind of tensor, over the tensor's norm; small enough is rounding, unless the rows must be equal."""
     found = measured()
     found.gradients[1][NAMES[1]] *= 1 + 1e-5
-    assert verdict(found).gradients["mlp in"] == pytest.approx(1e-5, rel=0.02)
+    assert verdict(found).gradients["mlp_input"] == pytest.approx(1e-5, rel=0.02)
     assert not verdict(found).red
     assert verdict(found, exact=True).first.startswith(f"step 2: gradient of {NAMES[1]}, off by 1.0e-05")
 
@@ -80,7 +83,7 @@ def test_a_tensor_that_is_absent_or_not_finite_is_red() -> None:
     for spoil in (
         lambda gradients: gradients.pop(NAMES[0]),
         lambda gradients: gradients[NAMES[0]].fill_(math.nan),
-        lambda gradients: gradients.update({"new": torch.ones(1)}),
+        lambda gradients: gradients.update({"decoder.layers.0.mlp.linear_fc2.weight": torch.ones(1)}),
     ):
         found = measured()
         spoil(found.gradients[0])
@@ -92,7 +95,7 @@ def test_a_gradient_of_rounding_alone_is_no_difference() -> None:
     found, expected = measured(), measured()
     for each, value in ((found, 1e-9), (expected, -1e-9)):
         each.gradients[0][NAMES[1]].fill_(value)
-    assert 0 < verdict(found, expected=expected).gradients["mlp in"] < FP32.gradients
+    assert 0 < verdict(found, expected=expected).gradients["mlp_input"] < FP32.gradients
 
 
 def test_references_and_rows_that_could_not_run() -> None:
@@ -100,21 +103,34 @@ def test_references_and_rows_that_could_not_run() -> None:
     diverged.losses[1] = math.nan
     reference = Row(REFERENCE, "plain", "fp32", against=None)
     row = Row(REFERENCE, "overlap", "fp32", against="1 process")
-    assert compare(reference, measured(), None, on_cpu=True).first is None
-    assert "non-finite" in compare(reference, diverged, None, on_cpu=True).first
-    assert compare(row, "no memory", measured(), on_cpu=True).first == "could not run: no memory"
-    assert "1 process, which it must equal, could not run" in compare(row, measured(), "no memory", on_cpu=True).first
+    assert compare(reference, measured(), None, table=TABLE, on_cpu=True).first is None
+    assert "non-finite" in compare(reference, diverged, None, table=TABLE, on_cpu=True).first
+    assert compare(row, "no memory", measured(), table=TABLE, on_cpu=True).first == "could not run: no memory"
+    assert (
+        "1 process, which it must equal, could not run"
+        in compare(row, measured(), "no memory", table=TABLE, on_cpu=True).first
+    )
 
 
 def test_table() -> None:
     found = measured()
     found.gradients[0][NAMES[0]] = torch.full((4, 8), math.inf)
-    reference = compare(Row(REFERENCE, "plain", "fp32", against=None), measured(), None, on_cpu=True)
+    reference = compare(Row(REFERENCE, "plain", "fp32", against=None), measured(), None, table=TABLE, on_cpu=True)
     rows = [reference.json(), verdict(measured()).json(), verdict(found).json() | {"row": "dp2"}]
     content = audit_json(rows, config="a.yaml", notes=["no dropout"], left_out={"cp2": "documents"})
     lines = audit_text(content).splitlines()
     assert content["red"] == ["dp2"]
-    assert lines[0].split() == ["row", "against", "loss", "norm", "output", "mlp", "in", "embed", "stats", "weights"]
+    assert lines[0].split() == [
+        "row",
+        "against",
+        "loss",
+        "norm",
+        "output",
+        "mlp_input",
+        "embedding",
+        "stats",
+        "weights",
+    ]
     assert [line.split()[-1] for line in lines[2:5]] == ["reference", "ok", "RED"]
     assert f"dp2: step 1: gradient of {NAMES[0]}, off by inf" in lines
     assert lines[-2:] == ["left out: cp2: documents", "note: no dropout"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
@@ -144,8 +145,8 @@ def _sharded(trainer: Any) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_export_is_verified_or_refused(name: str, tmp_path: Path) -> None:
-    """And what was exported is imported as the same run."""
-    from sparsecod_megatron.checkpoint.exported import export_checkpoint
+    """And what was exported is imported as the same run; a tensor of its own that is wrong is named."""
+    from sparsecod_megatron.checkpoint.exported import export_checkpoint, verify_checkpoint
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.cli.import_ import run_config
@@ -164,6 +165,13 @@ def test_export_is_verified_or_refused(name: str, tmp_path: Path) -> None:
     assert export_checkpoint(saved, tmp_path / "hf") is not None
     imported = run_config(open_source(tmp_path / "hf"), None)
     assert imported.mechanisms == ({} if isinstance(way, Folds) else config.mechanisms)
+    for tensor in [] if isinstance(way, Folds) else way.tensors[1:2]:
+        weights = load_file(tmp_path / "hf/model.safetensors")
+        weights[tensor.hf] = weights[tensor.hf].roll(1, 0).clone() * 1.5
+        save_file(weights, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+        found = verify_checkpoint(saved, config, tmp_path / "hf", exported_as=torch.float32, seq_length=16)
+        with pytest.raises(ConversionError, match=re.escape(f"first tensor that differs: layer 1: {tensor.hf}")):
+            found.require()
 
 
 @pytest.mark.parametrize("name", CASES)
