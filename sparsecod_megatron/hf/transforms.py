@@ -67,33 +67,33 @@ def folded(shape: Shape, factor: float) -> Transform:
     )
 
 
-def gate_up(ffn: int, hidden: int) -> Transform:
+def gate_up(shape: Shape) -> Transform:
     """Megatron's gated `linear_fc1` `[2·ffn, hidden]`, gate rows above up rows, against gate and up `[ffn, hidden]`."""
     return Transform(
-        ((2 * ffn, hidden),),
-        ((ffn, hidden),) * 2,
+        (shape,),
+        ((shape[0] // 2, shape[1]),) * 2,
         to_hf=lambda tensors: tensors[0].chunk(2, dim=0),
         to_megatron=lambda tensors: (torch.cat(tuple(tensors), dim=0),),
     )
 
 
-def query_key_value(heads: int, groups: int, head_dim: int, hidden: int, *, gated: bool = False) -> Transform:
+def query_key_value(shape: Shape, heads: int, groups: int, *, gated: bool = False) -> Transform:
     """Megatron's `linear_qkv`, rows by query group as (its query heads, key, value), against separate q, k and v.
 
     Within a head the channels keep their order: Megatron's default rotary layout and HuggingFace's both turn channel
     `i` with channel `i + head_dim / 2`.
 
     Args:
+        shape: of `linear_qkv`, `[heads of all three · channels of a head, hidden]`.
         heads: query heads.
         groups: key and value heads.
-        head_dim: channels of a head.
-        hidden: model width.
         gated: each group holds the output gates of its heads after its queries; HuggingFace's gate follows v.
 
     Source: `SelfAttention.get_query_key_value_tensors` in megatron/core/transformer/attention.py.
     """
     per_group = heads // groups
     slots = [per_group, *([per_group] if gated else []), 1, 1]
+    hidden, head_dim = shape[1], shape[0] // (groups * sum(slots))
 
     def split(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         grouped = tensors[0].reshape(groups, sum(slots), head_dim, hidden)
@@ -104,10 +104,9 @@ def query_key_value(heads: int, groups: int, head_dim: int, hidden: int, *, gate
         query, key, value, *gate = (tensor.reshape(groups, -1, head_dim, hidden) for tensor in tensors)
         return (torch.cat([query, *gate, key, value], dim=1).reshape(-1, hidden),)
 
-    whole = (groups * sum(slots) * head_dim, hidden)
     query, key = (heads * head_dim, hidden), (groups * head_dim, hidden)
     parts = (query, key, key, query) if gated else (query, key, key)
-    return Transform((whole,), parts, to_hf=split, to_megatron=merge)
+    return Transform((shape,), parts, to_hf=split, to_megatron=merge)
 
 
 def zeros(*shapes: Shape) -> Transform:

@@ -60,7 +60,7 @@ def draw(model: ModelConfig, matrix: Matrix, shape: list[int], *, seed: int, dev
 
 def standard_deviation(model: ModelConfig, matrix: Matrix) -> float:
     """`init_std` of the kind if set, else that of the scheme, scaled with the width under muP."""
-    override: float | None = getattr(model.init_std, matrix.kind)
+    override: float | None = getattr(model.init_std, matrix.init)
     return override if override is not None else _SCHEMES[model.init](model, matrix) / _width_factor(model, matrix)
 
 
@@ -70,15 +70,15 @@ def _normal(model: ModelConfig, matrix: Matrix) -> float:
 
 def _scaled(model: ModelConfig, matrix: Matrix) -> float:
     """Outputs over sqrt(2 L). Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019)."""
-    return model.init_method_std / (math.sqrt(2 * model.num_layers) if matrix.kind in _OUTPUTS else 1.0)
+    return model.init_method_std / (math.sqrt(2 * model.num_layers) if matrix.init in _OUTPUTS else 1.0)
 
 
 def _mitchell(model: ModelConfig, matrix: Matrix) -> float:
     """1 / sqrt(fan_in), outputs over sqrt(2 (l + 1)) too, cut at 3 std. Source: the `mitchell` scheme of OLMo."""
-    if matrix.kind in ("embedding", "output"):
+    if matrix.init in ("embedding", "output"):
         return model.hidden_size**-0.5
-    depth = 2 * (matrix.layer + 1) if matrix.kind in _OUTPUTS else 1
-    fan_in = model.hidden_size if matrix.kind == "attention_output" else matrix.fan_in
+    depth = 2 * (matrix.layer + 1) if matrix.init in _OUTPUTS else 1
+    fan_in = model.hidden_size if matrix.init == "attention_output" else matrix.fan_in
     return 1 / math.sqrt(fan_in * depth)
 
 
@@ -87,7 +87,7 @@ def _small_init(model: ModelConfig, matrix: Matrix) -> float:
 
     Source: Nguyen and Salazar, Transformers without Tears (arXiv 1910.05895); Wang and Komatsuzaki, GPT-J-6B (2021).
     """
-    if matrix.kind in _OUTPUTS:
+    if matrix.init in _OUTPUTS:
         return 2 / (model.num_layers * math.sqrt(model.hidden_size))
     return math.sqrt(2 / (5 * model.hidden_size))
 
@@ -106,6 +106,6 @@ def _width_factor(model: ModelConfig, matrix: Matrix) -> float:
     Heads keep their size as the model widens, so that attention needs no other scale.
     Source: Yang et al., Tensor Programs V (arXiv 2203.03466), table 3.
     """
-    if matrix.kind == "embedding":
+    if matrix.init == "embedding":
         return 1.0
-    return model.width_ratio if matrix.kind in ("output", "router") else math.sqrt(model.width_ratio)
+    return model.width_ratio if matrix.init in ("output", "router") else math.sqrt(model.width_ratio)

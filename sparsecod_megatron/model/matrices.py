@@ -26,15 +26,24 @@ class Matrix:
 
     Attributes:
         name: unique in the model, whatever the layout.
-        kind: a field of InitStdConfig.
+        row: of the table of parameters.
         layer: from 0; 0 outside of layers.
-        fan_in: its input size in the whole model.
     """
 
     name: str
-    kind: str
+    row: ParameterKind
     layer: int
-    fan_in: int
+
+    @property
+    def init(self) -> str:
+        """The field of InitStdConfig that it is drawn by."""
+        assert self.row.init is not None, f"no initialisation for {self.name}"
+        return self.row.init
+
+    @property
+    def fan_in(self) -> int:
+        """Its input size in the whole model."""
+        return self.row.shape[1]
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,17 @@ class Shard:
     Attributes:
         parameter: that holds it, in one of this rank's model chunks.
         matrix: the whole one.
-        row: of the table of parameters.
         group: ranks that share it.
     """
 
     parameter: torch.nn.Parameter
     matrix: Matrix
-    row: ParameterKind
     group: torch.distributed.ProcessGroup
+
+    @property
+    def row(self) -> ParameterKind:
+        """Of the table of parameters."""
+        return self.matrix.row
 
     @property
     def whole_shape(self) -> list[int]:
@@ -90,7 +102,6 @@ def matrices(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCollect
         if parameter.dim() < 2 or parameter.is_meta:
             continue
         row = table.find(name)
-        assert row.init is not None, f"no initialisation for {name}"
         found = re.search(r"layers\.(\d+)\.", name)
         layer = chunk.decoder.layers[int(found[1])].layer_number - 1 if found else 0
         # The last pipeline stage's output layer is, where it is tied, a copy of the embedding.
@@ -98,7 +109,7 @@ def matrices(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCollect
         whole_name = "embedding.word_embeddings.weight" if is_copy else name
         whole_name = _whole_name(whole_name, layer, groups.ep.rank() * _local_experts(model, groups))
         group = groups.expt_tp if row.split == "expert" else groups.tp
-        yield Shard(parameter, Matrix(whole_name, row.init, layer, row.shape[1]), row, group)
+        yield Shard(parameter, Matrix(whole_name, row, layer), group)
 
 
 def _local_experts(model: ModelConfig, groups: ProcessGroupCollection) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
-from sparsecod_megatron.hf.families.entries import layer_entries, outer_entries
+from sparsecod_megatron.hf.families.entries import LayerTensors, layer_entries, outer_entries
 from sparsecod_megatron.hf.families.rotary import rope_parameters
 from sparsecod_megatron.hf.table import Entry, NameTable
 from sparsecod_megatron.hf.transforms import same
@@ -47,7 +47,7 @@ class Family:
     config_class: type[PreTrainedConfig]
     features: frozenset[str]
     obstacle: Callable[[ModelConfig], str | None]
-    mlp_entries: Callable[[ModelConfig, int], Iterator[Entry]]
+    mlp_entries: Callable[[LayerTensors], Iterator[Entry]]
     fields: Callable[[ModelConfig], dict[str, Any]]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     folds_scaling: bool = True
@@ -108,11 +108,13 @@ class Family:
         return config
 
     def _entries(self, model: ModelConfig) -> Iterator[Entry]:
-        before, after = outer_entries(model, vocab_size(model))
+        vocab_size(model)  # refused by its key where it is not known yet
+        before, after = outer_entries(model)
         yield from before
         for layer in range(model.num_layers):
-            yield from layer_entries(model, layer, norm_factor=model.scale(layer) if self.folds_scaling else 1.0)
-            yield from self.mlp_entries(model, layer)
+            tensors = LayerTensors.of(model, layer)
+            yield from layer_entries(tensors, norm_factor=model.scale(layer) if self.folds_scaling else 1.0)
+            yield from self.mlp_entries(tensors)
         yield from after
 
 

@@ -1,127 +1,159 @@
-"""Entries of the name tables: embeddings, norms and attention as all families call them, and pieces of MLPs."""
+"""Entries of the name tables: embeddings, norms and attention as all families call them, and pieces of MLPs.
+
+Which tensors there are, and their shapes, comes from the table of parameters; here are only names and layouts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.hf.table import Entry
-from sparsecod_megatron.hf.transforms import folded, gate_up, query_key_value, same, scaled
+from sparsecod_megatron.hf.transforms import Transform, folded, gate_up, query_key_value, same, scaled
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """What most classes call the three matrices of a gated MLP."""
 
 
-def outer_entries(model: ModelConfig, vocab_size: int) -> tuple[list[Entry], list[Entry]]:
-    """What comes before the layers, and what comes after them."""
-    vocabulary, norm = same((vocab_size, model.hidden_size)), same((model.hidden_size,))
-    before = [Entry(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), vocabulary)]
-    if model.has_embedding_norm:
-        before.append(Entry(("embedding_norm.weight",), ("model.embedding_norm.weight",), norm))
-    after = []
-    if model.final_norm:
-        after.append(Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",), norm))
-    if model.untie_embeddings_and_output_weights:
-        after.append(Entry(("output_layer.weight",), ("lm_head.weight",), vocabulary))
-    return before, after
+@dataclass(frozen=True)
+class LayerTensors:
+    """The tensors of one layer.
+
+    Attributes:
+        model: ours.
+        layer: from 0.
+        rows: of the table of parameters, by name.
+        ours: prefix of their names in Megatron, without the last dot.
+        theirs: the same in HuggingFace files.
+    """
+
+    model: ModelConfig
+    layer: int
+    rows: dict[str, ParameterKind]
+    ours: str
+    theirs: str
+
+    @classmethod
+    def of(cls, model: ModelConfig, layer: int) -> LayerTensors:
+        """Those of layer `layer`."""
+        rows = {row.name: row for row in ParameterTable(model).layer(layer)}
+        return cls(model, layer, rows, f"decoder.layers.{layer}", f"model.layers.{layer}")
+
+    @property
+    def query_key_value(self) -> Transform:
+        """How the fused projection is stored."""
+        model, gated = self.model, self.model.attention_output_gate == "elementwise"
+        return query_key_value(self.rows["qkv"].shape, model.num_attention_heads, model.query_groups, gated=gated)
 
 
-def layer_entries(model: ModelConfig, layer: int, *, norm_factor: float) -> Iterator[Entry]:
-    """Norms and attention of layer `layer` (from 0).
+def outer_entries(model: ModelConfig) -> tuple[list[Entry], list[Entry]]:
+    """What comes before the layers, and what comes after them, of a model whose vocabulary is known."""
+    table = ParameterTable(model)
+    before = {
+        "embedding": ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        "embedding_norm": ("embedding_norm.weight", "model.embedding_norm.weight"),
+    }
+    after = {
+        "final_norm": ("decoder.final_layernorm.weight", "model.norm.weight"),
+        "output": ("output_layer.weight", "lm_head.weight"),
+    }
+    return (
+        [_plain(row, *before[row.name]) for row in table.first()],
+        [_plain(row, *after[row.name]) for row in table.last(shares_embedding=True)],
+    )
+
+
+def layer_entries(tensors: LayerTensors, *, norm_factor: float) -> Iterator[Entry]:
+    """Norms and attention of a layer.
 
     Args:
-        model: ours.
-        layer: its index.
+        tensors: of the layer.
         norm_factor: on the weights of the norms before the branches.
     """
-    ours, theirs = layer_names(layer)
-    hidden, width = model.hidden_size, model.num_attention_heads * model.head_dim
-    norm, join = folded((hidden,), norm_factor), same((hidden,))
-    post = model.is_post_norm(layer)
-    has_join_norm = post or model.norm_placement in ("peri", "sandwich")
-    if not post:
-        yield Entry((f"{ours}.input_layernorm.weight",), (f"{theirs}.input_layernorm.weight",), norm)
-    yield from _projection_entries(model, f"{ours}.self_attention", f"{theirs}.self_attn")
-    yield Entry(
-        (f"{ours}.self_attention.linear_proj.weight",), (f"{theirs}.self_attn.o_proj.weight",), same((hidden, width))
-    )
-    if has_join_norm:
-        yield Entry((f"{ours}.self_attn_bda.norm.weight",), (f"{theirs}.attention_join_norm.weight",), join)
-        yield Entry((f"{ours}.mlp_bda.norm.weight",), (f"{theirs}.mlp_join_norm.weight",), join)
-    if not post:
-        yield Entry((f"{ours}.pre_mlp_layernorm.weight",), (f"{theirs}.post_attention_layernorm.weight",), norm)
+    rows, ours, theirs = tensors.rows, tensors.ours, tensors.theirs
+    if (row := rows.get("attention_norm")) is not None:
+        names = (f"{ours}.input_layernorm.weight",), (f"{theirs}.input_layernorm.weight",)
+        yield Entry(*names, folded(row.shape, norm_factor))
+    yield from _attention_entries(tensors)
+    for branch, place in (("attention", "self_attn"), ("mlp", "mlp")):
+        if (row := rows.get(f"{branch}_post_norm")) is not None:
+            yield _plain(row, f"{ours}.{place}_bda.norm.weight", f"{theirs}.{branch}_join_norm.weight")
+    if (row := rows.get("mlp_norm")) is not None:
+        names = (f"{ours}.pre_mlp_layernorm.weight",), (f"{theirs}.post_attention_layernorm.weight",)
+        yield Entry(*names, folded(row.shape, norm_factor))
 
 
-def _projection_entries(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
-    gated = model.attention_output_gate == "elementwise"
-    parts = "qkvg" if gated else "qkv"
-    fused = query_key_value(
-        model.num_attention_heads, model.query_groups, model.head_dim, model.hidden_size, gated=gated
-    )
+def _attention_entries(tensors: LayerTensors) -> Iterator[Entry]:
+    rows, ours, theirs = tensors.rows, f"{tensors.ours}.self_attention", f"{tensors.theirs}.self_attn"
+    fused = tensors.query_key_value
+    parts = "qkvg"[: len(fused.hf_shapes)]
     yield Entry((f"{ours}.linear_qkv.weight",), tuple(f"{theirs}.{part}_proj.weight" for part in parts), fused)
-    if model.qk_norm:
-        for part in "qk":
-            norm = same((model.head_dim,))
-            yield Entry((f"{ours}.{part}_layernorm.weight",), (f"{theirs}.{part}_norm.weight",), norm)
-
-
-def layer_names(layer: int) -> tuple[str, str]:
-    """Prefixes of a layer's tensors in Megatron and in HuggingFace files, without the last dot."""
-    return f"decoder.layers.{layer}", f"model.layers.{layer}"
+    for part, name in (("q", "query_norm"), ("k", "key_norm")):
+        if (row := rows.get(name)) is not None:
+            yield _plain(row, f"{ours}.{part}_layernorm.weight", f"{theirs}.{part}_norm.weight")
+    yield _plain(rows["attention_output"], f"{ours}.linear_proj.weight", f"{theirs}.o_proj.weight")
 
 
 def mlp_entries(
+    tensors: LayerTensors,
+    kind: str,
     megatron: str,
     hf: str,
     *,
-    ffn: int,
-    hidden: int,
     hf_names: tuple[str, str, str] = PROJECTIONS,
-    is_gated: bool = True,
     down_factor: float = 1.0,
 ) -> Iterator[Entry]:
-    """One MLP: dense, one expert, or shared expert.
+    """The matrices of one MLP.
 
     Args:
+        tensors: of the layer.
+        kind: `mlp`, `expert` or `shared_expert`, as the table of parameters calls it.
         megatron: module that holds `linear_fc1` and `linear_fc2`.
         hf: module that holds the projections.
-        ffn: inner width.
-        hidden: model width.
         hf_names: names of the gate, up and down projections.
-        is_gated: whether there is a gate projection.
         down_factor: power of two folded into the down projection.
     """
+    inward, outward = tensors.rows[f"{kind}_input"], tensors.rows[f"{kind}_output"]
     gate, up, down = (f"{hf}.{name}.weight" for name in hf_names)
-    into = ((gate, up), gate_up(ffn, hidden)) if is_gated else ((up,), same((ffn, hidden)))
+    is_gated = inward.stacked == 2
+    into = ((gate, up), gate_up(inward.shape)) if is_gated else ((up,), same(inward.shape))
     yield Entry((f"{megatron}.linear_fc1.weight",), *into)
-    yield Entry((f"{megatron}.linear_fc2.weight",), (down,), scaled((hidden, ffn), down_factor))
+    yield Entry((f"{megatron}.linear_fc2.weight",), (down,), scaled(outward.shape, down_factor))
 
 
-def dense_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
+def dense_entries(tensors: LayerTensors) -> Iterator[Entry]:
     """The MLP of a layer without experts."""
-    ours, theirs = (f"{prefix}.mlp" for prefix in layer_names(layer))
-    return mlp_entries(ours, theirs, ffn=model.ffn_hidden_size, hidden=model.hidden_size, is_gated=model.is_gated)
+    return mlp_entries(tensors, "mlp", f"{tensors.ours}.mlp", f"{tensors.theirs}.mlp")
 
 
 def routed_entries(
-    model: ModelConfig, ours: str, theirs: str, *, hf_names: tuple[str, str, str] = PROJECTIONS
+    tensors: LayerTensors, *, place: str = "mlp", hf_names: tuple[str, str, str] = PROJECTIONS
 ) -> Iterator[Entry]:
     """The router's weight and all routed experts.
 
     Args:
-        model: ours.
-        ours: prefix of the layer's MLP in Megatron.
-        theirs: prefix of the layer's MLP in HuggingFace files.
+        tensors: of the layer.
+        place: what the class calls the layer's MLP.
         hf_names: names of an expert's projections.
     """
-    experts, hidden = model.num_moe_experts or 0, model.hidden_size
-    yield Entry((f"{ours}.router.weight",), (f"{theirs}.gate.weight",), same((experts, hidden)))
-    for expert in range(experts):
-        yield from mlp_entries(
-            f"{ours}.experts.local_experts.{expert}",
-            f"{theirs}.experts.{expert}",
-            ffn=model.expert_ffn_hidden_size,
-            hidden=hidden,
-            hf_names=hf_names,
-            is_gated=model.is_gated,
-        )
+    ours, theirs = f"{tensors.ours}.mlp", f"{tensors.theirs}.{place}"
+    yield _plain(tensors.rows["router"], f"{ours}.router.weight", f"{theirs}.gate.weight")
+    for expert in range(tensors.rows["expert_input"].copies):
+        names = f"{ours}.experts.local_experts.{expert}", f"{theirs}.experts.{expert}"
+        yield from mlp_entries(tensors, "expert", *names, hf_names=hf_names)
+
+
+def shared_entries(tensors: LayerTensors, *, down_factor: float = 1.0) -> Iterator[Entry]:
+    """The shared expert and its gate, as far as the layer has them, under most classes' names."""
+    ours, theirs = f"{tensors.ours}.mlp.shared_experts", f"{tensors.theirs}.mlp.shared_expert"
+    if (row := tensors.rows.get("shared_expert_gate")) is not None:
+        yield _plain(row, f"{ours}.gate_weight", f"{theirs}_gate.weight")
+    if "shared_expert_input" in tensors.rows:
+        yield from mlp_entries(tensors, "shared_expert", ours, theirs, down_factor=down_factor)
+
+
+def _plain(row: ParameterKind, ours: str, theirs: str) -> Entry:
+    """A tensor that is the same on both sides."""
+    return Entry((ours,), (theirs,), same(row.shape))

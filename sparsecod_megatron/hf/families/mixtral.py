@@ -13,7 +13,7 @@ from transformers import MixtralConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
-from sparsecod_megatron.hf.families.entries import layer_names, routed_entries
+from sparsecod_megatron.hf.families.entries import LayerTensors, routed_entries
 from sparsecod_megatron.hf.families.llama import PRE_NORM
 from sparsecod_megatron.hf.table import Entry
 
@@ -28,9 +28,8 @@ def _obstacle(model: ModelConfig) -> str | None:
     return None
 
 
-def _mlp_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-    ours, theirs = layer_names(layer)
-    return routed_entries(model, f"{ours}.mlp", f"{theirs}.block_sparse_moe", hf_names=("w1", "w3", "w2"))
+def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
+    return routed_entries(tensors, place="block_sparse_moe", hf_names=("w1", "w3", "w2"))
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:

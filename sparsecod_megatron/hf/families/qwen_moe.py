@@ -23,14 +23,14 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.entries import (
     PROJECTIONS,
+    LayerTensors,
     dense_entries,
-    layer_names,
-    mlp_entries,
     routed_entries,
+    shared_entries,
 )
 from sparsecod_megatron.hf.families.llama import PRE_NORM
 from sparsecod_megatron.hf.table import Entry
-from sparsecod_megatron.hf.transforms import same, zeros
+from sparsecod_megatron.hf.transforms import zeros
 
 ZERO_EXPERT_WIDTH = 16
 """Width of the zero shared expert: narrow beside a real one, yet divisible by the sizes inference engines split by."""
@@ -50,39 +50,32 @@ def _qwen3_obstacle(model: ModelConfig) -> str | None:
     return None
 
 
-def _qwen2_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-    yield _zero_biases(model, layer)
-    yield from _qwen3_entries(model, layer)
-    if model.is_moe_layer(layer):
-        yield from _shared_entries(model, *(f"{prefix}.mlp" for prefix in layer_names(layer)))
+def _qwen2_entries(tensors: LayerTensors) -> Iterator[Entry]:
+    yield _zero_biases(tensors)
+    yield from _qwen3_entries(tensors)
+    if "router" in tensors.rows:
+        yield from _shared_entries(tensors)
 
 
-def _qwen3_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-    if not model.is_moe_layer(layer):
-        return dense_entries(model, layer)
-    ours, theirs = layer_names(layer)
-    return routed_entries(model, f"{ours}.mlp", f"{theirs}.mlp")
+def _qwen3_entries(tensors: LayerTensors) -> Iterator[Entry]:
+    return routed_entries(tensors) if "router" in tensors.rows else dense_entries(tensors)
 
 
-def _zero_biases(model: ModelConfig, layer: int) -> Entry:
-    attention = f"{layer_names(layer)[1]}.self_attn"
-    sizes = [heads * model.head_dim for heads in (model.num_attention_heads, model.query_groups, model.query_groups)]
-    return Entry((), tuple(f"{attention}.{part}_proj.bias" for part in "qkv"), zeros(*((size,) for size in sizes)))
+def _zero_biases(tensors: LayerTensors) -> Entry:
+    shapes = [shape[:1] for shape in tensors.query_key_value.hf_shapes]
+    return Entry((), tuple(f"{tensors.theirs}.self_attn.{part}_proj.bias" for part in "qkv"), zeros(*shapes))
 
 
-def _shared_entries(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
-    hidden, width = model.hidden_size, model.moe_shared_expert_intermediate_size
-    shared, gate = f"{theirs}.shared_expert", (f"{theirs}.shared_expert_gate.weight",)
-    if model.moe_shared_expert_gate:
-        yield Entry((f"{ours}.shared_experts.gate_weight",), gate, same((1, hidden)))
-    else:
-        yield Entry((), gate, zeros((1, hidden)))
-    if width is not None:
-        factor = 1.0 if model.moe_shared_expert_gate else 2.0
-        yield from mlp_entries(f"{ours}.shared_experts", shared, ffn=width, hidden=hidden, down_factor=factor)
-        return
-    inward, outward = (ZERO_EXPERT_WIDTH, hidden), (hidden, ZERO_EXPERT_WIDTH)
-    yield Entry((), tuple(f"{shared}.{name}.weight" for name in PROJECTIONS), zeros(inward, inward, outward))
+def _shared_entries(tensors: LayerTensors) -> Iterator[Entry]:
+    """A shared expert and its gate, of zeros where ours has none."""
+    shared, hidden = f"{tensors.theirs}.mlp.shared_expert", tensors.model.hidden_size
+    has_gate = "shared_expert_gate" in tensors.rows
+    if not has_gate:
+        yield Entry((), (f"{shared}_gate.weight",), zeros((1, hidden)))
+    yield from shared_entries(tensors, down_factor=1.0 if has_gate else 2.0)
+    if "shared_expert_input" not in tensors.rows:
+        inward, outward = (ZERO_EXPERT_WIDTH, hidden), (hidden, ZERO_EXPERT_WIDTH)
+        yield Entry((), tuple(f"{shared}.{name}.weight" for name in PROJECTIONS), zeros(inward, inward, outward))
 
 
 def _routed_fields(model: ModelConfig) -> dict[str, Any]:
@@ -131,7 +124,7 @@ def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_placeholders(model: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
     """Without a gate that is 0.5 everywhere, and without a shared expert that no step could bring to life."""
-    mixtures = [f"{layer_names(layer)[1]}.mlp" for layer in range(model.num_layers) if model.is_moe_layer(layer)]
+    mixtures = [f"model.layers.{layer}.mlp" for layer in range(model.num_layers) if model.is_moe_layer(layer)]
 
     def is_zero(part: str) -> bool:
         names = [f"{mixture}.{part}.weight" for mixture in mixtures]

@@ -9,7 +9,7 @@ from typing import Any
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.configuration_sparsecod import SparsecodConfig
 from sparsecod_megatron.hf.families.base import Family
-from sparsecod_megatron.hf.families.entries import dense_entries, layer_names, mlp_entries, routed_entries
+from sparsecod_megatron.hf.families.entries import LayerTensors, dense_entries, routed_entries, shared_entries
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.transforms import same
 
@@ -47,22 +47,15 @@ AUTO_MAP = {
 }
 
 
-def _mlp_entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-    if not model.is_moe_layer(layer):
-        yield from dense_entries(model, layer)
+def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
+    if not tensors.model.is_moe_layer(tensors.layer):
+        yield from dense_entries(tensors)
         return
-    ours, theirs = (f"{prefix}.mlp" for prefix in layer_names(layer))
-    yield from routed_entries(model, ours, theirs)
-    if model.moe_router_enable_expert_bias:
-        bias = same((model.num_moe_experts or 0,))
-        yield Entry((f"{ours}.router.expert_bias",), (f"{theirs}.gate.expert_bias",), bias)
-    shared = model.moe_shared_expert_intermediate_size
-    if shared is not None:
-        names = (f"{ours}.shared_experts", f"{theirs}.shared_expert")
-        yield from mlp_entries(*names, ffn=shared, hidden=model.hidden_size, is_gated=model.is_gated)
-    if model.moe_shared_expert_gate:
-        gate = same((1, model.hidden_size))
-        yield Entry((f"{ours}.shared_experts.gate_weight",), (f"{theirs}.shared_expert_gate.weight",), gate)
+    yield from routed_entries(tensors)
+    if tensors.model.moe_router_enable_expert_bias:
+        names = (f"{tensors.ours}.mlp.router.expert_bias",), (f"{tensors.theirs}.mlp.gate.expert_bias",)
+        yield Entry(*names, same(tensors.rows["router"].shape[:1]))  # a buffer, one for each expert
+    yield from shared_entries(tensors)
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.cli import import_
-from sparsecod_megatron.config import ModelConfig, load_config
+from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families import FAMILIES
+from sparsecod_megatron.hf.families.entries import LayerTensors
 from sparsecod_megatron.hf.source import open_source
 from sparsecod_megatron.hf.table import Entry
 from tests.unit.hf.test_source import CONFIGS, save
@@ -58,8 +59,8 @@ def test_what_is_read_otherwise_than_by_transformers_is_not_imported(
     """A table that takes gate for up in both directions, so that it agrees with itself."""
     llama = FAMILIES[0]
 
-    def entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-        fc1, fc2 = llama.mlp_entries(model, layer)
+    def entries(tensors: LayerTensors) -> Iterator[Entry]:
+        fc1, fc2 = llama.mlp_entries(tensors)
         yield dataclasses.replace(fc1, hf=fc1.hf[::-1])
         yield fc2
 

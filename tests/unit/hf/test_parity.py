@@ -15,6 +15,7 @@ from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import ParityReport, compare_logits, export_model
 from sparsecod_megatron.hf.families import choose_family
+from sparsecod_megatron.hf.families.entries import LayerTensors
 from tests.helpers.reference_gpt import forward, random_tensors
 from tests.unit.hf.models import MODELS, tiny
 
@@ -80,8 +81,8 @@ def test_a_table_with_two_names_exchanged_does_not_pass(tmp_path: Path, monkeypa
     tensors = random_tensors(model)
     family = choose_family(model)
 
-    def exchanged(model: ModelConfig, layer: int) -> object:
-        fc1, fc2 = family.mlp_entries(model, layer)
+    def exchanged(tensors: LayerTensors) -> object:
+        fc1, fc2 = family.mlp_entries(tensors)
         yield dataclasses.replace(fc1, hf=fc1.hf[::-1])
         yield fc2
 

@@ -15,8 +15,8 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 @st.composite
 def transforms(draw: st.DrawFn) -> Transform:
     a, b, c, d = (draw(SIZE) for _ in range(4))
-    qkv = [query_key_value(a * b, a, c, d, gated=gated) for gated in (False, True)]
-    return draw(st.sampled_from([same((a, b)), scaled((a, b), 2.0), scaled((a,), 0.25), gate_up(a, b), *qkv]))
+    qkv = [query_key_value((a * (b + 2 + gated * b) * c, d), a * b, a, gated=gated) for gated in (False, True)]
+    return draw(st.sampled_from([same((a, b)), scaled((a, b), 2.0), scaled((a,), 0.25), gate_up((2 * a, b)), *qkv]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -38,7 +38,7 @@ def test_both_directions_invert_each_other_bit_for_bit(transform: Transform, dty
 def test_every_fused_row_goes_to_its_head(groups: int, per_group: int, head_dim: int) -> None:
     heads = groups * per_group
     rows = torch.arange((heads + 2 * groups) * head_dim).unsqueeze(1).float()
-    query, key, value = query_key_value(heads, groups, head_dim, 1).to_hf([rows])
+    query, key, value = query_key_value(tuple(rows.shape), heads, groups).to_hf([rows])
     for head in range(heads):
         group = head // per_group
         slot = group * (per_group + 2) + head % per_group
@@ -49,7 +49,7 @@ def test_every_fused_row_goes_to_its_head(groups: int, per_group: int, head_dim:
 
 
 def test_gate_is_the_upper_half() -> None:
-    gate, up = gate_up(2, 1).to_hf([torch.tensor([[1.0], [2.0], [3.0], [4.0]])])
+    gate, up = gate_up((4, 1)).to_hf([torch.tensor([[1.0], [2.0], [3.0], [4.0]])])
     assert gate.flatten().tolist() == [1, 2]
     assert up.flatten().tolist() == [3, 4]
 
@@ -79,7 +79,7 @@ def test_folding_rounds_once() -> None:
 
 def test_gates_stand_between_queries_and_key_of_their_group() -> None:
     rows = torch.arange(2 * (2 + 2 + 2) * 1).unsqueeze(1).float()
-    query, key, value, gate = query_key_value(4, 2, 1, 1, gated=True).to_hf([rows])
+    query, key, value, gate = query_key_value(tuple(rows.shape), 4, 2, gated=True).to_hf([rows])
     assert query.flatten().tolist() == [0, 1, 6, 7]
     assert gate.flatten().tolist() == [2, 3, 8, 9]
     assert (key.flatten().tolist(), value.flatten().tolist()) == ([4, 10], [5, 11])

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsecod_megatron.config import ModelConfig, load_config
+from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import choose_family, export_model
+from sparsecod_megatron.hf.families.entries import LayerTensors
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.verify import Verification, verify_directory
 from tests.helpers.megatron import SMALL, BuiltModel, megatron_model
@@ -129,8 +130,8 @@ def test_a_broken_table_is_named(
 ) -> None:
     family = choose_family(load_config(None, SMALL).model)
 
-    def entries(model: ModelConfig, layer: int) -> Iterator[Entry]:
-        fc1, fc2 = family.mlp_entries(model, layer)
+    def entries(tensors: LayerTensors) -> Iterator[Entry]:
+        fc1, fc2 = family.mlp_entries(tensors)
         yield breaking(fc1)
         yield fc2
 
