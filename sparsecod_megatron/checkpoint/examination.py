@@ -10,11 +10,8 @@ from pathlib import Path
 from sparsecod_megatron.checkpoint.digests import Digests, add_digest, first_difference, tensor_digest
 from sparsecod_megatron.checkpoint.invariants import MASTER_KINDS, same_weights
 from sparsecod_megatron.checkpoint.manifest import find_damage
-from sparsecod_megatron.checkpoint.state import read_state
+from sparsecod_megatron.checkpoint.state import read_state, saved_config
 from sparsecod_megatron.checkpoint.stream import OPTIMIZER_PREFIX, CheckpointTensors
-from sparsecod_megatron.config import load_config
-from sparsecod_megatron.config.run_files import CONFIG_FILE
-from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def examine_weights(step_dir: Path) -> Finding:
         DamagedCheckpoint: a tensor cannot be read.
     """
     subject = "fp32 weights"
-    if load_config(step_dir / CONFIG_FILE, mechanisms=SAVED_MECHANISMS).precision.fp8_param_gather:
+    if saved_config(step_dir).precision.fp8_param_gather:
         return Finding(subject, None, "the model's weights are FP8, which is not a plain cast")
     with _tensors(step_dir, None) as weights:
         for kind in MASTER_KINDS:

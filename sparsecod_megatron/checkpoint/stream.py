@@ -22,12 +22,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from sparsecod_megatron.checkpoint.manifest import DamagedCheckpoint, require_undamaged
 from sparsecod_megatron.checkpoint.mapped import map_tensor
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir, tokenizer_dir
-from sparsecod_megatron.checkpoint.state import read_state
+from sparsecod_megatron.checkpoint.state import read_state, saved_config
 from sparsecod_megatron.checkpoint.untrusted import read_metadata
-from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.parameters import RENAMED_NORMS
-from sparsecod_megatron.config.run_files import CONFIG_FILE
-from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.seams.plugin import STATE_PREFIX
 
 NOT_WEIGHTS = ("optimizer.", STATE_PREFIX)
@@ -85,7 +83,7 @@ def streamed_checkpoint(path: Path, *, digests: bool = True) -> Iterator[Streame
     read_state(step_dir)
     with ExitStack() as files:
         yield StreamedCheckpoint(
-            config=load_config(step_dir / CONFIG_FILE, mechanisms=SAVED_MECHANISMS),
+            config=saved_config(step_dir),
             tensors=CheckpointTensors(step_dir, files),
             step_dir=step_dir,
             tokenizer_dir=tokenizer_dir(step_dir),

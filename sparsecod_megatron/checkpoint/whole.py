@@ -17,10 +17,9 @@ from sparsecod_megatron.checkpoint.manifest import require_undamaged
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.parts import ModelParts
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
-from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig, load_config
+from sparsecod_megatron.checkpoint.state import saved_config
+from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig
 from sparsecod_megatron.config.megatron_fields import FUNCTION_FIELDS
-from sparsecod_megatron.config.run_files import CONFIG_FILE
-from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
 from sparsecod_megatron.parallel import running_processes
 
@@ -60,7 +59,7 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     """
     step_dir = resolve_step_dir(path)
     require_undamaged(step_dir, digests=False)
-    config = load_config(step_dir / CONFIG_FILE, mechanisms=SAVED_MECHANISMS)
+    config = saved_config(step_dir)
     config = replace(single_process(config), megatron=shape_only(config))
     with unsharded(config, backend) as (models, groups):
         load_weights(step_dir, ModelParts(config=config, groups=groups, models=models))

@@ -22,6 +22,18 @@ from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import precision_fields, torch_dtype
 from sparsecod_megatron.seams.mechanism import configured
 
+FIXED_FIELDS: dict[str, Any] = {
+    "add_bias_linear": False,
+    # `init.py` draws every matrix. Without `perform_initialization` Megatron would not mark which are sharded.
+    "init_method": leave_as_is,
+    "output_layer_init_method": leave_as_is,
+    "embedding_init_method": leave_as_is,
+    # Megatron's per-token mode would scale the auxiliary losses down by the tensor- and context-parallel sizes.
+    # Every micro-batch holds the same number of counted tokens, so the mean of means is the mean over tokens.
+    "calculate_per_token_loss": False,
+}
+"""What every run has, whatever its file says."""
+
 
 def transformer_config(config: RunConfig, *, transformer_engine: bool) -> TransformerConfig:
     """Megatron-Core's configuration of this run's model and layout. Local.
@@ -34,7 +46,7 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         ConfigError: Megatron-Core refuses the combination, or a `megatron:` field has no effect on this backend.
     """
     dtype = torch_dtype(config.precision)
-    ours: dict[str, Any] = {
+    sections: dict[str, Any] = {
         **_shape(config.model),
         **_attention(config.model),
         **_activation(config.model),
@@ -44,9 +56,6 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         "hetereogenous_dist_checkpoint": config.model.norm_placement == "mix"
         or any(mechanism.layers_differ(config.model) for mechanism in configured(config)),
         **precision_fields(config.precision),
-        # Megatron's per-token mode would scale the auxiliary losses down by the tensor- and context-parallel sizes.
-        # Every micro-batch holds the same number of counted tokens, so the mean of means is the mean over tokens.
-        "calculate_per_token_loss": False,
     }
     defaults = {
         "moe_grouped_gemm": transformer_engine and config.model.is_moe,
@@ -67,7 +76,9 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
     for mechanism in configured(config):
         defaults |= mechanism.transformer_fields(config.model)
     _refuse_unread(config.megatron, transformer_engine)
-    arguments = passthrough(config.megatron, TransformerConfig, ours, defaults)
+    arguments = passthrough(
+        config.megatron, TransformerConfig, sections=sections, fixed=FIXED_FIELDS, defaults=defaults
+    )
     if (attention := config.megatron.get("attention_backend")) is not None:
         arguments["attention_backend"] = AttnBackend[attention]
     _forbid_silent_divergence(arguments)
@@ -97,11 +108,6 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         **{name: getattr(model, name) for name in names},
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_dim,
-        "add_bias_linear": False,
-        # `init.py` draws every matrix. Without `perform_initialization` Megatron would not mark which are sharded.
-        "init_method": leave_as_is,
-        "output_layer_init_method": leave_as_is,
-        "embedding_init_method": leave_as_is,
     }
 
 

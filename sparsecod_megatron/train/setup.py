@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,13 +16,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sparsecod_megatron.backend import Backend, choice
 from sparsecod_megatron.checkpoint.parts import TrainingParts
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.model import build_model, transformer_config, unwrap
-from sparsecod_megatron.model.passthrough import passthrough
-from sparsecod_megatron.model.precision import ddp_precision_fields
+from sparsecod_megatron.model import build_model, unwrap
+from sparsecod_megatron.model.megatron_configs import MegatronConfigs
 from sparsecod_megatron.seams.mechanism import configured
 from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
-from sparsecod_megatron.train.optimizer import build_optimizer, shards_optimizer
+from sparsecod_megatron.train.optimizer import build_optimizer
 from sparsecod_megatron.train.schedule import build_scheduler
 
 
@@ -69,10 +67,11 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
     """
     chooses = backend.name == "cpu" and config.cpu_kernels != "plain"
     products = choice.record(choice.agree()) if chooses else None
-    megatron = transformer_config(config, transformer_engine=backend.transformer_engine)
+    configs = MegatronConfigs.of(config, backend)
+    megatron = configs.transformer
     chunks = build_model(config, megatron, groups, device=backend.device, transformer_engine=backend.transformer_engine)
-    models = _data_parallel(config, backend, groups, megatron, chunks)
-    optimizer = build_optimizer(config, models, groups)
+    models = _data_parallel(configs, groups, chunks)
+    optimizer = build_optimizer(config, configs.optimizer, models, groups)
     _connect(megatron, models, optimizer)
     return Trainer(
         config=config,
@@ -104,32 +103,15 @@ def _plugins(
 
 
 def _data_parallel(
-    config: RunConfig,
-    backend: Backend,
-    groups: ProcessGroupCollection,
-    megatron: TransformerConfig,
-    chunks: Sequence[torch.nn.Module],
+    configs: MegatronConfigs, groups: ProcessGroupCollection, chunks: Sequence[torch.nn.Module]
 ) -> list[DistributedDataParallel]:
-    overlap = backend.name == "cuda"
-    # Whatever the data-parallel size: checkpoints are written by the distributed optimizer.
-    sharded = shards_optimizer(config)
-    ours = {"use_distributed_optimizer": sharded, **ddp_precision_fields(config.precision)}
-    defaults = {
-        "grad_reduce_in_fp32": True,
-        "overlap_grad_reduce": overlap,
-        "overlap_param_gather": overlap and sharded,
-    }
-    ddp_config = DistributedDataParallelConfig(
-        **passthrough(config.megatron, DistributedDataParallelConfig, ours, defaults)
-    )
-    if "bucket_size" in config.megatron and not ddp_config.overlap_grad_reduce:
-        fix = "set megatron.overlap_grad_reduce=true or remove it"
-        raise ConfigError(f"megatron.bucket_size: {ddp_config.bucket_size}, but without overlap there is one; {fix}")
     # Nothing is broadcast: weights are drawn by their names, alike on all replicas, and FP8 ones cannot be.
     return [
         # Only the first chunk of an interleaved schedule is worth bucketing; the others are complete when their
         # backward ends.
-        DistributedDataParallel(megatron, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups)
+        DistributedDataParallel(
+            configs.transformer, configs.ddp, chunk, disable_bucketing=index > 0, pg_collection=groups
+        )
         for index, chunk in enumerate(chunks)
     ]
 
