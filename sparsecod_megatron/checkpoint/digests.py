@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsecod_megatron.checkpoint.optimizer_state import optimizer_parts, whole_shards
 from sparsecod_megatron.checkpoint.sharded import Leaf, pieces, sharded_leaves
-from sparsecod_megatron.checkpoint.stream import Place
+from sparsecod_megatron.checkpoint.stream import TensorLocation
 
 Digests: TypeAlias = dict[str, dict[str, int]]
 """By parameter of the whole model (experts of a layer together) and kind (`param`, the fp32 weights, or a moment)."""
@@ -45,15 +45,15 @@ def tensor_digest(tensor: Tensor) -> Tensor:
     return total
 
 
-def place_of(leaf: Leaf) -> tuple[str | None, Place]:
+def location_of(leaf: Leaf) -> tuple[str | None, TensorLocation]:
     """What a leaf is: the optimizer's kind (None: the model's own), and its place in the checkpoint. Local."""
     found = _OPTIMIZER_KEY.fullmatch(leaf.key)
     kind, key = found.groups() if found else (None, leaf.key)
     piece = next(pieces(leaf))
-    return kind, Place(key, tuple(piece.global_offset[: piece.prepend_axis_num]))
+    return kind, TensorLocation(key, tuple(piece.global_offset[: piece.prepend_axis_num]))
 
 
-def parameter_name(place: Place) -> tuple[str, tuple[int, ...]]:
+def parameter_name(place: TensorLocation) -> tuple[str, tuple[int, ...]]:
     """(name with the layer's number, the index of the expert if there is one)."""
     rest = place.key.removeprefix("decoder.layers.")
     if rest == place.key or rest[0].isdigit() or not place.index:
@@ -61,7 +61,7 @@ def parameter_name(place: Place) -> tuple[str, tuple[int, ...]]:
     return f"decoder.layers.{place.index[0]}.{rest}", place.index[1:]
 
 
-def add_digest(digests: Digests, place: Place, kind: str, digest: int) -> None:
+def add_digest(digests: Digests, place: TensorLocation, kind: str, digest: int) -> None:
     """Add what one place has to the digests, in place; each expert has a weight of its own in its layer's sum."""
     name, experts = parameter_name(place)
     kinds = digests.setdefault(name, {})
@@ -90,7 +90,7 @@ def stepped_digests(optimizer: MegatronOptimizer, model_state: ShardedStateDict)
 
 def whole_digests(optimizer_state: ShardedStateDict) -> list[LeafDigests]:
     """Digests of optimizer tensors that lie on this rank as whole shards. Local."""
-    kinds = ((place_of(leaf)[0], leaf) for _, leaf in sharded_leaves(optimizer_state))
+    kinds = ((location_of(leaf)[0], leaf) for _, leaf in sharded_leaves(optimizer_state))
     return [(leaf, {kind: int(tensor_digest(leaf.data))}) for kind, leaf in kinds if kind]
 
 
@@ -105,7 +105,7 @@ def by_name(found: Iterable[LeafDigests], *, replicas: bool) -> Digests:
     for leaf, kinds in found:
         if replicas or is_main_replica(leaf.replica_id):
             for kind, digest in kinds.items():
-                add_digest(digests, place_of(leaf)[1], kind, digest)
+                add_digest(digests, location_of(leaf)[1], kind, digest)
     return digests
 
 

@@ -23,15 +23,15 @@ from sparsecod_megatron.checkpoint.digests import (
     Digests,
     by_name,
     first_difference,
+    location_of,
     parameter_name,
-    place_of,
     stepped_digests,
     total,
     whole_digests,
 )
 from sparsecod_megatron.checkpoint.first_rank import first_problem
 from sparsecod_megatron.checkpoint.sharded import Leaf, leaves, sharded_leaves
-from sparsecod_megatron.checkpoint.stream import Place
+from sparsecod_megatron.checkpoint.stream import TensorLocation
 from sparsecod_megatron.errors import CheckpointError
 
 MASTER_KINDS = ("param", "fp32_param")
@@ -128,10 +128,10 @@ def _unlike_its_master(tensors: Iterable[tuple[Leaf, Tensor]], types: Mapping[st
         tensors: tensors of model and optimizer, each with the leaf that tells its place.
         types: what the checkpoint holds of each key; else what is here.
     """
-    weights: dict[Place, Tensor] = {}
-    masters: dict[Place, Tensor] = {}
+    weights: dict[TensorLocation, Tensor] = {}
+    masters: dict[TensorLocation, Tensor] = {}
     for leaf, tensor in tensors:
-        kind, place = place_of(leaf)
+        kind, place = location_of(leaf)
         if kind is None:
             weights[place] = tensor.detach()
         elif kind in MASTER_KINDS:

@@ -95,7 +95,7 @@ class CheckpointSaver:
             self._start(directory, state)
         except CheckpointError as error:
             self._give_up(directory, str(error))
-            self._go_on()
+            self._warn_and_continue()
         if not self._config.checkpoint.async_save:
             self.finish()
         return directory
@@ -104,13 +104,13 @@ class CheckpointSaver:
         """Commit a save that has been written in the meantime. Collective, cheap, nothing without one in flight."""
         if self._flight is not None:
             self._settle(self._flight, block=False)
-            self._go_on()
+            self._warn_and_continue()
 
     def wait(self) -> None:
         """Complete the save in flight, if there is one; a failure is logged. Collective."""
         if self._flight is not None:
             self._settle(self._flight, block=True)
-            self._go_on()
+            self._warn_and_continue()
 
     def finish(self) -> None:
         """Complete the save in flight, if there is one. Collective.
@@ -123,7 +123,7 @@ class CheckpointSaver:
         if self._failed is not None:
             raise CheckpointError(self._failed)
 
-    def _go_on(self) -> None:
+    def _warn_and_continue(self) -> None:
         if self._failed is not None and self._config.checkpoint.async_save:
             logger.warning("%s; training continues", self._failed)
 

@@ -25,7 +25,7 @@ from sparsecod_megatron.checkpoint.paths import resolve_step_dir, tokenizer_dir
 from sparsecod_megatron.checkpoint.state import read_state, saved_config
 from sparsecod_megatron.checkpoint.untrusted import read_metadata
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.parameters import RENAMED_NORMS
+from sparsecod_megatron.config.parameters import NORM_RENAMES
 from sparsecod_megatron.seams.plugin import STATE_PREFIX
 
 NOT_WEIGHTS = ("optimizer.", STATE_PREFIX)
@@ -36,7 +36,7 @@ EXPERT_STACK, EXPERT = "mlp.experts.experts.", "mlp.experts.local_experts.{}."
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies.
 
     Attributes:
@@ -144,14 +144,14 @@ class CheckpointTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.places)
 
-    def _pieces_by_place(self) -> dict[Place, list[MetadataIndex]]:
+    def _pieces_by_place(self) -> dict[TensorLocation, list[MetadataIndex]]:
         """Pieces of each place; Megatron-Core writes one layer and one expert per piece."""
         depth = {place.key: len(place.index) for place in self.places.values()}
-        pieces: dict[Place, list[MetadataIndex]] = {}
+        pieces: dict[TensorLocation, list[MetadataIndex]] = {}
         for index in self._metadata.storage_data:
             # Objects (FP8 scales) have no offset; they are not tensors.
             if index.fqn in depth and index.offset is not None:
-                place = Place(index.fqn, tuple(index.offset[: depth[index.fqn]]))
+                place = TensorLocation(index.fqn, tuple(index.offset[: depth[index.fqn]]))
                 pieces.setdefault(place, []).append(index)
         return pieces
 
@@ -183,7 +183,7 @@ def stored_metadata(step_dir: Path) -> Metadata:
         ) from error
 
 
-def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
+def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, TensorLocation]]:
     """Name in the model and place of every weight, or of what lies under a prefix in the optimizer's part."""
     for key, entry in metadata.state_dict_metadata.items():
         others = not key.startswith(prefix) if prefix else key.startswith(NOT_WEIGHTS)
@@ -191,15 +191,15 @@ def _places(metadata: Metadata, prefix: str) -> Iterator[tuple[str, Place]]:
             continue
         found = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key.removeprefix(prefix))
         if found is None:
-            yield key.removeprefix(prefix), Place(key, ())
+            yield key.removeprefix(prefix), TensorLocation(key, ())
             continue
         numbered, rest = found.groups()
         # Layers with the same parameters are stacked under one key; where layers differ, each has its own.
         layers = range(entry.size[0]) if numbered is None else [int(numbered)]
         for layer in layers:
             above = (layer,) if numbered is None else ()
-            for name, expert in _expert_names(RENAMED_NORMS.get(rest, rest), entry, len(above)):
-                yield f"decoder.layers.{layer}.{name}", Place(key, above + expert)
+            for name, expert in _expert_names(NORM_RENAMES.get(rest, rest), entry, len(above)):
+                yield f"decoder.layers.{layer}.{name}", TensorLocation(key, above + expert)
 
 
 def _expert_names(rest: str, entry: TensorStorageMetadata, axis: int) -> Iterator[tuple[str, tuple[int, ...]]]:

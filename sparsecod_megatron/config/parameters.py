@@ -212,9 +212,9 @@ def _norm(name: str, channels: int, pattern: str) -> ParameterKind:
 
 
 def _norms(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
-    """Transformer Engine's fused layers hold the norm before them; checkpoints use their names (`RENAMED_NORMS`)."""
+    """Transformer Engine's fused layers hold the norm before them; checkpoints use their names (`NORM_RENAMES`)."""
     places = (("attention", "input_layernorm", "self_attn_bda"), ("mlp", "pre_mlp_layernorm", "mlp_bda"))
-    fused = {norm: name for name, norm in RENAMED_NORMS.items()}
+    fused = {norm: name for name, norm in NORM_RENAMES.items()}
     before = not model.is_post_norm(layer)
     for branch, norm, join in places:
         if before:
@@ -224,7 +224,7 @@ def _norms(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
             yield _norm(f"{branch}_post_norm", model.hidden_size, rf"{join}\.norm\.weight")
 
 
-RENAMED_NORMS = {
+NORM_RENAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }

@@ -51,28 +51,28 @@ def observing(models: Sequence[GPTModel], observer: Observer) -> Iterator[None]:
 def _attach(layer: TransformerLayer, observer: Observer) -> list[Any]:
     index = layer.layer_number - 1
 
-    def see(place: str, tensor: Tensor) -> None:
+    def observe(place: str, tensor: Tensor) -> None:
         if not in_backward():
             observer(index, place, tensor.detach())
 
     def before(place: str) -> Callable[..., None]:
-        return lambda module, args: see(place, args[0])
+        return lambda module, args: observe(place, args[0])
 
     return [
         layer.input_layernorm.register_forward_pre_hook(before("attn_in")),
-        *_watch_branch(layer.self_attention, layer.self_attn_bda, partial(see, "attn")),
+        *_watch_branch(layer.self_attention, layer.self_attn_bda, partial(observe, "attn")),
         layer.pre_mlp_layernorm.register_forward_pre_hook(before("mlp_in")),
-        *_watch_branch(layer.mlp, layer.mlp_bda, partial(see, "mlp")),
-        layer.register_forward_hook(lambda module, args, result: see("out", result[0])),
+        *_watch_branch(layer.mlp, layer.mlp_bda, partial(observe, "mlp")),
+        layer.register_forward_hook(lambda module, args, result: observe("out", result[0])),
     ]
 
 
-def _watch_branch(branch: torch.nn.Module, join: object, see: Callable[[Tensor], None]) -> list[Any]:
-    """Call `see` with what the branch adds: its output, or the output of the norm that its join applies to it."""
+def _watch_branch(branch: torch.nn.Module, join: object, observe: Callable[[Tensor], None]) -> list[Any]:
+    """Call `observe` with what the branch adds: its output, or the output of the norm that its join applies to it."""
     norm: torch.nn.Module | None = getattr(join, "branch_norm", None)
     if norm is not None:
-        return [norm.register_forward_hook(lambda module, args, result: see(result))]
-    return [branch.register_forward_hook(lambda module, args, result: see(_with_bias(*result)))]
+        return [norm.register_forward_hook(lambda module, args, result: observe(result))]
+    return [branch.register_forward_hook(lambda module, args, result: observe(_with_bias(*result)))]
 
 
 def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ from sparsecod_megatron.metrics.accumulator import LayerAccumulator
 from sparsecod_megatron.metrics.group import Statistics
 from sparsecod_megatron.metrics.hooks import observing
 
-SHAPED_PLACES = ("out", "attn", "mlp")
+PLACES_WITH_SHAPES = ("out", "attn", "mlp")
 SHAPES = ("skew", "kurt", "outlier_frac", "top_mass")
 SPREAD = SHAPES[:2]
 """Shapes whose standard deviation over tokens is kept too; they come first, so that one slice squares them."""
@@ -40,7 +40,7 @@ CONSTANT_STD = 16.0
 """Standard deviations below this many rounding steps of the token's mean are rounding: the token counts as constant."""
 CHUNK_ELEMENTS = 1 << 19
 """Elements of a chunk on a CPU: fewer stay in the cache, more save calls."""
-SORTED_CHANNELS = 512
+CHANNELS_TO_SORT = 512
 """Channels up to which sorting them on a CPU is faster than selecting the largest."""
 
 TokenFunction = Callable[..., Tensor]
@@ -57,8 +57,8 @@ class MomentsGroup:
     """
 
     names: tuple[str, ...] = (
-        *(f"{place}_{shape}" for place in SHAPED_PLACES for shape in SHAPES),
-        *(f"{place}_{shape}_square" for place in SHAPED_PLACES for shape in SPREAD),
+        *(f"{place}_{shape}" for place in PLACES_WITH_SHAPES for shape in SHAPES),
+        *(f"{place}_{shape}_square" for place in PLACES_WITH_SHAPES for shape in SPREAD),
         "cos",
     )
     maxima: tuple[str, ...] = ("massive",)
@@ -72,21 +72,21 @@ class MomentsGroup:
     def collecting(self, sums: LayerAccumulator) -> Iterator[None]:
         """Observe every training forward pass inside the block. Local."""
         entering: dict[int, Tensor] = {}
-        room: list[Tensor] = []
+        buffers: list[Tensor] = []
 
         @torch.no_grad()
         def observe(layer: int, place: str, x: Tensor) -> None:
             if place == "attn_in":
                 entering[layer] = x
-            if place not in SHAPED_PLACES:
+            if place not in PLACES_WITH_SHAPES:
                 return
-            if not room and not x.is_cuda:
+            if not buffers and not x.is_cuda:
                 # Once for the whole step: the compiled kernels of CUDA need none.
-                room.append(temporaries(x))
-            shapes = self._per_token(token_shapes, x, room=room)
+                buffers.append(temporaries(x))
+            shapes = self._per_token(token_shapes, x, buffers=buffers)
             self._add_shapes(sums, layer, place, shapes)
             if place == "out":
-                cosines = self._per_token(token_cosines, entering.pop(layer), x, room=room)
+                cosines = self._per_token(token_cosines, entering.pop(layer), x, buffers=buffers)
                 sums.add(layer, "cos", cosines.sum(), cosines.numel())
 
         with observing(self.models, observe):
@@ -98,7 +98,7 @@ class MomentsGroup:
         # Clamped, because rounding can take the difference of two nearly equal numbers below zero.
         spreads = {
             f"{name}_std": math.sqrt(max(means[f"{name}_square"] - means[name] ** 2, 0.0))
-            for name in (f"{place}_{shape}" for place in SHAPED_PLACES for shape in SPREAD)
+            for name in (f"{place}_{shape}" for place in PLACES_WITH_SHAPES for shape in SPREAD)
         }
         return {**plain, **spreads, "massive": means["massive"]}
 
@@ -111,11 +111,11 @@ class MomentsGroup:
         if place == "out":
             sums.add_maximum(layer, "massive", shapes[-1].max())
 
-    def _per_token(self, function: TokenFunction, *tensors: Tensor, room: Sequence[Tensor] = ()) -> Tensor:
-        """`function` of tensors [..., channels], in float64 [statistics, tokens]; `room` as `in_chunks` takes it."""
+    def _per_token(self, function: TokenFunction, *tensors: Tensor, buffers: Sequence[Tensor] = ()) -> Tensor:
+        """`function` of tensors [..., channels], in float64 [statistics, tokens]; `buffers` as `in_chunks` takes it."""
         if tensors[0].is_cuda:
             return self._compiled(function)(*(x.reshape(-1, x.shape[-1]) for x in tensors)).double()
-        return in_chunks(function, *tensors, room=room).double()
+        return in_chunks(function, *tensors, buffers=buffers).double()
 
 
 def temporaries(x: Tensor) -> Tensor:
@@ -123,28 +123,28 @@ def temporaries(x: Tensor) -> Tensor:
     return x.new_empty((2, max(CHUNK_ELEMENTS, x.shape[-1])), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def in_chunks(function: TokenFunction, *tensors: Tensor, room: Sequence[Tensor] = ()) -> Tensor:
+def in_chunks(function: TokenFunction, *tensors: Tensor, buffers: Sequence[Tensor] = ()) -> Tensor:
     """`function` of tensors [..., channels], a few tokens at a time.
 
     Args:
-        function: takes chunks [tokens, channels], and `room`, their temporaries [2, tokens, channels].
+        function: takes chunks [tokens, channels], and `buffers`, their temporaries [2, tokens, channels].
         tensors: alike in shape.
-        room: `temporaries` to use.
+        buffers: `temporaries` to use.
     """
     channels = tensors[0].shape[-1]
-    (memory,) = room or (temporaries(tensors[0]),)
+    (memory,) = buffers or (temporaries(tensors[0]),)
     chunks = zip(*(x.reshape(-1, channels).split(max(1, CHUNK_ELEMENTS // channels)) for x in tensors), strict=True)
     return torch.cat(
-        [function(*chunk, room=memory[:, : chunk[0].numel()].view(2, *chunk[0].shape)) for chunk in chunks], dim=1
+        [function(*chunk, buffers=memory[:, : chunk[0].numel()].view(2, *chunk[0].shape)) for chunk in chunks], dim=1
     )
 
 
-def token_shapes(x: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, None)) -> Tensor:
+def token_shapes(x: Tensor, *, buffers: Sequence[Tensor | None] | Tensor = (None, None)) -> Tensor:
     """Shape of each token's distribution over channels.
 
     Args:
         x: [tokens, channels], any float type.
-        room: two temporaries, as large as x, in fp32 or better; new ones by default.
+        buffers: two temporaries, as large as x, in fp32 or better; new ones by default.
 
     Returns:
         [len(SHAPES) + 1, tokens] in fp32 or better: the SHAPES, then the largest |x|.
@@ -152,15 +152,15 @@ def token_shapes(x: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, N
     channels = x.shape[-1]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     tiny, epsilon = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
-    room_of_squares, room_of_z = room
-    squares = torch.mul(x, x, out=room_of_squares)
+    squares_buffer, z_buffer = buffers
+    squares = torch.mul(x, x, out=squares_buffer)
     # Reorders the squares of a token on a CPU; only their sum is needed below.
     largest = _largest(squares, min(TOP_CHANNELS, channels))
     top_mass = (largest.sum(dim=-1) / squares.sum(dim=-1).clamp_min(tiny)).sqrt()
     peak = largest.amax(dim=-1).sqrt()
 
     mean = x.mean(dim=-1, keepdim=True)
-    z = torch.sub(x, mean, out=room_of_z)
+    z = torch.sub(x, mean, out=z_buffer)
     std = torch.linalg.vector_norm(z, dim=-1, keepdim=True) / math.sqrt(channels)
     has_shape = std > (CONSTANT_STD * epsilon * mean.abs()).clamp_min(tiny)
     # Where `std` is 0, the infinite 1 / std is not chosen; the token becomes zeros and counts 0 below.
@@ -175,12 +175,12 @@ def token_shapes(x: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, N
     return torch.stack([skew, kurt, outlier_frac, top_mass, peak])
 
 
-def token_cosines(before: Tensor, after: Tensor, *, room: Sequence[Tensor | None] | Tensor = (None, None)) -> Tensor:
+def token_cosines(before: Tensor, after: Tensor, *, buffers: Sequence[Tensor | None] | Tensor = (None, None)) -> Tensor:
     """Cosine of each token with itself after the layer, [1, tokens], from two [tokens, channels] of any float type."""
     wide = torch.promote_types(before.dtype, torch.float32)
     before, after = before.to(wide), after.to(wide)
     norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
-    products = torch.mul(before, after, out=room[0])
+    products = torch.mul(before, after, out=buffers[0])
     return (products.sum(dim=-1) / norms.clamp_min(torch.finfo(wide).tiny)).unsqueeze(0)
 
 
@@ -192,7 +192,7 @@ def _largest(squares: Tensor, count: int) -> Tensor:
     channels = squares.shape[-1]
     if squares.device.type != "cpu":
         return squares.topk(count, dim=-1, sorted=False).values
-    if channels <= SORTED_CHANNELS:
+    if channels <= CHANNELS_TO_SORT:
         squares.numpy().sort(axis=-1)
     else:
         squares.numpy().partition(channels - count, axis=-1)

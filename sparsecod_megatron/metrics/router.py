@@ -74,11 +74,11 @@ class RouterGroup:
 
         def observer(layer: int) -> Any:
             @torch.no_grad()
-            def see(router: TopKRouter, args: tuple[Tensor, ...], result: tuple[Tensor, Tensor]) -> None:
+            def observe(router: TopKRouter, args: tuple[Tensor, ...], result: tuple[Tensor, Tensor]) -> None:
                 if not in_backward():
                     loads[layer].append(_observe(sums, layer, router, args[0], result[1]))
 
-            return see
+            return observe
 
         handles = [router.register_forward_hook(observer(layer)) for layer, router in self._routers.items()]
         try:

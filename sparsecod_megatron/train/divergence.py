@@ -68,7 +68,7 @@ class UpdateJudge:
             DivergenceError: the policy is to stop, or has left out as many updates in a row as it may.
         """
         diverged = not _finite(loss, grad_norm)
-        spike = not diverged and self._spikes.see({"loss": loss, "grad_norm": grad_norm})
+        spike = not diverged and self._spikes.observe({"loss": loss, "grad_norm": grad_norm})
         if diverged:
             self._refuse_divergence(loss, grad_norm)
         left = self._skipped_in_a_row < self._train.max_divergences

@@ -12,9 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sparsecod_megatron.config import ModelConfig
 
-_SPREAD_EXPERTS = ParamPredicate(name="spread_experts", fn=lambda parameter: not getattr(parameter, "allreduce", True))
+_EXPERTS_SPREAD = ParamPredicate(name="spread_experts", fn=lambda parameter: not getattr(parameter, "allreduce", True))
 """Parameters of experts that are spread over ranks."""
-_ANOTHER_LENGTH: Any = {"spread_experts": True}
+_ENTRY_OF_EXPERTS: Any = {"spread_experts": True}
 """An entry more in their parameter group. Upstream's Muon finds it by `list.remove`, which compares dictionaries, and
 those of equal length down to their tensors: an error where as many matrices are in experts as outside of them."""
 
@@ -35,7 +35,7 @@ def build_muon(
         overrides: overrides of parameter groups.
         groups: the run's process groups.
     """
-    overrides = overrides | {ParamKey(predicate=_SPREAD_EXPERTS): _ANOTHER_LENGTH}
+    overrides = overrides | {ParamKey(predicate=_EXPERTS_SPREAD): _ENTRY_OF_EXPERTS}
     chain = muon.get_megatron_muon_optimizer(fields, list(models), config_overrides=overrides, pg_collection=groups)
     # Upstream removes the experts' groups from the list that it walks through, which would miss a neighbour.
     assert not any(group["is_expert_parallel"] for group in chain.chained_optimizers[0].param_groups)

@@ -24,7 +24,7 @@ from sparsecod_megatron.train.step import train_step
 
 STEPS = 2
 """The first shows the weights, the second what the optimizer made of them."""
-COMPARED = ("loss", "grad_norm")
+METRICS_COMPARED = ("loss", "grad_norm")
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-3}
 """Relative tolerance of a loss under another layout, by precision; of gradient norms, ten times as much."""
 
@@ -82,7 +82,7 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
         nproc: processes; of as many as the run had, they have its layout, otherwise each holds the whole model.
 
     Returns:
-        Step, and what `COMPARED` names, of each step.
+        Step, and what `METRICS_COMPARED` names, of each step.
 
     Raises:
         SparsecodError: data, configuration or checkpoint that cannot be used, or a step that diverged.
@@ -123,7 +123,7 @@ def first_deviation(
         dtype: number format of the run's precision.
     """
     for record, result in zip(recorded.records, again, strict=True):
-        for name in COMPARED:
+        for name in METRICS_COMPARED:
             before, now = record.get(name, math.nan), result[name]
             off = abs(now - before) / max(abs(before), 1e-30)
             limit = 0.0 if bitwise else TOLERANCES[dtype] * (10 if name == "grad_norm" else 1)

@@ -28,7 +28,7 @@ from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.parallel import running_processes
 from sparsecod_megatron.train.setup import build_trainer
 
-_KEPT = (METRICS_FILE, STATISTICS_FILE, VERSIONS_FILE, TOKENIZER_DIR)
+_FILES_KEPT = (METRICS_FILE, STATISTICS_FILE, VERSIONS_FILE, TOKENIZER_DIR)
 """What of the old run the new one continues."""
 
 
@@ -67,7 +67,7 @@ def _copy_history(run_dir: Path, folder: Path, output: Path) -> None:
     config = load_config(run_dir / CONFIG_FILE, mechanisms=SAVED_MECHANISMS)
     config.logging.run_dir = str(output)
     save_config(config, folder / CONFIG_FILE)
-    for source in (run_dir / name for name in _KEPT):
+    for source in (run_dir / name for name in _FILES_KEPT):
         if source.is_dir():
             shutil.copytree(source, folder / source.name)
         elif source.exists():

@@ -32,7 +32,7 @@ logger = logging.getLogger("sparsecod")
 HEARTBEAT_S = 10.0
 LEASE_S = 60.0
 """Without a heartbeat for this long, a holder on another node counts as dead."""
-LOST_STATUS = 4
+STATUS_OF_LOST_LOCK = 4
 """Exit status of a process whose lock was taken over while it stood still."""
 
 
@@ -190,7 +190,7 @@ class RunLock:
                 continue
             if holder != self._own:
                 logger.critical("%s: taken over by another run while this one stood still", self._path)
-                self._give_up(LOST_STATUS)
+                self._give_up(STATUS_OF_LOST_LOCK)
                 return
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 from sparsecod_megatron.config.stop_signals import handling_stop_signals
 
-SAME_REQUEST_S = 1.0
+REQUEST_WINDOW_S = 1.0
 
 
 class StopRequest:
@@ -36,7 +36,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if request and now - request.since > SAME_REQUEST_S:
+        if request and now - request.since > REQUEST_WINDOW_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not request:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 MAD_TO_STANDARD_DEVIATION = 1.4826
 """1 / Φ⁻¹(3/4): a normal distribution's standard deviation over its median absolute deviation."""
-SMALLEST_RELATIVE_SPREAD = 1e-3
+SPREAD_FLOOR = 1e-3
 """Share of the median that counts as its least spread; otherwise every change of a steady value were a spike."""
 
 
@@ -24,7 +24,7 @@ def deviation(value: float, history: Sequence[float]) -> float:
     """
     median = statistics.median(history)
     spread = MAD_TO_STANDARD_DEVIATION * statistics.median([abs(earlier - median) for earlier in history])
-    spread = max(spread, SMALLEST_RELATIVE_SPREAD * abs(median))
+    spread = max(spread, SPREAD_FLOOR * abs(median))
     if spread == 0:
         return 0.0 if value == median else float("inf")
     return (value - median) / spread
@@ -43,7 +43,7 @@ class SpikeMonitor:
         self._window, self._threshold = window, threshold
         self._history: dict[str, deque[float]] = {name: deque(maxlen=window) for name in names}
 
-    def see(self, values: Mapping[str, float]) -> bool:
+    def observe(self, values: Mapping[str, float]) -> bool:
         """Remember one step's finite values. Local.
 
         Returns:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 logger = logging.getLogger("sparsecod")
 
-HUNG_STATUS = 3
+STATUS_OF_HANG = 3
 """Exit status of a process that gave up on a step."""
 GRACE_S = 2.0
 """Between the report and the exit, in which the other ranks, stuck since about the same time, write theirs."""
@@ -88,7 +88,7 @@ class Watchdog:
             if time.monotonic() - phase.began > phase.timeout_s:
                 self._report(phase)
                 if not ended.wait(GRACE_S):
-                    self._give_up(HUNG_STATUS)
+                    self._give_up(STATUS_OF_HANG)
                 return
 
     def _report(self, phase: _Phase) -> None:

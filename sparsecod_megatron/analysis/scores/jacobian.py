@@ -113,9 +113,9 @@ class Jacobian:
         bytes_per_sequence = 4 * positions.shape[1] * context.hidden_size * floats_per_channel
         at_once = max(1, int(context.memory_gib * 2**30 // bytes_per_sequence))
         with isolated(context.model, trace, context.layers.blocks[layer], layer) as apart:
-            everything = torch.arange(len(positions), device=positions.device)
-            apart.check(everything, positions)
-            for rows in everything.split(at_once):
+            all_rows = torch.arange(len(positions), device=positions.device)
+            apart.check(all_rows, positions)
+            for rows in all_rows.split(at_once):
                 if signs_of is None:
                     yield exact_numbers(apart, rows, positions[rows])
                 else:

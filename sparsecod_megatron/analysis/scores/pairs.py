@@ -60,13 +60,13 @@ def choose_pairs(num_layers: int, wanted: Wanted, *, seed: int) -> Pairs:
     if wanted == "adjacent":
         swaps = [(layer, layer + 1) for layer in range(num_layers - 1)]
         return Pairs(swaps, np.full(len(swaps), 1 / len(swaps)), are_adjacent=True)
-    everything = list(combinations(range(num_layers), 2))
-    if wanted is None or wanted >= len(everything):
-        return Pairs(everything, np.full(len(everything), 1 / len(everything)))
+    all_pairs = list(combinations(range(num_layers), 2))
+    if wanted is None or wanted >= len(all_pairs):
+        return Pairs(all_pairs, np.full(len(all_pairs), 1 / len(all_pairs)))
     generator = np.random.default_rng(seed)
-    shuffled = [everything[index] for index in generator.permutation(len(everything))]
+    shuffled = [all_pairs[index] for index in generator.permutation(len(all_pairs))]
     by_distance = sorted(shuffled, key=lambda pair: pair[1] - pair[0])
     bounds = np.linspace(0, len(by_distance), wanted + 1).round().astype(int)
     sizes = np.diff(bounds)
     swaps = [by_distance[low + int(generator.integers(size))] for low, size in zip(bounds[:-1], sizes, strict=True)]
-    return Pairs(swaps, sizes / len(everything), sampled_of=len(everything))
+    return Pairs(swaps, sizes / len(all_pairs), sampled_of=len(all_pairs))

@@ -72,7 +72,7 @@ def reduce_scatter_along_first_dim(
     return received.view(group.size(), rows, *input_.shape[1:]).sum(dim=0)
 
 
-def unless_alone(collective: Any) -> Callable[..., Any]:
+def skipped_by_one_rank(collective: Any) -> Callable[..., Any]:
     """The collective (output, input, group=…), skipped by a group of one rank that would write what is there."""
 
     @functools.wraps(collective)
@@ -93,7 +93,7 @@ def redirections() -> list[Redirection]:
             Redirection(
                 param_and_grad_buffer,
                 name,
-                unless_alone(getattr(param_and_grad_buffer, name, None)),
+                skipped_by_one_rank(getattr(param_and_grad_buffer, name, None)),
                 f"{buffers}:{line}",
                 "gloo copies within a group of one rank",
                 speed_only=True,

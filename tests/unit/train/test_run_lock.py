@@ -18,7 +18,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.errors import ConfigError
 
 select_backend()
-from sparsecod_megatron.train.run_lock import LOST_STATUS, RunLock  # noqa: E402
+from sparsecod_megatron.train.run_lock import STATUS_OF_LOST_LOCK, RunLock  # noqa: E402
 
 QUICK: dict[str, Any] = {"heartbeat_s": 0.05, "lease_s": 1.0}
 
@@ -136,7 +136,7 @@ def test_who_stood_still_too_long_ends(loss: Callable[[Path], object], tmp_path:
     lock.take()
     loss(tmp_path / "run.lock")
     lock._thread.join(timeout=60)
-    assert statuses == [LOST_STATUS]
+    assert statuses == [STATUS_OF_LOST_LOCK]
     there = list(tmp_path.iterdir())
     lock.release()
     assert list(tmp_path.iterdir()) == there

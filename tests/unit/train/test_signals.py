@@ -12,7 +12,7 @@ from sparsecod_megatron.backend import select_backend
 
 select_backend()
 from sparsecod_megatron.config.stop_signals import STOP_SIGNALS  # noqa: E402
-from sparsecod_megatron.train.signals import SAME_REQUEST_S, stop_on_signals  # noqa: E402
+from sparsecod_megatron.train.signals import REQUEST_WINDOW_S, stop_on_signals  # noqa: E402
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -38,7 +38,7 @@ def test_a_later_one_ends_the_process(second: signal.Signals) -> None:
     if child == 0:
         with stop_on_signals():
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(SAME_REQUEST_S + 0.1)
+            time.sleep(REQUEST_WINDOW_S + 0.1)
             os.kill(os.getpid(), second)
             time.sleep(10)
         os._exit(0)

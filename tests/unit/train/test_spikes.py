@@ -23,7 +23,7 @@ def monitor(window: int = 8, threshold: float = 6.0) -> SpikeMonitor:
 
 
 def seen(watch: SpikeMonitor, values: list[float]) -> list[bool]:
-    return [watch.see({"loss": value}) for value in values]
+    return [watch.observe({"loss": value}) for value in values]
 
 
 @given(history=st.lists(FINITE, min_size=1, max_size=40), value=FINITE)
@@ -60,8 +60,8 @@ def test_a_new_level_becomes_normal() -> None:
 def test_any_watched_value_counts() -> None:
     watch = SpikeMonitor(("loss", "grad_norm"), window=8, threshold=6.0)
     for loss, norm in zip(noisy(8), noisy(8, seed=1), strict=True):
-        assert not watch.see({"loss": loss, "grad_norm": norm})
-    assert watch.see({"loss": 3.0, "grad_norm": 30.0})
+        assert not watch.observe({"loss": loss, "grad_norm": norm})
+    assert watch.observe({"loss": 3.0, "grad_norm": 30.0})
 
 
 def test_no_window_finds_nothing() -> None:

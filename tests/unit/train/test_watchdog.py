@@ -14,7 +14,7 @@ from sparsecod_megatron.backend import select_backend
 
 select_backend()
 from sparsecod_megatron.train import watchdog as module  # noqa: E402 - Megatron-Core comes after the backend
-from sparsecod_megatron.train.watchdog import HUNG_STATUS, Watchdog  # noqa: E402
+from sparsecod_megatron.train.watchdog import STATUS_OF_HANG, Watchdog  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_a_hung_phase(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         watchdog.enter(7, "optimizer")
         watchdog.enter(8, "statistics")
         waiting_for_a_rank_that_never_comes(ended)
-    assert statuses == [HUNG_STATUS]
+    assert statuses == [STATUS_OF_HANG]
     [line] = caplog.messages
     assert line.startswith("rank 3: step 8: statistics has not ended after 0.3 s (train.step_timeout_s)")
     log = (tmp_path / "log.txt").read_text()
@@ -60,7 +60,7 @@ def test_a_phase_with_a_limit_of_its_own(tmp_path: Path, caplog: pytest.LogCaptu
         assert not ended.wait(0.5)
         watchdog.enter(8, "evaluation", timeout_s=0.2, key="evaluation.timeout_s")
         assert ended.wait(60)
-    assert statuses == [HUNG_STATUS]
+    assert statuses == [STATUS_OF_HANG]
     assert "step 8: evaluation has not ended after 0.2 s (evaluation.timeout_s)" in caplog.text
 
 
@@ -85,5 +85,5 @@ def test_a_log_that_cannot_be_written_is_not_in_the_way(tmp_path: Path, capfd: p
     watchdog, statuses, ended = watched(tmp_path / "absent" / "log.txt", 0.2)
     with watchdog.watching():
         waiting_for_a_rank_that_never_comes(ended)
-    assert statuses == [HUNG_STATUS]
+    assert statuses == [STATUS_OF_HANG]
     assert "waiting_for_a_rank_that_never_comes" in capfd.readouterr().err
