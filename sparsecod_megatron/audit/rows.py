@@ -112,7 +112,7 @@ def plan_rows(small: RunConfig, *, nproc: int, only: list[str] | None = None) ->
     if REFERENCE not in layouts:
         raise ConfigError(f"the small model cannot be built: {left_out[REFERENCE.name]}")
     own = "fp8" if small.precision.fp8 else small.precision.dtype
-    rows = [row for layout in layouts for row in _rows_of(layout, small, left_out)]
+    rows = [row for layout in layouts for row in _rows_of(layout, small.model, left_out)]
     if own != "fp32":
         rows += [
             Row(layout, *mechanism)
@@ -148,14 +148,14 @@ def with_references(rows: Sequence[Row], names: Iterable[str]) -> list[Row]:
     return [row for row in rows if row.name in wanted]
 
 
-def _rows_of(layout: Layout, small: RunConfig, left_out: dict[str, str]) -> Iterator[Row]:
+def _rows_of(layout: Layout, model: ModelConfig, left_out: dict[str, str]) -> Iterator[Row]:
     for mechanism in MECHANISMS if layout.nproc < 4 else KINDS_ON_FOUR:
         against: str | None = layout.name
         exact = False
         if mechanism == "plain":
             against = None if layout is REFERENCE else REFERENCE.name
         elif mechanism == "micro-batch":
-            by_micro_batch = _depends_on_micro_batch(small.model)
+            by_micro_batch = _depends_on_micro_batch(model)
             if by_micro_batch:
                 left_out["1 process micro-batch against 1 process"] = by_micro_batch
             against = (

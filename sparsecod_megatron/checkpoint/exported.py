@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +75,7 @@ def export_checkpoint(
             found.append(verification)
 
         if not verify:
-            _require_plain(source.config)
+            _require_plain(source.config.megatron)
         export_model(
             source.config.model,
             tensors,
@@ -124,9 +126,9 @@ def verify_checkpoint(
     )
 
 
-def _require_plain(config: RunConfig) -> None:
+def _require_plain(megatron: Mapping[str, Any]) -> None:
     """Refuse what `model:` does not express and only the comparison would notice."""
-    for key in shape_only(config):
+    for key in shape_only(megatron):
         raise ConversionError(
             f"megatron.{key}: can change what the model computes, which only the comparison would notice; "
             "remove --no-verify"

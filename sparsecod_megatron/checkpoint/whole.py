@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -60,7 +61,7 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     step_dir = resolve_step_dir(path)
     require_undamaged(step_dir, digests=False)
     config = saved_config(step_dir)
-    config = replace(single_process(config), megatron=shape_only(config))
+    config = replace(single_process(config), megatron=shape_only(config.megatron))
     with unsharded(config, backend) as (models, groups):
         load_weights(step_dir, ModelParts(config=config, groups=groups, models=models))
         make_effective(unwrap(models[0]), config, step_dir)
@@ -87,6 +88,6 @@ def single_process(config: RunConfig) -> RunConfig:
     return replace(config, parallel=parallel, precision=precision, train=batch, megatron={})
 
 
-def shape_only(config: RunConfig) -> dict[str, object]:
+def shape_only(megatron: Mapping[str, Any]) -> dict[str, Any]:
     """`megatron:` fields without those that steer memory, speed or communication of training."""
-    return {field: value for field, value in config.megatron.items() if field in FUNCTION_FIELDS}
+    return {field: value for field, value in megatron.items() if field in FUNCTION_FIELDS}

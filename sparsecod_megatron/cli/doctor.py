@@ -145,7 +145,7 @@ def _rehearsed(args: argparse.Namespace, step_dir: Path) -> Finding:
         again = launch_for_answer(args, nproc=nproc)
     except SparsecodError as error:
         return Finding("rehearsal", False, " ".join(str(error).split()))
-    bitwise = same_layout(recorded, config, nproc)
+    bitwise = same_layout(recorded, config.parallel, nproc)
     where = f"from {recorded.step_dir.name}, {nproc} processes, {'the same' if bitwise else 'another'} layout"
     if deviation := first_deviation(recorded, again, bitwise=bitwise, dtype=config.precision.dtype):
         return Finding("rehearsal", False, f"{deviation[0]}, {deviation[1]:.1e} apart ({where})")

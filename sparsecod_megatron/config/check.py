@@ -6,7 +6,8 @@ diverges silently).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sparsecod_megatron.config.blend import blend_problems
 from sparsecod_megatron.config.check_batch import division_problems, ramp_problems
@@ -15,7 +16,7 @@ from sparsecod_megatron.config.check_megatron import megatron_problems
 from sparsecod_megatron.config.check_model import model_problems
 from sparsecod_megatron.config.check_precision import precision_problems
 from sparsecod_megatron.config.fields import bound_problems, indivisible
-from sparsecod_megatron.config.schema import CheckpointConfig, ProfileConfig, RunConfig
+from sparsecod_megatron.config.schema import CheckpointConfig, OptimizerConfig, ProfileConfig, RunConfig, TrainConfig
 from sparsecod_megatron.errors import ConfigError
 
 MIN_WINDOW = 8
@@ -61,31 +62,31 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
             f"{expert_model_size}, which does not "
             f"divide {world_size} processes; start a multiple of {expert_model_size} or lower it"
         )
-    for problem in division_problems(config, size):
+    for problem in division_problems(config.train, parallel, size):
         raise ConfigError(problem)
     return size
 
 
 def _problems(config: RunConfig) -> Iterator[str]:
     yield from bound_problems(config)
-    yield from _mechanism_bounds(config)
+    yield from _mechanism_bounds(config.mechanisms)
     yield from megatron_problems(config)
     yield from model_problems(config)
     yield from layout_problems(config)
     yield from precision_problems(config)
     yield from _schedule_problems(config)
-    yield from ramp_problems(config)
-    yield from _optimizer_problems(config)
+    yield from ramp_problems(config.train)
+    yield from _optimizer_problems(config.optimizer, config.model.mup_base_hidden_size)
     yield from _run_problems(config)
-    yield from _fault_problems(config)
+    yield from _fault_problems(config.train, config.checkpoint)
     yield from _checkpoint_problems(config.checkpoint)
     yield from _profile_problems(config.profile)
     for mechanism in config.mechanisms.values():
         yield from mechanism.problems(config)
 
 
-def _mechanism_bounds(config: RunConfig) -> Iterator[str]:
-    for name, mechanism in config.mechanisms.items():
+def _mechanism_bounds(mechanisms: Mapping[str, Any]) -> Iterator[str]:
+    for name, mechanism in mechanisms.items():
         yield from bound_problems(mechanism, f"mechanisms.{name}.")
 
 
@@ -135,27 +136,25 @@ def _profile_problems(section: ProfileConfig) -> Iterator[str]:
         yield f"profile.ranks: {section.ranks} names no process; give some, from 0"
 
 
-def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+def _optimizer_problems(section: OptimizerConfig, mup_base: int | None) -> Iterator[str]:
     """One line for each setting that Muon cannot be run with."""
-    section = config.optimizer
     if section.optimizer != "muon":
         return
     if section.muon_num_ns_steps % _MUON_COEFFICIENTS:
         key = "optimizer.muon_num_ns_steps"
         yield f"{key}: {section.muon_num_ns_steps} is not a multiple of {_MUON_COEFFICIENTS}; use that or a multiple"
-    if config.model.mup_base_hidden_size is not None:
-        key = f"model.mup_base_hidden_size: {config.model.mup_base_hidden_size}"
+    if mup_base is not None:
+        key = f"model.mup_base_hidden_size: {mup_base}"
         yield f"{key}, but its learning rates are AdamW's; remove it or set optimizer.optimizer=adam"
 
 
-def _fault_problems(config: RunConfig) -> Iterator[str]:
+def _fault_problems(train: TrainConfig, checkpoint: CheckpointConfig) -> Iterator[str]:
     """One line for each policy for spikes and divergence that could never act."""
-    train = config.train
     if 0 < train.spike_window < MIN_WINDOW:
         yield f"train.spike_window: {train.spike_window} steps are too few; use at least {MIN_WINDOW}, or 0"
     if train.spike_skip and train.spike_window == 0:
         yield "train.spike_skip: true, but train.spike_window=0 looks for none; set a window, or spike_skip=false"
-    if train.on_divergence == "rollback" and config.checkpoint.save_interval == 0:
+    if train.on_divergence == "rollback" and checkpoint.save_interval == 0:
         yield (
             "train.on_divergence: 'rollback' has no checkpoint to go back to under checkpoint.save_interval=0; "
             "set an interval, or on_divergence=skip"

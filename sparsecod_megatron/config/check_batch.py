@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparsecod_megatron.config.schema import RunConfig, TrainConfig
+from sparsecod_megatron.config.schema import ParallelConfig, TrainConfig
 
 
 def batch_sizes(train: TrainConfig) -> list[int]:
@@ -18,9 +18,9 @@ def batch_sizes(train: TrainConfig) -> list[int]:
     return list(range(start, train.global_batch_size + 1, increment))
 
 
-def ramp_problems(config: RunConfig) -> Iterator[str]:
+def ramp_problems(train: TrainConfig) -> Iterator[str]:
     """One line for each problem of `train.rampup_batch_size`."""
-    train, key = config.train, "train.rampup_batch_size"
+    key = "train.rampup_batch_size"
     ramp = train.rampup_batch_size
     if ramp is None:
         return
@@ -37,9 +37,8 @@ def ramp_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def division_problems(config: RunConfig, data_parallel_size: int) -> Iterator[str]:
+def division_problems(train: TrainConfig, parallel: ParallelConfig, data_parallel_size: int) -> Iterator[str]:
     """One line for each batch size that `data_parallel_size` replicas cannot share."""
-    train, parallel = config.train, config.parallel
     step = train.micro_batch_size * data_parallel_size
     stages = parallel.pipeline_model_parallel_size
     for size in batch_sizes(train):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sparsecod_megatron.config.fields import indivisible
 from sparsecod_megatron.config.megatron_fields import STAGE_FIELDS
-from sparsecod_megatron.config.schema import RunConfig
+from sparsecod_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 
 def layout_problems(config: RunConfig) -> Iterator[str]:
@@ -22,8 +22,8 @@ def layout_problems(config: RunConfig) -> Iterator[str]:
     if model.vocab_size is not None:
         yield from indivisible("model.vocab_size", model.vocab_size, tp_key, tp)
     yield from _pipeline_problems(config)
-    yield from _sequence_problems(config)
-    yield from _expert_problems(config)
+    yield from _sequence_problems(parallel, config.data.seq_length)
+    yield from _expert_problems(model, parallel)
 
 
 def _pipeline_problems(config: RunConfig) -> Iterator[str]:
@@ -40,8 +40,7 @@ def _pipeline_problems(config: RunConfig) -> Iterator[str]:
     yield from indivisible("model.num_layers", model.num_layers, f"{pp_key} × {vpp_key}", stages * chunks)
 
 
-def _sequence_problems(config: RunConfig) -> Iterator[str]:
-    parallel, length = config.parallel, config.data.seq_length
+def _sequence_problems(parallel: ParallelConfig, length: int) -> Iterator[str]:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: true needs tensor_model_parallel_size of at least 2; set it to false"
@@ -51,8 +50,7 @@ def _sequence_problems(config: RunConfig) -> Iterator[str]:
     )
 
 
-def _expert_problems(config: RunConfig) -> Iterator[str]:
-    model, parallel = config.model, config.parallel
+def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     ep_key, ep = "parallel.expert_model_parallel_size", parallel.expert_model_parallel_size
     if not model.is_moe:
         if ep > 1:

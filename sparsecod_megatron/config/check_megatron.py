@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparsecod_megatron.config.megatron_fields import (
@@ -109,7 +109,7 @@ def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
     if field.startswith("recompute_"):
         yield from _recompute_obstacles(megatron, field)
     if field.startswith("cross_entropy_"):
-        yield from _loss_obstacles(config, field)
+        yield from _loss_obstacles(megatron, config.precision.dtype, field)
     if field == "activation_func_fp8_input_store" and model.activation != "swiglu":
         yield f"model.activation={model.activation} is not swiglu; remove it"
     if field == "use_fused_weighted_squared_relu" and model.activation != "relu2":
@@ -135,9 +135,9 @@ def _context_obstacles(config: RunConfig) -> Iterator[str]:
         yield f"it deals {model.query_groups} query groups over {tensor} tensor × {size} context ranks; use all_gather"
 
 
-def _loss_obstacles(config: RunConfig, field: str) -> Iterator[str]:
-    fused, kind = config.megatron.get("cross_entropy_loss_fusion"), config.megatron.get("cross_entropy_fusion_impl")
-    if config.precision.dtype != "fp32":
+def _loss_obstacles(megatron: Mapping[str, Any], dtype: str, field: str) -> Iterator[str]:
+    fused, kind = megatron.get("cross_entropy_loss_fusion"), megatron.get("cross_entropy_fusion_impl")
+    if dtype != "fp32":
         return
     if field == "cross_entropy_fusion_impl" and not fused:
         yield "the loss of fp32 runs is not fused; set megatron.cross_entropy_loss_fusion=true or remove this"

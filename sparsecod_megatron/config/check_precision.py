@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.config.schema import RunConfig
+from sparsecod_megatron.config.schema import PrecisionConfig, RunConfig
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:
@@ -23,7 +23,7 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
     if precision.dtype != "bf16":
         yield f"precision.dtype: {precision.dtype}, but FP8 training keeps its other tensors in bf16; set it to bf16"
     yield from _kept_layer_problems(config, kept)
-    yield from _parameter_problems(config)
+    yield from _parameter_problems(config.precision, config.optimizer.optimizer)
     yield from _size_problems(config)
 
 
@@ -43,13 +43,13 @@ def _kept_layer_problems(config: RunConfig, kept: int) -> Iterator[str]:
             yield f"precision.{name}: {count} is more than {where}; lower it"
 
 
-def _parameter_problems(config: RunConfig) -> Iterator[str]:
-    if not config.precision.fp8_param_gather:
+def _parameter_problems(precision: PrecisionConfig, optimizer: str) -> Iterator[str]:
+    if not precision.fp8_param_gather:
         return
-    if config.precision.fp8_recipe == "mxfp8":
+    if precision.fp8_recipe == "mxfp8":
         why = "mxfp8 keeps two copies of a weight, which are gathered through the gradients' buffer"
         yield f"precision.fp8_param_gather: true, but {why}, and this training step does not; set it to false"
-    if config.optimizer.optimizer == "muon":
+    if optimizer == "muon":
         why = "Muon updates whole bf16 matrices"
         yield f"precision.fp8_param_gather: true, but {why}; set it to false or optimizer.optimizer to adam"
 

@@ -48,7 +48,7 @@ def build_model(
     assert config.model.vocab_size is not None, "the vocabulary size comes from the tokenizer before the model is built"
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if chunks is None else list(range(chunks))
-    provider = spec_provider(config, transformer_engine=transformer_engine)
+    provider = spec_provider(config.data, config.parallel, transformer_engine=transformer_engine)
     build: Any = GPTModel
     if config.model.has_embedding_norm:
         build = partial(EmbeddingNormGPTModel, embedding_norm=provider.layer_norm(rms_norm=True))

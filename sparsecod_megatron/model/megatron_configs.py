@@ -61,12 +61,12 @@ class MegatronConfigs:
         )
 
 
-def _shards_optimizer(config: RunConfig) -> bool:
+def _shards_optimizer(optimizer: str) -> bool:
     """Whether data-parallel ranks share the optimizer's state: all do but Muon's, which steps whole matrices.
 
     Whatever their number: checkpoints are written by the distributed optimizer.
     """
-    return config.optimizer.optimizer != "muon"
+    return optimizer != "muon"
 
 
 def _optimizer_config(config: RunConfig) -> OptimizerConfig:
@@ -75,7 +75,7 @@ def _optimizer_config(config: RunConfig) -> OptimizerConfig:
         **{name: getattr(section, name) for name in OPTIMIZER_KEYS},
         "min_lr": section.lr * config.schedule.min_lr_ratio,
         **optimizer_precision_fields(config.precision),
-        "use_distributed_optimizer": _shards_optimizer(config),
+        "use_distributed_optimizer": _shards_optimizer(config.optimizer.optimizer),
     }
     # An fp32 run is one whose results are compared; `medium` would orthogonalise in bf16.
     defaults = {"muon_fp32_matmul_prec": "medium" if config.precision.dtype == "bf16" else "highest"}
@@ -83,7 +83,7 @@ def _optimizer_config(config: RunConfig) -> OptimizerConfig:
 
 
 def _ddp_config(config: RunConfig, *, overlap: bool) -> DistributedDataParallelConfig:
-    sharded = _shards_optimizer(config)
+    sharded = _shards_optimizer(config.optimizer.optimizer)
     sections = {"use_distributed_optimizer": sharded, **ddp_precision_fields(config.precision)}
     defaults = {
         "grad_reduce_in_fp32": True,

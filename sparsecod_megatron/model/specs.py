@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
 from sparsecod_megatron.model.layer import VariedLayer
 from sparsecod_megatron.model.norms import RMSNorm
@@ -48,15 +48,15 @@ class ReferenceSpecProvider(LocalSpecProvider):
         return self.attention
 
 
-def spec_provider(config: RunConfig, *, transformer_engine: bool) -> BackendSpecProvider:
+def spec_provider(data: DataConfig, parallel: ParallelConfig, *, transformer_engine: bool) -> BackendSpecProvider:
     """Transformer Engine's modules, or the reference ones with the core attention that the run needs."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()
-    if config.data.reset_attention_mask:
+    if data.reset_attention_mask:
         return ReferenceSpecProvider(DocumentSDPAttention)
-    sharded = config.parallel.context_parallel_size > 1
+    sharded = parallel.context_parallel_size > 1
     return ReferenceSpecProvider(ContextParallelSDPAttention if sharded else SDPAttention)
 
 

@@ -51,7 +51,7 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         **_attention(config.model),
         **_activation(config.model),
         **_experts(config.model),
-        **_layout(config, dtype),
+        **_layout(config.parallel, dtype),
         # Layers of different parameters are saved one by one, not stacked (the misspelling is Megatron's).
         "hetereogenous_dist_checkpoint": config.model.norm_placement == "mix"
         or any(mechanism.layers_differ(config.model) for mechanism in configured(config)),
@@ -184,8 +184,7 @@ def _experts(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layout(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    parallel = config.parallel
+def _layout(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,

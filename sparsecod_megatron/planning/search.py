@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparsecod_megatron.config import ParallelConfig, RunConfig, check_config
+from sparsecod_megatron.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig, check_config
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.planning.hardware import Gpu
 from sparsecod_megatron.planning.layout import Layout, layout_of
@@ -61,8 +61,8 @@ def search_layouts(config: RunConfig, gpus: int, gpu: Gpu) -> list[Candidate]:
     """
     found: list[Candidate] = []
     smallest, refusal = math.inf, None
-    for parallel in _parallel_sections(config, gpus, gpu.per_node):
-        for recompute in _recomputes(config):
+    for parallel in _parallel_sections(config.model, gpus, gpu.per_node):
+        for recompute in _recomputes(config.model, config.precision):
             try:
                 layout = _layout(config, gpus, parallel, recompute)
             except ConfigError as error:
@@ -90,8 +90,7 @@ def _layout(config: RunConfig, gpus: int, parallel: ParallelConfig, recompute: d
     return layout_of(tried, gpus)
 
 
-def _parallel_sections(config: RunConfig, gpus: int, per_node: int) -> Iterator[ParallelConfig]:
-    model = config.model
+def _parallel_sections(model: ModelConfig, gpus: int, per_node: int) -> Iterator[ParallelConfig]:
     for tensor in _divisors(min(gpus, per_node)):
         for stages in _divisors(gpus):
             for context in _divisors(gpus):
@@ -109,12 +108,12 @@ def _parallel_sections(config: RunConfig, gpus: int, per_node: int) -> Iterator[
                         )
 
 
-def _recomputes(config: RunConfig) -> Iterator[dict[str, Any]]:
+def _recomputes(model: ModelConfig, precision: PrecisionConfig) -> Iterator[dict[str, Any]]:
     """None, the selective one that Transformer Engine's modules gain by, and full."""
     yield {}
-    if not config.model.is_moe:
+    if not model.is_moe:
         yield {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
-    elif config.precision.fp8_recipe != "delayed":  # which Megatron-Core refuses with these modules
+    elif precision.fp8_recipe != "delayed":  # which Megatron-Core refuses with these modules
         yield {"recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]}
     yield {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 

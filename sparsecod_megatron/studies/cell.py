@@ -43,8 +43,8 @@ def run_cell(study: Study, cell: Cell) -> None:
         export(run, model, verify=study.config.verify)
         if not study.config.keep_checkpoints:
             shutil.rmtree(run / CHECKPOINTS_DIR)
-    score(study.config.scores, cell.config, model, cell.directory / ANALYSIS_FOLDER)
-    evaluate(study.config.evaluation, cell.config, model, cell.directory / EVALUATION_FOLDER)
+    score(study.config.scores, cell.config.data, model, cell.directory / ANALYSIS_FOLDER)
+    evaluate(study.config.evaluation, cell.config.data, model, cell.directory / EVALUATION_FOLDER)
     metrics = cell_metrics(
         cell.config,
         run=run,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config import DataConfig
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
 
@@ -28,7 +28,7 @@ def export(run: Path, output: Path, *, verify: bool) -> None:
     export_checkpoint(run, output, verify=verify)
 
 
-def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, output: Path) -> None:
+def score(settings: ScoresConfig, data: DataConfig, model_directory: Path, output: Path) -> None:
     """Write the analysis directory of an exported model; nothing where it is there or no score is asked for.
 
     The sample is drawn from the first validation source.
@@ -46,7 +46,7 @@ def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, outp
     if not settings.names or is_analysis(output):
         return
     scores = find_scores(settings.names)
-    source = held_out_text(config)
+    source = held_out_text(data)
     with open_model(model_directory, restored=False) as opened:
         corpus, model = read_corpus(source, opened.tokenizer), opened.model
     context = make_context(
@@ -61,7 +61,7 @@ def score(settings: ScoresConfig, config: RunConfig, model_directory: Path, outp
     write_analysis(analysis, output)
 
 
-def evaluate(settings: HeldOutConfig, config: RunConfig, model_directory: Path, output: Path) -> None:
+def evaluate(settings: HeldOutConfig, data: DataConfig, model_directory: Path, output: Path) -> None:
     """Write the evaluation directory of an exported model; nothing where it is there.
 
     Raises:
@@ -78,7 +78,7 @@ def evaluate(settings: HeldOutConfig, config: RunConfig, model_directory: Path, 
         return
     with open_model(model_directory) as opened:
         model, tokenizer = opened.model, opened.tokenizer
-    source, length = held_out_text(config), config.data.seq_length
+    source, length = held_out_text(data), data.seq_length
     max_tokens = None if settings.windows is None else settings.windows * length
     corpus = read_corpus(source, tokenizer, max_tokens=max_tokens)
     windows = score_windows(model, corpus.tokens, seq_length=length, batch_size=settings.batch_size)
@@ -92,13 +92,13 @@ def evaluate(settings: HeldOutConfig, config: RunConfig, model_directory: Path, 
     write_report(output, {"model": name, "perplexity": str(source), "tasks": settings.tasks}, [result])
 
 
-def held_out_text(config: RunConfig) -> Path:
+def held_out_text(data: DataConfig) -> Path:
     """Token files of the run's first validation source.
 
     Raises:
         ConfigError: it has none.
     """
-    validation = config.data.validation
+    validation = data.validation
     sources = (
         [entry for entry in validation if isinstance(entry, str)] if isinstance(validation, list) else [validation]
     )

@@ -11,6 +11,7 @@ Source: Yang et al., Tensor Programs V (arXiv 2203.03466), table 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     overrides: dict[ParamKey, Any] = {}
     table = ParameterTable.of(config)
     for group in GROUPS:
-        override = _decay(config, group) | _rate(config, group)
+        override = _decay(config.optimizer.no_weight_decay, group) | _rate(config, group)
         if override:
             predicate = ParamWithNamePredicate(name=group, fn=partial(_is_in_group, table, group))
             overrides[ParamKey(with_name_predicate=predicate)] = override
@@ -38,8 +39,8 @@ def _is_in_group(table: ParameterTable, group: str, parameter: Tensor, name: str
     return table.find(name).group == group
 
 
-def _decay(config: RunConfig, group: str) -> dict[str, float]:
-    return {"wd_mult": 0.0} if group in config.optimizer.no_weight_decay else {}
+def _decay(without: Sequence[str], group: str) -> dict[str, float]:
+    return {"wd_mult": 0.0} if group in without else {}
 
 
 def _rate(config: RunConfig, group: str) -> dict[str, float]:

@@ -87,7 +87,7 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
     Raises:
         SparsecodError: data, configuration or checkpoint that cannot be used, or a step that diverged.
     """
-    if not same_layout(recorded, config, nproc):
+    if not same_layout(recorded, config.parallel, nproc):
         config = replace(config, parallel=ParallelConfig())
     config, tokenizer = prepare_data(config)
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
@@ -106,9 +106,9 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
         return results
 
 
-def same_layout(recorded: Recorded, config: RunConfig, nproc: int) -> bool:
+def same_layout(recorded: Recorded, parallel: ParallelConfig, nproc: int) -> bool:
     """Whether `nproc` processes have the layout of those that took the steps. Local."""
-    return recorded.layout == {**asdict(config.parallel), "world_size": nproc}
+    return recorded.layout == {**asdict(parallel), "world_size": nproc}
 
 
 def first_deviation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import re
 import runpy
@@ -20,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 from sparsecod_megatron.backend.cpu import apply_redirections
 from sparsecod_megatron.cli import main as cli
+from sparsecod_megatron.compression.registry import METHODS
 from sparsecod_megatron.config import data_parallel_size, load_config
 from sparsecod_megatron.config.megatron_fields import FIELDS_PASSED, KEYS_OF_FIELDS
 from sparsecod_megatron.config.megatron_refused import REFUSALS
@@ -209,6 +211,17 @@ def test_refused(row: list[str]) -> None:
     model = "nano_moe" if kind.startswith("experts") else "nano_dense"
     with pytest.raises(ConfigError, match="; "):
         data_parallel_size(load_config(ROOT / f"examples/configs/{model}.yaml", code.split()), int(row[1]))
+
+
+def test_every_mechanism_and_compression_method_has_a_row() -> None:
+    """A mechanism's names settings of its own alone."""
+    rows = [re.match(r"`(\w+): \{([^}]*)\}`", row[0]) for row in table("MODEL.md", "Mechanisms")]
+    settings = {row[1]: set(re.findall(r"(\w+):", row[2])) for row in rows if row is not None}
+    assert set(settings) == set(MECHANISMS.names)
+    for name, shown in settings.items():
+        assert shown <= {item.name for item in dataclasses.fields(MECHANISMS.settings_class(name))}
+    methods = re.findall(r"^\| `(\w+)` \|", (DOCS / "COMPRESSION.md").read_text().split("\n## ")[0], re.MULTILINE)
+    assert set(methods) == set(METHODS)
 
 
 def test_index_and_navigation_have_every_page() -> None:
