@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from sparsecod_megatron.config.fields import indivisible
 from sparsecod_megatron.config.megatron_fields import STAGE_FIELDS
-from sparsecod_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from sparsecod_megatron.config.model_schema import ModelConfig
+from sparsecod_megatron.config.schema import ParallelConfig, RunConfig
 
 
 def layout_problems(config: RunConfig) -> Iterator[str]:
