@@ -40,7 +40,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         separates = tokenizer.eos_token_id is not None
     except (DataError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # damage shows anywhere in four libraries; a panic of tokenizers is no Exception
+    except BaseException as error:  # damage shows anywhere in four libraries; a panic of tokenizers is not an Exception
         fix = "check the file" if path.is_file() else "check the path, or name and network"
         raise DataError(f"{name}: no tokenizer can be made of it ({first_line(error)}); {fix}") from error
     if not separates:

@@ -62,7 +62,7 @@ class Shard:
 
     @property
     def row(self) -> ParameterKind:
-        """Of the table of parameters."""
+        """Its row in the table of parameters."""
         return self.matrix.row
 
     @property
