@@ -177,7 +177,7 @@ def bomb_inside_metadata(directory: Path, bomb: Bomb) -> None:
 def bomb_shard(directory: Path, bomb: Bomb) -> None:
     """Behind the tensors of a shard, where `.metadata` now says that one of the model's lies."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
-    index = next(index for index in metadata.storage_data if index.fqn.endswith("final_layernorm.weight"))
+    index = next(index for index in metadata.storage_data if index.fqn == "decoder.final_layernorm.weight")
     content = io.BytesIO()
     torch.save(bomb, content)
     stored = metadata.storage_data[index]
