@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from sparsecod_megatron.checkpoint.state import read_state
@@ -29,7 +30,10 @@ class EffectiveTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, stored: Mapping[str, Tensor], config: RunConfig, step_dir: Path) -> None:
-        self._stored, self._mechanisms, self._table = stored, configured(config), ParameterTable.of(config)
+        self._mechanisms, self._table = configured(config), ParameterTable.of(config)
+        for mechanism in self._mechanisms:
+            stored = mechanism.plain_tensors(config.model, stored)
+        self._stored = stored
         self.context = StepContext(read_state(step_dir).train.step, config.train.train_steps)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -51,8 +55,10 @@ class EffectiveTensors(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def make_effective(model: torch.nn.Module, config: RunConfig, step_dir: Path) -> None:
+def make_effective(model: GPTModel, config: RunConfig, step_dir: Path) -> None:
     """Give the parameters of a single-process model, which hold a checkpoint's, what the run computes with. Local."""
+    for mechanism in configured(config):
+        mechanism.make_plain(model)
     parameters = dict(model.named_parameters())
     for name, weight in EffectiveTensors(parameters, config, step_dir).items():
         if weight is not parameters[name]:

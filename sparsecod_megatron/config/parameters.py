@@ -41,6 +41,8 @@ class ParameterKind:
         used: copies that one token meets.
         fp8: whether Transformer Engine multiplies it in FP8 under an FP8 recipe.
         looked_up: whether a token takes a row of it, which multiplies nothing.
+        products: numbers of one copy that a token's vector is multiplied by, where they are not the parameter's own: of
+            a matrix that is computed from several parameters, all for one of them; None elsewhere.
         channels: key of the configuration, for messages, that gives the size which tensor parallelism splits.
     """
 
@@ -56,6 +58,7 @@ class ParameterKind:
     used: int = 1
     fp8: bool = False
     looked_up: bool = False
+    products: int | None = None
     channels: str = ""
 
     @property
@@ -71,6 +74,8 @@ class ParameterKind:
     @property
     def multiplied(self) -> int:
         """Number of those in a matrix that a token's vector is multiplied by: no norms, no look-up."""
+        if self.products is not None:
+            return self.products * self.used
         return self.active if len(self.shape) == 2 and not self.looked_up else 0
 
     @property
@@ -78,14 +83,17 @@ class ParameterKind:
         """Whether Muon steps it; AdamW steps vectors, embeddings and the output layer."""
         return len(self.shape) == 2 and self.group not in ("embeddings", "output")
 
-    def on_rank(self, *, tensor: int, expert: int) -> int:
+    def on_rank(self, *, tensor: int, expert: int, expert_tensor: int) -> int:
         """Number of parameters that one rank holds.
 
         Args:
             tensor: tensor parallel size.
-            expert: expert parallel × expert tensor parallel size.
+            expert: expert parallel size.
+            expert_tensor: tensor parallel size of the experts.
         """
-        return self.total // {"none": 1, "tensor": tensor, "expert": expert}[self.split]
+        if self.split == "expert":
+            return self.total // (expert * (1 if self.dimension is None else expert_tensor))
+        return self.total // {"none": 1, "tensor": tensor}[self.split]
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,16 @@ class ParameterTable:
 
     def layer(self, layer: int) -> Iterator[ParameterKind]:
         """Parameters of layer `layer` (from 0)."""
+        for kind in self.plain_layer(layer):
+            held = (kind,)
+            for mechanism in self.mechanisms:
+                held = tuple(part for whole in held for part in mechanism.made_of(whole))
+            yield from held
+        for mechanism in self.mechanisms:
+            yield from mechanism.parameters(self.model, layer)
+
+    def plain_layer(self, layer: int) -> Iterator[ParameterKind]:
+        """Those of Megatron-Core's own layer."""
         model = self.model
         yield from _norms(model, layer)
         yield from _attention(model, qkv_bias=self.qkv_bias)
@@ -165,8 +183,6 @@ class ParameterTable:
         else:
             names = r"mlp\.linear_fc{}\.weight"
             yield from _mlp(model, "mlp", model.ffn_hidden_size, names, channels="model.ffn_hidden_size")
-        for mechanism in self.mechanisms:
-            yield from mechanism.parameters(model, layer)
 
     def find(self, name: str) -> ParameterKind:
         """The kind of a parameter by its name in a GPTModel, wrapped or not; of one layer, where layers differ.
@@ -201,9 +217,10 @@ class ParameterTable:
 
     @cached_property
     def _kinds(self) -> list[ParameterKind]:
-        """One row for each pattern."""
-        layers = (kind for layer in range(self.model.num_layers) for kind in self.layer(layer))
-        rows = (*self.first(), *self.last(shares_embedding=False), *layers)
+        """One row for each pattern; of a matrix that is computed from others too, after them."""
+        layers = range(self.model.num_layers)
+        own, plain = ([kind for layer in layers for kind in of(layer)] for of in (self.layer, self.plain_layer))
+        rows = (*self.first(), *self.last(shares_embedding=False), *own, *plain)
         return list({kind.pattern: kind for kind in rows}.values())
 
 

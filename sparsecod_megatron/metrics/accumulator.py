@@ -33,14 +33,14 @@ class LayerAccumulator:
         self._sums = torch.zeros((num_layers, len(self.names), 2), dtype=torch.float64, device=device)
         self._maxima = torch.zeros((num_layers, len(self.maxima)), dtype=torch.float64, device=device)
 
-    def add(self, layer: int, name: str, value: torch.Tensor, count: int) -> None:
+    def add(self, layer: int, name: str, value: torch.Tensor, count: int | torch.Tensor) -> None:
         """Add Σ value (a scalar on the device) over `count` terms. Local, without waiting for the device.
 
         Args:
             layer: 0-based index in the whole model.
             name: one of the names.
             value: sum over this rank's terms, shape [].
-            count: number of terms.
+            count: number of terms, or the sum that the value is a share of.
         """
         row = self._sums[layer, self._index[name]]
         row[0] += value

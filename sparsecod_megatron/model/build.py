@@ -70,7 +70,7 @@ def build_model(
             vp_stage=vp_stage,
             **_rotary(config.model),
         ).to(device)
-        mark_sharded(model, table)
+        mark_sharded(model, table, groups)
         initialize(model, table, groups, seed=config.train.seed)
         model.vp_stage = vp_stage
         if transformer_engine and config.megatron.get("gradient_accumulation_fusion", True):
@@ -82,12 +82,15 @@ def build_model(
 def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """Let Transformer Engine's layers add weight gradients to fp32 `main_grad` in the product that makes them. Local.
 
+    A weight that is no parameter but computed from some has no `main_grad`.
+
     Megatron-Core's field for it also asks for apex's extension, for the output layer, which not everybody has.
 
     Source: Transformer Engine pytorch/module/linear.py; Megatron-Core tensor_parallel/layers.py:924.
     """
     for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
+        has_weight = any(name.startswith("weight") for name, _ in module.named_parameters(recurse=False))
+        if has_weight and hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # torch types attributes as tensors
 
 

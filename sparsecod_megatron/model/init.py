@@ -37,7 +37,8 @@ def initialize(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupColle
         groups: the run's process groups.
         seed: seed of the run.
     """
-    for shard in matrices(chunk, table, groups):
+    shards = list(matrices(chunk, table, groups))
+    for shard in shards:
         parameter = shard.parameter
         whole = draw(table.model, shard.matrix, shard.whole_shape, seed=seed, device=parameter.device)
         mine = shard.cut(whole)
@@ -46,6 +47,8 @@ def initialize(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupColle
             if hasattr(parameter, "get_high_precision_init_val"):
                 # Weights kept in FP8: Transformer Engine holds what the optimizer's master weights start from.
                 parameter.get_high_precision_init_val().copy_(mine)
+    for mechanism in table.mechanisms:
+        mechanism.initialize(chunk, {shard.parameter: shard for shard in shards}, seed)
 
 
 def draw(model: ModelConfig, matrix: Matrix, shape: list[int], *, seed: int, device: torch.device) -> Tensor:

@@ -11,22 +11,25 @@ Source: Megatron-Core 0.16.1 tensor_parallel/layers.py, optimizer/optimizer.py, 
 from __future__ import annotations
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sparsecod_megatron.config.parameters import ParameterTable
 
 
-def mark_sharded(chunk: GPTModel, table: ParameterTable) -> None:
+def mark_sharded(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCollection) -> None:
     """Set `tensor_model_parallel`, `partition_dim` and `partition_stride` of every parameter. Local.
 
     An expert's matrices count as sharded whatever the experts' tensor-parallel size: no two tensor-parallel ranks own
-    the same part of them.
+    the same part of them. What all ranks of an expert hold whole does only where that size is 1.
 
     Args:
         chunk: as built, without wrappers; before an optimizer copies the attributes.
         table: of the model's parameters.
+        groups: the run's process groups.
     """
+    experts_are_whole = groups.expt_tp.size() == 1
     for name, parameter in chunk.named_parameters():
         kind = table.find(name)
-        parameter.tensor_model_parallel = kind.dimension is not None
+        parameter.tensor_model_parallel = kind.dimension is not None or (kind.split == "expert" and experts_are_whole)
         parameter.partition_dim = -1 if kind.dimension is None else kind.dimension
         parameter.partition_stride = kind.stacked

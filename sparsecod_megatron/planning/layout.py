@@ -176,8 +176,8 @@ class Layout:
     def on_rank(self, kind: ParameterKind) -> int:
         """Number of parameters of a kind that one rank holds."""
         parallel = self.parallel
-        experts = parallel.expert_model_parallel_size * parallel.expert_tensor_size
-        return kind.on_rank(tensor=self.tensor, expert=experts)
+        experts = {"expert": parallel.expert_model_parallel_size, "expert_tensor": parallel.expert_tensor_size}
+        return kind.on_rank(tensor=self.tensor, **experts)
 
     def replicas(self, kind: ParameterKind) -> int:
         """Ranks over which the optimizer's state of a kind is sharded."""

@@ -173,8 +173,8 @@ def _add_layers(work: Work, layout: Layout, layer: int, count: int, *, recompute
     }
     fp8 = layout.in_fp8(layer)
     for kind in layout.table.layer(layer):
-        family = kind.name.removesuffix("_input").removesuffix("_output")
-        passes = BACKWARD_FACTOR + (recomputed or again_of.get(family, False))
+        repeated = any(value for family, value in again_of.items() if kind.name.startswith(family))
+        passes = BACKWARD_FACTOR + (recomputed or repeated)
         flops = count * passes * _forward_flops(layout, kind, layer)
         if kind.split == "expert":
             work.grouped_fp8 += flops if fp8 else 0
@@ -196,11 +196,11 @@ def _forward_flops(layout: Layout, kind: ParameterKind, layer: int) -> float:
     if not kind.multiplied:
         return 0.0
     if kind.split == "expert":
-        one_copy = kind.total // kind.copies // layout.parallel.expert_tensor_size
+        one_copy = kind.multiplied // kind.used // layout.parallel.expert_tensor_size
         return 2.0 * one_copy * layout.expert_rows(layer)
     if kind.split == "tensor":
-        return 2.0 * kind.total / layout.tensor * layout.tokens
-    return 2.0 * kind.total * layout.norm_tokens
+        return 2.0 * kind.multiplied / layout.tensor * layout.tokens
+    return 2.0 * kind.multiplied * layout.norm_tokens
 
 
 def _optimizer_bytes(layout: Layout, stage: int) -> float:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +16,7 @@ from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch import Tensor
@@ -132,6 +133,19 @@ class Mechanism:
         """Parameters that it adds to layer `layer` (from 0)."""
         yield from ()
 
+    def made_of(self, kind: ParameterKind) -> tuple[ParameterKind, ...]:
+        """The parameters that a layer has in place of a plain one: that itself, unless it is computed from others."""
+        return (kind,)
+
+    def initialize(self, chunk: GPTModel, shards: Mapping[Any, Any], seed: int) -> None:
+        """Give what it has in a model chunk, parameters and buffers, fresh values that no row of the table says. Local.
+
+        Args:
+            chunk: without wrappers; its matrices have been drawn by their rows.
+            shards: its matrices (`model.matrices.Shard`) by parameter; none of what has no memory here.
+            seed: of the run.
+        """
+
     def dead_parameters(self, table: ParameterTable) -> int:
         """Number of parameters that it holds at zero."""
         return 0
@@ -167,6 +181,18 @@ class Mechanism:
         """
         return weight
 
+    def plain_tensors(self, model: ModelConfig, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a checkpoint holds, with every matrix that is computed from others in their place; lazily.
+
+        Args:
+            model: of the run.
+            stored: tensors under their names in a single-process GPTModel.
+        """
+        return stored
+
+    def make_plain(self, model: GPTModel) -> None:
+        """Give a whole model, in place, such matrices as its parameters. Local."""
+
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> Any:
         """Its `metrics.group.StatisticsGroup`, or None.
 
@@ -179,6 +205,10 @@ class Mechanism:
     def saved_bytes(self, model: ModelConfig, layer: int, rank: RankShape) -> dict[str, int]:
         """Bytes by module that layer `layer` keeps for its backward pass, beside what the plain layer keeps."""
         return {}
+
+    def weight_bytes(self, kind: ParameterKind) -> int:
+        """Bytes that it keeps beside each parameter of a kind, wherever that is held."""
+        return 0
 
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """Bytes that it keeps for each parameter of a kind, sharded as the optimizer's state is."""

@@ -75,8 +75,9 @@ def forward_bytes(model: torch.nn.Module, *, samples: int, seq_length: int, voca
 
 
 def trainer_bytes(trainer: Trainer) -> dict[str, int]:
-    """Weights, gradients and optimizer state of a trainer that has made a step; each storage counts once."""
-    weights = [parameter for model in trainer.models for parameter in model.parameters()]
+    """Weights with buffers, gradients and optimizer state of a trainer that has made a step; storages count once."""
+    # Not the wrapper's `buffers`, which are those of gradients.
+    weights = [tensor for model in trainer.models for tensor in (*model.parameters(), *model.module.buffers())]
     state = [
         tensor
         for part in trainer.optimizer.chained_optimizers
