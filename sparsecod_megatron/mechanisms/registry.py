@@ -37,13 +37,16 @@ class Registry:
 
 MECHANISMS = Registry(
     places={
-        "headwise_gate": "attention.headwise_gate:HeadwiseGate",
         "cast": "weights.cast:Cast",
+        "headwise_gate": "attention.headwise_gate:HeadwiseGate",
         "iss": "weights.iss:Iss",
         "journey": "weights.journey:Journey",
+        "monarch": "weights.monarch:Monarch",
         "pgf": "weights.pgf:Pgf",
         "rigl": "weights.rigl:RigL",
         "set": "weights.set:Set",
+        "sltrain": "weights.sltrain:SLTrain",
+        "sparse_ift": "weights.sparse_ift:SparseIFT",
         "sparse_weights": "weights.sparse_weights:SparseWeights",
         "spdf": "weights.spdf:Spdf",
         "srste": "weights.srste:SrSte",

@@ -84,11 +84,7 @@ def _weights(layout: Layout, kinds: Kinds) -> int:
             return own
         return 2 if precision.fp8_param_gather else own + 2
 
-    mechanisms = configured(layout.config)
-    return sum(
-        count * layout.on_rank(kind) * (size(kind) + sum(mechanism.weight_bytes(kind) for mechanism in mechanisms))
-        for kind, count in kinds
-    )
+    return sum(count * layout.on_rank(kind) * size(kind) for kind, count in kinds)
 
 
 def _gradients(layout: Layout, kinds: Kinds) -> int:

@@ -206,10 +206,6 @@ class Mechanism:
         """Bytes by module that layer `layer` keeps for its backward pass, beside what the plain layer keeps."""
         return {}
 
-    def weight_bytes(self, kind: ParameterKind) -> int:
-        """Bytes that it keeps beside each parameter of a kind, wherever that is held."""
-        return 0
-
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """Bytes that it keeps for each parameter of a kind, sharded as the optimizer's state is."""
         return 0

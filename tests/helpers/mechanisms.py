@@ -12,12 +12,14 @@ class Case:
     Attributes:
         settings: overrides that switch it on, with an effect in every layer.
         neutral: overrides that switch it on without an effect; empty where none can.
+        beside: matrices that it has in a run with others of its sort, which all take any.
         experts: whether it has an effect of its own in a mixture of experts.
         holds_zeros: whether the weights that it counts as dead are zeros after a step of these settings.
     """
 
     settings: tuple[str, ...]
     neutral: tuple[str, ...] = ()
+    beside: str = ""
     experts: bool = False
     holds_zeros: bool = True
 
@@ -28,6 +30,13 @@ def _set(name: str, *settings: str) -> tuple[str, ...]:
 
 CASES: dict[str, Case] = {
     "headwise_gate": Case(("mechanisms.headwise_gate={}",)),
+    "monarch": Case(("mechanisms.monarch.blocks=2",), beside="mlp_input", experts=True),
+    "sltrain": Case(
+        ("mechanisms.sltrain={rank: 4, alpha: 8, density: 0.25}",),
+        beside="qkv, attention_output",
+        experts=True,
+    ),
+    "sparse_ift": Case(("mechanisms.sparse_ift.sparsity=0.5",), beside="mlp_output", experts=True),
     "sparse_weights": Case(
         ("mechanisms.sparse_weights.density=0.4", "mechanisms.sparse_weights.distribution=erk"),
         neutral=("mechanisms.sparse_weights.density=1",),
@@ -61,12 +70,15 @@ CASES: dict[str, Case] = {
 TOGETHER: dict[str, tuple[str, ...]] = {
     "gate-masks-topk": ("headwise_gate", "sparse_weights", "topk_activation"),
     **{name: (name,) for name in ("rigl", "set", "journey", "iss", "spdf", "cast", "ste", "srste", "pgf")},
+    "factors": ("monarch", "sltrain", "sparse_ift"),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
-EVERYWHERE = ("gate-masks-topk", "rigl", "srste")
+EVERYWHERE = ("gate-masks-topk", "factors", "rigl", "srste")
 """Runs that are tried in every layout, one for each way to act on weights: the others act through the same code."""
 
 
 def settings(names: tuple[str, ...]) -> tuple[str, ...]:
     """Overrides of a run with these mechanisms."""
-    return tuple(override for name in names for override in CASES[name].settings)
+    kinds = {f"mechanisms.{name}.kinds": CASES[name].beside for name in names if CASES[name].beside}
+    own = [override for name in names for override in CASES[name].settings]
+    return (*own, *(f"{key}=[{value}]" for key, value in kinds.items()))

@@ -246,6 +246,24 @@ def test_every_reader_of_a_run_knows_the_mechanisms() -> None:
         (["mechanisms.sparse_weights.density=0", "model.num_layers=2"], "density: 0.0 is not above 0"),
         (["mechanisms.sparse_weights.density=1e-9"], "leaves no weight of"),
         (["mechanisms.sparse_weights={}", "optimizer.optimizer=muon"], "optimizer.optimizer: muon"),
+        (["mechanisms.monarch.blocks=2", "optimizer.optimizer=muon"], "muon orthogonalises whole matrices"),
+        (["mechanisms.monarch={blocks: 2, kinds: []}"], "monarch.kinds: names none"),
+        (["mechanisms.sltrain.rank=33"], "mechanisms.sltrain.rank: 33, but qkv is [64, 32]; lower it"),
+        (["mechanisms.sltrain={rank: 4, density: 0.01}"], "density: 0.01 leaves no number in a row of qkv"),
+        (["mechanisms.sltrain.rank=4", "model.mup_base_hidden_size=16"], "model.mup_base_hidden_size: muP has no"),
+        (
+            ["mechanisms.monarch.blocks=2", "mechanisms.sltrain={rank: 4, kinds: [mlp_input]}"],
+            "mechanisms.monarch.kinds: mlp_input has mechanisms.sltrain too; name each kind in one",
+        ),
+        (["mechanisms.monarch={blocks: 3, kinds: [mlp_input]}"], "blocks: 3 does not divide mlp_input [96, 32]"),
+        (
+            ["mechanisms.monarch={blocks: 2, kinds: [mlp_output]}", "parallel.tensor_model_parallel_size=4"],
+            "blocks: 2 of mlp_output cannot be shared by 4 tensor-parallel ranks",
+        ),
+        (
+            ["mechanisms.sparse_ift={form: doped, sparsity: 0.05, kinds: [qkv]}", "model.hidden_size=16"],
+            "leaves nothing",
+        ),
     ],
 )
 def test_refused_in_one_line(overrides: list[str], words: str) -> None:
