@@ -9,15 +9,17 @@ import pytest
 from tests.helpers.cli import sparsecod, sparsecod_ranks
 from tests.helpers.text import write_corpus
 
+STEPS, SAVED = 8, 4
+"""Of a run, and the step of its first checkpoint."""
 CONFIG = """
 model: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, num_query_groups: 2, ffn_hidden_size: 96}
 precision: {dtype: fp32}
 data: {prefix: %s, seq_length: 32}
 optimizer: {lr: 2.0e-3}
 schedule: {lr_warmup_steps: 3}
-train: {train_steps: 12, global_batch_size: 8, micro_batch_size: 2, eval_interval: 0}
+train: {train_steps: %d, global_batch_size: 8, micro_batch_size: 2, eval_interval: 0}
 statistics: {variance: {interval: 1}, moments: {interval: 1}, norms: {interval: 1}, router: {interval: 1}}
-checkpoint: {save_interval: 6}
+checkpoint: {save_interval: %d}
 """
 MOE = (
     "model.num_moe_experts=4",
@@ -52,7 +54,7 @@ class Bench:
             "1",
         )
         self.config = directory / "config.yaml"
-        self.config.write_text(CONFIG % prefix)
+        self.config.write_text(CONFIG % (prefix, STEPS, SAVED))
 
     def train(self, name: str, *overrides: str, nproc: int = 1) -> Path:
         """Train into a run directory called `name` and return it; a directory that exists already is resumed."""
@@ -76,7 +78,7 @@ def initial(bench: Bench) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def reference(bench: Bench, initial: dict[str, Path]) -> dict[str, Path]:
-    """Twelve steps of each model in one process, from the shared initial weights."""
+    """All steps of each model in one process, from the shared initial weights."""
     return {
         name: bench.train(f"reference-{name}", f"checkpoint.init_from={initial[name]}", *overrides)
         for name, overrides in MODELS.items()

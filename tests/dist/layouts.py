@@ -66,10 +66,12 @@ LAYOUTS = [  # with CUDA's defaults; test_optimizers.py and test_variants.py hav
     Layout("pp2", "dense", 2, (PP2, *BUCKETS)),
     Layout("pp2-vpp2", "dense", 2, (PP2, VPP2, *BUCKETS)),
     Layout("cp2", "dense", 2, (CP2, *BUCKETS)),
-    Layout("tp2-pp2", "dense", 4, (TP2, PP2, *BUCKETS)),
     Layout("tp2-sp-full-recompute", "dense", 2, (TP2, SP, *FULL_RECOMPUTE, *BUCKETS)),
     Layout("ep2", "moe", 2, (EP2, *BUCKETS)),
     Layout("cp2-ep2-selective-recompute", "moe", 2, (CP2, EP2, *SELECTIVE_RECOMPUTE, *BUCKETS)),
-    Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2, *BUCKETS)),
     Layout("tp2-ep2-etp1", "moe", 2, (TP2, SP, EP2, ETP1, *BUCKETS)),
+]
+LARGE_LAYOUTS = [  # resumed in, with the same comparison
+    Layout("tp2-pp2", "dense", 4, (TP2, PP2, *BUCKETS)),
+    Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2, *BUCKETS)),
 ]

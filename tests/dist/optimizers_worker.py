@@ -1,6 +1,6 @@
-"""Continues one checkpoint, optimizer state and all, in each layout, after saving it again. Started with four ranks.
+"""Continues one checkpoint, optimizer state and all, in each layout, after saving it again.
 
-Arguments: the checkpoint of each run as NAME=DIR, then the folder to write to: LAYOUT/step_… and collected.json.
+Arguments: the checkpoint of each run as NAME=DIR, then the folder to write to: LAYOUT/step_… and RANKS.json.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ MOE = (
 MUON = "optimizer.optimizer=muon"
 MODELS = {"dense": (MUON,), "moe": (MUON, *MOE), "mup": ("model.mup_base_hidden_size=8", *MOE)}
 LAYOUTS = [
-    Layout("dp4", "dense", 4, ()),
-    Layout("tp2-sp", "dense", 4, (TP2, SP)),
-    Layout("tp2-distributed", "dense", 4, (TP2, "optimizer.muon_tp_mode=distributed")),
-    Layout("pp2-vpp2", "dense", 4, (PP2, VPP2)),
-    Layout("cp2-tp2", "dense", 4, (CP2, TP2)),
-    Layout("ep2", "moe", 4, (EP2,)),
+    Layout("dp2", "dense", 2, ()),
+    Layout("tp2-distributed", "dense", 2, (TP2, "optimizer.muon_tp_mode=distributed")),
+    Layout("pp2-vpp2", "dense", 2, (PP2, VPP2)),
+    Layout("cp2", "dense", 2, (CP2,)),
+    Layout("ep2", "moe", 2, (EP2,)),
+    Layout("tp2-ep2-etp1", "moe", 2, (TP2, SP, EP2, ETP1)),
+    Layout("mup-ep2", "mup", 2, (EP2,)),
+    Layout("dp2-tp2-sp", "dense", 4, (TP2, SP)),
     Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2)),
-    Layout("tp2-ep2-etp1", "moe", 4, (TP2, SP, EP2, ETP1)),
     Layout("pp2-ep2", "moe", 4, (PP2, EP2)),
-    Layout("mup-pp2-ep2", "mup", 4, (PP2, EP2)),
 ]
-BLOCKWISE = Layout("tp2-blockwise", "dense", 4, (TP2, "optimizer.muon_tp_mode=blockwise"))
+BLOCKWISE = Layout("tp2-blockwise", "dense", 2, (TP2, "optimizer.muon_tp_mode=blockwise"))
 
 
 def layout_config(layout: Layout) -> RunConfig:
@@ -109,12 +109,14 @@ def main() -> None:
     collected = {}
     with world(communication=backend.communication):
         for layout in [*LAYOUTS, BLOCKWISE]:
+            if layout.nproc != dist.get_world_size():
+                continue
             config = layout_config(layout)
             with process_groups(config) as groups:
                 copy = Path(folder) / layout.name
                 collected[layout.name] = continued(config, backend, groups, source[layout.model], copy)
         if dist.get_rank() == 0:
-            (Path(folder) / "collected.json").write_text(json.dumps(collected))
+            Path(folder, f"{dist.get_world_size()}.json").write_text(json.dumps(collected))
 
 
 if __name__ == "__main__":

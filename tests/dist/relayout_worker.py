@@ -1,4 +1,4 @@
-"""Loads one checkpoint into each layout in turn and saves it from there. Started by torchrun with four ranks.
+"""Loads one checkpoint into each layout of as many ranks in turn and saves it from there.
 
 Arguments: the source checkpoint of each model as dense=DIR moe=DIR, then the folder to write to.
 """
@@ -17,18 +17,20 @@ from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.checkpoint.saver import save_checkpoint
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.parallel import process_groups, world
-from tests.dist.layouts import LAYOUTS
+from tests.dist.layouts import LARGE_LAYOUTS, LAYOUTS
 
 
 def main() -> None:
-    """Write FOLDER/<layout>/step_… for every layout."""
+    """Write FOLDER/<layout>/step_… for every layout of this many ranks."""
     *sources, folder = sys.argv[1:]
     source = {name: resolve_step_dir(Path(path)) for name, path in (item.split("=") for item in sources)}
     backend = select_backend()
     from sparsecod_megatron.train.setup import build_trainer
 
     with world(communication=backend.communication):
-        for layout in LAYOUTS:
+        for layout in [*LAYOUTS, *LARGE_LAYOUTS]:
+            if layout.nproc != dist.get_world_size():
+                continue
             config = load_config(
                 source[layout.model] / "config.yaml", [*layout.overrides, "train.global_batch_size=16"]
             )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsecod_megatron.backend import select_backend
-from tests.dist.conftest import Bench
+from tests.dist.conftest import STEPS, Bench
 from tests.dist.layouts import BUCKETS
 from tests.dist.test_layouts import series
 from tests.dist.test_resume import stopped_copy
@@ -24,7 +24,7 @@ NARROW = ("model.hidden_size=72", "model.ffn_hidden_size=120", "schedule.lr_warm
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def straight(request: pytest.FixtureRequest, bench: Bench) -> tuple[Path, tuple[str, ...]]:
-    """Twenty steps on two processes, never stopped, and the settings of the run."""
+    """Two processes, never stopped, and the settings of the run."""
     settings = (*NARROW, *BUCKETS, f"precision.dtype={request.param}")
     return bench.train(f"buckets-{request.param}", *settings, nproc=2), settings
 
@@ -46,7 +46,9 @@ def test_weights_are_those_of_the_last_update(straight: tuple[Path, tuple[str, .
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
     reference, _ = straight
-    tensors = _load_state_dict_from_keys(storage_reader=FileSystemReader(reference / "checkpoints" / "step_00000012"))
+    tensors = _load_state_dict_from_keys(
+        storage_reader=FileSystemReader(reference / "checkpoints" / f"step_{STEPS:08d}")
+    )
     prefix = "optimizer.state.param."
     masters = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     assert len(masters) > 8
@@ -55,7 +57,7 @@ def test_weights_are_those_of_the_last_update(straight: tuple[Path, tuple[str, .
 
 
 def test_random_states_of_replicas_are_stored_once(straight: tuple[Path, tuple[str, ...]]) -> None:
-    state = json.loads((straight[0] / "checkpoints" / "step_00000012" / "state.json").read_text())
+    state = json.loads((straight[0] / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
     first, second = state["random_states"]
     assert isinstance(first, dict) and second == 0
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.dist.conftest import Bench
+from tests.dist.conftest import MODELS, SAVED, STEPS, Bench
 from tests.dist.layouts import SP, TP2
 from tests.dist.test_layouts import series
-from tests.helpers.cli import sparsecod
+from tests.dist.test_resume import stopped_copy
+from tests.helpers.cli import sparsecod_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -34,40 +35,29 @@ def test_goes_on_from_the_one_before_and_in_the_end_refuses(bench: Bench, refere
     run = bench.directory / "damaged"
     shutil.copytree(reference["dense"], run)
     checkpoints = run / "checkpoints"
-    damage(checkpoints / "step_00000012")
-    (checkpoints / "step_00000012.tmp-0badcafe").mkdir()
-    command = ("train", "--nproc", "2", bench.config, f"logging.run_dir={run}")
-    result = sparsecod(*command, "checkpoint.keep_last=1")
-    assert "step_00000012: damaged (" in result.stderr and "using step_00000006 instead" in result.stderr
+    last, first = (f"step_{step:08d}" for step in (STEPS, SAVED))
+    damage(checkpoints / last)
+    (checkpoints / f"{last}.tmp-0badcafe").mkdir()
+    command = ("train", bench.config, f"logging.run_dir={run}")
+    result = sparsecod_ranks(*command, "checkpoint.keep_last=1", nproc=2)
+    assert f"{last}: damaged (" in result.stderr and f"using {first} instead" in result.stderr
     np.testing.assert_allclose(series(run, "loss"), series(reference["dense"], "loss"), rtol=1e-4)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000012"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", last]
 
-    damage(checkpoints / "step_00000012")
+    damage(checkpoints / last)
     before = snapshot(run)
-    result = sparsecod(*command, "train.train_steps=30", check=False)
+    result = sparsecod_ranks(*command, "train.train_steps=30", nproc=2, check=False)
     assert result.returncode == 2 and "none of 1 checkpoints can be used" in result.stderr
     assert "Traceback" not in result.stderr
     assert snapshot(run) == before
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(("model.norm_placement=mix",), id="mix"),
-        pytest.param(
-            ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=48", "model.moe_first_k_dense_layers=1"),
-            id="first-dense",
-        ),
-    ],
-)
-def test_layers_of_several_kinds_resume_under_another_layout(variant: tuple[str, ...], bench: Bench) -> None:
-    """Saved by one process, gone on with by one (bitwise) and by two (to 1e-5)."""
-    name = variant[-1].replace("=", "-")
-    straight = bench.train(name, *variant)
+def test_layers_of_several_kinds_resume_under_another_layout(bench: Bench) -> None:
+    """Other norms, and no experts in one layer: saved by one process, continued by one (bitwise) and by two."""
+    variant = (*MODELS["moe"], "model.moe_first_k_dense_layers=1", "model.norm_placement=mix")
+    straight = bench.train("kinds", *variant)
     for nproc, layout in ((1, ()), (2, (TP2, SP))):
-        run = bench.directory / f"{name}-{nproc}"
-        shutil.copytree(straight, run)
-        (run / "checkpoints" / "latest").write_text("step_00000006\n")
+        run = stopped_copy(straight, bench.directory / f"kinds-{nproc}")
         bench.train(run.name, *variant, *layout, nproc=nproc)
         ours, theirs = series(run, "loss"), series(straight, "loss")
         np.testing.assert_allclose(ours, theirs, rtol=1e-5 if nproc > 1 else 0)

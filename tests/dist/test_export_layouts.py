@@ -9,7 +9,7 @@ import pytest
 
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from tests.dist.conftest import Bench
-from tests.dist.layouts import LAYOUTS, Layout
+from tests.dist.layouts import LARGE_LAYOUTS, LAYOUTS, Layout
 from tests.helpers.cli import script_ranks, sparsecod
 
 pytestmark = pytest.mark.dist
@@ -38,11 +38,12 @@ def relaid(bench: Bench, reference: dict[str, Path], repo_root: Path) -> Path:
     """The trained weights, saved again under every layout."""
     folder = bench.directory / "relaid"
     script = repo_root / "tests" / "dist" / "relayout_worker.py"
-    script_ranks(script, *(f"{model}={run}" for model, run in reference.items()), folder, nproc=4)
+    for nproc in (2, 4):
+        script_ranks(script, *(f"{model}={run}" for model, run in reference.items()), folder, nproc=nproc)
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *LARGE_LAYOUTS], ids=lambda layout: layout.name)
 def test_same_bytes(layout: Layout, exported: dict[str, Path], relaid: Path, tmp_path: Path) -> None:
     """Exports of one process's checkpoint and of the layout's are equal file by file."""
     sparsecod("export", "--checkpoint", relaid / layout.name, "--output", tmp_path / "hf", "--no-verify")
@@ -55,7 +56,7 @@ def digests(run: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *LARGE_LAYOUTS], ids=lambda layout: layout.name)
 def test_same_digests(layout: Layout, reference: dict[str, Path], relaid: Path) -> None:
     """What a checkpoint says of fp32 weights and moments is what one process says of them."""
     expected = digests(reference[layout.model])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.dist.conftest import MODELS, Bench
+from tests.dist.conftest import MODELS, STEPS, Bench
 from tests.dist.layouts import LAYOUTS, Layout
 from tests.helpers.cli import read_jsonl
 
@@ -58,7 +58,7 @@ def assert_statistics_equal(run: Path, single: Path, *, rtol: float) -> None:
 def test_layout_equals_one_process(
     layout: Layout, bench: Bench, initial: dict[str, Path], reference: dict[str, Path]
 ) -> None:
-    """12 fp32 steps: losses to 1e-4 and layer statistics to 1e-5, relative; the same tokens counted."""
+    """Eight fp32 steps: losses to 1e-4 and layer statistics to 1e-5, relative; the same tokens counted."""
     run = bench.train(
         layout.name,
         f"checkpoint.init_from={initial[layout.model]}",
@@ -76,9 +76,9 @@ def test_layout_equals_one_process(
 def test_every_group_is_there(reference: dict[str, Path]) -> None:
     dense, moe = (statistics(reference[model]) for model in ("dense", "moe"))
     for name in ("out_var", "mlp_ratio", "cos", "out_kurt", "massive", "grad_norm", "update_ratio"):
-        assert dense[name].shape == moe[name].shape == (12, 4)
+        assert dense[name].shape == moe[name].shape == (STEPS, 4)
         assert np.isfinite(dense[name]).all() and (dense[name] != 0).all()
-    assert moe["tokens_per_expert"].shape == (12, 4, 4) and "tokens_per_expert" not in dense
+    assert moe["tokens_per_expert"].shape == (STEPS, 4, 4) and "tokens_per_expert" not in dense
     # Every token of the global batch once: 8 sequences of 32 tokens, two experts each.
     np.testing.assert_allclose(moe["tokens_per_expert"].sum(axis=2), 8 * 32 * 2)
 

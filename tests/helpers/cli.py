@@ -108,9 +108,15 @@ def sparsecod(*arguments: str | Path, check: bool = True) -> subprocess.Complete
     return _run(_sparsecod, [*map(str, arguments)], [{}], check=check)
 
 
-def sparsecod_ranks(*arguments: str | Path, nproc: int) -> subprocess.CompletedProcess[str]:
-    """Run `sparsecod ARGUMENTS` as `nproc` ranks; fails, showing the output, unless all exit with 0."""
-    return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=True)
+def sparsecod_ranks(*arguments: str | Path, nproc: int, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `sparsecod ARGUMENTS` as `nproc` ranks; the result is that of the first to fail, or else of the first.
+
+    Args:
+        arguments: the command line.
+        nproc: number of ranks.
+        check: fail, showing the output, unless all exit with 0.
+    """
+    return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=check)
 
 
 def script(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
