@@ -1,11 +1,10 @@
-"""Whatever ends a process, the run goes on from its last checkpoint as if nothing had; what went wrong is said once."""
+"""Whatever ends a process, the run continues from its last checkpoint as if it had not; errors are told once."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 from tests.dist import faults_worker
 from tests.dist.conftest import Bench
 from tests.dist.test_layouts import series
-from tests.helpers.cli import read_jsonl, script_ranks
+from tests.helpers.cli import Started, read_jsonl, running_ranks, script_ranks, sparsecod_ranks
 from tests.helpers.pace import PACE
 from tests.helpers.running import ended_with_block, until
 from tests.helpers.training import small_trainer
@@ -29,20 +28,20 @@ from tests.helpers.training import small_trainer
 pytestmark = pytest.mark.dist
 
 FAULTY = Path(__file__).parent / "faulty"
+STEPS = 16
 OVERRIDES = (
-    "train.train_steps=24",
+    f"train.train_steps={STEPS}",
     "train.spike_window=8",
     "checkpoint.save_interval=3",
     "statistics.variance.interval=0",
     "statistics.moments.interval=0",
     "statistics.norms.interval=0",
 )
-KILLS = 2
 
 
 @pytest.fixture(scope="module")
 def straight(bench: Bench) -> Path:
-    """Twenty-four steps on two processes that nothing disturbs."""
+    """All steps on two processes that nothing disturbs."""
     return bench.train("undisturbed", *OVERRIDES, nproc=2)
 
 
@@ -51,12 +50,10 @@ def arguments(bench: Bench, name: str, *overrides: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(
-    arguments: list[str], *, environment: dict[str, str] | None = None, program: str = "sparsecod_megatron"
-) -> Iterator[subprocess.Popen[str]]:
-    """A command in a process of its own, which does not outlive the block, nor do the ranks that it starts."""
+def launched(arguments: list[str], *, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """The command as a user starts it: a process that starts two ranks; none of them outlives the block."""
     process = subprocess.Popen(
-        [sys.executable, "-m", program, *arguments],
+        [sys.executable, "-m", "sparsecod_megatron", *arguments, "--nproc", "2"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,103 +90,95 @@ def saving(run: Path) -> bool:
     return any(not re.fullmatch(r"step_\d+|latest", name) for name in names)
 
 
-def assert_same_run(run: Path, straight: Path) -> None:
-    """Every step once, its numbers and what the judge of updates remembers bit for bit."""
-    assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == list(range(1, 25))
+def ended(rank: Started) -> subprocess.CompletedProcess[str]:
+    """What a rank leaves, once it has ended."""
+    rank.process.join(PACE.patience_s)
+    return rank.result()
+
+
+def assert_continues_as_the_same_run(bench: Bench, run: Path, straight: Path) -> None:
+    """The same command takes every step once; its numbers and what the judge of updates remembers are bit for bit."""
+    bench.train(run.name, *OVERRIDES, nproc=2)
+    assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     for field in ("step", "loss", "grad_norm", "lr", "tokens"):
         np.testing.assert_array_equal(series(run, field), series(straight, field), err_msg=field)
     states = [
-        json.loads((folder / "checkpoints/step_00000024/state.json").read_text())["train"] for folder in (run, straight)
+        json.loads((folder / f"checkpoints/step_{STEPS:08d}/state.json").read_text())["train"]
+        for folder in (run, straight)
     ]
     assert states[0] == states[1]
     assert len(states[0]["monitor"]["window"]["loss"]) == 8
 
 
-def test_killed_at_any_moment_resumes_by_itself(bench: Bench, straight: Path) -> None:
-    """Kills of random ranks: one before the first checkpoint, one while one is written."""
-    chance, run = random.Random(5), bench.directory / "killed"
-    with started(arguments(bench, "killed", "--nproc", "2", "--max-restarts", str(KILLS))) as process:
-        for kill in range(KILLS):
-            until(lambda: len(ranks(process)) == 2, process)
-            victim = chance.choice(list(ranks(process).values()))
-            begin, distance = steps(run), 1 if kill == 0 else chance.randint(2, 6)
-            until(lambda: steps(run) != begin, process)  # noqa: B023 - called at once
-            begin = steps(run)
-            until(lambda: steps(run) >= begin + distance - 1, process)  # noqa: B023
-            if kill == 1:
-                until(lambda: saving(run), process)
-            victim.kill()
-            until(lambda: all(other.pid != victim.pid for other in ranks(process).values()), process)  # noqa: B023
-        _, errors = process.communicate(timeout=PACE.patience_s)
-    assert process.returncode == 0, errors
-    told = re.findall(r"rank [01] was killed by SIGKILL; restart (\d) of 2", errors)
-    assert told == ["1", "2"] and "Traceback" not in errors
-    assert_same_run(run, straight)
-
-
-def test_one_rank_raising_is_told_once_and_soon(bench: Bench) -> None:
-    run, path = bench.directory / "raising", os.environ.get("PYTHONPATH", "")
+def test_killed_while_saving_it_restarts_by_itself_and_an_error_is_told_once(bench: Bench, straight: Path) -> None:
+    """Rank 0 is killed while it writes the second checkpoint; after the restart rank 1 raises, once too often."""
+    run, path = bench.directory / "killed", os.environ.get("PYTHONPATH", "")
     environment = {"PYTHONPATH": f"{FAULTY}{os.pathsep}{path}"}
-    with started(arguments(bench, "raising", "--nproc", "2"), environment=environment) as process:
-        until(lambda: steps(run) >= 2, process)
+    with launched(arguments(bench, "killed", "--max-restarts", "1"), environment=environment) as process:
+        until(lambda: steps(run) >= 4, process)
+        victim = ranks(process)[0]
+        until(lambda: saving(run), process)
+        victim.kill()
+        until(lambda: all(other.pid != victim.pid for other in ranks(process).values()), process)
+        begin = steps(run)
+        until(lambda: steps(run) not in (begin, 0), process)
         ranks(process)[1].send_signal(signal.SIGALRM)
         _, errors = process.communicate(timeout=PACE.patience_s)
     assert process.returncode == 1, errors
+    assert "rank 0 was killed by SIGKILL; restart 1 of 1" in errors
     assert errors.splitlines()[-1] == "sparsecod train: rank 1 failed: RuntimeError: broken on purpose"
     assert errors.count("Traceback") == 1 and "Connection" not in errors
+    assert_continues_as_the_same_run(bench, run, straight)
 
 
 def test_a_hung_step_says_which(bench: Bench, straight: Path) -> None:
-    """Rank 1 is stopped; rank 0, waiting for it, names step and phase and leaves its stacks."""
+    """Rank 1 is stopped before the first checkpoint; rank 0, waiting for it, says where and leaves its stacks."""
     run = bench.directory / "hung"
     limit = max(5, round(20 * series(straight, "step_time_s").max()))
-    with started(arguments(bench, "hung", f"train.step_timeout_s={limit}", "--nproc", "2")) as process:
-        until(lambda: steps(run) >= 2, process)
-        waiting, stopped = (ranks(process)[rank] for rank in (0, 1))
-        stopped.suspend()
-        until(lambda: "has not ended" in (run / "log.txt").read_text(), process)
-        psutil.wait_procs([waiting], timeout=PACE.patience_s)
-        with contextlib.suppress(psutil.NoSuchProcess):  # the launcher may have killed it by now
-            stopped.resume()
-        _, errors = process.communicate(timeout=PACE.patience_s)
-    assert process.returncode == 1, errors
-    assert errors.splitlines()[-1] == "sparsecod train: rank 0 exited with status 3; see its output above"
+    settings = (f"train.step_timeout_s={limit}", "checkpoint.save_interval=0")
+    with running_ranks(*arguments(bench, "hung", *settings), nproc=2) as (waiting, stopped):
+        until(lambda: steps(run) >= 2, waiting)
+        psutil.Process(stopped.process.pid).suspend()
+        result = ended(waiting)
+    assert result.returncode == 3, result.stderr
     phases = "forward and backward|optimizer|statistics|save|step boundary"
-    assert re.search(rf"rank 0: step \d+: ({phases}) has not ended after {limit} s \(train.step_timeout_s\)", errors)
+    assert re.search(
+        rf"rank 0: step \d+: ({phases}) has not ended after {limit} s \(train.step_timeout_s\)", result.stderr
+    )
     log = (run / "log.txt").read_text()
     assert re.search(rf"rank 0, step \d+, ({phases}):", log) and "in _step" in log
+    assert not list((run / "checkpoints").glob("step_*"))
+    assert_continues_as_the_same_run(bench, run, straight)
 
 
 def test_a_signal_to_one_rank_stops_all(bench: Bench, straight: Path) -> None:
-    """Slurm's warning, where it reaches a single rank: saved, exit 0, and the same command goes on."""
+    """Slurm's warning, where it reaches a single rank: saved, exit 0, and the same command continues."""
     run = bench.directory / "warned"
-    with started(arguments(bench, "warned", "--nproc", "2")) as process:
-        until(lambda: steps(run) >= 4, process)
-        ranks(process)[1].send_signal(signal.SIGUSR1)
-        _, errors = process.communicate(timeout=PACE.patience_s)
-    assert process.returncode == 0, errors
+    with running_ranks(*arguments(bench, "warned"), nproc=2) as started:
+        until(lambda: steps(run) >= 4, started[0])
+        psutil.Process(started[1].process.pid).send_signal(signal.SIGUSR1)
+        results = [ended(rank) for rank in started]
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
     stopped_at = steps(run)
-    assert (run / f"checkpoints/step_{stopped_at:08d}").is_dir() and stopped_at < 24
-    assert f"asked to stop at step {stopped_at}" in errors
-    bench.train("warned", *OVERRIDES, nproc=2)
-    assert_same_run(run, straight)
+    assert (run / f"checkpoints/step_{stopped_at:08d}").is_dir() and stopped_at < STEPS
+    assert f"asked to stop at step {stopped_at}" in results[0].stderr
+    assert_continues_as_the_same_run(bench, run, straight)
 
 
-def test_a_second_start_is_told_and_the_first_goes_on(bench: Bench, straight: Path) -> None:
+def test_a_second_start_is_told_and_the_first_continues(bench: Bench, straight: Path) -> None:
     """Two processes each; the second writes nothing. SIGTERM to the first's launcher: it saves, and a third resumes."""
     run = bench.directory / "twice"
-    with started(arguments(bench, "twice", "--nproc", "2")) as process:
+    with launched(arguments(bench, "twice")) as process:
         until(lambda: steps(run) >= 2, process)
         first = ranks(process)
         for rank in first.values():
             rank.suspend()  # or it would have ended before the second has begun
-        with started(arguments(bench, "twice", "train.seed=9", "--nproc", "2")) as second:
-            _, errors = second.communicate(timeout=PACE.patience_s)
-        assert second.returncode == 2, errors
+        second = sparsecod_ranks(*arguments(bench, "twice", "train.seed=9"), nproc=2, check=False)
+        assert second.returncode == 2, second.stderr
         assert re.fullmatch(
             rf"sparsecod train: logging.run_dir: {run} is in use by process {first[0].pid} on \S+, since .*; stop "
             "that, or choose another directory",
-            errors.splitlines()[-1],
+            second.stderr.splitlines()[-1],
         )
         for rank in first.values():
             rank.resume()
@@ -197,14 +186,13 @@ def test_a_second_start_is_told_and_the_first_goes_on(bench: Bench, straight: Pa
         process.terminate()
         _, errors = process.communicate(timeout=PACE.patience_s)
     assert process.returncode == 0 and f"asked to stop at step {steps(run)}" in errors, errors
-    assert steps(run) < 24
-    bench.train("twice", *OVERRIDES, nproc=2)
-    assert_same_run(run, straight)
+    assert steps(run) < STEPS
+    assert_continues_as_the_same_run(bench, run, straight)
     assert not (run / "run.lock").exists()
 
 
 def test_a_signal_before_the_first_step(bench: Bench) -> None:
-    with started(arguments(bench, "unborn", "--nproc", "2")) as process:
+    with launched(arguments(bench, "unborn")) as process:
         until(lambda: len(ranks(process)) == 2, process)
         process.terminate()
         _, errors = process.communicate(timeout=PACE.patience_s)
@@ -213,19 +201,18 @@ def test_a_signal_before_the_first_step(bench: Bench) -> None:
 
 
 def test_a_disk_that_fills_up_costs_no_state(bench: Bench, straight: Path) -> None:
-    """No file grows beyond 200 kB, as checkpoints do: told in the last line; the same command goes on."""
+    """No file grows beyond 200 kB, as checkpoints do: told in the last line; the same command continues."""
     run = bench.directory / "full"
-    with started(arguments(bench, "full", "--nproc", "2")) as process:
-        until(lambda: (run / "checkpoints/latest").exists(), process)
-        for rank in ranks(process).values():
-            rank.rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))
-        _, errors = process.communicate(timeout=PACE.patience_s)
-    assert process.returncode == 2, errors
-    assert re.search(r"step_\d+: not saved .*; earlier checkpoints are kept$", errors.splitlines()[-1])
+    with running_ranks(*arguments(bench, "full"), nproc=2) as started:
+        until(lambda: (run / "checkpoints/latest").exists(), started[0])
+        for rank in started:
+            psutil.Process(rank.process.pid).rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))
+        results = [ended(rank) for rank in started]
+    assert [result.returncode for result in results] == [2, 2], results[0].stderr
+    assert re.search(r"step_\d+: not saved .*; earlier checkpoints are kept$", results[0].stderr.splitlines()[-1])
     left = (run / "checkpoints/latest").read_text().strip()
-    assert (run / "checkpoints" / left / "state.json").exists() and left != "step_00000024"
-    bench.train("full", *OVERRIDES, nproc=2)
-    assert_same_run(run, straight)
+    assert (run / "checkpoints" / left / "state.json").exists() and left != f"step_{STEPS:08d}"
+    assert_continues_as_the_same_run(bench, run, straight)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ rank. What torchrun itself does is the matter of the tests that start it: faults
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing.connection
 import os
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ INHERITED = ("TORCHELASTIC", "RANK", "WORLD", "LOCAL_RANK", "MASTER")
 """What a command must not find in its environment: it would take itself for a rank of something else."""
 
 
-class _Started:
+class Started:
     """A forked process and what it prints.
 
     Args:
@@ -44,16 +45,20 @@ class _Started:
         self, action: Callable[[list[str]], int], arguments: list[str], environment: Mapping[str, str], folder: Path
     ) -> None:
         self.arguments = arguments
-        self._stdout, self._stderr = folder / "stdout", folder / "stderr"
+        self._stdout, self.log = folder / "stdout", folder / "stderr"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(INHERITED)}
-        task = (action, arguments, inherited | dict(environment), Path.cwd(), self._stdout, self._stderr)
+        task = (action, arguments, inherited | dict(environment), Path.cwd(), self._stdout, self.log)
         self.process: ForkServerProcess = FORK_SERVER.Process(target=_be, args=task)
         self.process.start()
+
+    def poll(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self.process.exitcode
 
     def result(self) -> subprocess.CompletedProcess[str]:
         """Of a process that has ended."""
         assert self.process.exitcode is not None
-        stdout, stderr = (path.read_text() if path.exists() else "" for path in (self._stdout, self._stderr))
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in (self._stdout, self.log))
         return subprocess.CompletedProcess(self.arguments, self.process.exitcode, stdout, stderr)
 
 
@@ -119,6 +124,19 @@ def sparsecod_ranks(*arguments: str | Path, nproc: int, check: bool = True) -> s
     return _run(_sparsecod, [*map(str, arguments)], _ranks(nproc), check=check)
 
 
+@contextlib.contextmanager
+def running_ranks(*arguments: str | Path, nproc: int) -> Iterator[list[Started]]:
+    """`sparsecod ARGUMENTS` as `nproc` ranks that nobody watches, while the block runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = _start(_sparsecod, [*map(str, arguments)], _ranks(nproc), Path(folder))
+        try:
+            yield started
+        finally:
+            for each in started:
+                each.process.kill()
+                each.process.join()
+
+
 def script(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a script; its `main` gives the exit status."""
     return _run(_script, [*map(str, (path, *arguments))], [{}], check=False)
@@ -153,11 +171,7 @@ def _run(
     """Processes side by side; the result is that of the first to fail, or else of the first."""
     patience_s = PACE.patience_s
     with tempfile.TemporaryDirectory() as folder, PACE.measuring():
-        started = []
-        for rank, environment in enumerate(environments):
-            own = Path(folder, str(rank))
-            own.mkdir()
-            started.append(_Started(action, arguments, environment, own))
+        started = _start(action, arguments, environments, Path(folder))
         failed = _first_to_fail(started, time.monotonic() + patience_s)
         result = (failed or started[0]).result()
     assert result.returncode >= 0 or failed is None, f"killed, or no end in {patience_s:.0f} s\n{result.stderr[-8000:]}"
@@ -166,7 +180,18 @@ def _run(
     return result
 
 
-def _first_to_fail(started: list[_Started], deadline: float) -> _Started | None:
+def _start(
+    action: Callable[[list[str]], int], arguments: list[str], environments: list[dict[str, str]], folder: Path
+) -> list[Started]:
+    started = []
+    for rank, environment in enumerate(environments):
+        own = folder / str(rank)
+        own.mkdir()
+        started.append(Started(action, arguments, environment, own))
+    return started
+
+
+def _first_to_fail(started: list[Started], deadline: float) -> Started | None:
     """Wait for all; where one fails or time is up, the others are killed."""
     while True:
         running = [each for each in started if each.process.exitcode is None]

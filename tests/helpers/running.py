@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.helpers.cli import Started
 from tests.helpers.pace import PACE
 
 
@@ -34,19 +35,22 @@ def end(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def until(condition: Callable[[], Any], process: subprocess.Popen[Any], *, log: Path | None = None) -> Any:
+def until(condition: Callable[[], Any], process: subprocess.Popen[Any] | Started, *, log: Path | None = None) -> Any:
     """What the condition returns once it is true; fails where the process ends before, or patience does.
 
     Args:
         condition: looked at every few milliseconds.
         process: what it is waited for.
-        log: file that the process writes to; without one its `stderr` is read once it has ended.
+        log: file that the process writes to; without one its `log` or `stderr` is read once it has ended.
     """
+    if isinstance(process, Started):
+        log = process.log
     deadline = time.monotonic() + PACE.patience_s
     while not (value := condition()):
         has_ended = process.poll() is not None
         if has_ended or time.monotonic() > deadline:
-            printed = log.read_text() if log else process.stderr.read() if has_ended and process.stderr else ""
+            stream = getattr(process, "stderr", None)
+            printed = log.read_text() if log else stream.read() if has_ended and stream else ""
             pytest.fail(f"{'ended early' if has_ended else 'waited in vain'}\n{printed[-4000:]}")
         time.sleep(0.002)
     return value
