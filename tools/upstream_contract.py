@@ -14,6 +14,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import itertools
 import re
 import sys
 import warnings
@@ -157,21 +158,22 @@ def contract() -> Iterator[str]:
             if not optional:
                 yield f"{name}: missing ({missing})"
     private = set().union(*(each.private for each in uses)) - set().union(*(each.defined for each in uses))
-    sources = _sources()
+    words = _private_words()
     for name in sorted(private):
-        places = [place for place, text in sources.items() if re.search(rf"\b{name}\b", text)]
+        places = [place for place, found in words.items() if name in found]
         yield f"attribute {name}: {', '.join(places) or 'missing'}"
 
 
-def _sources() -> dict[str, str]:
+def _private_words() -> dict[str, set[str]]:
     site = Path(inspect.getfile(importlib.import_module("torch"))).parents[1]
     megatron = Path(importlib.import_module("megatron.core").__path__[0]).parents[1]
-    texts = {}
+    words = {}
     for place in PATHS_SEARCHED:
         base = megatron if place.startswith("megatron") else site
         pattern = place if place.endswith(".py") else f"{place}/**/*.py"
-        texts[place] = "\n".join(path.read_text("utf-8") for path in sorted(base.glob(pattern)))
-    return texts
+        texts = (path.read_text("utf-8") for path in base.glob(pattern))
+        words[place] = set(itertools.chain.from_iterable(re.findall(r"\b_[a-z]\w*", text) for text in texts))
+    return words
 
 
 def differences(recorded: list[str], found: list[str]) -> Iterator[str]:

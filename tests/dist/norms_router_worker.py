@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
-from tests.dist.layouts import CP2, EP2, LAYOUTS, PP2, Layout
+from tests.dist.layouts import BUCKETS, CP2, EP2, ETP1, PP2, SP, TP2, VPP2, Layout
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import collected_steps
 
@@ -43,7 +43,14 @@ MODELS = {
         "model.moe_shared_expert_intermediate_size=24",
     ),
 }
-ALL_LAYOUTS = [*LAYOUTS, Layout("cp2-ep2", "moe", 4, (CP2, EP2)), Layout("pp2-ep2", "moe", 4, (PP2, EP2))]
+ALL_LAYOUTS = [  # test_layouts.py has two ranks
+    Layout("dp2-tp2-sp", "dense", 4, (TP2, SP, *BUCKETS)),
+    Layout("dp2-pp2-vpp2", "dense", 4, (PP2, VPP2, *BUCKETS)),
+    Layout("tp2-ep2", "moe", 4, (TP2, SP, EP2, *BUCKETS)),
+    Layout("tp2-ep2-etp1", "moe", 4, (TP2, SP, EP2, ETP1, *BUCKETS)),
+    Layout("cp2-ep2", "moe", 4, (CP2, EP2)),
+    Layout("pp2-ep2", "moe", 4, (PP2, EP2)),
+]
 
 
 def layout_config(layout: Layout) -> RunConfig:

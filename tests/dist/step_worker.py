@@ -19,7 +19,7 @@ from tests.dist.layouts import CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import trainer_batches
 
-STEPS = 6
+STEPS = 3
 RUN = (
     *SMALL,
     "model.num_layers=4",

@@ -52,13 +52,18 @@ CONCERNED = {
         "deepseek",
     },
     # Slices of the sequence: what depends on a token's place, or on keys of other tokens.
-    "cp2": {"pre", "qk-norm", "mqa", "rope-linear", "rope-llama3", "rope-yarn", "window", "window-skip", "everything"},
+    "cp2": {"pre", "qk-norm", "mqa", "rope-yarn", "window", "window-skip", "everything"},
     # Whole experts move: what their shapes, the router's state, or the layers without experts change.
     "ep2": {"post-softmax", "sigmoid-bias", "shared-gate", "first-dense", "topk-per-layer", "deepseek"},
 }
 """Variants that a layout treats unlike `pre` or `post-softmax`; tensor with sequence parallelism concerns all."""
 ADJUSTED = {"topk-per-layer": ("model.moe_router_topk_per_layer=[1,2,4,2]",)}
 """For four layers instead of three."""
+ALIKE = {
+    *("gelu", "relu", "sandwich", "lns", "mha", "rope-linear", "rope-llama3"),
+    *("sigmoid", "sigmoid-top-1", "scaled", "shared"),
+}
+"""Differ from another variant in what each rank computes from what it holds, in no way that a layout could see."""
 PARTITIONED = {"capacity"}
 """Depends on which tokens share a rank, by its definition."""
 
@@ -80,7 +85,7 @@ CASES = [
     for model, variants, layouts in (("dense", DENSE, DENSE_LAYOUTS), ("moe", MOE, MOE_LAYOUTS))
     for variant in variants
     for layout in layouts
-    if variant not in PARTITIONED and variant in CONCERNED.get(layout, variants)
+    if variant not in PARTITIONED | ALIKE and variant in CONCERNED.get(layout, variants)
 ]
 
 

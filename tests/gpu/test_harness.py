@@ -9,16 +9,17 @@ import torch
 
 from tests.gpu.runs import Training, assert_alike, train
 
+SMALLER = ("model.hidden_size=64", "model.ffn_hidden_size=128", "model.vocab_size=128", "data.seq_length=32")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests themselves run here")
 
 
 @pytest.fixture(scope="module")
 def bf16() -> Training:
-    return train("precision.dtype=bf16", steps=4)
+    return train("precision.dtype=bf16", *SMALLER, steps=4)
 
 
 def test_bf16_is_alike_fp32_without_being_it(bf16: Training) -> None:
-    fp32 = train("precision.dtype=fp32", steps=4)
+    fp32 = train("precision.dtype=fp32", *SMALLER, steps=4)
     assert fp32.losses != bf16.losses
     assert fp32.losses[-1] < fp32.losses[0]
     assert_alike(bf16, fp32, loss=0.02, variance=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.backend.packages import hide, unseen
+from sparsecod_megatron.backend.packages import hide, unseen, why_no_transformer_engine
 from sparsecod_megatron.errors import ConfigError
 from tests.helpers.training import small_trainer, trainer_batches
 
@@ -123,20 +124,17 @@ CUDA = """
 """
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "it is not installed"),
-        (
-            "raise ImportError('undefined symbol: _ZN3c10')",
-            "it cannot be imported (ImportError: undefined symbol: _ZN3c10)",
-        ),
-    ],
-)
-def test_cuda_without_the_engine_has_all_that_megatron_uses(content: str | None, reason: str, tmp_path: Path) -> None:
+def test_an_engine_that_is_not_there() -> None:
+    if importlib.util.find_spec("transformer_engine") is not None:
+        pytest.skip("Transformer Engine is installed")
+    assert why_no_transformer_engine() == "it is not installed"
+
+
+def test_cuda_without_the_engine_has_all_that_megatron_uses(tmp_path: Path) -> None:
     """One line says so, FP8 alone is refused, and nothing of the CPU's is imported."""
-    if content is not None:
-        package(tmp_path, transformer_engine="", transformer_engine__pytorch=content)
+    content = "raise ImportError('undefined symbol: _ZN3')"
+    package(tmp_path, transformer_engine="", transformer_engine__pytorch=content)
+    reason = "it cannot be imported (ImportError: undefined symbol: _ZN3)"
     refused, warned, *said = run(CUDA, tmp_path).splitlines()
     assert refused.startswith(f"precision.fp8_recipe: FP8 needs Transformer Engine, but {reason}; use an NGC")
     assert warned.startswith(f"training without Transformer Engine ({reason}): the same model")

@@ -2,19 +2,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 
 from sparsecod_megatron.config.blend import parse_blend
 from sparsecod_megatron.data.datasets import build_dataset
 from sparsecod_megatron.errors import DataError
+from tests.helpers.cli import FORK_SERVER
 
 SEQUENCE = 16
 
@@ -139,21 +137,25 @@ def test_files_written_again_are_not_read_through_the_old_index(write_tokens, tm
     assert samples(dataset) == samples(fresh)
 
 
+def _build_and_die(prefix: str, cache: Path) -> None:
+    save = np.save
+
+    def save_half(path, array, **options):
+        save(path, array, **options)
+        if "shuffle" in path:
+            os.truncate(path, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    np.save = save_half
+    build(prefix, cache=cache)
+
+
 def test_a_killed_build_leaves_a_cache_that_the_next_one_uses(write_tokens, tmp_path):
     prefix, cache = write_tokens(documents(60)), tmp_path / "cache"
-    program = (
-        "import os, numpy, test_datasets\n"
-        "save = numpy.save\n"
-        "def save_half(path, array, **options):\n"
-        "    save(path, array, **options)\n"
-        "    if 'shuffle' in path:\n"
-        "        os.truncate(path, 100)\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "numpy.save = save_half\n"
-        f"test_datasets.build({prefix!r}, cache=test_datasets.Path({str(cache)!r}))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = FORK_SERVER.Process(target=_build_and_die, args=(prefix, cache))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert samples(build(prefix, cache=cache)) == samples(build(prefix, cache=tmp_path / "fresh"))
 
 
@@ -196,7 +198,12 @@ def _build_on_rank(rank: int, blends: list, directory: str) -> None:
 def test_ranks_get_what_one_process_gets(write_tokens, tmp_path):
     one, two = write_tokens(documents(30), name="a"), write_tokens(documents(9), name="b")
     blends = [one, [0.5, one, 0.5, two]]
-    torch.multiprocessing.spawn(_build_on_rank, (blends, str(tmp_path)), nprocs=2)
+    ranks = [FORK_SERVER.Process(target=_build_on_rank, args=(rank, blends, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     alone = [samples(build(blend, cache=tmp_path / "alone")) for blend in blends]
     (first, (missing,)), (second, (missing_too, elsewhere)) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second == alone

@@ -6,18 +6,17 @@ import csv
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sparsecod_megatron.cli.main import main
+from tests.helpers.cli import script
 from tests.unit.analysis.sparsity.tiny import tiny_model
 
 
 def run_tool(repo_root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repo_root / "tools" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=repo_root, timeout=240, check=False)
+    return script(repo_root / "tools" / name, *arguments)
 
 
 def test_decay_table_tells_norm_from_sparsity(tmp_path: Path, repo_root: Path) -> None:
