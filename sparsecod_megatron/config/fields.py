@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def choices_of(*default: str, among: tuple[str, ...]) -> Any:
     return field(default_factory=lambda: list(default), metadata={"entries": among})
 
 
+@functools.cache
+def field_types(schema: type) -> dict[str, Any]:
+    """Types of a dataclass's fields by name, not to be changed; Python evaluates the annotations each time."""
+    return typing.get_type_hints(schema)
+
+
 def indivisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
     """The problem, if there is one, of a value that another must divide."""
     if value % by:
@@ -64,14 +71,14 @@ def indivisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
 
 def bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
     """The values of a section, and of the sections in it, that their fields do not allow."""
-    hints = typing.get_type_hints(type(section))
+    types = field_types(type(section))
     for item in dataclasses.fields(section):
         value, key, limits = getattr(section, item.name), prefix + item.name, item.metadata
         if dataclasses.is_dataclass(value):
             yield from bound_problems(value, f"{key}.")
         elif value is None:
             continue
-        elif strangers := _strangers(value, hints[item.name]):
+        elif strangers := _strangers(value, types[item.name]):
             yield f"{key}: {strangers[0]!r} cannot be an entry of this list; give single values"
         elif "entries" in limits:
             unknown = [entry for entry in value if entry not in limits["entries"]]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from sparsecod_megatron.config.fields import field_types
 from sparsecod_megatron.config.megatron_fields import FIELDS_PASSED
 from sparsecod_megatron.config.yaml_values import hint_of, parse_value, parse_yaml
 from sparsecod_megatron.errors import ConfigError
@@ -99,7 +100,7 @@ def _parse_override(schema: type, override: str) -> dict[Any, Any]:
 
 def _create(schema: type, content: dict[Any, Any], *, where: str) -> DictConfig:
     """Typed later, by the merge; checked here to consist of sections."""
-    for section, kind in typing.get_type_hints(schema).items():
+    for section, kind in field_types(schema).items():
         value = content.get(section, {})
         if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and not isinstance(value, dict):
             raise ConfigError(
@@ -158,7 +159,7 @@ def _suggest(schema: type, key: str) -> str:
 def known_keys(schema: type, prefix: str = "") -> list[str]:
     """Dotted names of all sections and keys, those below `megatron` excepted."""
     keys = []
-    for name, kind in typing.get_type_hints(schema).items():
+    for name, kind in field_types(schema).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(kind):
             keys.extend(known_keys(cast(type, kind), f"{prefix}{name}."))

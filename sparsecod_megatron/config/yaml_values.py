@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from sparsecod_megatron.config.fields import TYPE_KEY, ValuesOf
+from sparsecod_megatron.config.fields import TYPE_KEY, ValuesOf, field_types
 from sparsecod_megatron.errors import ConfigError
 
 _STRING, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
@@ -104,13 +104,13 @@ def hint_of(schema: type, key: str) -> _Hint:
     return hint
 
 
-@functools.cache  # every override asks again, and Python evaluates the annotations each time
+@functools.cache  # every override asks again
 def _hints(hint: _Hint) -> Mapping[str, _Hint]:
     """Types that the keys below a section are read as."""
     if not dataclasses.is_dataclass(hint):
         return {}
     marked = {item.name: item.metadata[TYPE_KEY] for item in dataclasses.fields(hint) if TYPE_KEY in item.metadata}
-    return typing.get_type_hints(hint) | marked
+    return field_types(hint) | marked
 
 
 def _kinds(hint: _Hint) -> tuple[_Hint, ...]:

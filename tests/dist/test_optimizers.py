@@ -148,7 +148,7 @@ def test_muon_learns_text_and_resumes_bitwise(bench: Bench, initial: dict[str, P
     settings = (f"checkpoint.init_from={initial['moe']}", *BENCH_MODELS["moe"], "optimizer.optimizer=muon")
     straight = bench.train("muon", *settings)
     losses = series(straight, "loss")
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.4
     bench.train("muon-stopped", *settings, f"train.exit_step={SAVED}")
     run = bench.train("muon-stopped", *settings)
     for field in ("loss", "grad_norm", "lr"):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from sparsecod_megatron.cli.main import main
 from tests.helpers.cli import script
 from tests.unit.analysis.sparsity.tiny import tiny_model
 
+DECAY = "tools/analyze_weight_decay_sparsity.py"
+
 
 def run_tool(repo_root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return script(repo_root / "tools" / name, *arguments)
+    command = [sys.executable, str(repo_root / "tools" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=repo_root, timeout=240, check=False)
 
 
 def test_decay_table_tells_norm_from_sparsity(tmp_path: Path, repo_root: Path) -> None:
@@ -28,7 +32,7 @@ def test_decay_table_tells_norm_from_sparsity(tmp_path: Path, repo_root: Path) -
         model.save_pretrained(tmp_path / name)
     models = [str(tmp_path / "weak"), str(tmp_path / "strong")]
     options = ["--weight-decay", "0", "1", "--lr", "0.02", "--output", str(tmp_path / "out")]
-    done = run_tool(repo_root, "analyze_weight_decay_sparsity.py", *models, *options)
+    done = script(repo_root / DECAY, *models, *options)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "weight_decay_sparsity.json").read_text())
     weak, strong = (row for row in rows if row["kind"] == "all")
@@ -40,8 +44,7 @@ def test_decay_table_tells_norm_from_sparsity(tmp_path: Path, repo_root: Path) -
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, repo_root: Path) -> None:
-    tool, out = "analyze_weight_decay_sparsity.py", str(tmp_path / "out")
-    done = run_tool(repo_root, tool, str(tmp_path), str(tmp_path), "--weight-decay", "1", "--output", out)
+    done = script(repo_root / DECAY, tmp_path, tmp_path, "--weight-decay", "1", "--output", tmp_path / "out")
     assert done.returncode == 2
     assert (
         done.stderr.strip().splitlines()[-1].startswith("analyze_weight_decay_sparsity: --weight-decay: 1 values for 2")
