@@ -33,7 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests by name on machines without CUDA; torch is only imported where such a test was collected.
 
     What several processes do takes as long as the machine lets it; every wait there ends by itself (`helpers/pace.py`).
+    Files with long tests come first: workers take whole files in this order, and none should begin a long one last.
     """
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("dist", "e2e", "slow")))}
+    items.sort(key=lambda item: item.path not in long)
     for item in items:
         if item.get_closest_marker("dist"):
             item.add_marker(pytest.mark.timeout(0))

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 START = """
 import itertools, runpy, sys
 from pathlib import Path
+
+import pytest
 root = Path(sys.argv[1])
 before = list(sys.path[1:])
 for way, file in itertools.product(("script", "module"), sorted((root / "benchmarks").glob("*.py"))):
@@ -22,6 +26,7 @@ for way, file in itertools.product(("script", "module"), sorted((root / "benchma
 """
 
 
+@pytest.mark.slow
 def test_benchmarks_find_what_they_import(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", START, str(ROOT)]

@@ -203,6 +203,7 @@ def test_an_environment_that_belongs_elsewhere_is_not_cleared(lonely_tree: Path,
     )
 
 
+@pytest.mark.slow
 def test_failed_install_leaves_no_stamp_and_no_lock(lonely_tree: Path, tmp_path: Path) -> None:
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
     for _ in range(2):  # the second call must start over, not believe the first

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the list is of a machine without CUDA's packages")
 def test_upstream_is_as_recorded(repo_root: Path) -> None:
     """In a process of its own: here the CPU backend may have replaced some of it."""

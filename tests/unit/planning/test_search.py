@@ -49,11 +49,12 @@ def test_a_model_too_large_for_one_gpu_is_split() -> None:
         assert any("tensor_model_parallel" in key or "pipeline" in key for key in candidate.overrides)
 
 
-def test_64_gpus_take_seconds() -> None:
+@pytest.mark.slow
+def test_128_gpus_take_seconds() -> None:
     started = time.process_time()
-    found = search_layouts(load_config(MOE), 64, GPUS["h200"])
+    found = search_layouts(load_config(MOE), 128, GPUS["h200"])
     assert len(found) > 100
-    assert time.process_time() - started < 15
+    assert time.process_time() - started < 30
 
 
 def test_nothing_fits() -> None:
