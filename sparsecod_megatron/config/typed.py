@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import pickle
 import re
 import typing
 from collections.abc import Sequence
@@ -61,7 +63,7 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
     Raises:
         ConfigError: unknown key, wrong type, or a required key that is missing.
     """
-    merged: Any = OmegaConf.structured(schema)
+    merged: Any = pickle.loads(_defaults(schema))
     for where, content in updates:
         merged = _merge(schema, merged, _create(schema, content, where=where), where=where)
     try:
@@ -69,6 +71,12 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
     except OmegaConfBaseException as error:
         where = updates[0].where if updates else "defaults"
         raise ConfigError(f"{where}: {error.full_key}: {_first_line(error)}; fix the value") from None
+
+
+@functools.cache
+def _defaults(schema: type) -> bytes:
+    """The schema as OmegaConf has it, pickled: a copy takes a thirtieth of the time that making it takes."""
+    return pickle.dumps(OmegaConf.structured(schema))
 
 
 def _read_yaml(schema: type, path: Path) -> dict[Any, Any]:
