@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -81,8 +82,13 @@ def named_mechanisms(updates: Sequence[Update], known: Catalogue) -> dict[str, t
 
 
 def schema_with(named: Mapping[str, type]) -> type[RunConfig]:
-    """RunConfig with a section for each of these mechanisms, None being without it."""
-    items = [(name, kind | None, None) for name, kind in named.items()]
+    """RunConfig with a section for each of these mechanisms, None being without it; the same class each time."""
+    return _schema_with(tuple(named.items()))
+
+
+@functools.cache
+def _schema_with(named: tuple[tuple[str, type], ...]) -> type[RunConfig]:
+    items = [(name, kind | None, None) for name, kind in named]
     section = dataclasses.make_dataclass("Mechanisms", items)
     item = dataclasses.field(default_factory=section)
     return dataclasses.make_dataclass("ConfiguredRun", [(SECTION, section, item)], bases=(RunConfig,))

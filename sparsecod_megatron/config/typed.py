@@ -5,10 +5,10 @@ OmegaConf merges and types; this file turns its exceptions into one line that na
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
-import pickle
 import re
 import typing
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
     Raises:
         ConfigError: unknown key, wrong type, or a required key that is missing.
     """
-    merged: Any = pickle.loads(_defaults(schema))
+    merged: Any = copy.deepcopy(_defaults(schema))
     for where, content in updates:
         merged = _merge(schema, merged, _create(schema, content, where=where), where=where)
     try:
@@ -74,9 +74,9 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
 
 
 @functools.cache
-def _defaults(schema: type) -> bytes:
-    """The schema as OmegaConf has it, pickled: a copy takes a thirtieth of the time that making it takes."""
-    return pickle.dumps(OmegaConf.structured(schema))
+def _defaults(schema: type) -> DictConfig:
+    """The schema as OmegaConf has it, to be copied: that takes a seventh of the time that making it takes."""
+    return OmegaConf.structured(schema)
 
 
 def _read_yaml(schema: type, path: Path) -> dict[Any, Any]:

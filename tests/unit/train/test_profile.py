@@ -30,7 +30,7 @@ def test_profiles_of_nothing_are_refused(overrides: list[str], message: str) -> 
 
 def profiled(section: ProfileConfig, folder: Path, *, steps: range) -> list[float]:
     """Losses of the steps, profiled as the loop does it."""
-    with small_trainer() as trainer:
+    with small_trainer("model.num_layers=2") as trainer:
         from sparsecod_megatron.train.profile import StepProfiler
         from sparsecod_megatron.train.step import train_step
 

@@ -24,12 +24,12 @@ NOISE = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "megatron.mo
 
 
 def losses(*overrides: str, validate: bool) -> tuple[list[float], list[float]]:
-    """Training losses of six steps, and validation losses after each."""
+    """Training losses of three steps, and validation losses after each."""
     from sparsecod_megatron.train.step import evaluate, train_step
 
     with small_trainer(*EXPERTS, *NOISE, *overrides) as trainer:
         data, trained, validated = trainer_batches(trainer), [], []
-        for _ in range(6):
+        for _ in range(3):
             trained.append(train_step(trainer, data).loss)
             if validate:
                 twice = [evaluate(trainer, trainer_batches(trainer, seed=9), num_steps=2) for _ in range(2)]
