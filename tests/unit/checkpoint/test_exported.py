@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sparsecod_megatron.errors import ConversionError
-from tests.helpers.cli import script
 from tests.unit.checkpoint.test_stream import write
 
 from sparsecod_megatron.checkpoint.exported import export_checkpoint  # isort: skip  (after a backend is selected)
@@ -41,23 +42,20 @@ def test_a_model_that_the_classes_cannot_say_is_not_written(verify: bool, messag
 
 MEASURE = """
 import json, resource, sys
-from sparsecod_megatron.cli.main import main as sparsecod
+from sparsecod_megatron.cli.main import main
 
 def peak_after(arguments):
-    assert sparsecod(arguments) == 0
+    assert main(arguments) == 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-def main():
-    small, large = json.loads(sys.argv[1])
-    print(-peak_after(small) + peak_after(large))
+small, large = json.loads(sys.argv[1])
+print(-peak_after(small) + peak_after(large))
 """
 
 
 @pytest.mark.slow
 def test_export_and_import_hold_less_than_two_models(tmp_path: Path) -> None:
     """All resident pages, those of mapped files included, beyond what the same command takes for a tiny model."""
-    program = tmp_path / "measure.py"
-    program.write_text(MEASURE)
     shape = ("model.hidden_size=512", "model.ffn_hidden_size=1536", "model.num_layers=8", "model.vocab_size=4096")
     models = {"small": (), "large": shape}
     for name, overrides in models.items():
@@ -73,8 +71,9 @@ def test_export_and_import_hold_less_than_two_models(tmp_path: Path) -> None:
         ],
     }
     for name, both in commands.items():
-        measured = script(program, json.dumps(both))
-        assert measured.returncode == 0, measured.stderr
+        measured = subprocess.run(
+            [sys.executable, "-c", MEASURE, json.dumps(both)], capture_output=True, text=True, timeout=600, check=True
+        )
         size = (tmp_path / "large-hf" / "model.safetensors").stat().st_size
         assert size > 100e6
         assert int(measured.stdout.splitlines()[-1]) < 2 * size, name

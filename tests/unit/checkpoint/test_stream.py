@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ import torch
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import CheckpointError
-from tests.helpers.cli import script
 from tests.helpers.megatron import SMALL
 from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
 
@@ -80,19 +81,20 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 import torch
+from sparsecod_megatron.backend import select_backend
+select_backend()
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.hf import export_model
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-def main():
-    torch.zeros(1).to(torch.bfloat16)
-    before = peak()
-    with streamed_checkpoint(Path(sys.argv[1])) as source:
-        export_model(source.config.model, source.tensors, Path(sys.argv[2]), seq_length=16, dtype=torch.float32,
-                     tokenizer_dir=None, max_shard_bytes=int(sys.argv[3]))
-    print(json.dumps(peak() - before))
+torch.zeros(1).to(torch.bfloat16)
+before = peak()
+with streamed_checkpoint(Path(sys.argv[1])) as source:
+    export_model(source.config.model, source.tensors, Path(sys.argv[2]), seq_length=16, dtype=torch.float32,
+                 tokenizer_dir=None, max_shard_bytes=int(sys.argv[3]))
+print(json.dumps(peak() - before))
 """
 
 
@@ -104,9 +106,8 @@ def test_export_holds_no_more_than_a_shard_and_a_layer(tmp_path: Path) -> None:
     total = sum(tensor.nbytes for tensor in weights.values())
     layer = sum(tensor.nbytes for name, tensor in weights.items() if name.startswith("decoder.layers.3."))
     assert total > 100e6
-    (tmp_path / "measure.py").write_text(MEASURE)
-    result = script(tmp_path / "measure.py", step, tmp_path / "hf", "20000000")
-    assert result.returncode == 0, result.stderr
+    command = [sys.executable, "-c", MEASURE, str(step), str(tmp_path / "hf"), str(20_000_000)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     shards = [path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors")]
     assert len(shards) >= 6
     assert sum(shards) >= total
