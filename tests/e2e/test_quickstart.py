@@ -71,7 +71,7 @@ def test_quickstart(repo_root: Path, tmp_path: Path, commands: Path, monkeypatch
     output = tmp_path / "quickstart"
     result = subprocess.run(
         ["bash", str(tmp_path / "examples" / "quickstart.sh"), str(output)],
-        env=os.environ | {"STEPS": "2", "DOCUMENTS": "400", "QUESTIONS": "10", "COMMANDS": str(commands)},
+        env=os.environ | {"STEPS": "5", "DOCUMENTS": "400", "QUESTIONS": "10", "COMMANDS": str(commands)},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -79,7 +79,7 @@ def test_quickstart(repo_root: Path, tmp_path: Path, commands: Path, monkeypatch
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
     for name in ("dense", "moe"):
         run = output / name
-        assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
+        assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
         assert "resumed from" in (run / "log.txt").read_text() + result.stderr
         assert (output / f"{name}-hf" / "model.safetensors").exists()
         assert "true_continuation" in (output / f"{name}-eval" / "results.md").read_text()
