@@ -110,18 +110,17 @@ def assert_continues_as_the_same_run(bench: Bench, run: Path, straight: Path) ->
     assert len(states[0]["monitor"]["window"]["loss"]) == 8
 
 
-def test_killed_while_saving_it_restarts_by_itself_and_an_error_is_told_once(bench: Bench, straight: Path) -> None:
-    """Rank 0 is killed while it writes the second checkpoint; after the restart rank 1 raises, once too often."""
+def test_killed_it_restarts_by_itself_and_an_error_is_told_once(bench: Bench, straight: Path) -> None:
+    """Rank 0 is killed before the first checkpoint; later rank 1 raises, which is once too often."""
     run, path = bench.directory / "killed", os.environ.get("PYTHONPATH", "")
     environment = {"PYTHONPATH": f"{FAULTY}{os.pathsep}{path}"}
     with launched(arguments(bench, "killed", "--max-restarts", "1"), environment=environment) as process:
-        until(lambda: steps(run) >= 4, process)
+        until(lambda: steps(run) >= 1, process)
         victim = ranks(process)[0]
-        until(lambda: saving(run), process)
         victim.kill()
+        assert not list((run / "checkpoints").glob("step_*"))
         until(lambda: all(other.pid != victim.pid for other in ranks(process).values()), process)
-        begin = steps(run)
-        until(lambda: steps(run) not in (begin, 0), process)
+        until(lambda: steps(run) >= 4, process)
         ranks(process)[1].send_signal(signal.SIGALRM)
         _, errors = process.communicate(timeout=PACE.patience_s)
     assert process.returncode == 1, errors
@@ -131,12 +130,23 @@ def test_killed_while_saving_it_restarts_by_itself_and_an_error_is_told_once(ben
     assert_continues_as_the_same_run(bench, run, straight)
 
 
+def test_killed_while_it_saves(bench: Bench, straight: Path) -> None:
+    """Rank 0, while it writes the second checkpoint."""
+    run = bench.directory / "saving"
+    with running_ranks(*arguments(bench, "saving"), nproc=2) as (victim, _):
+        until(lambda: steps(run) >= 4, victim)
+        until(lambda: saving(run), victim)
+        victim.process.kill()
+        assert ended(victim).returncode == -signal.SIGKILL
+    assert (run / "checkpoints/latest").read_text().strip() == "step_00000003"
+    assert_continues_as_the_same_run(bench, run, straight)
+
+
 def test_a_hung_step_says_which(bench: Bench, straight: Path) -> None:
-    """Rank 1 is stopped before the first checkpoint; rank 0, waiting for it, says where and leaves its stacks."""
+    """Rank 1 is stopped; rank 0, waiting for it, says where and leaves its stacks."""
     run = bench.directory / "hung"
     limit = max(5, round(20 * series(straight, "step_time_s").max()))
-    settings = (f"train.step_timeout_s={limit}", "checkpoint.save_interval=0")
-    with running_ranks(*arguments(bench, "hung", *settings), nproc=2) as (waiting, stopped):
+    with running_ranks(*arguments(bench, "hung", f"train.step_timeout_s={limit}"), nproc=2) as (waiting, stopped):
         until(lambda: steps(run) >= 2, waiting)
         psutil.Process(stopped.process.pid).suspend()
         result = ended(waiting)
@@ -147,8 +157,6 @@ def test_a_hung_step_says_which(bench: Bench, straight: Path) -> None:
     )
     log = (run / "log.txt").read_text()
     assert re.search(rf"rank 0, step \d+, ({phases}):", log) and "in _step" in log
-    assert not list((run / "checkpoints").glob("step_*"))
-    assert_continues_as_the_same_run(bench, run, straight)
 
 
 def test_a_signal_to_one_rank_stops_all(bench: Bench, straight: Path) -> None:
