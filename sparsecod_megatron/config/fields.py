@@ -71,7 +71,8 @@ def indivisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
 
 def bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
     """The values of a section, and of the sections in it, that their fields do not allow."""
-    types = field_types(type(section))
+    schema: type = type(section)
+    types = field_types(schema)
     for item in dataclasses.fields(section):
         value, key, limits = getattr(section, item.name), prefix + item.name, item.metadata
         if dataclasses.is_dataclass(value):

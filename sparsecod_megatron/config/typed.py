@@ -63,7 +63,7 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
     Raises:
         ConfigError: unknown key, wrong type, or a required key that is missing.
     """
-    merged: Any = copy.deepcopy(_defaults(schema))
+    merged: Any = copy.deepcopy(_defaults(cast(type, schema)))
     for where, content in updates:
         merged = _merge(schema, merged, _create(schema, content, where=where), where=where)
     try:

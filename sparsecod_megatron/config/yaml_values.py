@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import yaml
 
@@ -110,7 +110,7 @@ def _hints(hint: _Hint) -> Mapping[str, _Hint]:
     if not dataclasses.is_dataclass(hint):
         return {}
     marked = {item.name: item.metadata[TYPE_KEY] for item in dataclasses.fields(hint) if TYPE_KEY in item.metadata}
-    return field_types(hint) | marked
+    return field_types(cast(type, hint)) | marked
 
 
 def _kinds(hint: _Hint) -> tuple[_Hint, ...]:
