@@ -59,7 +59,7 @@ class Marks(Plugin):
         self._restored = False
 
     def initial_marks(self, index: int, shard: Shard) -> Tensor | None:
-        """Of a fresh matrix's part on this rank, bool; None is none. Local."""
+        """Marks of a fresh matrix's part on this rank, bool; None is none. Local."""
         return None
 
     def is_due(self, context: StepContext) -> bool:
@@ -211,7 +211,7 @@ class ZeroedWeights(Marks):
 
 
 def dead_neurons(places: Places) -> list[tuple[int, Tensor, int]]:
-    """Of each MLP input matrix on this rank, its layer, and how many of its neurons have a row of zeros. Local."""
+    """Layer, neurons with a row of zeros, and neurons of each MLP input matrix that this rank counts. Local."""
     found = []
     for shard in places.counted_shards():
         if shard.row.init == "mlp_input":

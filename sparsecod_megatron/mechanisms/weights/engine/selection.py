@@ -74,7 +74,7 @@ def largest(
         positions: place in the whole model of each weight of a part, for ties.
 
     Returns:
-        Of each part which are chosen, bool.
+        Which are chosen, bool, part by part.
     """
     threshold, needed, ties = _threshold(keys, rows, counts, key_bytes=4)
     chosen = [part > threshold[row] for part, row in zip(keys, rows, strict=True)]
