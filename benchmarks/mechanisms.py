@@ -1,0 +1,130 @@
+"""What a mechanism costs a training step, against the dense one: ratios of medians.
+
+    python -m benchmarks.mechanisms [--steps 30] [--experts 8] [--threads 1] [NAME ...]
+
+One process trains a model of 10M parameters on 2,048 tokens a step with each mechanism and without; all take turns,
+step by step. Printed is processor time, which other work on the machine changes least; `update` is a step at which
+masks change, and `amortised` what the mechanism costs at its own interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.statistics_overhead import WARM_UP, random_batches
+from sparsecod_megatron.backend import Backend, select_backend
+from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.mechanisms import MECHANISMS
+
+DENSE = "dense"
+MEASURED = ("sparse_weights", "rigl", "journey", "iss", "srste", "ste", "pgf", "cast")
+UPDATES = {"rigl": "interval", "journey": "interval", "iss": "interval", "cast": "interval"}
+"""Setting that says how often masks change, of mechanisms whose masks do."""
+MODEL = (
+    "model.num_layers=8",
+    "model.hidden_size=256",
+    "model.ffn_hidden_size=704",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=2",
+    "model.vocab_size=8192",
+    "data.seq_length=256",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=8",
+    "schedule.lr_decay_style=constant",
+)
+NEVER = 1_000_000
+"""Steps between changes of masks that a measurement never reaches."""
+
+
+def run_config(name: str, *, experts: int, interval: int | None = None) -> RunConfig:
+    """The run with a mechanism, or without.
+
+    Args:
+        name: of the mechanism, or `dense`.
+        experts: of each layer.
+        interval: steps from one change of the masks to the next; None is the mechanism's own.
+    """
+    shape = [*MODEL, f"precision.dtype={'bf16' if torch.cuda.is_available() else 'fp32'}"]
+    # So long that no schedule of a mechanism ends while it is measured.
+    shape.append(f"train.train_steps={100 * NEVER if name == 'iss' else NEVER}")
+    if experts:
+        shape += [f"model.num_moe_experts={experts}", "model.moe_ffn_hidden_size=352"]
+    if name != DENSE:
+        shape.append(f"mechanisms.{name}={{}}")
+    if name == "journey":
+        shape += ["mechanisms.journey.start=0", "mechanisms.journey.unit=steps"]
+    if name == "pgf":
+        shape += ["mechanisms.pgf.dense_until=0"]
+    if interval is not None:
+        shape.append(f"mechanisms.{name}.{UPDATES[name]}={interval}")
+    return load_config(None, shape, mechanisms=MECHANISMS)
+
+
+def measure(configs: dict[str, RunConfig], backend: Backend, *, steps: int) -> dict[str, float]:
+    """Median processor seconds of a step by name; all take turns.
+
+    Args:
+        configs: checked runs of one process, of the same layout.
+        backend: the selected backend.
+        steps: of each, after the warm-up.
+    """
+    from sparsecod_megatron.audit.measure import release
+    from sparsecod_megatron.parallel import running_processes
+    from sparsecod_megatron.train.clock import synchronize
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.step import train_step
+
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    first = next(iter(configs.values()))
+    with running_processes(first, communication=backend.communication, device=backend.device) as groups:
+        trainers = {name: build_trainer(config, backend, groups) for name, config in configs.items()}
+        data = {name: [random_batches(config)] for name, config in configs.items()}
+        for step in range(steps + WARM_UP):
+            for name, trainer in trainers.items():
+                synchronize(backend.device)
+                began = time.process_time()
+                train_step(trainer, data[name])
+                synchronize(backend.device)
+                if step >= WARM_UP:
+                    seconds[name].append(time.process_time() - began)
+        for trainer in trainers.values():
+            release(trainer)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"mechanisms (default {' '.join(MEASURED)})")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each (default 30)")
+    parser.add_argument("--experts", type=int, default=0, help="experts of each layer (default 0: dense)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
+    args = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    backend = select_backend()
+    for name in args.names or MEASURED:
+        configs = {DENSE: run_config(DENSE, experts=args.experts)}
+        if name in UPDATES:
+            configs["step"] = run_config(name, experts=args.experts, interval=NEVER)
+            configs["update"] = run_config(name, experts=args.experts, interval=1)
+        else:
+            configs["step"] = run_config(name, experts=args.experts)
+        median = measure(configs, backend, steps=args.steps)
+        step = median["step"] / median[DENSE]
+        line = f"{name:>14}: {step:.3f} x dense ({1000 * median[DENSE]:.0f} ms)"
+        if name in UPDATES:
+            update = median["update"] / median[DENSE]
+            own = getattr(MECHANISMS.settings_class(name)(), UPDATES[name])
+            line += f"; update {update:.3f}, amortised over {own}: {step + (update - step) / own:.3f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
