@@ -38,9 +38,11 @@ class Registry:
 MECHANISMS = Registry(
     places={
         "cast": "weights.cast:Cast",
+        "efficient_llm": "weights.efficient_llm:EfficientLlm",
         "headwise_gate": "attention.headwise_gate:HeadwiseGate",
         "iss": "weights.iss:Iss",
         "journey": "weights.journey:Journey",
+        "mask_sparsity": "weights.mask_sparsity:MaskSparsity",
         "monarch": "weights.monarch:Monarch",
         "pgf": "weights.pgf:Pgf",
         "rigl": "weights.rigl:RigL",
@@ -51,6 +53,7 @@ MECHANISMS = Registry(
         "spdf": "weights.spdf:Spdf",
         "srste": "weights.srste:SrSte",
         "ste": "weights.ste:Ste",
+        "wgsef": "weights.wgsef:Wgsef",
         "topk_activation": "activations.topk_activation:TopKActivation",
     },
     former_keys={("attention_output_gate", "headwise"): "headwise_gate"},

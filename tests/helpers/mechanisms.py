@@ -58,6 +58,17 @@ CASES: dict[str, Case] = {
     "cast": Case(_set("cast", "decay=10", "rise=0.001"), neutral=_set("cast", "decay=0"), holds_zeros=False),
     "ste": Case(_set("ste", "pattern=1:4"), holds_zeros=False),
     "srste": Case(_set("srste", "decay=0.1"), experts=True, holds_zeros=False),
+    "mask_sparsity": Case(
+        _set("mask_sparsity", "strength=1", "start=0", "freeze=1"),
+        neutral=_set("mask_sparsity", "strength=0"),
+        holds_zeros=False,
+    ),
+    "wgsef": Case(_set("wgsef", "pattern=head", "freeze=1"), experts=False, holds_zeros=False),
+    "efficient_llm": Case(
+        _set("efficient_llm", "start=0", "end=0", "scope=matrix"),
+        neutral=_set("efficient_llm", "density=1"),
+        experts=True,
+    ),
     "pgf": Case(
         _set("pgf", "dense_until=0", "fade=exponential"), neutral=_set("pgf", "dense_until=0.5"), holds_zeros=False
     ),
@@ -69,9 +80,9 @@ CASES: dict[str, Case] = {
 }
 TOGETHER: dict[str, tuple[str, ...]] = {
     "gate-masks-topk": ("headwise_gate", "sparse_weights", "topk_activation"),
-    **{name: (name,) for name in ("rigl", "set", "journey", "iss", "spdf", "cast", "ste", "srste", "pgf")},
     "factors": ("monarch", "sltrain", "sparse_ift"),
 }
+TOGETHER |= {name: (name,) for name in CASES if not any(name in names for names in TOGETHER.values())}
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 EVERYWHERE = ("gate-masks-topk", "factors", "rigl", "srste")
 """Runs that are tried in every layout, one for each way to act on weights: the others act through the same code."""

@@ -120,11 +120,7 @@ class DrawnToZero(ZeroedWeights):
         if self.is_zeroing(context):
             super().change_weights(piece, marks, context)
             return
-        group = next(
-            group
-            for group in piece.optimizer.param_groups
-            if any(parameter is piece.state_key for parameter in group["params"])
-        )
+        group = piece.group
         decay = self._settings.decay * min(context.progress / self._settings.rise, 1.0)
         variance = piece.moments[1] / (1 - group["betas"][1] ** group["step"])
         threshold = marks * (group["lr"] * decay / (variance.sqrt() + group["eps"]))

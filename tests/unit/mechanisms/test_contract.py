@@ -122,6 +122,8 @@ def test_plan_is_what_is_there(name: str) -> None:
             real = step_bytes(trainer)
             for window in (plugin for plugin in trainer.plugins if plugin.has_window):
                 real["weights"] += sum(weight.nbytes + mask.nbytes for weight, mask in window.masks.items())
+            grouped = (plugin.groups for plugin in trainer.plugins if hasattr(plugin, "groups"))
+            real["optimizer"] += sum(ids.nbytes for groups in grouped for ids in groups.ids)
             state = [plugin.sharded_state(_sharded(trainer)) for plugin in trainer.plugins]
             real["optimizer"] += sum(leaf.data.nbytes for leaves in state for leaf in leaves.values())
             config, parameters = trainer.config, list(trainer.models[0].parameters())

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class WholeMatrix:
         return math.prod(self.row.shape)
 
 
-@dataclass
+@dataclass(eq=False)
 class Piece:
     """This process's slice of a matrix: what its optimizer steps of it.
 
@@ -71,6 +71,17 @@ class Piece:
         """Both of Adam's, flat; none before the first update."""
         state = self.optimizer.state.get(self.state_key, {})
         return [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq") if name in state]
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """Its optimizer's parameter group: learning rate, betas, eps, steps."""
+        groups = self.optimizer.param_groups
+        return next(group for group in groups if any(part is self.state_key for part in group["params"]))
+
+    @property
+    def learning_rate(self) -> float:
+        """Of this step."""
+        return float(self.group["lr"])
 
     def slice_of(self, shard_values: Tensor) -> Tensor:
         """The slice of something of the shard's shape, flat."""

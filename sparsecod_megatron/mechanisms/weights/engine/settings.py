@@ -24,10 +24,12 @@ class WeightMechanism(Mechanism):
     """A method over attention's and the MLPs' matrices: no embeddings, output layer, norms, biases, routers or gates.
 
     Attributes:
+        needs_kinds: whether `kinds` must name one.
         holds_zeros: whether a weight stays at exactly zero in what the optimizer steps.
     """
 
     holds_zeros: ClassVar[bool] = True
+    needs_kinds: ClassVar[bool] = True
 
     kinds: list[str] = choices_of(*KINDS, among=KINDS)
     """Which matrices have masks."""
@@ -47,7 +49,7 @@ class WeightMechanism(Mechanism):
             yield f"precision.fp8_param_gather: true, but {name} {why}; set it to false"
         if config.megatron.get("use_precision_aware_optimizer"):
             yield f"megatron.use_precision_aware_optimizer: true hides the fp32 weights from {name}; remove it"
-        if not self.kinds:
+        if self.needs_kinds and not self.kinds:
             yield f"{self.key('kinds')}: names none; name at least one of {', '.join(KINDS)}, or remove the mechanism"
         for layer in self.skip_layers:
             if not 0 <= layer < config.model.num_layers:

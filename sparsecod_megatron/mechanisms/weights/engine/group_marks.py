@@ -1,0 +1,126 @@
+"""Marks of whole groups: settings and plugin that the structured methods share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config.fields import choice
+from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.mechanisms.weights.engine.groups import PATTERN_KINDS, Groups, model_blocks, smallest_groups
+from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
+from sparsecod_megatron.mechanisms.weights.engine.marks import Marks, ZeroedWeights
+from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
+from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+
+BYTES_OF_MARK_AND_GROUP = 5
+
+
+@dataclass
+class GroupMechanism(WeightMechanism):
+    """A method over neurons or head groups.
+
+    Attributes:
+        kinds: follow from the pattern.
+    """
+
+    kinds: list[str] = field(default_factory=list)
+    """Empty: those of the pattern. Naming others is refused."""
+    pattern: str = choice("neuron", "head")
+    """`neuron`: rows and columns of one unit of an MLP. `head`: queries, key and value of one key head, and what reads
+    their output."""
+    density: float = field(default=0.5, metadata={"above": 0, "maximum": 1})
+    """Share of groups that live in the end."""
+    scope: str = choice("matrix", "global")
+    """`matrix`: the same share of each MLP, expert or attention. `global`: all groups of the model compete."""
+
+    needs_kinds: ClassVar[bool] = False
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """And blocks without a live group."""
+        yield from super().problems(config)
+        if self.kinds:
+            yield f"{self.key('kinds')}: {', '.join(self.kinds)}, but {self.key('pattern')} decides; remove it"
+            return
+        blocks, _ = self.blocks(ParameterTable.of(config))
+        for count in {block.count for block in blocks}:
+            if self.scope == "matrix" and self.dead_of(count) == count:
+                yield f"{self.key('density')}: {self.density} leaves none of {count} {self.pattern}s alive; raise it"
+
+    def marks(self, kind: ParameterKind) -> bool:
+        """Matrices of the pattern."""
+        return kind.init in PATTERN_KINDS[self.pattern] and kind.fp8 and kind.name != "attention_gate"
+
+    def blocks(self, table: ParameterTable) -> tuple[list[Any], list[int]]:
+        """As `model_blocks`."""
+        return model_blocks(self.matrices(table), table.model, self.pattern)
+
+    def dead_of(self, count: int, share: float = 1.0) -> int:
+        """Groups of a block of `count` that are dead once `share` of the way has been gone."""
+        return round(share * (count - round(self.density * count)))
+
+    def dead_parameters(self, table: ParameterTable) -> int:
+        """Number of weights at zero in the end; all groups of a model are alike, or it is about that."""
+        blocks, _ = self.blocks(table)
+        return sum(self.dead_of(block.count) * block.size for block in blocks)
+
+    def optimizer_bytes(self, kind: ParameterKind) -> int:
+        """The marks, and which group a weight is in."""
+        return BYTES_OF_MARK_AND_GROUP if self.marks(kind) else 0
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
+        """Share of weights with a mask that live."""
+        assert isinstance(plugin, Marks)
+        return LiveShare(plugin)
+
+
+class GroupMarks(ZeroedWeights):
+    """Marks that weights of a group share.
+
+    Args:
+        settings: of the run.
+        parts: what it acts on.
+    """
+
+    def __init__(self, settings: GroupMechanism, parts: StepParts) -> None:
+        super().__init__(settings, parts)
+        self.group_settings = settings
+        self.groups = Groups(self.places, self.table.model, settings.pattern)
+
+    def share(self, context: StepContext) -> float:
+        """How much of the way to the final density has been gone at a step."""
+        return 1.0
+
+    def smallest(self, scores: Tensor, context: StepContext) -> list[Tensor]:
+        """Marks of each piece for the groups with the smallest scores. Local.
+
+        Args:
+            scores: [groups], the same on every process.
+            context: the step.
+        """
+        dead = [self.group_settings.dead_of(block.count, self.share(context)) for block in self.groups.blocks]
+        is_global = self.group_settings.scope == "global"
+        marks = smallest_groups(scores, self.groups.blocks, dead, is_global=is_global)
+        return [marks[ids] for ids in self.groups.ids]
+
+    def root_mean_squares(self) -> Tensor:
+        """Of each group's weights, [groups]: groups of different sizes compare. Collective over all processes."""
+        return self.groups.norms() / self.groups.sizes.sqrt()
+
+    def live_counts(self, context: StepContext) -> list[float]:
+        """By share of the block; with a global scope as if every block had its share."""
+        if not self.is_zeroing(context):
+            return self.live
+        blocks = [self.groups.blocks[number] for number in self.groups.of_matrix]
+        dead = [self.group_settings.dead_of(block.count, self.share(context)) / block.count for block in blocks]
+        return [matrix.size * (1 - share) for matrix, share in zip(self.places.matrices, dead, strict=True)]
+
+
+def step_of_share(share: float, context: StepContext) -> int:
+    """The first step at which a share of the run's is reached."""
+    return max(1, math.ceil(share * context.last_step))

@@ -1,0 +1,143 @@
+"""Coupled weights that live or die together: an MLP's neuron, or the query heads of one key head.
+
+A neuron is its row in the MLP's input matrix (gate and up, where there are two) and its column in the output matrix; a
+head group is the rows of its queries, key and value and the columns that read its output. Every expert has its own.
+Groups are counted over the whole model, so that a vector with one number for each is the same on every process.
+
+Source: Ma et al., LLM-Pruner (arXiv 2305.11627) names these couplings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.mechanisms.weights.engine.places import Places, WholeMatrix
+
+PATTERN_KINDS = {"neuron": ("mlp_input", "mlp_output"), "head": ("qkv", "attention_output")}
+"""Kinds of matrices in which each pattern has groups."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The groups of one MLP, expert or attention.
+
+    Attributes:
+        layer: from 0.
+        first: number of its first group.
+        count: of its groups.
+        size: weights of a group.
+    """
+
+    layer: int
+    first: int
+    count: int
+    size: int
+
+
+def model_blocks(matrices: list[WholeMatrix], model: ModelConfig, pattern: str) -> tuple[list[Block], list[int]]:
+    """All blocks of a model, and the block of each matrix. Local, the same everywhere.
+
+    Args:
+        matrices: of the engine, in its order.
+        model: its shape.
+        pattern: of `PATTERN_KINDS`.
+    """
+    numbers: dict[tuple[int, str, int], int] = {}
+    sizes: list[int] = []
+    counts: list[int] = []
+    of_matrix, seen = [], dict[tuple[int, str], int]()
+    for matrix in matrices:
+        copy = seen[matrix.layer, matrix.row.name] = seen.get((matrix.layer, matrix.row.name), -1) + 1
+        family = matrix.row.name.removesuffix("_input").removesuffix("_output")
+        place = (matrix.layer, "attention" if pattern == "head" else family, copy)
+        number = numbers.setdefault(place, len(numbers))
+        if number == len(sizes):
+            sizes.append(0)
+            counts.append(model.query_groups if pattern == "head" else matrix.row.shape[0] // matrix.row.stacked)
+        sizes[number] += matrix.size // counts[number]
+        of_matrix.append(number)
+    blocks, first = [], 0
+    for (layer, _, _), count, size in zip(numbers, counts, sizes, strict=True):
+        blocks.append(Block(layer, first, count, size))
+        first += count
+    return blocks, of_matrix
+
+
+class Groups:
+    """Which group each weight of this process is in.
+
+    Args:
+        places: of the weights.
+        model: its shape.
+        pattern: of `PATTERN_KINDS`.
+
+    Attributes:
+        blocks: of the whole model.
+        of_matrix: the block of each matrix.
+        number: of groups of the whole model.
+        ids: group of each weight of each piece, int32, flat.
+        sizes: weights of each group, [groups].
+    """
+
+    def __init__(self, places: Places, model: ModelConfig, pattern: str) -> None:
+        self._places = places
+        self.blocks, self.of_matrix = model_blocks(places.matrices, model, pattern)
+        self.number = self.blocks[-1].first + self.blocks[-1].count
+        self.ids = [self._ids(number) for number in range(len(places.pieces))]
+        sizes = [size for block in self.blocks for size in [block.size] * block.count]
+        self.sizes = torch.tensor(sizes, dtype=torch.float32, device=places.device)
+
+    def sums(self, values: list[Tensor]) -> Tensor:
+        """Sum of a value of each weight over each group, [groups] fp32. Collective over all processes.
+
+        Args:
+            values: of each piece, flat.
+        """
+        total = torch.zeros(self.number, dtype=torch.float32, device=self._places.device)
+        for ids, value in zip(self.ids, values, strict=True):
+            total.index_add_(0, ids, value.float())
+        dist.all_reduce(total)
+        return total
+
+    def norms(self) -> Tensor:
+        """L2 norm of each group's fp32 weights, [groups]. Collective over all processes."""
+        return self.sums([piece.master.square() for piece in self._places.pieces]).sqrt()
+
+    def _ids(self, number: int) -> Tensor:
+        piece = self._places.pieces[number]
+        matrix, block = self._places.matrices[piece.index], self.blocks[self.of_matrix[piece.index]]
+        place = self._places.positions(number) - matrix.first
+        rows, columns = matrix.row.shape
+        if matrix.row.init == "mlp_input":
+            found = place // columns % block.count
+        elif matrix.row.init == "mlp_output":
+            found = place % columns
+        elif matrix.row.init == "qkv":
+            found = place // columns // (rows // block.count)
+        else:
+            found = place % columns // (columns // block.count)
+        return (found + block.first).to(torch.int32)
+
+
+def smallest_groups(scores: Tensor, blocks: list[Block], dead: list[int], *, is_global: bool) -> Tensor:
+    """Marks of the groups with the smallest scores, [groups] bool; of equal ones the first. Local.
+
+    Args:
+        scores: [groups], the same on every process.
+        blocks: of the model.
+        dead: how many of each block; all together where the scope is global.
+        is_global: whether groups of all blocks compete.
+    """
+    marks = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    if is_global:
+        marks[scores.argsort(stable=True)[: sum(dead)]] = True
+        return marks
+    for block, count in zip(blocks, dead, strict=True):
+        order = scores[block.first : block.first + block.count].argsort(stable=True)
+        marks[block.first + order[:count]] = True
+    return marks
