@@ -82,7 +82,7 @@ def build_model(
 def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """Let Transformer Engine's layers add weight gradients to fp32 `main_grad` in the product that makes them. Local.
 
-    A weight that is no parameter but computed from some has no `main_grad`.
+    A weight that is not a parameter but computed from some has no `main_grad`.
 
     Megatron-Core's field for it also asks for apex's extension, for the output layer, which not everybody has.
 

@@ -109,7 +109,7 @@ class GroupMarks(ZeroedWeights):
         return [marks[ids] for ids in self.groups.ids]
 
     def root_mean_squares(self) -> Tensor:
-        """Of each group's weights, [groups]: groups of different sizes compare. Collective over all processes."""
+        """Root mean square of each group, [groups]: groups of all sizes compare. Collective over all processes."""
         return self.groups.norms() / self.groups.sizes.sqrt()
 
     def live_counts(self, context: StepContext) -> list[float]:

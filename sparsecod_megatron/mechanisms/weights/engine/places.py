@@ -80,7 +80,7 @@ class Piece:
 
     @property
     def learning_rate(self) -> float:
-        """Of this step."""
+        """This step's."""
         return float(self.group["lr"])
 
     def slice_of(self, shard_values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ products cost what a dense layer's do, and a micro-batch costs the factors' own 
 
 Under tensor parallelism a factor is cut with the rows or columns of W, or every rank holds it whole; then each rank has
 the gradient from its part of W, and they are summed in the backward pass. Weight gradients are not fused into
-`main_grad`: W is no parameter and has none.
+`main_grad`: W is not a parameter and has none.
 """
 
 from __future__ import annotations
