@@ -63,9 +63,14 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
     Raises:
         ConfigError: unknown key, wrong type, or a required key that is missing.
     """
-    merged: Any = copy.deepcopy(_defaults(cast(type, schema)))
-    for where, content in updates:
-        merged = _merge(schema, merged, _create(schema, content, where=where), where=where)
+    created = [_create(schema, content, where=where) for where, content in updates]
+    try:
+        # Not `merge`, which copies all of the base first.
+        merged: Any = OmegaConf.unsafe_merge(copy.deepcopy(_defaults(cast(type, schema))), *created)
+    except (OmegaConfBaseException, TypeError):
+        merged = copy.deepcopy(_defaults(cast(type, schema)))
+        for (where, _), update in zip(updates, created, strict=True):  # again one by one: whose fault it is
+            merged = _merge(schema, merged, update, where=where)
     try:
         return cast(Schema, _with_home(OmegaConf.to_object(merged)))
     except OmegaConfBaseException as error:
@@ -134,7 +139,6 @@ def _with_home(value: Any) -> Any:
 
 def _merge(schema: type, base: Any, update: DictConfig, *, where: str) -> Any:
     try:
-        # `merge` copies all of the base first, for every override again.
         return OmegaConf.unsafe_merge(base, update)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
