@@ -177,7 +177,7 @@ class Factored(Mechanism):
                 if parameter not in shards:
                     continue
                 shard = shards[parameter]
-                matrix = dataclasses.replace(shard.matrix, fan_in=linear.matrix.shape[1])
+                matrix = dataclasses.replace(shard.matrix, row=linear.matrix)
                 std = standard_deviation(linear.model, matrix)
                 generator = named_generator(f"{seed} {shard.matrix.name}", parameter.device)
                 parameter.copy_(shard.cut(self.drawn(linear.matrix, factor, std, generator)))
@@ -215,10 +215,11 @@ class PlainTensors(Mapping[str, Tensor]):
         self._mechanism, self._table, self._stored = mechanism, ParameterTable(model), stored
 
     def __getitem__(self, name: str) -> Tensor:
-        """On the stored tensors' device, in their type."""
+        """On the stored tensors' device, in their type; matrices in fp32, as the reference of an export has them."""
         if (parts := self._parts.get(name)) is None:
             return self._stored[name]
         tensors = {part: self._stored[stored] for part, stored in parts.items()}
+        tensors = {part: tensor if part.endswith(PLACES) else tensor.float() for part, tensor in tensors.items()}
         return self._mechanism.composed(self._table.find(name), tensors)
 
     def __iter__(self) -> Iterator[str]:
