@@ -244,6 +244,7 @@ def held(config: RunConfig, rank: int, ranks: int) -> Observed:
 def sent(config: RunConfig, rank: int, ranks: int) -> Observed:
     """What a rank of a small model sends in a step's passes and update; numbers that ranks tell each other left out."""
     from sparsecod_megatron.parallel import process_groups
+    from sparsecod_megatron.seams.plugin import StepContext
     from sparsecod_megatron.train.passes import forward_backward
     from sparsecod_megatron.train.setup import build_trainer
     from tests.helpers.training import fresh_router_losses, micro_batches
@@ -254,11 +255,13 @@ def sent(config: RunConfig, rank: int, ranks: int) -> Observed:
         named = {"tensor": groups.tp, "expert": groups.ep, "expert tensor": groups.expt_tp, "pipeline": groups.pp}
         named |= {"data": groups.dp_cp, "expert data": groups.expt_dp}
         batches = [micro_batches(config, rank=0, size=1) for _ in trainer.models]
-        for _ in range(2):  # the first forward pass finds its weights gathered
+        samples = config.train.global_batch_size
+        for step in (1, 2):  # the first forward pass finds its weights gathered
+            context = StepContext(step, config.train.train_steps)
             for model in trainer.models:
                 model.zero_grad_buffer()
             with Sent({group.group_name: name for name, group in named.items()}) as counting:
-                forward_backward(trainer, batches, samples=config.train.global_batch_size, forward_only=False)
+                forward_backward(trainer, batches, context, samples=samples, forward_only=False)
                 trainer.optimizer.prepare_grads()
                 trainer.optimizer.step_with_ready_grads()
         observed.sent = counting.sent
