@@ -1,7 +1,8 @@
 """THE table of a model's tensors: one row for each kind of parameter, with every fact that some part of a run needs.
 
-Initialisation, parameter groups, sharding marks, planning, precision checks and mechanisms read it; none keeps a list
-of its own. Arithmetic only, so that planning a run needs neither torch nor Megatron-Core.
+Initialisation, parameter groups, sharding marks, planning, precision checks, mechanisms, name tables of HuggingFace
+classes and the audit read it; none keeps a list of its own. Arithmetic only, so that planning a run needs neither torch
+nor Megatron-Core.
 """
 
 from __future__ import annotations
