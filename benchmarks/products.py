@@ -40,7 +40,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in choice.machine().items()))
     began = time.perf_counter()
     seconds = trial.measured_seconds()
-    print(f"chosen for oneDNN, after {time.perf_counter() - began:.1f} s: {choice.faster(seconds)}")
+    print(f"chosen for oneDNN, after {time.perf_counter() - began:.1f} s: {choice.faster_library(seconds)}")
     for name, (by_torch, by_onednn) in seconds.items():
         print(f"{name:>16}: torch {1e3 * by_torch:.2f} ms, oneDNN {1e3 * by_onednn:.2f}, {by_onednn / by_torch:.2f} x")
     print_rates(options.tokens, options.repeats)

@@ -109,7 +109,7 @@ def agree() -> Choice:
     return in_use()
 
 
-def asked() -> Choice | None:
+def requested() -> Choice | None:
     """The environment's choice, or None. Local.
 
     Raises:
@@ -131,7 +131,7 @@ def record(choice: Choice) -> dict[str, Any]:
 
 def restore(recorded: dict[str, Any] | None) -> None:
     """Use what `record` returned, if it was taken on such a machine and the environment does not override it. Local."""
-    if recorded is not None and asked() is None and (choice := _choice_for_this_machine(recorded)) is not None:
+    if recorded is not None and requested() is None and (choice := _choice_for_this_machine(recorded)) is not None:
         use(choice)
 
 
@@ -163,7 +163,7 @@ _NUMBERS = {"family": "cpu family", "model": "model", "stepping": "stepping"}
 
 
 def _first() -> Choice:
-    if (choice := asked()) is not None:
+    if (choice := requested()) is not None:
         return choice
     if not onednn.is_available():
         return Choice()
@@ -200,7 +200,7 @@ def _choice_for_this_machine(recorded: Any) -> Choice | None:
         return None
 
 
-def faster(seconds: Mapping[str, tuple[float, float]]) -> Choice:
+def faster_library(seconds: Mapping[str, tuple[float, float]]) -> Choice:
     """The choice by seconds (of torch, of oneDNN) for each field; fields that were not timed are torch's. Local."""
     return Choice(**{name: by_onednn < TIME_RATIO * by_torch for name, (by_torch, by_onednn) in seconds.items()})
 
@@ -209,7 +209,7 @@ def _measured(path: Path | None) -> Choice:
     from sparsecod_megatron.backend.cpu.trial import measured_seconds
 
     seconds = measured_seconds()
-    choice = faster(seconds)
+    choice = faster_library(seconds)
     logger.debug("products by oneDNN: %s; seconds by torch and by oneDNN: %s", choice, seconds)
     kept = {**record(choice), "seconds_by_torch_and_onednn": seconds}
     try:

@@ -13,7 +13,6 @@ from sparsecod_megatron.backend.packages import (
     EXPERIMENT_TRACKER,
     TRANSFORMER_ENGINE,
     hide,
-    unseen,
     why_no_transformer_engine,
 )
 from sparsecod_megatron.backend.redirection import Redirection
@@ -79,7 +78,7 @@ def prepare_modules(*, needs_fp8: bool) -> bool:
             'memory; an NGC PyTorch container or pip install "sparsecod_megatron[gpu]" brings it',
             absent,
         )
-    with unseen(EXPERIMENT_TRACKER):
+    with hidden_package(EXPERIMENT_TRACKER):
         from sparsecod_megatron.backend import stand_ins
 
     _applied.extend(each for each in stand_ins.redirections() if each.apply())

@@ -45,7 +45,7 @@ def hide(packages: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def unseen(package: str) -> Iterator[None]:
+def hidden_package(package: str) -> Iterator[None]:
     """While the block runs, no import finds a package that was not imported before. Local.
 
     Args:

@@ -78,7 +78,7 @@ def _cpu(kernels: str | None) -> Backend:
     from sparsecod_megatron.backend import choice
     from sparsecod_megatron.backend.cpu import apply_redirections
 
-    choice.asked()  # an invalid value is refused now, by every rank
+    choice.requested()  # an invalid value is refused now, by every rank
 
     apply_redirections(kernels)
     return Backend(name="cpu", communication="gloo", device=torch.device("cpu"), transformer_engine=False)

@@ -79,7 +79,7 @@ def bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
             yield from bound_problems(value, f"{key}.")
         elif value is None:
             continue
-        elif strangers := _strangers(value, types[item.name]):
+        elif strangers := _unknown_values(value, types[item.name]):
             yield f"{key}: {strangers[0]!r} cannot be an entry of this list; give single values"
         elif "entries" in limits:
             unknown = [entry for entry in value if entry not in limits["entries"]]
@@ -99,7 +99,7 @@ def bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
             yield f"{key}: {value} is above {limits['maximum']}; lower it"
 
 
-def _strangers(value: Any, hint: Any) -> list[Any]:
+def _unknown_values(value: Any, hint: Any) -> list[Any]:
     """Entries of a typed list that are not of its type, which OmegaConf lets through when they are lists."""
     kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is list]
     return [entry for entry in value if not isinstance(entry, typing.get_args(kinds[0]))] if kinds else []

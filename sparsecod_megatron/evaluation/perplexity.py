@@ -191,10 +191,10 @@ def _score(
         batches.append(windows[num_full:])
 
     def work(own: Sequence[list[Window]]) -> list[list[float]]:
-        bar = tqdm(own, desc="perplexity", unit="batch", disable=processes.no_bars)
+        bar = tqdm(own, desc="perplexity", unit="batch", disable=processes.no_progress)
         return [_score_batch(model, tokens, batch) for batch in bar]
 
-    return np.array([loss for losses in processes.deal(batches, work) for loss in losses], dtype=np.float64)
+    return np.array([loss for losses in processes.distribute(batches, work) for loss in losses], dtype=np.float64)
 
 
 @torch.inference_mode()

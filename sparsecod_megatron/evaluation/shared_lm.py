@@ -63,7 +63,7 @@ class SharedLM(HFLM):
             return [[next(answers) for _ in batch] for batch in batches]
 
         batches = batch_indices(requests, self.batch_size)
-        answers = self._processes.deal(batches, work)
+        answers = self._processes.distribute(batches, work)
         return _in_place(batches, answers, len(requests))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -76,7 +76,7 @@ class SharedLM(HFLM):
                 for block in own
             ]
 
-        answers = self._processes.deal(blocks, work)
+        answers = self._processes.distribute(blocks, work)
         return _in_place(blocks, answers, len(requests))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -90,7 +90,7 @@ class SharedLM(HFLM):
                 for block in own
             ]
 
-        answers = self._processes.deal(blocks, work)
+        answers = self._processes.distribute(blocks, work)
         return _in_place(blocks, answers, len(requests))
 
 

@@ -79,12 +79,12 @@ class ParameterNormsGroup:
         config, finalize = self._config, self._config.finalize_model_grads_func
         assert finalize is not None, "training reduces its gradients through Megatron's configuration"
 
-        def finalize_and_see(*args: Any, **kwargs: Any) -> None:
+        def finalize_and_measure(*args: Any, **kwargs: Any) -> None:
             finalize(*args, **kwargs)
             for owned in self._owned:
                 _add_squares(squares, owned.rows, owned.gradients())
 
-        config.finalize_model_grads_func = finalize_and_see
+        config.finalize_model_grads_func = finalize_and_measure
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.model.matrices import Matrix, matrices, named_generator
+from sparsecod_megatron.model.matrices import WholeMatrix, matrices, named_generator
 
 _OUTPUTS = ("attention_output", "mlp_output")
 """Kinds whose product is added to the residual stream."""
@@ -51,7 +51,7 @@ def initialize(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupColle
         mechanism.initialize(chunk, {shard.parameter: shard for shard in shards}, seed)
 
 
-def draw(model: ModelConfig, matrix: Matrix, shape: list[int], *, seed: int, device: torch.device) -> Tensor:
+def draw(model: ModelConfig, matrix: WholeMatrix, shape: list[int], *, seed: int, device: torch.device) -> Tensor:
     """The whole matrix, fp32. The numbers depend on the seed, the name and the kind of device only."""
     generator = named_generator(f"{seed} {matrix.name}", device)
     std = standard_deviation(model, matrix)
@@ -61,22 +61,22 @@ def draw(model: ModelConfig, matrix: Matrix, shape: list[int], *, seed: int, dev
     return tensor.normal_(std=std, generator=generator)
 
 
-def standard_deviation(model: ModelConfig, matrix: Matrix) -> float:
+def standard_deviation(model: ModelConfig, matrix: WholeMatrix) -> float:
     """`init_std` of the kind if set, else that of the scheme, scaled with the width under muP."""
     override: float | None = getattr(model.init_std, matrix.init)
     return override if override is not None else _SCHEMES[model.init](model, matrix) / _width_factor(model, matrix)
 
 
-def _normal(model: ModelConfig, matrix: Matrix) -> float:
+def _normal(model: ModelConfig, matrix: WholeMatrix) -> float:
     return model.init_method_std
 
 
-def _scaled(model: ModelConfig, matrix: Matrix) -> float:
+def _scaled(model: ModelConfig, matrix: WholeMatrix) -> float:
     """Outputs over sqrt(2 L). Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019)."""
     return model.init_method_std / (math.sqrt(2 * model.num_layers) if matrix.init in _OUTPUTS else 1.0)
 
 
-def _mitchell(model: ModelConfig, matrix: Matrix) -> float:
+def _mitchell(model: ModelConfig, matrix: WholeMatrix) -> float:
     """1 / sqrt(fan_in), outputs over sqrt(2 (l + 1)) too, cut at 3 std. Source: the `mitchell` scheme of OLMo."""
     if matrix.init in ("embedding", "output"):
         return model.hidden_size**-0.5
@@ -85,7 +85,7 @@ def _mitchell(model: ModelConfig, matrix: Matrix) -> float:
     return 1 / math.sqrt(fan_in * depth)
 
 
-def _small_init(model: ModelConfig, matrix: Matrix) -> float:
+def _small_init(model: ModelConfig, matrix: WholeMatrix) -> float:
     """sqrt(2 / 5d), outputs 2 / (L sqrt(d)).
 
     Source: Nguyen and Salazar, Transformers without Tears (arXiv 1910.05895); Wang and Komatsuzaki, GPT-J-6B (2021).
@@ -95,7 +95,7 @@ def _small_init(model: ModelConfig, matrix: Matrix) -> float:
     return math.sqrt(2 / (5 * model.hidden_size))
 
 
-_SCHEMES: dict[str, Callable[[ModelConfig, Matrix], float]] = {
+_SCHEMES: dict[str, Callable[[ModelConfig, WholeMatrix], float]] = {
     "normal": _normal,
     "scaled": _scaled,
     "mitchell": _mitchell,
@@ -103,7 +103,7 @@ _SCHEMES: dict[str, Callable[[ModelConfig, Matrix], float]] = {
 }
 
 
-def _width_factor(model: ModelConfig, matrix: Matrix) -> float:
+def _width_factor(model: ModelConfig, matrix: WholeMatrix) -> float:
     """muP for Adam: hidden matrices' variance ∝ 1/width, the output layer's ∝ 1/width², the embedding's constant.
 
     Heads keep their size as the model widens, so that attention needs no other scale.

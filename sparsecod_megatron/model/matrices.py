@@ -21,7 +21,7 @@ from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 
 
 @dataclass(frozen=True)
-class Matrix:
+class WholeMatrix:
     """One matrix of the whole model.
 
     Attributes:
@@ -57,7 +57,7 @@ class Shard:
     """
 
     parameter: torch.nn.Parameter
-    matrix: Matrix
+    matrix: WholeMatrix
     group: torch.distributed.ProcessGroup
 
     @property
@@ -109,7 +109,7 @@ def matrices(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCollect
         whole_name = "embedding.word_embeddings.weight" if is_copy else name
         whole_name = _whole_name(whole_name, layer, groups.ep.rank() * _local_experts(model, groups))
         group = groups.expt_tp if row.split == "expert" else groups.tp
-        yield Shard(parameter, Matrix(whole_name, row, layer), group)
+        yield Shard(parameter, WholeMatrix(whole_name, row, layer), group)
 
 
 def _local_experts(model: ModelConfig, groups: ProcessGroupCollection) -> int:

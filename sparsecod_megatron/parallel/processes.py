@@ -41,7 +41,7 @@ class Processes:
         return self.rank == 0
 
     @property
-    def no_bars(self) -> bool | None:
+    def no_progress(self) -> bool | None:
         """What tqdm takes as `disable`: the first process alone draws bars, and only on a terminal."""
         return None if self.is_first else True
 
@@ -61,7 +61,7 @@ class Processes:
         dist.all_gather_object(parts, list(found))
         return [entry for part in parts for entry in part]
 
-    def deal(self, parts: Sequence[Part], work: Callable[[Sequence[Part]], list[Answer]]) -> list[Answer]:
+    def distribute(self, parts: Sequence[Part], work: Callable[[Sequence[Part]], list[Answer]]) -> list[Answer]:
         """Answers to all parts, of which this process works out every Nth. Collective over all processes.
 
         Args:

@@ -116,7 +116,7 @@ class RunLock:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 holder = _read(self._path)
-                if self._lives(holder):
+                if self._is_alive(holder):
                     raise ConfigError(
                         f"logging.run_dir: {self._run_dir} is in use by {_described(_read(self._path))}; stop that, "
                         "or choose another directory"
@@ -163,7 +163,7 @@ class RunLock:
         if found == dead:
             logger.warning("%s: taken over from %s", self._run_dir, _described(dead))
 
-    def _lives(self, holder: Holder | None) -> bool:
+    def _is_alive(self, holder: Holder | None) -> bool:
         if holder is not None and holder.machine == self._own.machine:
             return _runs(holder.process, holder.started)
         first = _changed(self._path)

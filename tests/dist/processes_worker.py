@@ -22,9 +22,9 @@ def main() -> None:
         found = {
             "size": processes.size,
             "is_first": processes.is_first,
-            "no_bars": processes.no_bars,
+            "no_progress": processes.no_progress,
             "gathered": processes.gather([(rank, entry) for entry in range(rank)]),
-            "dealt": processes.deal(list(range(7)), lambda parts: [[rank, part] for part in parts]),
+            "dealt": processes.distribute(list(range(7)), lambda parts: [[rank, part] for part in parts]),
             "total": processes.total(torch.tensor([1.0, rank])).tolist(),
             "from_first": made,
             "agreed": [str(choice.agree()), str(choice.in_use())],

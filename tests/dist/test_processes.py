@@ -18,7 +18,7 @@ def test_everybody_gets_everything_in_order(repo_root: Path, tmp_path: Path) -> 
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "size": 3,
             "is_first": rank == 0,
-            "no_bars": None if rank == 0 else True,
+            "no_progress": None if rank == 0 else True,
             "gathered": [[1, 0], [2, 0], [2, 1]],
             "dealt": [[part % 3, part] for part in range(7)],
             "total": [3.0, 3.0],

@@ -117,7 +117,7 @@ class Context:
             title: title of the progress bar.
         """
         windows = self.own(part)
-        with tqdm(total=len(windows), desc=title, unit="seq", leave=False, disable=self.processes.no_bars) as bar:
+        with tqdm(total=len(windows), desc=title, unit="seq", leave=False, disable=self.processes.no_progress) as bar:
             for batch in windows.split(self.micro_batch):
                 yield batch[:, :-1], batch[:, 1:]
                 bar.update(len(batch))

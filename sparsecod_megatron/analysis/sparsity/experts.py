@@ -109,7 +109,7 @@ def _measure(context: Context, layers: Sequence[ExpertLayer], choices: Sequence[
     replay, num_blocks = context.replay, len(context.layers)
     increases: list[list[Tensor]] = [[] for _ in layers]
     total = len(context.own("all")) * sum(layer.num_experts for layer in layers)
-    with tqdm(total=total, desc="experts", unit="removal", leave=False, disable=context.processes.no_bars) as bar:
+    with tqdm(total=total, desc="experts", unit="removal", leave=False, disable=context.processes.no_progress) as bar:
         for tokens, labels in context.batches("all", title="experts"):
             with watching(layers, choices):
                 trace = replay.trace(tokens, labels)

@@ -45,7 +45,7 @@ class Weights:
         matrices = find_matrices(context.model, context.layers)
         left_out = unmeasured_share(context.layers.blocks, matrices)
         init_std = initial_std(context.model.config)
-        rows = matrix_rows(matrices, init_std, no_bar=context.processes.no_bars)
+        rows = matrix_rows(matrices, init_std, no_bar=context.processes.no_progress)
         curve = PruningCurve(context, matrices)
         curve.evaluate(GRID)
         essential = find_essential(curve, seed=context.seed)

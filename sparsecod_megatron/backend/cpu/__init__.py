@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsecod_megatron.backend.packages import APEX, EXPERIMENT_TRACKER, TRANSFORMER_ENGINE, hide, unseen
+from sparsecod_megatron.backend.packages import APEX, EXPERIMENT_TRACKER, TRANSFORMER_ENGINE, hidden_package, hide
 from sparsecod_megatron.backend.redirection import Redirection
 
 _applied: list[Redirection] = []
@@ -36,7 +36,7 @@ def apply_redirections(kernels: str | None = None) -> list[Redirection]:
         hide((*TRANSFORMER_ENGINE, *APEX))
         # torch first: Megatron-Core reads devices and streams while it is imported.
         _applied.extend(each for each in torch_cuda.redirections() if each.apply())
-        with eager.no_compilation(), unseen(EXPERIMENT_TRACKER):
+        with eager.no_compilation(), hidden_package(EXPERIMENT_TRACKER):
             from sparsecod_megatron.backend import stand_ins
             from sparsecod_megatron.backend.cpu import collectives, gloo_device, megatron, optimizer, results, speed
 

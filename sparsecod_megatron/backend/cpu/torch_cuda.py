@@ -73,7 +73,7 @@ def _nothing_to_do() -> Callable[..., None]:
     return no_op
 
 
-def _the_stream() -> Callable[..., CpuStream]:
+def _single_stream() -> Callable[..., CpuStream]:
     def stream(device: Any = None) -> CpuStream:
         return CpuStream()
 
@@ -132,8 +132,8 @@ def redirections() -> list[Redirection]:
         (cuda, "Stream", CpuStream, streams, "side streams"),
         (cuda, "Event", CpuEvent, streams, "side streams"),
         (cuda, "stream", _stream_context, streams, "side streams"),
-        (cuda, "current_stream", _the_stream(), streams, "side streams"),
-        (cuda, "default_stream", _the_stream(), "distributed/param_and_grad_buffer.py:422/529", "side streams"),
+        (cuda, "current_stream", _single_stream(), streams, "side streams"),
+        (cuda, "default_stream", _single_stream(), "distributed/param_and_grad_buffer.py:422/529", "side streams"),
         (
             cuda,
             "get_rng_state",

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.backend.packages import hide, unseen, why_no_transformer_engine
+from sparsecod_megatron.backend.packages import hidden_package, hide, why_no_transformer_engine
 from sparsecod_megatron.errors import ConfigError
 from tests.helpers.training import small_trainer, trainer_batches
 
@@ -195,9 +195,9 @@ def test_the_norm_of_gradients_is_megatrons() -> None:
 def test_an_unseen_package_is_there_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, tracker_of_experiments="")
     monkeypatch.syspath_prepend(tmp_path)
-    with unseen("tracker_of_experiments"), pytest.raises(ImportError):
+    with hidden_package("tracker_of_experiments"), pytest.raises(ImportError):
         importlib.import_module("tracker_of_experiments")
     loaded = importlib.import_module("tracker_of_experiments")
-    with unseen("tracker_of_experiments"):  # taken by somebody already: hiding it would gain nothing
+    with hidden_package("tracker_of_experiments"):  # taken by somebody already: hiding it would gain nothing
         assert importlib.import_module("tracker_of_experiments") is loaded
     monkeypatch.delitem(sys.modules, "tracker_of_experiments")

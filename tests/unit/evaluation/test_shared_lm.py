@@ -58,7 +58,7 @@ class OneAfterAnother(Processes):
     num_shares: int = 1
     sizes: list[int] = field(default_factory=list)
 
-    def deal(self, parts: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+    def distribute(self, parts: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
         answers: list[Any] = [None] * len(parts)
         for share in range(self.num_shares):
             answers[share :: self.num_shares] = work(parts[share :: self.num_shares])

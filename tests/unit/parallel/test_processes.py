@@ -23,7 +23,7 @@ def test_one_process_is_all_of_them() -> None:
     with connected_processes() as processes:
         assert processes == Processes(0, 1) and processes.is_first
         assert processes.gather([3, 1]) == [3, 1]
-        assert processes.deal([1, 2, 3], lambda parts: [10 * part for part in parts]) == [10, 20, 30]
+        assert processes.distribute([1, 2, 3], lambda parts: [10 * part for part in parts]) == [10, 20, 30]
         assert processes.from_first(lambda: "made") == "made"
         sums = torch.ones(2)
         assert processes.total(sums) is sums
