@@ -12,6 +12,7 @@ import torch
 from sparsecod_megatron.backend.packages import (
     EXPERIMENT_TRACKER,
     TRANSFORMER_ENGINE,
+    hidden_package,
     hide,
     why_no_transformer_engine,
 )
