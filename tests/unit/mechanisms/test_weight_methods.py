@@ -355,7 +355,7 @@ def test_what_is_exported_is_what_the_model_computes(tmp_path: Path) -> None:
     with small_trainer(STEPS, "mechanisms.srste.skip_layers=[1]", "model.init_method_std=0.2") as trainer:
         data = trainer_batches(trainer)
         train_step(trainer, data)
-        saved = save_checkpoint(tmp_path, state=TrainState(step=1, optimizer_steps=1), **trainer.parts)
+        saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=1, optimizer_steps=1))
         batches = [next(data[0]) for _ in range(2)]
         ours = evaluate(trainer, [iter(batches)], num_steps=1)
         assert all(bool(weight.any()) for weight in trainer.models[0].parameters())
