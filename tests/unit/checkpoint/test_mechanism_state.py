@@ -66,7 +66,7 @@ def test_the_same_mechanism_keeps_its_masks(way: str, saved: tuple[Path, list[to
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (SHAPE, "mechanisms.sparse_weights is {'density': 0.4, "),
+        (SHAPE, "'density': 0.4"),
         ((*SHAPE, "mechanisms.sparse_weights.density=0.3"), "sparse_weights.density is 0.4 there and 0.3 here"),
     ],
 )
