@@ -259,7 +259,9 @@ class _Loop:
             return
         context = self.trainer.context(self.state.step)
         for plugin in self.trainer.plugins:
-            record |= plugin.metrics(context)
+            for name, value in plugin.metrics(context).items():
+                # What several mechanisms report has the later ones' names before it.
+                record[f"{plugin.name}/{name}" if name in record else name] = value
         # JSON has no NaN.
         finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
         self.recorder.write_metrics(finite)

@@ -18,7 +18,7 @@ from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.dist.layouts import BUCKETS, CP2, EP2, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, SpreadCase
-from tests.helpers.mechanisms import CASES, EVERYWHERE, TOGETHER, settings
+from tests.helpers.mechanisms import CASES, TOGETHER, settings
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 
@@ -50,9 +50,6 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 EXPERT_LAYOUTS: dict[str, tuple[str, ...]] = {"ep2": (EP2,), "tp2-sp": (TP2, SP)}
 SAVES = {"dense": "tp2-sp", "moe": "ep2"}
-RESUMES = {"dense": "dp2", "moe": "tp2-sp"}
-RESUMES_ELSEWHERE = {"dense": "pp2-vpp2"}
-"""For groups with all layouts."""
 
 
 class LayoutCase(SpreadCase):
@@ -60,32 +57,21 @@ class LayoutCase(SpreadCase):
 
     def config(self) -> RunConfig:
         """The run."""
-        names, spread = TOGETHER[self.subject], LAYOUTS if self.model == "dense" else EXPERT_LAYOUTS
+        spread = LAYOUTS if self.model == "dense" else EXPERT_LAYOUTS
         shape = EXPERTS if self.model == "moe" else ()
-        return load_config(None, [*RUN, *shape, *settings(names), *spread.get(self.layout, ())], mechanisms=MECHANISMS)
-
-
-def _has_case(model: str, group: str, layout: str) -> bool:
-    if model == "moe":
-        return any(CASES[name].experts for name in TOGETHER[group])
-    return group in EVERYWHERE or layout in (SAVES["dense"], RESUMES["dense"])
+        return load_config(
+            None, [*RUN, *shape, *settings(self.subject), *spread.get(self.layout, ())], mechanisms=MECHANISMS
+        )
 
 
 LAYOUT_CASES = [
     LayoutCase(model, group, layout)
     for model, layouts in (("dense", LAYOUTS), ("moe", EXPERT_LAYOUTS))
     for layout in layouts
-    for group in TOGETHER
-    if _has_case(model, group, layout)
+    for group, names in TOGETHER.items()
+    if model == "dense" or any(CASES[name].experts for name in names)
 ]
-RESUMED = {
-    (model, group): [
-        layout
-        for layout in (RESUMES[model], RESUMES_ELSEWHERE.get(model))
-        if layout is not None and _has_case(model, group, layout)
-    ]
-    for model, group in dict.fromkeys((case.model, case.subject) for case in LAYOUT_CASES)
-}
+RESUMED = {"dense": ("dp2", "pp2-vpp2"), "moe": ("tp2-sp",)}
 """Layouts in which each continues from the checkpoint of `SAVES`."""
 
 
@@ -138,7 +124,7 @@ def main() -> None:
             with process_groups(config) as groups:
                 save = checkpoints if case in saving else None
                 runs[case.name] = train(config, backend, groups, save=save)
-                if case.layout in RESUMED[case.model, case.subject]:
+                if case.layout in RESUMED[case.model]:
                     runs[f"{case.name}-resumed"] = train(config, backend, groups, resume=checkpoints)
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(runs))

@@ -14,6 +14,7 @@ class Case:
         neutral: overrides that switch it on without an effect; empty where none can.
         beside: matrices that it has in a run with others of its sort, which all take any.
         experts: whether it has an effect of its own in a mixture of experts.
+        like: another, through whose code its weights start and are exported.
         holds_zeros: whether the weights that it counts as dead are zeros after a step of these settings.
     """
 
@@ -21,6 +22,7 @@ class Case:
     neutral: tuple[str, ...] = ()
     beside: str = ""
     experts: bool = False
+    like: str = ""
     holds_zeros: bool = True
 
 
@@ -42,35 +44,43 @@ CASES: dict[str, Case] = {
         neutral=("mechanisms.sparse_weights.density=1",),
         experts=True,
     ),
-    "rigl": Case(_set("rigl", "density=0.4", "interval=2", "stop=1"), experts=True),
-    "set": Case(_set("set", "density=0.4", "interval=2", "stop=1", "distribution=uniform")),
+    "rigl": Case(_set("rigl", "density=0.4", "interval=2", "stop=1"), experts=True, like="sparse_weights"),
+    "set": Case(_set("set", "density=0.4", "interval=2", "stop=1", "distribution=uniform"), like="sparse_weights"),
     "journey": Case(
         _set("journey", "density=0.4", "start=0", "end=0", "scope=global", "interval=1"),
         neutral=_set("journey", "density=1"),
         experts=True,
+        like="iss",
     ),
     "iss": Case(
         _set("iss", "density=0.4", "interval=1", "freeze=1"),
         neutral=_set("iss", "factor=1"),
         holds_zeros=False,
     ),
-    "spdf": Case(_set("spdf", "density=0.4", "dense_after=0.99"), holds_zeros=False),
-    "cast": Case(_set("cast", "decay=10", "rise=0.001"), neutral=_set("cast", "decay=0"), holds_zeros=False),
+    "spdf": Case(_set("spdf", "density=0.4", "dense_after=0.99"), holds_zeros=False, like="sparse_weights"),
+    "cast": Case(
+        _set("cast", "decay=10", "rise=0.001"), neutral=_set("cast", "decay=0"), holds_zeros=False, like="iss"
+    ),
     "ste": Case(_set("ste", "pattern=1:4"), holds_zeros=False),
-    "srste": Case(_set("srste", "decay=0.1"), experts=True, holds_zeros=False),
+    "srste": Case(_set("srste", "decay=0.1"), experts=True, holds_zeros=False, like="ste"),
     "mask_sparsity": Case(
         _set("mask_sparsity", "strength=1", "start=0", "freeze=1"),
         neutral=_set("mask_sparsity", "strength=0"),
         holds_zeros=False,
+        like="iss",
     ),
-    "wgsef": Case(_set("wgsef", "pattern=head", "freeze=1"), experts=False, holds_zeros=False),
+    "wgsef": Case(_set("wgsef", "pattern=head", "freeze=1"), experts=False, holds_zeros=False, like="iss"),
     "efficient_llm": Case(
         _set("efficient_llm", "start=0", "end=0", "scope=matrix"),
         neutral=_set("efficient_llm", "density=1"),
         experts=True,
+        like="iss",
     ),
     "pgf": Case(
-        _set("pgf", "dense_until=0", "fade=exponential"), neutral=_set("pgf", "dense_until=0.5"), holds_zeros=False
+        _set("pgf", "dense_until=0", "fade=exponential"),
+        neutral=_set("pgf", "dense_until=0.5"),
+        holds_zeros=False,
+        like="ste",
     ),
     "topk_activation": Case(
         ("mechanisms.topk_activation.k_per_layer=[4,10,20,4]", "model.activation=relu"),
@@ -81,15 +91,23 @@ CASES: dict[str, Case] = {
 TOGETHER: dict[str, tuple[str, ...]] = {
     "gate-masks-topk": ("headwise_gate", "sparse_weights", "topk_activation"),
     "factors": ("monarch", "sltrain", "sparse_ift"),
+    "marks": ("rigl", "journey", "iss", "cast"),
+    "windows": ("ste", "srste", "pgf", "set"),
+    "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
 }
-TOGETHER |= {name: (name,) for name in CASES if not any(name in names for names in TOGETHER.values())}
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
-EVERYWHERE = ("gate-masks-topk", "factors", "rigl", "srste")
-"""Runs that are tried in every layout, one for each way to act on weights: the others act through the same code."""
+APART = ("marks", "windows", "groups")
+"""Runs whose mechanisms each have a layer of their own."""
 
 
-def settings(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Overrides of a run with these mechanisms."""
-    kinds = {f"mechanisms.{name}.kinds": CASES[name].beside for name in names if CASES[name].beside}
-    own = [override for name in names for override in CASES[name].settings]
-    return (*own, *(f"{key}=[{value}]" for key, value in kinds.items()))
+def settings(group: str) -> tuple[str, ...]:
+    """Overrides of the run with these mechanisms."""
+    found: list[str] = []
+    for layer, name in enumerate(TOGETHER[group]):
+        found += CASES[name].settings
+        if CASES[name].beside:
+            found.append(f"mechanisms.{name}.kinds=[{CASES[name].beside}]")
+        if group in APART:
+            others = [other for other in range(len(TOGETHER[group])) if other != layer]
+            found.append(f"mechanisms.{name}.skip_layers={others}")
+    return tuple(found)

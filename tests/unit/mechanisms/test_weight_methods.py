@@ -326,7 +326,10 @@ def test_dense_after_sparse() -> None:
             ["mechanisms.ste.pattern='2:4'", "model.ffn_hidden_size=36", "parallel.tensor_model_parallel_size=2"],
             "inputs of mlp_output over parallel.tensor_model_parallel_size=2",
         ),
-        (["mechanisms.rigl={}", "mechanisms.srste={}"], "mechanisms.srste: beside mechanisms.rigl"),
+        (
+            ["mechanisms.rigl={}", "mechanisms.srste={}"],
+            "srste: beside mechanisms.rigl, and both act on layer 0",
+        ),
         (["mechanisms.srste={}", "optimizer.optimizer=muon"], "optimizer.optimizer: muon"),
         (["mechanisms.rigl.skip_layers=[3]"], "skip_layers: 3 is not a layer; give numbers from 0 to 2"),
         (["mechanisms.journey.start=0.8"], "start: 0.8 is above mechanisms.journey.end=0.75"),

@@ -39,9 +39,16 @@ class WeightMechanism(Mechanism):
     def problems(self, config: RunConfig) -> Iterator[str]:
         """Settings that would revive dead weights or hide them, and masks that reach nothing."""
         name = f"mechanisms.{self.name}"
-        others = [other for other in config.mechanisms.values() if isinstance(other, WeightMechanism)]
-        if others[0] is not self:
-            yield f"{name}: beside mechanisms.{others[0].name}, and both mark the same weights; keep one"
+        for other in config.mechanisms.values():
+            if other is self:
+                break
+            shared = set(range(config.model.num_layers)) - {*self.skip_layers, *getattr(other, "skip_layers", ())}
+            if isinstance(other, WeightMechanism) and shared:
+                layer = min(shared)
+                yield (
+                    f"{name}: beside mechanisms.{other.name}, and both act on layer {layer}; keep one, or name it in "
+                    "skip_layers of one of them"
+                )
         if config.optimizer.optimizer == "muon":
             yield f"optimizer.optimizer: muon, whose updates move every weight, with {name}; use adam"
         if config.precision.fp8_param_gather:
