@@ -25,10 +25,10 @@ OUT, IN = 32, 48
 class OneMatrix(Places):
     """The places of a single matrix, which stands for the MLP output of the first layer."""
 
-    def __init__(self, parts: Any, has_mask: Any) -> None:
-        from sparsecod_megatron.mechanisms.weights.engine.places import whole_matrices
+    def __init__(self, parts: Any, has_mask: Any, marks: Any) -> None:
+        from sparsecod_megatron.mechanisms.weights.engine.places import marked_matrices
 
-        self.matrices = whole_matrices(ParameterTable.of(parts.config), has_mask)
+        self.matrices = marked_matrices(ParameterTable.of(parts.config), has_mask)
         assert [matrix.row.shape for matrix in self.matrices] == [(OUT, IN)]
         weight, row = parts.models, self.matrices[0].row
         matrix = SimpleNamespace(name="planted", layer=0)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.mechanisms.weights.engine.places import Places, WholeMatrix
+from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, Places
 
 PATTERN_KINDS = {"neuron": ("mlp_input", "mlp_output"), "head": ("qkv", "attention_output")}
 """Kinds of matrices in which each pattern has groups."""
@@ -39,7 +39,7 @@ class Block:
     size: int
 
 
-def model_blocks(matrices: list[WholeMatrix], model: ModelConfig, pattern: str) -> tuple[list[Block], list[int]]:
+def model_blocks(matrices: list[MarkedMatrix], model: ModelConfig, pattern: str) -> tuple[list[Block], list[int]]:
     """All blocks of a model, and the block of each matrix. Local, the same everywhere.
 
     Args:

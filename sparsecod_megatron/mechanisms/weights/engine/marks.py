@@ -46,7 +46,7 @@ class Marks(Plugin):
 
     def __init__(self, settings: WeightMechanism, parts: StepParts) -> None:
         self.name = settings.name
-        self.places = Places(parts, settings.has_mask)
+        self.places = Places(parts, settings.has_mask, settings.marks)
         self.table, self._seq_length = ParameterTable.of(parts.config), parts.config.data.seq_length
         self.seed = parts.config.train.seed
         self.live: list[float] = [matrix.size for matrix in self.places.matrices]
@@ -101,6 +101,8 @@ class Marks(Plugin):
     @torch.no_grad()
     def on_gradients(self, context: StepContext) -> None:
         """Choose, if it is time, and change gradients."""
+        if context.step == 1:  # the marks may be another run's, which counted its own steps
+            self._steps, self._live_steps = 0, 0.0
         if self.is_observed:
             self.dead_neurons = dead_neurons(self.places)
         self._pending = self.chosen(context) if self._is_owed or self.is_due(context) else None
@@ -151,7 +153,7 @@ class Marks(Plugin):
         from megatron.core.dist_checkpointing import ShardedTensor
         from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 
-        shards = [shard for _, shard in self.places.shards]
+        shards = [*(shard for _, shard in self.places.shards), *self.places.shards_without]
         places = get_param_id_to_sharded_param_map(model_state, [shard.parameter for shard in shards])
         owned = {piece.shard.parameter: piece for piece in self.places.pieces}
         state: dict[str, Any] = {}

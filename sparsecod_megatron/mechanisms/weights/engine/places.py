@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WholeMatrix:
+class MarkedMatrix:
     """A matrix of the whole model that can be marked, wherever it is.
 
     Attributes:
@@ -94,26 +94,36 @@ class Places:
     Args:
         parts: what a plugin acts on.
         has_mask: whether a kind of parameter in a layer can be marked.
+        marks: whether it can in some layer.
 
     Attributes:
         matrices: of the whole model, the same on every process.
         shards: of this rank, with the index of their matrix.
+        shards_without: of the same kinds in other layers; a checkpoint stacks all layers under one key.
         pieces: that this process steps.
         device: of the weights.
     """
 
-    def __init__(self, parts: StepParts, has_mask: Callable[[ParameterKind, int], bool]) -> None:
+    def __init__(
+        self,
+        parts: StepParts,
+        has_mask: Callable[[ParameterKind, int], bool],
+        marks: Callable[[ParameterKind], bool],
+    ) -> None:
         from sparsecod_megatron.model.matrices import matrices
         from sparsecod_megatron.parallel.owned_slices import held_slices, working_parts
 
         table = ParameterTable.of(parts.config)
-        self.matrices = whole_matrices(table, has_mask)
+        self.matrices = marked_matrices(table, has_mask)
         numbers = _numbers(table, has_mask)
+        all_shards = [shard for model in parts.models for shard in matrices(model, table, parts.groups)]
         self.shards: list[tuple[int, Shard]] = [
             (numbers[shard.matrix.layer, shard.row.name] + _expert(shard), shard)
-            for model in parts.models
-            for shard in matrices(model, table, parts.groups)
+            for shard in all_shards
             if (shard.matrix.layer, shard.row.name) in numbers
+        ]
+        self.shards_without = [
+            shard for shard in all_shards if marks(shard.row) and (shard.matrix.layer, shard.row.name) not in numbers
         ]
         self.device = next(parts.models[0].parameters()).device
         self.groups = parts.groups
@@ -152,14 +162,14 @@ class Places:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
-def whole_matrices(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> list[WholeMatrix]:
+def marked_matrices(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> list[MarkedMatrix]:
     """All that can be marked, layer by layer; each expert's is one of its own. Local, the same everywhere."""
-    found: list[WholeMatrix] = []
+    found: list[MarkedMatrix] = []
     first = 0
     for layer in range(table.model.num_layers):
         for row in table.layer(layer):
             for _ in range(row.copies if has_mask(row, layer) else 0):
-                found.append(WholeMatrix(row, layer, first))
+                found.append(MarkedMatrix(row, layer, first))
                 first += found[-1].size
     return found
 
@@ -167,7 +177,7 @@ def whole_matrices(table: ParameterTable, has_mask: Callable[[ParameterKind, int
 def _numbers(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> dict[tuple[int, str], int]:
     """Index of the first matrix of each kind and layer."""
     numbers: dict[tuple[int, str], int] = {}
-    for index, matrix in enumerate(whole_matrices(table, has_mask)):
+    for index, matrix in enumerate(marked_matrices(table, has_mask)):
         numbers.setdefault((matrix.layer, matrix.row.name), index)
     return numbers
 

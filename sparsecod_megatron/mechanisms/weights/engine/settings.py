@@ -12,7 +12,7 @@ from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import choice, choices_of
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.mechanisms.weights.distribution import DISTRIBUTIONS
-from sparsecod_megatron.mechanisms.weights.engine.places import WholeMatrix, whole_matrices
+from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, marked_matrices
 from sparsecod_megatron.seams.mechanism import Folds, Mechanism
 
 KINDS = ("qkv", "attention_output", "mlp_input", "mlp_output")
@@ -71,9 +71,9 @@ class WeightMechanism(Mechanism):
         """Whether those of layer `layer` (from 0) can."""
         return layer not in self.skip_layers and self.marks(kind)
 
-    def matrices(self, table: ParameterTable) -> list[WholeMatrix]:
+    def matrices(self, table: ParameterTable) -> list[MarkedMatrix]:
         """All that can be marked, in the engine's order."""
-        return whole_matrices(table, self.has_mask)
+        return marked_matrices(table, self.has_mask)
 
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """The marks."""

@@ -30,6 +30,9 @@ class WindowSettings(Protocol):
     def has_mask(self, kind: ParameterKind, layer: int) -> bool:
         """As `WeightMechanism.has_mask`."""
 
+    def marks(self, kind: ParameterKind) -> bool:
+        """As `WeightMechanism.marks`."""
+
     def n_and_m(self, context: StepContext) -> tuple[int, int]:
         """The pattern of a step; n = m is dense."""
 
@@ -53,7 +56,7 @@ class MaskedWindow(Plugin):
 
     def __init__(self, settings: WindowSettings, parts: StepParts) -> None:
         self.name, self.settings = settings.name, settings
-        self.places = Places(parts, settings.has_mask)
+        self.places = Places(parts, settings.has_mask, settings.marks)
         self.table, self._seq_length = ParameterTable.of(parts.config), parts.config.data.seq_length
         self.masks: dict[torch.nn.Parameter, Tensor] = {}
         self.flips: list[tuple[int, Tensor, int]] = []
