@@ -77,23 +77,16 @@ def largest(
         Which are chosen, bool, part by part.
     """
     threshold, needed, ties = _threshold(keys, rows, counts, key_bytes=4)
-    chosen = [part > threshold[row] for part, row in zip(keys, rows, strict=True)]
     # The one wait for the device of a choice, at the steps where marks change: ties are rare but for zeros.
-    if bool((ties > needed).any()):
-        equal = [part == threshold[row] for part, row in zip(keys, rows, strict=True)]
-        order = [
-            hashed(positions(index)).masked_fill(~part, NO_CANDIDATE) if bool(part.any()) else _nobody(part)
-            for index, part in enumerate(equal)
-        ]
-        limit, _, _ = _threshold(order, rows, needed, key_bytes=8)
-        first = [part >= limit[row] for part, row in zip(order, rows, strict=True)]
-    else:
-        first = [part >= threshold[row] for part, row in zip(keys, rows, strict=True)]
-    return [a | (b & (needed[row] > 0)) for a, b, row in zip(chosen, first, rows, strict=True)]
-
-
-def _nobody(part: Tensor) -> Tensor:
-    return torch.full(part.shape, NO_CANDIDATE, dtype=torch.int64, device=part.device)
+    if not bool((ties > needed).any()):
+        return [(part >= threshold[row]) & (part >= 0) for part, row in zip(keys, rows, strict=True)]
+    chosen = [part > threshold[row] for part, row in zip(keys, rows, strict=True)]
+    equal = [(part == threshold[row]).nonzero().squeeze(1) for part, row in zip(keys, rows, strict=True)]
+    order = [hashed(positions(index)[ties]) if len(ties) else ties for index, ties in enumerate(equal)]
+    limit, _, _ = _threshold(order, rows, needed, key_bytes=8)
+    for part, ties, places, row in zip(chosen, equal, order, rows, strict=True):
+        part[ties] = (places >= limit[row]) & (needed[row] > 0)
+    return chosen
 
 
 def _threshold(
