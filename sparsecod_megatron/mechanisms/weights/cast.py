@@ -12,10 +12,9 @@ Models (arXiv 2509.25996).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,12 +22,12 @@ from torch import Tensor
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import at_least
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.patterns import indivisible_groups, parsed_pattern, smallest_of_each
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
+from sparsecod_megatron.mechanisms.weights.engine.schedules import is_choice, step_of_share
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
-from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Cast(WeightMechanism):
 
     def last_choice(self, context: StepContext) -> int:
         """The step at which masks harden."""
-        return max(1, math.ceil(self.harden * context.last_step))
+        return step_of_share(self.harden, context)
 
     def zero_pattern(self, context: StepContext) -> tuple[int, int] | None:
         """Once masks have hardened."""
@@ -76,11 +75,6 @@ class Cast(WeightMechanism):
     def plugin(self, parts: StepParts) -> DrawnToZero:
         """Decays, then prunes."""
         return DrawnToZero(self, parts)
-
-    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
-        """Share of weights that are not drawn to zero."""
-        assert isinstance(plugin, DrawnToZero)
-        return LiveShare(plugin)
 
 
 class DrawnToZero(ZeroedWeights):
@@ -102,7 +96,7 @@ class DrawnToZero(ZeroedWeights):
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps, and when masks harden."""
         last = self._settings.last_choice(context)
-        return context.step == last or (context.step < last and (context.step - 1) % self._settings.interval == 0)
+        return is_choice(context.step, first=1, last=last, interval=self._settings.interval)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """By the weights that forward passes have gathered, whose groups slices may cut. Local."""

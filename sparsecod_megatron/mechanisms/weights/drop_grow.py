@@ -8,20 +8,17 @@ Source: Mocanu et al., Scalable Training of Artificial Neural Networks with Adap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from sparsecod_megatron.config.fields import at_least, choice
-from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
 from sparsecod_megatron.mechanisms.weights.engine.schedules import cosine_share
 from sparsecod_megatron.mechanisms.weights.engine.selection import largest, magnitude_keys
 from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
 from sparsecod_megatron.mechanisms.weights.sparse_weights import RandomMasks
-from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 
 @dataclass
@@ -36,11 +33,6 @@ class DropGrow(CountedMechanism):
     """Share of the live weights that the first change replaces; falls to 0 as a cosine."""
     stop: float = field(default=0.75, metadata={"above": 0, "maximum": 1})
     """Share of the steps from which on masks stay."""
-
-    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
-        """Share of weights with a mask that live."""
-        assert isinstance(plugin, MovingMasks)
-        return LiveShare(plugin)
 
 
 class MovingMasks(RandomMasks):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import at_least, between, choice
-from sparsecod_megatron.mechanisms.weights.engine.group_marks import GroupMarks, GroupMechanism, step_of_share
-from sparsecod_megatron.mechanisms.weights.engine.schedules import ramp
+from sparsecod_megatron.mechanisms.weights.engine.group_marks import GroupMarks, GroupMechanism
+from sparsecod_megatron.mechanisms.weights.engine.schedules import is_choice, ramp, step_of_share
 from sparsecod_megatron.seams.plugin import STATE_PREFIX, StepContext, StepParts
 
 SALIENCY = "saliency"
@@ -78,9 +78,7 @@ class SalientGroups(GroupMarks):
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps of the way, and at its end."""
         first, last = (step_of_share(share, context) for share in (self._settings.start, self._settings.end))
-        return context.step == last or (
-            first <= context.step < last and (context.step - first) % self._settings.interval == 0
-        )
+        return is_choice(context.step, first=first, last=last, interval=self._settings.interval)
 
     def on_gradients(self, context: StepContext) -> None:
         """Take the saliency first: a dead weight's is zero. Collective over all processes."""

@@ -9,20 +9,18 @@ its length and its factor are for images, and how often the choice is made is ou
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from sparsecod_megatron.config.fields import at_least
-from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
+from sparsecod_megatron.mechanisms.weights.engine.schedules import is_choice, step_of_share
 from sparsecod_megatron.mechanisms.weights.engine.selection import largest, magnitude_keys
 from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
-from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 
 @dataclass
@@ -42,11 +40,6 @@ class Iss(CountedMechanism):
         """Shrinks, then prunes."""
         return SoftMasks(self, parts)
 
-    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
-        """Share of weights with a mask that do not shrink, or that live."""
-        assert isinstance(plugin, SoftMasks)
-        return LiveShare(plugin)
-
 
 class SoftMasks(ZeroedWeights):
     """The smallest shrink, then die.
@@ -62,12 +55,12 @@ class SoftMasks(ZeroedWeights):
 
     def is_zeroing(self, context: StepContext) -> bool:
         """From the freeze on."""
-        return context.step >= self._last_choice(context)
+        return context.step >= step_of_share(self._settings.freeze, context)
 
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps, and at the freeze."""
-        last = self._last_choice(context)
-        return context.step == last or (context.step < last and (context.step - 1) % self._settings.interval == 0)
+        last = step_of_share(self._settings.freeze, context)
+        return is_choice(context.step, first=1, last=last, interval=self._settings.interval)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """The smallest of each matrix. Collective over all processes."""
@@ -86,6 +79,3 @@ class SoftMasks(ZeroedWeights):
             super().change_weights(piece, marks, context)
         else:
             piece.master.mul_(1 - (1 - self._settings.factor) * marks)
-
-    def _last_choice(self, context: StepContext) -> int:
-        return max(1, math.ceil(self._settings.freeze * context.last_step))

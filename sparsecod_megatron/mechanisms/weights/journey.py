@@ -9,21 +9,19 @@ Laws (arXiv 2501.12486): 25 to 75 % of the compute; the cubic ramp is Zhu & Gupt
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import at_least, between, choice
-from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
-from sparsecod_megatron.mechanisms.weights.engine.schedules import ramp, steps_of_compute
+from sparsecod_megatron.mechanisms.weights.engine.schedules import is_choice, ramp, step_of_share, steps_of_compute
 from sparsecod_megatron.mechanisms.weights.engine.selection import largest, magnitude_keys
 from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
-from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 
 @dataclass
@@ -67,11 +65,6 @@ class Journey(CountedMechanism):
         """Prunes."""
         return GradualMasks(self, parts)
 
-    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
-        """Share of weights with a mask that live."""
-        assert isinstance(plugin, GradualMasks)
-        return LiveShare(plugin)
-
 
 class GradualMasks(ZeroedWeights):
     """The smallest die.
@@ -89,10 +82,8 @@ class GradualMasks(ZeroedWeights):
 
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps of the ramp, and at its end."""
-        first, last = (max(1, math.ceil(share * context.last_step)) for share in self._way)
-        return context.step == last or (
-            first <= context.step < last and (context.step - first) % self._settings.interval == 0
-        )
+        first, last = (step_of_share(share, context) for share in self._way)
+        return is_choice(context.step, first=first, last=last, interval=self._settings.interval)
 
     def live_counts(self, context: StepContext) -> list[float]:
         """By the ramp; with a global scope as if every matrix had its share."""

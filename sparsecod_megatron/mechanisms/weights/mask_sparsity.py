@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import at_least
-from sparsecod_megatron.mechanisms.weights.engine.group_marks import GroupMarks, GroupMechanism, step_of_share
+from sparsecod_megatron.mechanisms.weights.engine.group_marks import GroupMarks, GroupMechanism
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
+from sparsecod_megatron.mechanisms.weights.engine.schedules import step_of_share
 from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 

@@ -10,17 +10,15 @@ Source: Liu et al., The Unreasonable Effectiveness of Random Pruning (arXiv 2202
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
-from sparsecod_megatron.seams.plugin import Plugin, StepParts
+from sparsecod_megatron.seams.plugin import StepParts
 
 if TYPE_CHECKING:
     from sparsecod_megatron.model.matrices import Shard
@@ -35,11 +33,6 @@ class SparseWeights(CountedMechanism):
     def plugin(self, parts: StepParts) -> RandomMasks:
         """Holds the dead weights at zero."""
         return RandomMasks(self, parts)
-
-    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
-        """Share of weights with a mask that live."""
-        assert isinstance(plugin, RandomMasks)
-        return LiveShare(plugin)
 
 
 class RandomMasks(ZeroedWeights):

@@ -9,20 +9,19 @@ Source: Thangarasa et al., SPDF: Sparse Pre-training and Dense Fine-tuning (arXi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
+from sparsecod_megatron.mechanisms.weights.engine.schedules import step_of_share
 from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
 from sparsecod_megatron.mechanisms.weights.sparse_weights import RandomMasks
-from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 LARGEST_BETA2 = 0.99
 """Above it updates after the switch exceed the learning rate by more than 2.2."""
@@ -56,11 +55,6 @@ class Spdf(CountedMechanism):
         """Holds the dead weights at zero, for a time."""
         return LiftedMasks(self, parts)
 
-    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
-        """Share of weights with a mask that live."""
-        assert isinstance(plugin, LiftedMasks)
-        return LiveShare(plugin)
-
 
 class LiftedMasks(RandomMasks):
     """Random masks until a step.
@@ -76,7 +70,7 @@ class LiftedMasks(RandomMasks):
 
     def is_due(self, context: StepContext) -> bool:
         """Once: the last sparse step takes the masks away."""
-        return context.step == max(1, math.ceil(self._dense_after * context.last_step))
+        return context.step == step_of_share(self._dense_after, context)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """None."""

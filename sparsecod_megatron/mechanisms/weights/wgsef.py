@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config.fields import above
-from sparsecod_megatron.mechanisms.weights.engine.group_marks import GroupMarks, GroupMechanism, step_of_share
+from sparsecod_megatron.mechanisms.weights.engine.group_marks import GroupMarks, GroupMechanism
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
+from sparsecod_megatron.mechanisms.weights.engine.schedules import step_of_share
 from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 BISECTIONS = 60

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,10 +12,9 @@ from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import choice
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.groups import PATTERN_KINDS, Groups, model_blocks, smallest_groups
-from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
-from sparsecod_megatron.mechanisms.weights.engine.marks import Marks, ZeroedWeights
+from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
-from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 BYTES_OF_MARK_AND_GROUP = 5
 
@@ -73,11 +71,6 @@ class GroupMechanism(WeightMechanism):
         """The marks, and which group a weight is in."""
         return BYTES_OF_MARK_AND_GROUP if self.marks(kind) else 0
 
-    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> LiveShare:
-        """Share of weights with a mask that live."""
-        assert isinstance(plugin, Marks)
-        return LiveShare(plugin)
-
 
 class GroupMarks(ZeroedWeights):
     """Marks that weights of a group share.
@@ -119,8 +112,3 @@ class GroupMarks(ZeroedWeights):
         blocks = [self.groups.blocks[number] for number in self.groups.of_matrix]
         dead = [self.group_settings.dead_of(block.count, self.share(context)) / block.count for block in blocks]
         return [matrix.size * (1 - share) for matrix, share in zip(self.places.matrices, dead, strict=True)]
-
-
-def step_of_share(share: float, context: StepContext) -> int:
-    """The first step at which a share of the run's is reached."""
-    return max(1, math.ceil(share * context.last_step))

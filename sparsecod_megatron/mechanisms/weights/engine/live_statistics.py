@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sparsecod_megatron.mechanisms.weights.engine.marks import Marks
 from sparsecod_megatron.mechanisms.weights.engine.settings import KINDS
+from sparsecod_megatron.seams.plugin import Plugin
 
 if TYPE_CHECKING:
     from sparsecod_megatron.metrics.accumulator import LayerAccumulator
@@ -25,7 +26,8 @@ class LiveShare:
     names: tuple[str, ...] = ("live_share", *(f"live_{kind}" for kind in KINDS), "dead_neurons")
     maxima: tuple[str, ...] = ()
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, marks: Plugin | None) -> None:
+        assert isinstance(marks, Marks)
         self._marks = marks
 
     @contextlib.contextmanager

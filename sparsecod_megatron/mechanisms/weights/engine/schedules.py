@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from sparsecod_megatron.seams.plugin import StepContext
+
 RAMPS = {"cubic": 3, "linear": 1}
 """Ways from dense to sparse, and the power of what is left of the way."""
 
@@ -46,6 +48,16 @@ def steps_of_compute(start: float, end: float, *, sparsity: float, kind: str) ->
     first, ramped, last = start, (end - start) / (1 - mean * sparsity), (1 - end) / (1 - sparsity)
     compute = 1 / (first + ramped + last)
     return first * compute, (first + ramped) * compute
+
+
+def step_of_share(share: float, context: StepContext) -> int:
+    """The first step at which a share of the run's is reached; at least 1."""
+    return max(1, math.ceil(share * context.last_step))
+
+
+def is_choice(step: int, *, first: int, last: int, interval: int) -> bool:
+    """Whether a step chooses that has to do so every `interval` steps from `first` on, and finally at `last`."""
+    return step == last or (first <= step < last and (step - first) % interval == 0)
 
 
 def cosine_share(step: int, *, stop: float, first: float) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import choice, choices_of
@@ -14,6 +14,7 @@ from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.mechanisms.weights.distribution import DISTRIBUTIONS
 from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, marked_matrices
 from sparsecod_megatron.seams.mechanism import Folds, Mechanism
+from sparsecod_megatron.seams.plugin import Plugin
 
 KINDS = ("qkv", "attention_output", "mlp_input", "mlp_output")
 """Matrices that can have masks, as `model.init_std` calls them; those of experts are MLPs' too."""
@@ -78,6 +79,12 @@ class WeightMechanism(Mechanism):
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """The marks."""
         return 1 if self.marks(kind) else 0
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> Any:
+        """Share of weights with a mask that are not marked."""
+        from sparsecod_megatron.mechanisms.weights.engine.live_statistics import LiveShare
+
+        return LiveShare(plugin)
 
     def export(self, model: ModelConfig) -> Folds:
         """The weights that the model computes with: zeros are weights like others."""
