@@ -10,6 +10,7 @@ masks change, and `amortised` what the mechanism costs at its own interval.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 import warnings
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.statistics_overhead import WARM_UP, random_batches
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
@@ -38,6 +38,8 @@ MODEL = (
     "train.micro_batch_size=8",
     "schedule.lr_decay_style=constant",
 )
+WARM_UP = 3
+"""Steps of each that are not measured."""
 NEVER = 1_000_000
 """Steps between changes of masks that a measurement never reaches."""
 
@@ -66,6 +68,15 @@ def run_config(name: str, *, experts: int, interval: int | None = None) -> RunCo
     return load_config(None, shape, mechanisms=MECHANISMS)
 
 
+def one_batch(config: RunConfig) -> dict[str, torch.Tensor]:
+    """A micro-batch of random tokens, which every step takes again."""
+    shape = (config.train.micro_batch_size, config.data.seq_length)
+    assert config.model.vocab_size is not None
+    tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(shape[1]).expand(shape)
+    return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": positions}
+
+
 def measure(configs: dict[str, RunConfig], backend: Backend, *, steps: int) -> dict[str, float]:
     """Median processor seconds of a step by name; all take turns.
 
@@ -84,7 +95,7 @@ def measure(configs: dict[str, RunConfig], backend: Backend, *, steps: int) -> d
     first = next(iter(configs.values()))
     with running_processes(first, communication=backend.communication, device=backend.device) as groups:
         trainers = {name: build_trainer(config, backend, groups) for name, config in configs.items()}
-        data = {name: [random_batches(config)] for name, config in configs.items()}
+        data = {name: [itertools.repeat(one_batch(config))] for name, config in configs.items()}
         for step in range(steps + WARM_UP):
             for name, trainer in trainers.items():
                 synchronize(backend.device)
