@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,16 @@ def same_bits(ours: tuple[list[str], list[torch.Tensor]], theirs: tuple[list[str
     return ours[0] == theirs[0] and all(map(torch.equal, ours[1], theirs[1]))
 
 
+@functools.cache
+def dense_run(*overrides: str) -> tuple[list[str], list[torch.Tensor]]:
+    """What `trained` gives without a mechanism."""
+    with small_trainer(*DEPTH, *overrides) as trainer:
+        return trained(trainer)
+
+
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_a_neutral_value_is_the_dense_run(name: str) -> None:
-    with small_trainer(*DEPTH) as trainer:
-        dense = trained(trainer)
+    dense = dense_run()
     with small_trainer(*DEPTH, *NEUTRAL[name]) as trainer:
         assert trainer.config.mechanisms
         assert same_bits(trained(trainer), dense)
@@ -55,8 +62,7 @@ def test_a_neutral_value_is_the_dense_run(name: str) -> None:
 def test_off_is_off_and_on_is_not(name: str) -> None:
     case = CASES[name]
     plain = [override for override in case.settings if not override.startswith("mechanisms.")]
-    with small_trainer(*DEPTH, *plain) as trainer:
-        dense = trained(trainer)
+    dense = dense_run(*plain)
     with small_trainer(*DEPTH, *case.settings, f"mechanisms.{name}=null") as trainer:
         assert not trainer.config.mechanisms and not trainer.plugins
         assert same_bits(trained(trainer), dense)
