@@ -29,13 +29,15 @@ def smallest_of_each(weight: Tensor, n: int, m: int) -> Tensor:
         n: kept of each group.
         m: neighbours along `in`.
     """
-    groups = weight.detach().abs().unflatten(-1, (-1, m))
-    larger = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
-    for other in range(m):
-        rival = groups[..., other : other + 1]
-        larger[..., :other] += rival > groups[..., :other]
-        larger[..., other + 1 :] += rival >= groups[..., other + 1 :]
-    return (larger >= n).flatten(start_dim=-2)
+    # One tensor for each place in the groups: passes over long rows, where a group's own few would be slow to walk.
+    places = [place.contiguous() for place in weight.detach().abs().unflatten(-1, (-1, m)).unbind(-1)]
+    larger = [torch.zeros(places[0].shape, dtype=torch.uint8, device=weight.device) for _ in range(m)]
+    for first in range(m):
+        for second in range(first + 1, m):
+            wins = places[first] >= places[second]
+            larger[second] += wins
+            larger[first] += ~wins
+    return torch.stack([count >= n for count in larger], dim=-1).flatten(start_dim=-2)
 
 
 def exceeding_groups(weight: Tensor, n: int, m: int) -> int:
