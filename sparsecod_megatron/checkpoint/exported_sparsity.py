@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.mechanisms.weights.engine.patterns import exceeding_groups
-from sparsecod_megatron.seams.mechanism import configured
+from sparsecod_megatron.seams.mechanism import Mechanism, configured
 from sparsecod_megatron.seams.plugin import StepContext
 
 SPARSITY_FILE = "sparsity.json"
@@ -37,8 +39,8 @@ def write_sparsity(config: RunConfig, context: StepContext, folder: Path) -> Non
     sparse = [mechanism for mechanism in configured(config) if mechanism.dead_parameters(table)]
     if not sparse:
         return
-    patterns = [pattern for mechanism in sparse if (pattern := mechanism.zero_pattern(context)) is not None]
     live: dict[str, float] = {}
+    found: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (a handle of safetensors is not a mapping)
@@ -47,15 +49,26 @@ def write_sparsity(config: RunConfig, context: StepContext, folder: Path) -> Non
                 if weight.dim() != 2 or not zeros:
                     continue
                 live[name] = 1 - zeros / weight.numel()
-                for n, m in patterns:
+                for mechanism, (n, m) in _patterns(sparse, name, context):
+                    found.add(f"{n}:{m}")
                     if groups := exceeding_groups(weight, n, m):
                         raise ConversionError(
                             f"{folder.name}: {name} has {groups} groups of {m} with more than {n} live weights, where "
-                            f"mechanisms.{sparse[0].name} promises none; the checkpoint is not of this run"
+                            f"mechanisms.{mechanism.name} promises none; the checkpoint is not of this run"
                         )
     content: dict[str, Any] = {
         "mechanisms": {mechanism.name: dataclasses.asdict(mechanism) for mechanism in sparse},  # type: ignore[call-overload]
-        "pattern": ", ".join(f"{n}:{m}" for n, m in patterns) or "unstructured",
+        "pattern": ", ".join(sorted(found)) or "unstructured",
         "live_share": live,
     }
     (folder / SPARSITY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _patterns(
+    sparse: Sequence[Mechanism], name: str, context: StepContext
+) -> Iterator[tuple[Mechanism, tuple[int, int]]]:
+    """What each mechanism promises of the layer that an exported tensor is in."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    for mechanism in sparse if layer else ():
+        if layer and (pattern := mechanism.zero_pattern(int(layer[1]), context)) is not None:
+            yield mechanism, pattern

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.compression.changes import Changes, eligible
 from sparsecod_megatron.compression.experts import is_fused
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms.weights.engine.patterns import exceeding_groups
 
 
 def require_modelopt() -> None:
@@ -58,15 +58,8 @@ def quiet_modelopt() -> Iterator[None]:
 def put_sparse(changes: Changes, converted: PreTrainedModel) -> None:
     """Take over the matrices that ModelOpt has made 2:4, and leave the others."""
     for name, weight in eligible(converted):
-        if follows_pattern(weight):
+        if weight.shape[-1] % 4 == 0 and not exceeding_groups(weight, 2, 4):
             changes.put(name, weight)
-
-
-def follows_pattern(weight: Tensor) -> bool:
-    """Whether at most two of every four neighbours along the last axis are not zero."""
-    if weight.shape[-1] % 4:
-        return False
-    return bool(((weight != 0).unflatten(-1, (-1, 4)).sum(dim=-1, dtype=torch.uint8) <= 2).all())
 
 
 def why_passed_over(module: nn.Module, weight: Tensor, *, rows: int = 1, columns: int = 1) -> str:

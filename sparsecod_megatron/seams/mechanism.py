@@ -150,8 +150,13 @@ class Mechanism:
         """Number of parameters that it holds at zero."""
         return 0
 
-    def zero_pattern(self, context: StepContext) -> tuple[int, int] | None:
-        """(n, m) where at most n of any m neighbours along a matrix's input are not zero in what is exported."""
+    def zero_pattern(self, layer: int, context: StepContext) -> tuple[int, int] | None:
+        """(n, m) where at most n of any m neighbours along a matrix's input are not zero in what is exported.
+
+        Args:
+            layer: from 0, of the matrices that have zeros.
+            context: the step of the checkpoint.
+        """
         return None
 
     def layers_differ(self, model: ModelConfig) -> bool:

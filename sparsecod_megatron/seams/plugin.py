@@ -93,7 +93,7 @@ class Plugin:
         """
 
     def step_ended(self, context: StepContext, *, updated: bool) -> None:
-        """The step is over; without an update, what `on_gradients` prepared was not used. Local, on every rank."""
+        """The step is over; without an update, what `on_gradients` prepared was not used. Collective."""
 
     def metrics(self, context: StepContext) -> dict[str, float]:
         """What the line of metrics says of it. Local, on the first rank at logged steps; it may wait for the device."""

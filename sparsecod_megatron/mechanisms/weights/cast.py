@@ -68,9 +68,10 @@ class Cast(WeightMechanism):
         """The step at which masks harden."""
         return step_of_share(self.harden, context)
 
-    def zero_pattern(self, context: StepContext) -> tuple[int, int] | None:
+    def zero_pattern(self, layer: int, context: StepContext) -> tuple[int, int] | None:
         """Once masks have hardened."""
-        return self.n_and_m() if context.step >= self.last_choice(context) else None
+        has_hardened = context.step >= self.last_choice(context)
+        return self.n_and_m() if layer not in self.skip_layers and has_hardened else None
 
     def plugin(self, parts: StepParts) -> DrawnToZero:
         """Decays, then prunes."""

@@ -56,10 +56,10 @@ class Ste(WeightMechanism):
         n, m = self.n_and_m(StepContext(1, 1))
         return sum(matrix.size for matrix in self.matrices(table)) * (m - n) // m
 
-    def zero_pattern(self, context: StepContext) -> tuple[int, int] | None:
+    def zero_pattern(self, layer: int, context: StepContext) -> tuple[int, int] | None:
         """The step's, unless the model still computes with all."""
         n, m = self.n_and_m(context)
-        return None if n == m or self.dead_factor(context) else (n, m)
+        return None if layer in self.skip_layers or n == m or self.dead_factor(context) else (n, m)
 
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """Masks are made for each pass."""

@@ -375,3 +375,18 @@ def test_what_is_exported_is_what_the_model_computes(tmp_path: Path) -> None:
     assert {int(name.split(".")[2]) for name in sidecar["live_share"]} == {0, 2}
     weights = dict(model.named_parameters())
     assert all(int((weights[name] == 0).sum()) * 2 == weights[name].numel() for name in sidecar["live_share"])
+
+
+def test_a_pattern_is_promised_where_its_mechanism_is(tmp_path: Path) -> None:
+    """Two in one run, each with layers of its own: zeros of the other follow no pattern, and need not."""
+    from sparsecod_megatron.checkpoint.exported import export_checkpoint
+    from sparsecod_megatron.checkpoint.saver import save_checkpoint
+    from sparsecod_megatron.checkpoint.state import TrainState
+
+    overrides = ("mechanisms.ste.skip_layers=[1,2]", "mechanisms.sparse_weights.skip_layers=[0]")
+    with small_trainer(*overrides) as trainer:
+        saved = save_checkpoint(tmp_path, trainer, state=TrainState())
+    export_checkpoint(saved, tmp_path / "hf", verify=False)
+    sidecar = json.loads((tmp_path / "hf" / "sparsity.json").read_text())
+    assert sidecar["pattern"] == "2:4" and set(sidecar["mechanisms"]) == {"ste", "sparse_weights"}
+    assert {int(name.split(".")[2]) for name in sidecar["live_share"]} == {0, 1, 2}

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places, effective_flops_per_token
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
 from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin, StepContext, StepParts
 
@@ -136,15 +135,10 @@ class Marks(Plugin):
         """Share of weights with a mask that live, parameters of the model that lived on average, FLOPs without dead."""
         matrices = self.places.matrices
         total, others = sum(matrix.size for matrix in matrices), self.table.count().total
-        # A routed expert's products are of the tokens that it gets: its share of a token's.
-        idle = sum(
-            (1 - live / matrix.size) * matrix.row.multiplied / matrix.row.copies
-            for matrix, live in zip(matrices, self.live, strict=True)
-        )
         found = {
             "live_share": sum(self.live) / total,
             "mean_live_parameters": others - total + self._live_steps / max(self._steps, 1),
-            "effective_flops_per_token": flops_per_token(self.table, self._seq_length) - BACKWARD_FACTOR * 2.0 * idle,
+            "effective_flops_per_token": effective_flops_per_token(self.table, self._seq_length, matrices, self.live),
         }
         return found if self.flips is None else {**found, "mask_flips": self.flips.item() / total}
 

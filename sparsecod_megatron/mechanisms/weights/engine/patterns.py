@@ -48,7 +48,7 @@ def exceeding_groups(weight: Tensor, n: int, m: int) -> int:
         n: allowed in each group.
         m: neighbours along `in`.
     """
-    return int(((weight.unflatten(-1, (-1, m)) != 0).sum(-1) > n).sum())
+    return int(((weight != 0).unflatten(-1, (-1, m)).sum(-1, dtype=torch.uint8) > n).sum())
 
 
 def indivisible_groups(key: str, pattern: str, rows: list[ParameterKind], config: RunConfig) -> Iterator[str]:

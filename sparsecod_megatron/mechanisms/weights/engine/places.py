@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.seams.plugin import StepParts
 
@@ -115,7 +116,9 @@ class Places:
 
         table = ParameterTable.of(parts.config)
         self.matrices = marked_matrices(table, has_mask)
-        numbers = _numbers(table, has_mask)
+        numbers: dict[tuple[int, str], int] = {}  # of the first matrix of each kind and layer
+        for index, matrix in enumerate(self.matrices):
+            numbers.setdefault((matrix.layer, matrix.row.name), index)
         all_shards = [shard for model in parts.models for shard in matrices(model, table, parts.groups)]
         self.shards: list[tuple[int, Shard]] = [
             (numbers[shard.matrix.layer, shard.row.name] + _expert(shard), shard)
@@ -162,6 +165,25 @@ class Places:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
+def effective_flops_per_token(
+    table: ParameterTable, seq_length: int, matrices: Sequence[MarkedMatrix], live: Sequence[float]
+) -> float:
+    """FLOPs of a token, forward and backward, without the products of dead weights.
+
+    Args:
+        table: of the model's parameters.
+        seq_length: tokens of a sequence.
+        matrices: that have marks.
+        live: number of weights of each that the model computes with.
+    """
+    # A routed expert's products are of the tokens that it gets: its share of a token's.
+    idle = sum(
+        (1 - count / matrix.size) * matrix.row.multiplied / matrix.row.copies
+        for matrix, count in zip(matrices, live, strict=True)
+    )
+    return flops_per_token(table, seq_length) - BACKWARD_FACTOR * 2.0 * idle
+
+
 def marked_matrices(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> list[MarkedMatrix]:
     """All that can be marked, layer by layer; each expert's is one of its own. Local, the same everywhere."""
     found: list[MarkedMatrix] = []
@@ -172,14 +194,6 @@ def marked_matrices(table: ParameterTable, has_mask: Callable[[ParameterKind, in
                 found.append(MarkedMatrix(row, layer, first))
                 first += found[-1].size
     return found
-
-
-def _numbers(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> dict[tuple[int, str], int]:
-    """Index of the first matrix of each kind and layer."""
-    numbers: dict[tuple[int, str], int] = {}
-    for index, matrix in enumerate(marked_matrices(table, has_mask)):
-        numbers.setdefault((matrix.layer, matrix.row.name), index)
-    return numbers
 
 
 def _expert(shard: Shard) -> int:

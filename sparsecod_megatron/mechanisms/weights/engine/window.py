@@ -15,10 +15,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.patterns import smallest_of_each
-from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places, effective_flops_per_token
 from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
 
 
@@ -105,8 +104,9 @@ class MaskedWindow(Plugin):
     def metrics(self, context: StepContext) -> dict[str, float]:
         """Share of weights with a mask that the model computes with, and FLOPs without the others."""
         n, m = self.settings.n_and_m(context)
-        idle = (1 - n / m) * sum(matrix.row.multiplied / matrix.row.copies for matrix in self.places.matrices)
-        flops = flops_per_token(self.table, self._seq_length) - BACKWARD_FACTOR * 2.0 * idle
+        matrices = self.places.matrices
+        live = [matrix.size * n / m for matrix in matrices]
+        flops = effective_flops_per_token(self.table, self._seq_length, matrices, live)
         return {"live_share": n / m, "effective_flops_per_token": flops}
 
     def _count_flips(self, before: dict[torch.nn.Parameter, Tensor]) -> None:
