@@ -13,7 +13,7 @@ from hypothesis import settings
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 THREADS = 300
-"""Of this process, above which a test is followed by a garbage collection."""
+"""New ones of this process since the last garbage collection after which a test is followed by the next."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,9 +72,21 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
+def few_threads(left_by_others: list[int]) -> Iterator[None]:
     """Free closed process groups: models are full of cycles, and a gloo group keeps its threads until then."""
     yield
-    tasks = Path("/proc/self/task")
-    if tasks.exists() and sum(1 for _ in tasks.iterdir()) > THREADS:
+    if _threads() > left_by_others[0] + THREADS:
         gc.collect()
+        # torch keeps one group of each session for good: without this, every later test would collect.
+        left_by_others[0] = _threads()
+
+
+@pytest.fixture(scope="session")
+def left_by_others() -> list[int]:
+    """How many threads the last garbage collection has left."""
+    return [0]
+
+
+def _threads() -> int:
+    tasks = Path("/proc/self/task")
+    return sum(1 for _ in tasks.iterdir()) if tasks.exists() else 0

@@ -150,6 +150,10 @@ class Mechanism:
         """Number of parameters that it holds at zero."""
         return 0
 
+    def idle_products(self, table: ParameterTable, context: StepContext) -> float:
+        """Products of a token with parameters that it holds at zero after a step, in a forward pass."""
+        return 0.0
+
     def zero_pattern(self, layer: int, context: StepContext) -> tuple[int, int] | None:
         """(n, m) where at most n of any m neighbours along a matrix's input are not zero in what is exported.
 

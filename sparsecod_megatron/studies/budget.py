@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparsecod_megatron.config import RunConfig, load_config
-from sparsecod_megatron.config.flops import flops_per_token
+from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
 from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
+from sparsecod_megatron.seams.plugin import StepContext
 from sparsecod_megatron.studies.schema import BudgetConfig, Labels, setting_name
+
+SAMPLED_STEPS = 200
+"""Steps of the run of which the operations are averaged."""
 
 
 def set_budget(budget: BudgetConfig, base: Path, runs: Mapping[Labels, Sequence[str]]) -> dict[Labels, list[str]]:
@@ -29,11 +33,14 @@ def set_budget(budget: BudgetConfig, base: Path, runs: Mapping[Labels, Sequence[
     tokens = {labels: float(training_tokens(config)) for labels, config in configs.items()}
     if budget.tokens is not None:
         tokens = dict.fromkeys(tokens, float(budget.tokens))
-    if budget.match == "compute":
+    if budget.match != "tokens":
+        is_effective = budget.match == "effective_compute"
+        costs = {
+            labels: training_flops_per_token(config, is_effective=is_effective) for labels, config in configs.items()
+        }
         reference = next(labels for labels in runs if _is_reference(labels, budget.reference, runs))
-        flops = tokens[reference] * training_flops_per_token(configs[reference])
-        tokens = {labels: flops / training_flops_per_token(config) for labels, config in configs.items()}
-    changed = budget.tokens is not None or budget.match == "compute"
+        tokens = {labels: tokens[reference] * costs[reference] / cost for labels, cost in costs.items()}
+    changed = budget.tokens is not None or budget.match != "tokens"
     found = {}
     for labels, changes in runs.items():
         config = configs[labels]
@@ -54,10 +61,21 @@ def tokens_per_step(config: RunConfig) -> int:
     return config.train.global_batch_size * config.data.seq_length
 
 
-def training_flops_per_token(config: RunConfig) -> float:
-    """Forward and backward; convention `full` of config/flops.py."""
-    completed, _ = with_vocabulary(config)
-    return flops_per_token(ParameterTable.of(completed), config.data.seq_length)
+def training_flops_per_token(config: RunConfig, *, is_effective: bool = False) -> float:
+    """Forward and backward, on average over a run; convention `full` of config/flops.py.
+
+    Args:
+        config: of the run.
+        is_effective: without the products with weights that mechanisms hold at zero.
+    """
+    table = ParameterTable.of(with_vocabulary(config)[0])
+    flops = flops_per_token(table, config.data.seq_length)
+    if not is_effective:
+        return flops
+    # Schedules of sparsity are functions of the share of the steps, so that steps need not be known yet.
+    steps = [StepContext(step, SAMPLED_STEPS) for step in range(1, SAMPLED_STEPS + 1)]
+    idle = sum(mechanism.idle_products(table, step) for mechanism in table.mechanisms for step in steps)
+    return flops - BACKWARD_FACTOR * 2.0 * idle / len(steps)
 
 
 def training_tokens(config: RunConfig) -> int:

@@ -30,8 +30,9 @@ class BudgetConfig:
 
     tokens: int | None = at_least(1, None)
     """Training tokens of a cell (of the reference cell, where compute is matched); None trains the base's steps."""
-    match: str = choice("tokens", "compute")
-    """What all cells have in common: the tokens, or the operations of the cell `reference`."""
+    match: str = choice("tokens", "compute", "effective_compute")
+    """What all cells have in common: the tokens, or the operations of the cell `reference`; `effective_compute` leaves
+    out products with weights that a mechanism holds at zero, as hardware that skips them would."""
     reference: dict[str, str] = field(default_factory=dict)
     """Axis → label of the cell that spends `tokens`; axes left out are at their first label."""
     warmup_share: float | None = at_least(0, None)

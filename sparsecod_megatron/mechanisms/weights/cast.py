@@ -59,19 +59,19 @@ class Cast(WeightMechanism):
         assert found is not None, self.pattern
         return found
 
-    def dead_parameters(self, table: ParameterTable) -> int:
-        """Number of weights at zero in the end."""
-        n, m = self.n_and_m()
-        return sum(matrix.size for matrix in self.matrices(table)) * (m - n) // m
+    @property
+    def zeroed_from(self) -> float:
+        """When masks harden."""
+        return self.harden
 
-    def last_choice(self, context: StepContext) -> int:
-        """The step at which masks harden."""
-        return step_of_share(self.harden, context)
+    def live_counts(self, table: ParameterTable, context: StepContext) -> list[float]:
+        """All until masks harden."""
+        n, m = self.n_and_m() if self.is_zeroing(context) else (1, 1)
+        return [matrix.size * n / m for matrix in self.matrices(table)]
 
     def zero_pattern(self, layer: int, context: StepContext) -> tuple[int, int] | None:
         """Once masks have hardened."""
-        has_hardened = context.step >= self.last_choice(context)
-        return self.n_and_m() if layer not in self.skip_layers and has_hardened else None
+        return self.n_and_m() if layer not in self.skip_layers and self.is_zeroing(context) else None
 
     def plugin(self, parts: StepParts) -> DrawnToZero:
         """Decays, then prunes."""
@@ -86,37 +86,26 @@ class DrawnToZero(ZeroedWeights):
         parts: what it acts on.
     """
 
-    def __init__(self, settings: Cast, parts: StepParts) -> None:
-        super().__init__(settings, parts)
-        self._settings = settings
-
-    def is_zeroing(self, context: StepContext) -> bool:
-        """At the end."""
-        return context.step >= self._settings.last_choice(context)
+    settings: Cast
 
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps, and when masks harden."""
-        last = self._settings.last_choice(context)
-        return is_choice(context.step, first=1, last=last, interval=self._settings.interval)
+        last = step_of_share(self.settings.harden, context)
+        return is_choice(context.step, first=1, last=last, interval=self.settings.interval)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """By the weights that forward passes have gathered, whose groups slices may cut. Local."""
-        n, m = self._settings.n_and_m()
+        n, m = self.settings.n_and_m()
         dead = {shard.parameter: smallest_of_each(shard.parameter, n, m) for _, shard in self.places.shards}
         return [piece.slice_of(dead[piece.shard.parameter]).clone() for piece in self.places.pieces]
 
-    def live_counts(self, context: StepContext) -> list[float]:
-        """All until masks harden."""
-        n, m = self._settings.n_and_m()
-        return [matrix.size * n / m for matrix in self.places.matrices] if self.is_zeroing(context) else self.live
-
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """The proximal step of λ_t |W| in the metric of Adam, or zeros."""
-        if self.is_zeroing(context):
+        if self.settings.is_zeroing(context):
             super().change_weights(piece, marks, context)
             return
         group = piece.group
-        decay = self._settings.decay * min(context.progress / self._settings.rise, 1.0)
+        decay = self.settings.decay * min(context.progress / self.settings.rise, 1.0)
         variance = piece.moments[1] / (1 - group["betas"][1] ** group["step"])
         threshold = marks * (group["lr"] * decay / (variance.sqrt() + group["eps"]))
         piece.master.copy_(torch.sign(piece.master) * (piece.master.abs() - threshold).clamp(min=0))

@@ -18,7 +18,7 @@ from sparsecod_megatron.mechanisms.weights.engine.schedules import cosine_share
 from sparsecod_megatron.mechanisms.weights.engine.selection import largest, magnitude_keys
 from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
 from sparsecod_megatron.mechanisms.weights.sparse_weights import RandomMasks
-from sparsecod_megatron.seams.plugin import StepContext, StepParts
+from sparsecod_megatron.seams.plugin import StepContext
 
 
 @dataclass
@@ -43,9 +43,7 @@ class MovingMasks(RandomMasks):
         parts: what it acts on.
     """
 
-    def __init__(self, settings: DropGrow, parts: StepParts) -> None:
-        super().__init__(settings, parts)
-        self.settings = settings
+    settings: DropGrow
 
     def growth_keys(self, number: int, piece: Piece, candidates: Tensor, context: StepContext) -> Tensor:
         """Keys of a piece by which weights grow, the largest first; `NO_CANDIDATE` outside of `candidates`. Local."""

@@ -53,6 +53,10 @@ class EfficientLlm(GroupMechanism):
         if self.start > self.end:
             yield f"{self.key('start')}: {self.start} is above {self.key('end')}={self.end}; lower it"
 
+    def share(self, context: StepContext) -> float:
+        """Linear."""
+        return ramp(context.progress, start=self.start, end=self.end, kind="linear")
+
     def plugin(self, parts: StepParts) -> SalientGroups:
         """Prunes."""
         return SalientGroups(self, parts)
@@ -66,24 +70,21 @@ class SalientGroups(GroupMarks):
         parts: what it acts on.
     """
 
+    settings: EfficientLlm
+
     def __init__(self, settings: EfficientLlm, parts: StepParts) -> None:
         super().__init__(settings, parts)
-        self._settings = settings
         self.saliency = torch.zeros(self.groups.number, device=self.places.device)
-
-    def share(self, context: StepContext) -> float:
-        """Linear."""
-        return ramp(context.progress, start=self._settings.start, end=self._settings.end, kind="linear")
 
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps of the way, and at its end."""
-        first, last = (step_of_share(share, context) for share in (self._settings.start, self._settings.end))
-        return is_choice(context.step, first=first, last=last, interval=self._settings.interval)
+        first, last = (step_of_share(share, context) for share in (self.settings.start, self.settings.end))
+        return is_choice(context.step, first=first, last=last, interval=self.settings.interval)
 
     def on_gradients(self, context: StepContext) -> None:
         """Take the saliency first: a dead weight's is zero. Collective over all processes."""
         values = [(piece.master * piece.gradient).square() for piece in self.places.pieces]
-        memory = self._settings.memory
+        memory = self.settings.memory
         self.saliency = memory * self.saliency + (1 - memory) * self.groups.sums(values)
         super().on_gradients(context)
 

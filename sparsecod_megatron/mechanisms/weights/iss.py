@@ -36,6 +36,11 @@ class Iss(CountedMechanism):
     freeze: float = field(default=0.5, metadata={"above": 0, "maximum": 1})
     """Share of the steps after which the smallest are zeros for good."""
 
+    @property
+    def zeroed_from(self) -> float:
+        """The freeze."""
+        return self.freeze
+
     def plugin(self, parts: StepParts) -> SoftMasks:
         """Shrinks, then prunes."""
         return SoftMasks(self, parts)
@@ -49,18 +54,16 @@ class SoftMasks(ZeroedWeights):
         parts: what it acts on.
     """
 
+    settings: Iss
+
     def __init__(self, settings: Iss, parts: StepParts) -> None:
         super().__init__(settings, parts)
-        self._settings, self._counts = settings, settings.live_counts(self.table)
-
-    def is_zeroing(self, context: StepContext) -> bool:
-        """From the freeze on."""
-        return context.step >= step_of_share(self._settings.freeze, context)
+        self._counts = settings.final_counts(self.table)
 
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps, and at the freeze."""
-        last = step_of_share(self._settings.freeze, context)
-        return is_choice(context.step, first=1, last=last, interval=self._settings.interval)
+        last = step_of_share(self.settings.freeze, context)
+        return is_choice(context.step, first=1, last=last, interval=self.settings.interval)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """The smallest of each matrix. Collective over all processes."""
@@ -69,13 +72,9 @@ class SoftMasks(ZeroedWeights):
         rows, counts = [piece.index for piece in pieces], self.places.counts(self._counts)
         return [~large for large in largest(keys, rows, counts, self.places.positions)]
 
-    def live_counts(self, context: StepContext) -> list[float]:
-        """All until the freeze."""
-        return [float(count) for count in self._counts] if self.is_zeroing(context) else self.live
-
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """Shrink what is marked, or zero it."""
-        if self.is_zeroing(context):
+        if self.settings.is_zeroing(context):
             super().change_weights(piece, marks, context)
         else:
-            piece.master.mul_(1 - (1 - self._settings.factor) * marks)
+            piece.master.mul_(1 - (1 - self.settings.factor) * marks)

@@ -61,6 +61,11 @@ class Journey(CountedMechanism):
             return self.start, self.end
         return steps_of_compute(self.start, self.end, sparsity=1 - self.density, kind=self.ramp)
 
+    def share(self, context: StepContext) -> float:
+        """By the ramp."""
+        start, end = self.way()
+        return ramp(context.progress, start=start, end=end, kind=self.ramp)
+
     def plugin(self, parts: StepParts) -> GradualMasks:
         """Prunes."""
         return GradualMasks(self, parts)
@@ -74,28 +79,21 @@ class GradualMasks(ZeroedWeights):
         parts: what it acts on.
     """
 
+    settings: Journey
+
     def __init__(self, settings: Journey, parts: StepParts) -> None:
         super().__init__(settings, parts)
-        self._settings, self._way = settings, settings.way()
-        pairs = zip(self.places.matrices, settings.live_counts(self.table), strict=True)
-        self._dead_in_the_end = [matrix.size - live for matrix, live in pairs]
+        self._way = settings.way()
 
     def is_due(self, context: StepContext) -> bool:
         """Every `interval` steps of the ramp, and at its end."""
         first, last = (step_of_share(share, context) for share in self._way)
-        return is_choice(context.step, first=first, last=last, interval=self._settings.interval)
-
-    def live_counts(self, context: StepContext) -> list[float]:
-        """By the ramp; with a global scope as if every matrix had its share."""
-        start, end = self._way
-        share = ramp(context.progress, start=start, end=end, kind=self._settings.ramp)
-        pairs = zip(self.places.matrices, self._dead_in_the_end, strict=True)
-        return [matrix.size - round(share * dead) for matrix, dead in pairs]
+        return is_choice(context.step, first=first, last=last, interval=self.settings.interval)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """All but the largest of those that live. Collective over all processes."""
-        pieces, counts = self.places.pieces, [round(count) for count in self.live_counts(context)]
-        is_global = self._settings.scope == "global"
+        pieces, counts = self.places.pieces, [round(n) for n in self.settings.live_counts(self.table, context)]
+        is_global = self.settings.scope == "global"
         rows = [0 if is_global else piece.index for piece in pieces]
         wanted = self.places.counts([sum(counts)] if is_global else counts)
         keys = [magnitude_keys(piece.master, ~piece.marked) for piece in pieces]

@@ -44,6 +44,11 @@ class MaskSparsity(GroupMechanism):
         if self.start >= self.freeze:
             yield f"{self.key('start')}: {self.start} is not below {self.key('freeze')}={self.freeze}; lower it"
 
+    @property
+    def zeroed_from(self) -> float:
+        """The freeze."""
+        return self.freeze
+
     def plugin(self, parts: StepParts) -> LassoedGroups:
         """Shrinks, then prunes."""
         return LassoedGroups(self, parts)
@@ -57,32 +62,27 @@ class LassoedGroups(GroupMarks):
         parts: what it acts on.
     """
 
+    settings: MaskSparsity
+
     def __init__(self, settings: MaskSparsity, parts: StepParts) -> None:
         super().__init__(settings, parts)
-        self._settings = settings
         self._norms: Tensor | None = None
-
-    def is_zeroing(self, context: StepContext) -> bool:
-        """From the freeze on."""
-        return context.step >= step_of_share(self._settings.freeze, context)
 
     def is_due(self, context: StepContext) -> bool:
         """Twice: when groups are marked, and when they become zeros."""
-        return context.step in (
-            step_of_share(share, context) for share in (self._settings.start, self._settings.freeze)
-        )
+        return context.step in (step_of_share(share, context) for share in (self.settings.start, self.settings.freeze))
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """The smallest groups; at the freeze those that are marked. Collective over all processes."""
-        if self.is_zeroing(context) and step_of_share(self._settings.start, context) < context.step:
+        if self.settings.is_zeroing(context) and step_of_share(self.settings.start, context) < context.step:
             return [piece.marked.clone() for piece in self.places.pieces]
         return self.smallest(self.root_mean_squares(), context)
 
     def on_gradients(self, context: StepContext) -> None:
         """And take the norms, which the update's shrinking needs. Collective over all processes."""
         super().on_gradients(context)
-        marks = step_of_share(self._settings.start, context)
-        self._norms = self.groups.norms() if marks <= context.step and not self.is_zeroing(context) else None
+        marks = step_of_share(self.settings.start, context)
+        self._norms = self.groups.norms() if marks <= context.step and not self.settings.is_zeroing(context) else None
 
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """w_G · max(0, 1 − η s / ‖w_G‖), or zeros."""
@@ -90,5 +90,5 @@ class LassoedGroups(GroupMarks):
             super().change_weights(piece, marks, context)
             return
         ids = self.groups.ids[self.places.pieces.index(piece)]
-        kept = (1 - piece.learning_rate * self._settings.strength / self._norms.clamp(min=1e-30)).clamp(min=0)
+        kept = (1 - piece.learning_rate * self.settings.strength / self._norms.clamp(min=1e-30)).clamp(min=0)
         piece.master.mul_(kept[ids].where(marks, 1.0))

@@ -96,11 +96,9 @@ class FadingWindow(MaskedWindow):
         parts: what it acts on.
     """
 
-    def __init__(self, settings: Pgf, parts: StepParts) -> None:
-        super().__init__(settings, parts)
-        self._settings = settings
+    settings: Pgf
 
     def change_gradient(self, piece: Piece, dead: Tensor, context: StepContext) -> None:
         """g ⊙ (m + (1 − m) β)."""
-        if self._settings.gradient == "chain":
-            piece.gradient.mul_(1 - (1 - self._settings.dead_factor(context)) * dead)
+        if self.settings.gradient == "chain":
+            piece.gradient.mul_(1 - (1 - self.settings.dead_factor(context)) * dead)

@@ -45,7 +45,7 @@ class RandomMasks(ZeroedWeights):
 
     def __init__(self, settings: CountedMechanism, parts: StepParts) -> None:
         super().__init__(settings, parts)
-        self.counts = settings.live_counts(self.table)
+        self.counts = settings.final_counts(self.table)
         self.live = [float(count) for count in self.counts]
 
     def initial_marks(self, index: int, shard: Shard) -> Tensor | None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.schedules import step_of_share
 from sparsecod_megatron.mechanisms.weights.engine.settings import CountedMechanism
 from sparsecod_megatron.mechanisms.weights.sparse_weights import RandomMasks
@@ -47,9 +46,9 @@ class Spdf(CountedMechanism):
                 f"times the learning rate; lower it to {LARGEST_BETA2} or below"
             )
 
-    def dead_parameters(self, table: ParameterTable) -> int:
-        """None in the end."""
-        return 0
+    def share(self, context: StepContext) -> float:
+        """All of it in the sparse steps, whose last one takes the masks away."""
+        return float(context.step < step_of_share(self.dense_after, context))
 
     def plugin(self, parts: StepParts) -> RandomMasks:
         """Holds the dead weights at zero, for a time."""
@@ -64,18 +63,12 @@ class LiftedMasks(RandomMasks):
         parts: what it acts on.
     """
 
-    def __init__(self, settings: Spdf, parts: StepParts) -> None:
-        super().__init__(settings, parts)
-        self._dense_after = settings.dense_after
+    settings: Spdf
 
     def is_due(self, context: StepContext) -> bool:
         """Once: the last sparse step takes the masks away."""
-        return context.step == step_of_share(self._dense_after, context)
+        return context.step == step_of_share(self.settings.dense_after, context)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """None."""
         return [torch.zeros_like(piece.marked) for piece in self.places.pieces]
-
-    def live_counts(self, context: StepContext) -> list[float]:
-        """All."""
-        return [matrix.size for matrix in self.places.matrices]

@@ -51,10 +51,10 @@ class Ste(WeightMechanism):
         """What the model multiplies a masked weight by at a step."""
         return 0.0
 
-    def dead_parameters(self, table: ParameterTable) -> int:
-        """Number of weights that the model computes without in the end."""
-        n, m = self.n_and_m(StepContext(1, 1))
-        return sum(matrix.size for matrix in self.matrices(table)) * (m - n) // m
+    def live_counts(self, table: ParameterTable, context: StepContext) -> list[float]:
+        """By the step's pattern, also where masked weights only fade."""
+        n, m = self.n_and_m(context)
+        return [matrix.size * n / m for matrix in self.matrices(table)]
 
     def zero_pattern(self, layer: int, context: StepContext) -> tuple[int, int] | None:
         """The step's, unless the model still computes with all."""

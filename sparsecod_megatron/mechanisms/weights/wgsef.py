@@ -38,6 +38,11 @@ class Wgsef(GroupMechanism):
     freeze: float = field(default=0.75, metadata={"above": 0, "maximum": 1})
     """Share of the steps after which all but the k largest groups are zeros."""
 
+    @property
+    def zeroed_from(self) -> float:
+        """The freeze."""
+        return self.freeze
+
     def plugin(self, parts: StepParts) -> EnvelopedGroups:
         """Shrinks, then prunes."""
         return EnvelopedGroups(self, parts)
@@ -51,19 +56,16 @@ class EnvelopedGroups(GroupMarks):
         parts: what it acts on.
     """
 
+    settings: Wgsef
+
     def __init__(self, settings: Wgsef, parts: StepParts) -> None:
         super().__init__(settings, parts)
-        self._settings = settings
         self._sizes: Tensor | None = None
         self._kept: dict[float, Tensor] = {}
 
-    def is_zeroing(self, context: StepContext) -> bool:
-        """From the freeze on."""
-        return context.step >= step_of_share(self._settings.freeze, context)
-
     def is_due(self, context: StepContext) -> bool:
         """At the freeze."""
-        return context.step == step_of_share(self._settings.freeze, context)
+        return context.step == step_of_share(self.settings.freeze, context)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """The smallest groups. Collective over all processes."""
@@ -73,22 +75,22 @@ class EnvelopedGroups(GroupMarks):
         """And take the groups' sizes, which the update's shrinking needs. Collective over all processes."""
         super().on_gradients(context)
         self._kept = {}
-        self._sizes = None if self.is_zeroing(context) else self.root_mean_squares()
+        self._sizes = None if self.settings.is_zeroing(context) else self.root_mean_squares()
 
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """w_G · θ / (θ + λ), or zeros."""
         if self._sizes is None:
             super().change_weights(piece, marks, context)
             return
-        weight = piece.learning_rate * self._settings.strength
+        weight = piece.learning_rate * self.settings.strength
         if weight not in self._kept:
             self._kept[weight] = self._kept_of_all(self._sizes, weight)
         piece.master.mul_(self._kept[weight][self.groups.ids[self.places.pieces.index(piece)]])
 
     def _kept_of_all(self, sizes: Tensor, weight: float) -> Tensor:
         blocks = self.groups.blocks
-        live = [block.count - self._settings.dead_of(block.count) for block in blocks]
-        if self._settings.scope == "global":
+        live = [block.count - self.settings.dead_of(block.count) for block in blocks]
+        if self.settings.scope == "global":
             return kept_shares(sizes, sum(live), weight)
         parts = sizes.split([block.count for block in blocks])
         return torch.cat([kept_shares(part, k, weight) for part, k in zip(parts, live, strict=True)])

@@ -103,7 +103,7 @@ def test_dead_weights_stay_exactly_zero(distribution: str) -> None:
     sparse = ("mechanisms.sparse_weights.density=0.3", f"mechanisms.sparse_weights.distribution={distribution}")
     with small_trainer(*sparse, "model.num_moe_experts=4", "optimizer.weight_decay=0.5") as trainer:
         mechanism, table = trainer.config.mechanisms["sparse_weights"], ParameterTable.of(trainer.config)
-        matrices = zip(mechanism.matrices(table), mechanism.live_counts(table), strict=True)
+        matrices = zip(mechanism.matrices(table), mechanism.final_counts(table), strict=True)
         counts = {matrix.row.shape: count for matrix, count in matrices}
         dead = {name: weight == 0 for name, weight in trainer.models[0].named_parameters()}
         total = live = 0

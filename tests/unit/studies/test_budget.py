@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,38 @@ def test_compute_is_that_of_the_reference(budget: int, depth: str, write_study: 
     reference = next(cell for cell in cells if dict(cell.labels) == {"length": "64", "depth": depth})
     for cell in cells:
         assert abs(tokens(cell) * flops(cell) - budget * flops(reference)) <= flops(cell) * tokens_a_step(cell) / 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean_dead"),
+    [
+        ("sparse_weights: {density: 0.25}", 0.75),
+        ("srste: {pattern: '1:4'}", 0.75),
+        ("iss: {density: 0.5, freeze: 0.5}", 0.25),
+        ("spdf: {density: 0.25, dense_after: 0.8}", 0.6),
+        # Linearly from 0 at a quarter of the steps to 0.5 at three quarters: a quarter on average.
+        ("journey: {density: 0.5, unit: steps, ramp: linear}", 0.25),
+        ("efficient_llm: {density: 0.5, pattern: neuron, start: 0, end: 1}", 0.25),
+    ],
+)
+def test_effective_compute_leaves_out_dead_weights(
+    settings: str, mean_dead: float, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    name = settings.partition(":")[0]
+    cells = {"dense": {}, "sparse": {f"mechanisms.{name}": yaml.safe_load(settings)[name]}}
+    path = write_study(grid=[{"name": "method", "cells": cells}], seeds=[1])
+    budget = ["budget.match=effective_compute", "budget.tokens=2000000"]
+    dense, sparse = load_study(path, tmp_path, budget).cells
+    table = ParameterTable.of(dense.config)
+    masked_kinds = ("mlp", "qkv", "attention") if name != "efficient_llm" else ("mlp",)
+    masked = sum(
+        row.total
+        for layer in range(dense.config.model.num_layers)
+        for row in table.layer(layer)
+        if len(row.shape) == 2 and row.name.startswith(masked_kinds)
+    )
+    effective = flops(dense) - 6 * masked * mean_dead
+    assert tokens(sparse) * effective == pytest.approx(2e6 * flops(dense), rel=0.01)
 
 
 def test_without_tokens_the_reference_trains_the_base_steps(write_study: WriteStudy, tmp_path: Path) -> None:

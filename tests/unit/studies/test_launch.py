@@ -101,9 +101,9 @@ def test_cost_of_a_processor_is_its_operations(small_study: Study) -> None:
     assert cost.hours == pytest.approx((flops / 20e9 / 3600,) * 2)
 
 
-def test_every_study_is_shipped_at_both_scales() -> None:
-    assert {path.stem for path in SHIPPED if path.parent.name == "paper"} == STUDIES
-    assert {path.stem for path in SHIPPED if path.parent.name == "nano"} == STUDIES
+@pytest.mark.parametrize("scale", ["nano", "paper"])
+def test_every_study_of_the_paper_is_shipped(scale: str) -> None:
+    assert {path.stem for path in SHIPPED if path.parent.name == scale} >= STUDIES
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -62,4 +62,5 @@ def test_what_another_has_frozen_stays_so() -> None:
     frozen = gc.get_freeze_count()
     with collected_in_step(1):
         assert not gc.isenabled()
-    assert gc.get_freeze_count() == frozen > 0
+    # What is frozen still dies with its last reference.
+    assert 0.9 * frozen < gc.get_freeze_count() <= frozen

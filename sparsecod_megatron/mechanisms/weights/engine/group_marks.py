@@ -62,10 +62,13 @@ class GroupMechanism(WeightMechanism):
         """Groups of a block of `count` that are dead once `share` of the way has been gone."""
         return round(share * (count - round(self.density * count)))
 
-    def dead_parameters(self, table: ParameterTable) -> int:
-        """Number of weights at zero in the end; all groups of a model are alike, or it is about that."""
-        blocks, _ = self.blocks(table)
-        return sum(self.dead_of(block.count) * block.size for block in blocks)
+    def live_counts(self, table: ParameterTable, context: StepContext) -> list[float]:
+        """By share of the block; with a global scope as if every block had its share."""
+        matrices = self.matrices(table)
+        blocks, of_matrix = model_blocks(matrices, table.model, self.pattern)
+        share = self.share(context) if self.is_zeroing(context) else 0.0
+        dead = [self.dead_of(block.count, share) / block.count for block in blocks]
+        return [matrix.size * (1 - dead[number]) for matrix, number in zip(matrices, of_matrix, strict=True)]
 
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """The marks, and which group a weight is in."""
@@ -80,14 +83,11 @@ class GroupMarks(ZeroedWeights):
         parts: what it acts on.
     """
 
+    settings: GroupMechanism
+
     def __init__(self, settings: GroupMechanism, parts: StepParts) -> None:
         super().__init__(settings, parts)
-        self.group_settings = settings
         self.groups = Groups(self.places, self.table.model, settings.pattern)
-
-    def share(self, context: StepContext) -> float:
-        """How much of the way to the final density has been gone at a step."""
-        return 1.0
 
     def smallest(self, scores: Tensor, context: StepContext) -> list[Tensor]:
         """Marks of each piece for the groups with the smallest scores. Local.
@@ -96,19 +96,12 @@ class GroupMarks(ZeroedWeights):
             scores: [groups], the same on every process.
             context: the step.
         """
-        dead = [self.group_settings.dead_of(block.count, self.share(context)) for block in self.groups.blocks]
-        is_global = self.group_settings.scope == "global"
+        share = self.settings.share(context)
+        dead = [self.settings.dead_of(block.count, share) for block in self.groups.blocks]
+        is_global = self.settings.scope == "global"
         marks = smallest_groups(scores, self.groups.blocks, dead, is_global=is_global)
         return [marks[ids] for ids in self.groups.ids]
 
     def root_mean_squares(self) -> Tensor:
         """Root mean square of each group, [groups]: groups of all sizes compare. Collective over all processes."""
         return self.groups.norms() / self.groups.sizes.sqrt()
-
-    def live_counts(self, context: StepContext) -> list[float]:
-        """By share of the block; with a global scope as if every block had its share."""
-        if not self.is_zeroing(context):
-            return self.live
-        blocks = [self.groups.blocks[number] for number in self.groups.of_matrix]
-        dead = [self.group_settings.dead_of(block.count, self.share(context)) / block.count for block in blocks]
-        return [matrix.size * (1 - share) for matrix, share in zip(self.places.matrices, dead, strict=True)]

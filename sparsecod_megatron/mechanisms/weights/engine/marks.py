@@ -44,7 +44,7 @@ class Marks(Plugin):
     """
 
     def __init__(self, settings: WeightMechanism, parts: StepParts) -> None:
-        self.name = settings.name
+        self.name, self.settings = settings.name, settings
         self.places = Places(parts, settings.has_mask, settings.marks)
         self.table, self._seq_length = ParameterTable.of(parts.config), parts.config.data.seq_length
         self.seed = parts.config.train.seed
@@ -74,14 +74,6 @@ class Marks(Plugin):
 
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """Change what the optimizer has just stepped of a piece. Local."""
-
-    def is_zeroing(self, context: StepContext) -> bool:
-        """Whether this step's marks mean zeros."""
-        return True
-
-    def live_counts(self, context: StepContext) -> list[float]:
-        """Number of weights of each matrix that live once this step's choice stands."""
-        return self.live
 
     @torch.no_grad()
     def weights_replaced(self) -> None:
@@ -125,8 +117,8 @@ class Marks(Plugin):
                 piece.marked = marks
             self.flips = flips
             dist.all_reduce(self.flips)
-            self.live = self.live_counts(context)
-            self.has_zeros = self.is_zeroing(context)
+            self.live = self.settings.live_counts(self.table, context)
+            self.has_zeros = self.settings.is_zeroing(context)
         self._is_owed = self._pending is not None and not updated
         self._pending = None
         self._steps, self._live_steps = self._steps + 1, self._live_steps + sum(self.live)
@@ -193,12 +185,12 @@ class ZeroedWeights(Marks):
 
     def change_gradient(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """None for what is dead before or after the step, so that neither norm nor moments see it."""
-        if self.has_zeros or self.is_zeroing(context):
+        if self.has_zeros or self.settings.is_zeroing(context):
             piece.gradient.masked_fill_(self._touched(piece, marks), 0.0)
 
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """Only where marks change: without gradient and moments, AdamW leaves a zero where it is."""
-        if marks is not piece.marked and self.is_zeroing(context):
+        if marks is not piece.marked and self.settings.is_zeroing(context):
             for values in (piece.master, *piece.moments):
                 values.masked_fill_(self._touched(piece, marks), 0.0)
 

@@ -176,12 +176,16 @@ def effective_flops_per_token(
         matrices: that have marks.
         live: number of weights of each that the model computes with.
     """
+    return flops_per_token(table, seq_length) - BACKWARD_FACTOR * 2.0 * idle_products(matrices, live)
+
+
+def idle_products(matrices: Sequence[MarkedMatrix], live: Sequence[float]) -> float:
+    """Products of a token with dead weights in a forward pass; arguments as of `effective_flops_per_token`."""
     # A routed expert's products are of the tokens that it gets: its share of a token's.
-    idle = sum(
+    return sum(
         (1 - count / matrix.size) * matrix.row.multiplied / matrix.row.copies
         for matrix, count in zip(matrices, live, strict=True)
     )
-    return flops_per_token(table, seq_length) - BACKWARD_FACTOR * 2.0 * idle
 
 
 def marked_matrices(table: ParameterTable, has_mask: Callable[[ParameterKind, int], bool]) -> list[MarkedMatrix]:

@@ -12,9 +12,10 @@ from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import choice, choices_of
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.mechanisms.weights.distribution import DISTRIBUTIONS
-from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, marked_matrices
+from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, idle_products, marked_matrices
+from sparsecod_megatron.mechanisms.weights.engine.schedules import step_of_share
 from sparsecod_megatron.seams.mechanism import Folds, Mechanism
-from sparsecod_megatron.seams.plugin import Plugin
+from sparsecod_megatron.seams.plugin import Plugin, StepContext
 
 KINDS = ("qkv", "attention_output", "mlp_input", "mlp_output")
 """Matrices that can have masks, as `model.init_std` calls them; those of experts are MLPs' too."""
@@ -76,6 +77,32 @@ class WeightMechanism(Mechanism):
         """All that can be marked, in the engine's order."""
         return marked_matrices(table, self.has_mask)
 
+    @property
+    def zeroed_from(self) -> float:
+        """Share of the steps after which weights without life are zeros; until then all live."""
+        return 0.0
+
+    def is_zeroing(self, context: StepContext) -> bool:
+        """Whether a step's marks mean zeros."""
+        return self.zeroed_from == 0 or context.step >= step_of_share(self.zeroed_from, context)
+
+    def share(self, context: StepContext) -> float:
+        """How much of the way to the final density has been gone at a step."""
+        return 1.0
+
+    def live_counts(self, table: ParameterTable, context: StepContext) -> list[float]:
+        """Number of weights of each matrix that the model computes with after a step, if every step chose."""
+        raise NotImplementedError
+
+    def dead_parameters(self, table: ParameterTable) -> int:
+        """Number of weights that the model computes without in the end."""
+        sizes = sum(matrix.size for matrix in self.matrices(table))
+        return sizes - round(sum(self.live_counts(table, StepContext(1, 1))))
+
+    def idle_products(self, table: ParameterTable, context: StepContext) -> float:
+        """Of the weights that do not live after a step."""
+        return idle_products(self.matrices(table), self.live_counts(table, context))
+
     def optimizer_bytes(self, kind: ParameterKind) -> int:
         """The marks."""
         return 1 if self.marks(kind) else 0
@@ -109,18 +136,19 @@ class CountedMechanism(WeightMechanism):
         if not matrices:
             yield f"{self.key('skip_layers')}: names all layers; leave one out, or remove the mechanism"
         for shape in {
-            matrix.row.shape for matrix, live in zip(matrices, self.live_counts(table), strict=True) if live == 0
+            matrix.row.shape for matrix, live in zip(matrices, self.final_counts(table), strict=True) if live == 0
         }:
             yield f"{self.key('density')}: {self.density} leaves no weight of {list(shape)} alive; raise it"
 
-    def live_counts(self, table: ParameterTable) -> list[int]:
-        """Number of live weights in each matrix in the end."""
+    def final_counts(self, table: ParameterTable) -> list[int]:
+        """Number of live weights in each matrix once all of the way has been gone."""
         matrices = self.matrices(table)
         shapes = Counter(matrix.row.shape for matrix in matrices)
         densities = DISTRIBUTIONS[self.distribution](list(shapes.items()), self.density)
         return [round(densities[matrix.row.shape] * math.prod(matrix.row.shape)) for matrix in matrices]
 
-    def dead_parameters(self, table: ParameterTable) -> int:
-        """Number of weights that masks hold at zero in the end."""
-        pairs = zip(self.matrices(table), self.live_counts(table), strict=True)
-        return sum(matrix.size - live for matrix, live in pairs)
+    def live_counts(self, table: ParameterTable, context: StepContext) -> list[float]:
+        """By the share of the way; with a global scope as if every matrix had its share."""
+        share = self.share(context) if self.is_zeroing(context) else 0.0
+        pairs = zip(self.matrices(table), self.final_counts(table), strict=True)
+        return [matrix.size - round(share * (matrix.size - live)) for matrix, live in pairs]

@@ -35,6 +35,9 @@ class WindowSettings(Protocol):
     def n_and_m(self, context: StepContext) -> tuple[int, int]:
         """The pattern of a step; n = m is dense."""
 
+    def live_counts(self, table: ParameterTable, context: StepContext) -> list[float]:
+        """As `WeightMechanism.live_counts`."""
+
     def dead_factor(self, context: StepContext) -> float:
         """What the model multiplies a masked weight by."""
 
@@ -103,11 +106,10 @@ class MaskedWindow(Plugin):
 
     def metrics(self, context: StepContext) -> dict[str, float]:
         """Share of weights with a mask that the model computes with, and FLOPs without the others."""
-        n, m = self.settings.n_and_m(context)
-        matrices = self.places.matrices
-        live = [matrix.size * n / m for matrix in matrices]
+        matrices, live = self.places.matrices, self.settings.live_counts(self.table, context)
         flops = effective_flops_per_token(self.table, self._seq_length, matrices, live)
-        return {"live_share": n / m, "effective_flops_per_token": flops}
+        total = sum(matrix.size for matrix in matrices)
+        return {"live_share": sum(live) / total, "effective_flops_per_token": flops}
 
     def _count_flips(self, before: dict[torch.nn.Parameter, Tensor]) -> None:
         self.flips = [
