@@ -8,12 +8,13 @@ SequentialMLP's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import token_dispatcher
@@ -74,11 +75,97 @@ def windows(counts: list[int], rounded: bool) -> Iterator[Window]:
         first += count
 
 
-class SwiGLUExperts(torch.autograd.Function):
-    """Rows of expert e become probability · W2_e (silu(gate) · up), with (gate, up) = W1_e x."""
+class SwiGLU:
+    """silu(gate) · up of what the first product gives, (gate, up) [rows, 2F]; kept as it is for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probabilities: Tensor, counts: list[int], fuse: bool, *weights: Tensor) -> Tensor:
+    def activated(entered: Tensor, mask: Tensor) -> Tensor:
+        """mask · activation, [rows, F], of `entered`, which is kept; mask [rows, 1]."""
+        gate, up = entered.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(mask)
+
+    @staticmethod
+    def again(kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation [rows, F], and what its gradient needs beside `kept`.
+
+        Computed again in the backward pass: it is cheap, and would be half as large again to keep.
+        """
+        gate, up = kept.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        return silu * up, silu
+
+    @staticmethod
+    def gradient(grad: Tensor, kept: Tensor, silu: Tensor) -> Tensor:
+        """[rows, F] → [rows, 2F]."""
+        gate, up = kept.chunk(2, dim=-1)
+        entered = torch.empty_like(kept)
+        grad_gate, grad_up = entered.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=grad_up)
+        torch.mul(torch.ops.aten.silu_backward(grad, gate), up, out=grad_gate)
+        return entered
+
+
+class ReLU:
+    """max(0, x), which is all that the backward pass needs: it takes the place of x."""
+
+    @staticmethod
+    def activated(entered: Tensor, mask: Tensor) -> Tensor:
+        """mask · activation, [rows, F]; `entered` becomes what is kept."""
+        return entered.relu_() * mask
+
+    @staticmethod
+    def again(kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation, and itself."""
+        return kept, kept
+
+    @staticmethod
+    def gradient(grad: Tensor, kept: Tensor, _: Tensor) -> Tensor:
+        """[rows, F] → [rows, F]."""
+        gradient: Tensor = torch.ops.aten.threshold_backward(grad, kept, 0)
+        return gradient
+
+
+class SquaredReLU(ReLU):
+    """max(0, x)², of which max(0, x) is kept."""
+
+    @staticmethod
+    def activated(entered: Tensor, mask: Tensor) -> Tensor:
+        """mask · activation, [rows, F]; `entered` becomes what is kept."""
+        return entered.relu_().square().mul_(mask)
+
+    @staticmethod
+    def again(kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation, and its root."""
+        return kept.square(), kept
+
+    @staticmethod
+    def gradient(grad: Tensor, kept: Tensor, _: Tensor) -> Tensor:
+        """[rows, F] → [rows, F]."""
+        return (grad * kept).mul_(2)
+
+
+Activation = type[SwiGLU] | type[ReLU]
+_ACTIVATIONS: dict[tuple[bool, Callable[..., Tensor]], Activation] = {
+    (True, F.silu): SwiGLU,
+    (False, F.relu): ReLU,
+    (False, squared_relu): SquaredReLU,
+}
+"""By whether it is gated, and Megatron-Core's function."""
+
+
+class FusedExperts(torch.autograd.Function):
+    """Rows of expert e become probability · W2_e activation(W1_e x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        probabilities: Tensor,
+        counts: list[int],
+        activation: Activation,
+        experts: Sequence[MLP] | None,
+        *weights: Tensor,
+    ) -> Tensor:
         """Run every expert on its rows.
 
         Args:
@@ -86,24 +173,31 @@ class SwiGLUExperts(torch.autograd.Function):
             x: [tokens, H], sorted by expert.
             probabilities: the router's, [tokens].
             counts: rows of each expert.
-            fuse: add gradients of weights to their `main_grad`, where they have one.
-            *weights: [2F, H] and [H, F] of each expert.
+            activation: between the products.
+            experts: the modules whose hooks are to see what passes; None has none.
+            *weights: W1 [F or 2F, H] and W2 [H, F] of each expert; gradients are added to their `main_grad`, where
+                they have one and their layers ask for it.
 
         Returns:
             [tokens, H].
         """
         by_onednn, rounded = _by_onednn(x)
-        output, entered = torch.empty_like(x), []
-        for window, entry, exit_ in zip(windows(counts, rounded), weights[::2], weights[1::2], strict=True):
-            gate_up = products.output(x[window.around], entry, by_onednn)
-            gate, up = gate_up.chunk(2, dim=-1)
-            activated = F.silu(gate).mul_(up).mul_(window.mask(probabilities))
+        output, kept = torch.empty_like(x), []
+        for index, window in enumerate(windows(counts, rounded)):
+            expert, (entry, exit_) = experts[index] if experts else None, weights[2 * index : 2 * index + 2]
+            if expert is not None:
+                _show(expert, x[window.rows], probabilities[window.rows])
+                _show(expert.linear_fc1, x[window.rows])
+            entered = products.output(x[window.around], entry, by_onednn)
+            activated = activation.activated(entered, window.mask(probabilities))
+            if expert is not None:
+                _show(expert.linear_fc2, activated[window.inner])
             window.write(output, products.output, activated, exit_, by_onednn=by_onednn)
-            # The activation is computed again in the backward pass: it is cheap, and would be half as large again.
-            entered.append(gate_up)
-        ctx.save_for_backward(x, probabilities, *weights, *entered)
-        ctx.counts, ctx.by_onednn, ctx.rounded = counts, by_onednn, rounded
+            kept.append(entered)
+        ctx.save_for_backward(x, probabilities, *weights, *kept)
+        ctx.counts, ctx.by_onednn, ctx.rounded, ctx.activation = counts, by_onednn, rounded, activation
         # Not saved with the tensors: they change in place between forward and backward.
+        fuse = bool(experts) and experts[0].linear_fc1.gradient_accumulation_fusion
         ctx.main_grads = [getattr(weight, "main_grad", None) if fuse else None for weight in weights]
         return output
 
@@ -111,30 +205,26 @@ class SwiGLUExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """[tokens, H] → gradients of x, probabilities and weights."""
         x, probabilities, *others = ctx.saved_tensors
-        weights, entered = others[: 2 * len(ctx.counts)], others[2 * len(ctx.counts) :]
+        weights, kept_by_expert = others[: 2 * len(ctx.counts)], others[2 * len(ctx.counts) :]
         grad_x, grad_probabilities = torch.empty_like(x), torch.empty_like(probabilities)
         grads: list[Tensor | None] = [None] * len(weights)
-        for expert, (window, gate_up) in enumerate(zip(windows(ctx.counts, ctx.rounded), entered, strict=True)):
+        for expert, (window, kept) in enumerate(zip(windows(ctx.counts, ctx.rounded), kept_by_expert, strict=True)):
             entry, exit_ = 2 * expert, 2 * expert + 1
             mask = window.mask(probabilities)
-            gate, up = gate_up.chunk(2, dim=-1)
-            silu = F.silu(gate)
-            plain = silu * up
+            plain, factor = ctx.activation.again(kept)
             grad_plain = products.input_gradient(grad[window.around], weights[exit_], ctx.by_onednn)
             # Before the mask: the output is probability · (W2 · plain), whose derivative is W2 · plain without it.
             grad_probabilities[window.rows] = torch.linalg.vecdot(grad_plain, plain)[window.inner]
             grad_plain.mul_(mask)
-            grad_gate_up = torch.empty_like(gate_up)
-            grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-            torch.mul(grad_plain, silu, out=grad_up)
-            torch.mul(torch.ops.aten.silu_backward(grad_plain, gate), up, out=grad_gate)
-            window.write(grad_x, products.input_gradient, grad_gate_up, weights[entry], by_onednn=ctx.by_onednn)
-            # Neighbours' rows are zero in `grad_gate_up` and in the masked `plain`, so they add nothing to a gradient.
-            pairs = ((entry, grad_gate_up, x[window.around]), (exit_, grad[window.around], plain.mul_(mask)))
+            grad_entered = ctx.activation.gradient(grad_plain, kept, factor)
+            window.write(grad_x, products.input_gradient, grad_entered, weights[entry], by_onednn=ctx.by_onednn)
+            # Neighbours' rows are zero in `grad_entered` and in the masked `plain`, so they add nothing to a gradient.
+            masked = plain * mask if plain is kept else plain.mul_(mask)
+            pairs = ((entry, grad_entered, x[window.around]), (exit_, grad[window.around], masked))
             for index, grad_output, operand in pairs:
                 main_grad = ctx.main_grads[index]
                 grads[index] = weight_gradient(weights[index], main_grad, grad_output, operand, by_onednn=ctx.by_onednn)
-        return grad_x, grad_probabilities, None, None, *grads
+        return grad_x, grad_probabilities, None, None, None, *grads
 
 
 def _by_onednn(x: Tensor) -> tuple[bool, bool]:
@@ -148,41 +238,48 @@ def _by_onednn(x: Tensor) -> tuple[bool, bool]:
 def forward(
     self: SequentialMLP, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
 ) -> tuple[Tensor, None]:
-    """SequentialMLP's, for SwiGLU experts in one number format; others go through its loop.
+    """SequentialMLP's, for SwiGLU, ReLU and squared ReLU in one number format; others go through its loop.
 
     Source: Megatron-Core transformer/moe/experts.py, `SequentialMLP.forward`.
     """
     x, probabilities = permuted_local_hidden_states, permuted_probs
-    if not (_has_plain_swiglu(self) and _has_plain_linears(self)) or x.dtype != probabilities.dtype:
-        return _upstream(self, x, tokens_per_expert, probabilities)
+    activation = _activation(self)
     experts: list[MLP] = list(self.local_experts)
-    linears = [linear for expert in experts for linear in (expert.linear_fc1, expert.linear_fc2)]
-    _announce(linears)
-    weights = [linear.weight for linear in linears]
-    fuse = experts[0].linear_fc1.gradient_accumulation_fusion
-    return SwiGLUExperts.apply(x, probabilities, tokens_per_expert.tolist(), fuse, *weights), None
+    if activation is None or not _has_plain_linears(self) or x.dtype != probabilities.dtype or _must_call(experts):
+        return _upstream(self, x, tokens_per_expert, probabilities)
+    weights = [linear.weight for expert in experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+    return FusedExperts.apply(x, probabilities, tokens_per_expert.tolist(), activation, experts, *weights), None
 
 
-def _announce(linears: list[torch.nn.Module]) -> None:
-    """Run the hooks that calling these modules would run: one of them gathers the weights that others stepped.
+def _show(module: torch.nn.Module, *inputs: Tensor) -> None:
+    """Run the hooks that calling this module would run first: observers, and one that gathers weights others stepped.
 
     Source: Megatron-Core distributed/distributed_data_parallel.py, `_make_forward_pre_hook` (overlap_param_gather).
     """
-    for linear in linears:
-        for hook in linear._forward_pre_hooks.values():
-            hook(linear, ())
+    for hook in module._forward_pre_hooks.values():
+        assert hook(module, inputs) is None, "fused experts have hooks that observe; take cpu_kernels: plain to change"
 
 
-def _has_plain_swiglu(experts: SequentialMLP) -> bool:
-    config = experts.config
-    return (
-        config.bias_activation_fusion  # false is how a user asks for Megatron-Core's loop
-        and config.gated_linear_unit
-        and config.activation_func is F.silu
-        and not config.add_bias_linear
-        and not config.moe_apply_probs_on_input
-        and not (config.fp8 or config.fp4)
+def _must_call(experts: list[MLP]) -> bool:
+    """Whether somebody waits for more than the inputs of an expert and its layers, so that they must be called."""
+    modules = (module for expert in experts for module in (expert, expert.linear_fc1, expert.linear_fc2))
+    return any(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._forward_pre_hooks_with_kwargs
+        for module in modules
     )
+
+
+def _activation(experts: SequentialMLP) -> Activation | None:
+    """What stands between the products, if it is all that does."""
+    config = experts.config
+    activation = _ACTIVATIONS.get((config.gated_linear_unit, config.activation_func))
+    if config.add_bias_linear or config.moe_apply_probs_on_input or config.fp8 or config.fp4:
+        return None
+    # The gated one has a key with which a user asks for Megatron-Core's loop.
+    return None if activation is SwiGLU and not config.bias_activation_fusion else activation
 
 
 def _has_plain_linears(experts: SequentialMLP) -> bool:

@@ -36,6 +36,7 @@ ALL = choice.Choice.parse("output,input_gradient,weight_gradient,experts,bf16_ro
 LARGE = ("model.hidden_size=64", "model.ffn_hidden_size=192", "data.seq_length=128", "optimizer.clip_grad=0.5")
 TIED = ("model.untie_embeddings_and_output_weights=false",)
 EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=96", "model.moe_aux_loss_coeff=0.01")
+RELU_EXPERTS = (*EXPERTS, "model.activation=relu2")
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
@@ -123,23 +124,26 @@ def test_hooks_on_saved_tensors_see_no_garbage(by_onednn: bool) -> None:
     assert weight.grad is None and torch.equal(weight.main_grad, torch.full((5, 3), 4.0))  # type: ignore[attr-defined]
 
 
+FORMULAS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
+    experts.SwiGLU: lambda entered: F.silu(entered.chunk(2, -1)[0]) * entered.chunk(2, -1)[1],
+    experts.ReLU: F.relu,
+    experts.SquaredReLU: lambda entered: F.relu(entered) ** 2,
+}
+
+
 @settings(max_examples=20)
-@given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(any))
-def test_experts_equal_a_loop_and_do_not_read_their_neighbours(counts: list[int]) -> None:
+@given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(any), activation=st.sampled_from([*FORMULAS]))
+def test_experts_equal_a_loop_and_do_not_read_their_neighbours(counts: list[int], activation: Any) -> None:
     hidden, inner = 6, 4
-    sizes = [(2 * inner, hidden), (hidden, inner)] * len(counts)
+    sizes = [((1 + (activation is experts.SwiGLU)) * inner, hidden), (hidden, inner)] * len(counts)
     x, probabilities = torch.randn(sum(counts), hidden), torch.rand(sum(counts))
 
     def loop(x: torch.Tensor, probabilities: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         parts = zip(x.split(counts), probabilities.split(counts), weights[::2], weights[1::2], strict=True)
-        rows = []
-        for part, probability, entry, exit_ in parts:
-            gate, up = (part @ entry.t()).chunk(2, -1)
-            rows.append(probability[:, None] * (F.silu(gate) * up) @ exit_.t())
-        return torch.cat(rows)
+        return torch.cat([p[:, None] * FORMULAS[activation](part @ w1.t()) @ w2.t() for part, p, w1, w2 in parts])
 
     def ours(x: torch.Tensor, probabilities: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return experts.SwiGLUExperts.apply(x, probabilities, counts, False, *weights)
+        return experts.FusedExperts.apply(x, probabilities, counts, activation, None, *weights)
 
     for chosen in (ALL if torch.backends.mkldnn.is_available() else None, choice.Choice()):
         if chosen is not None:
@@ -171,7 +175,7 @@ def trained(*overrides: str, kernels: str) -> tuple[list[float], dict[str, torch
     return [number for result in results for number in (result.loss, result.grad_norm)], weights
 
 
-@pytest.mark.parametrize("overrides", [TIED, EXPERTS], ids=["tied", "experts"])
+@pytest.mark.parametrize("overrides", [TIED, EXPERTS, RELU_EXPERTS], ids=["tied", "experts", "relu_experts"])
 def test_sets_train_alike_and_the_same_set_exactly_so(
     by_onednn: bool, overrides: tuple[str, ...], restored_kernels: None
 ) -> None:
@@ -184,6 +188,42 @@ def test_sets_train_alike_and_the_same_set_exactly_so(
     again, weights_again = trained(*overrides, kernels="fast")
     assert again == fast
     assert all(torch.equal(weights_again[name], value) for name, value in fast_weights.items())
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu", "relu2"])
+def test_hooks_see_what_an_experts_layers_get(activation: str, restored_kernels: None) -> None:
+    """Observers do not switch the fused experts off, and see what Megatron-Core's loop shows them; others do."""
+    from sparsecod_megatron.train.step import train_step
+
+    def seen(kernels: str, *, output: bool) -> tuple[list[torch.Tensor], int]:
+        select_backend(cpu_kernels=kernels)
+        inputs: list[torch.Tensor] = []
+        fused = 0
+        with small_trainer(*LARGE, *EXPERTS, f"model.activation={activation}") as trainer:
+            for layer in trainer.models[0].module.decoder.layers:
+                for expert in layer.mlp.experts.local_experts:
+                    for module in (expert.linear_fc1, expert.linear_fc2):
+                        if output:
+                            module.register_forward_hook(lambda module, args, result: inputs.append(args[0].detach()))
+                        else:
+                            module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+            apply = experts.FusedExperts.apply
+            with pytest.MonkeyPatch.context() as patch:
+                calls: list[int] = []
+                patch.setattr(experts.FusedExperts, "apply", lambda *args: calls.append(1) or apply(*args))
+                train_step(trainer, trainer_batches(trainer))
+                fused = len(calls)
+        return [tensor.clone() for tensor in inputs], fused
+
+    with using(choice.Choice()):
+        loop, none = seen("plain", output=False)
+        ours, calls = seen("fast", output=False)
+        others, aside = seen("fast", output=True)
+    assert none == aside == 0 < calls
+    assert len(loop) == len(ours) == len(others) == 2 * 4 * 3 * 2  # layers of experts × layers × micro-batches
+    for theirs, observed, called in zip(loop, ours, others, strict=True):
+        torch.testing.assert_close(observed, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(called, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_formulas_equal_the_eager_ones() -> None:
