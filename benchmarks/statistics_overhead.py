@@ -1,9 +1,10 @@
-"""What layer statistics cost a training step: off, variance every step, everything every step.
+"""What layer statistics cost a training step: off, then variance, activations or everything every step.
 
-    bash tools/run_in_venv.sh python3 benchmarks/statistics_overhead.py [--steps 40] [--experts 8]
+    bash tools/run_in_venv.sh python3 benchmarks/statistics_overhead.py [--steps 40] [--experts 8] [KEY=VALUE ...]
 
-One process trains one model of 10M parameters; the three ways take turns, step by step, so that a noisy machine slows
-all of them alike. Printed are the ratios of medians to `off`.
+One process trains one model of 10M parameters; the ways take turns, step by step and each first in its turn, so that a
+noisy machine slows all of them alike. Printed are medians of the clock and of processor time, and their ratios to `off`;
+on a shared machine trust processor time.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ INTERVAL_ONE, INTERVAL_NONE = IntervalConfig(interval=1), IntervalConfig(interva
 WAYS = {
     "off": StatisticsConfig(variance=INTERVAL_NONE),
     "variance": StatisticsConfig(variance=INTERVAL_ONE),
+    "activation": StatisticsConfig(variance=INTERVAL_NONE, activation=INTERVAL_ONE),
     "everything": StatisticsConfig(
-        variance=INTERVAL_ONE, moments=INTERVAL_ONE, norms=INTERVAL_ONE, router=INTERVAL_ONE
+        variance=INTERVAL_ONE, moments=INTERVAL_ONE, norms=INTERVAL_ONE, router=INTERVAL_ONE, activation=INTERVAL_ONE
     ),
 }
 
@@ -64,8 +66,8 @@ def random_batches(config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
         yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": positions}
 
 
-def measure(config: RunConfig, backend: Backend, *, steps: int) -> dict[str, float]:
-    """Median seconds of a step by way, over `steps` of each.
+def measure(config: RunConfig, backend: Backend, *, steps: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of a step by way, of the clock and of the processor, over `steps` of each.
 
     Args:
         config: a checked run of one process.
@@ -79,7 +81,7 @@ def measure(config: RunConfig, backend: Backend, *, steps: int) -> dict[str, flo
     from sparsecod_megatron.train.statistics import statistics_collector
     from sparsecod_megatron.train.step import train_step
 
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         trainer = build_trainer(config, backend, groups)
         collectors = {
@@ -88,16 +90,19 @@ def measure(config: RunConfig, backend: Backend, *, steps: int) -> dict[str, flo
         }
         batches = [random_batches(config)]
         for step in range(1, steps + WARM_UP + 1):
-            for name, collector in collectors.items():
+            turn = step % len(WAYS)
+            for name in [*WAYS][turn:] + [*WAYS][:turn]:
+                collector = collectors[name]
                 synchronize(backend.device)
-                began = time.perf_counter()
+                began = time.perf_counter(), time.process_time()
                 train_step(trainer, batches, observing=collector.collecting(step))
                 collector.reduce(step)
                 synchronize(backend.device)  # or the end of this update would count as the next way's
                 if step > WARM_UP:
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
         release(trainer)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    clock, processor = ({name: [pair[k] for pair in pairs] for name, pairs in seconds.items()} for k in (0, 1))
+    return {name: (statistics.median(clock[name]), statistics.median(processor[name])) for name in WAYS}
 
 
 def main() -> None:
@@ -105,11 +110,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="steps of each way (default 40)")
     parser.add_argument("--experts", type=int, default=0, help="experts of each layer (default 0: dense)")
+    parser.add_argument("overrides", nargs="*", help="of the model, such as model.activation=relu")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    median = measure(model_config(args.experts), select_backend(), steps=args.steps)
-    for name, value in median.items():
-        print(f"{name:>10}: {1000 * value:7.1f} ms a step, {value / median['off']:.3f} x off")
+    median = measure(model_config(args.experts, *args.overrides), select_backend(), steps=args.steps)
+    for name, pair in median.items():
+        parts = zip(("clock", "processor"), pair, median["off"], strict=True)
+        print(
+            f"{name:>10}:", *(f"{1000 * value:7.1f} ms {kind}, {value / off:.3f} x off;" for kind, value, off in parts)
+        )
 
 
 if __name__ == "__main__":

@@ -183,6 +183,8 @@ class StatisticsConfig:
     """Load, probabilities and losses of every router; none for dense layers."""
     spikes: IntervalConfig = field(default_factory=IntervalConfig)
     """Gradient elements far above what Adam's second moment expects of them."""
+    activation: IntervalConfig = field(default_factory=IntervalConfig)
+    """Zero, small, dead and always-on units of MLPs, gates of attention, attention on the first token."""
     mechanisms: IntervalConfig = field(default_factory=lambda: IntervalConfig(interval=10))
     """What the configured mechanisms say of themselves; nothing without any."""
     compat: str = choice("none", "reference")

@@ -18,7 +18,9 @@ data: {prefix: %s, seq_length: 32}
 optimizer: {lr: 2.0e-3}
 schedule: {lr_warmup_steps: 3}
 train: {train_steps: %d, global_batch_size: 8, micro_batch_size: 2, eval_interval: 0}
-statistics: {variance: {interval: 1}, moments: {interval: 1}, norms: {interval: 1}, router: {interval: 1}}
+statistics:
+  {variance: {interval: 1}, moments: {interval: 1}, norms: {interval: 1}, router: {interval: 1},
+   activation: {interval: 1}}
 checkpoint: {save_interval: %d}
 """
 MOE = (

@@ -32,6 +32,13 @@ _FIELDS = [
     (r"z_loss", "Router", False, "z-loss of the router's logits"),
     (r"mean_topk_prob", "Router", False, "mean probability of the chosen experts"),
     (r"tokens_per_expert", "Router", False, "tokens routed to each expert"),
+    (r"act_nonzero", "Activations", False, "share of an MLP's activations that are not zero"),
+    (r"act_small", "Activations", False, "share of activations within 0.01 root mean squares of their token's zero"),
+    (r"dead_units", "Activations", False, "units of the MLP that were on for no token"),
+    (r"always_on_units", "Activations", False, "units of the MLP that were on for every token"),
+    (r"gate_mean", "Attention", False, "mean gate of the attention output"),
+    (r"gate_small", "Attention", False, "share of gates below 0.05"),
+    (r"first_token_mass", "Attention", False, "attention weight on the first token"),
 ]
 _GROUP_OTHER = "Other"
 _REFERENCE, _REFERENCE_PREFIX = "Reference definitions", "ref_"

@@ -197,7 +197,7 @@ class FusedExperts(torch.autograd.Function):
         ctx.save_for_backward(x, probabilities, *weights, *kept)
         ctx.counts, ctx.by_onednn, ctx.rounded, ctx.activation = counts, by_onednn, rounded, activation
         # Not saved with the tensors: they change in place between forward and backward.
-        fuse = bool(experts) and experts[0].linear_fc1.gradient_accumulation_fusion
+        fuse = experts is not None and experts[0].linear_fc1.gradient_accumulation_fusion
         ctx.main_grads = [getattr(weight, "main_grad", None) if fuse else None for weight in weights]
         return output
 
