@@ -3,7 +3,7 @@
     bash tools/run_in_venv.sh python3 benchmarks/statistics_overhead.py [--steps 40] [--experts 8] [KEY=VALUE ...]
 
 One process trains one model of 10M parameters; the ways take turns, step by step and each first in its turn, so that a
-noisy machine slows all of them alike. Printed are medians of the clock and of processor time, and their ratios to `off`;
+noisy machine slows all of them alike. Printed are medians of clock and processor time, and their ratios to `off`;
 on a shared machine trust processor time.
 """
 

@@ -48,7 +48,7 @@ from sparsecod_megatron.metrics.hooks import in_backward
 from sparsecod_megatron.parallel import all_reduce_sums
 
 SMALL = 0.01
-"""Of the root mean square of a token's activations."""
+"""As a share of the root mean square of a token's activations."""
 GATE_SMALL = 0.05
 _UNITS = ("act_nonzero", "act_small", "dead_units", "always_on_units")
 _GATES = ("gate_mean", "gate_small")
@@ -219,7 +219,7 @@ def _add_units(
 
 @contextlib.contextmanager
 def _observing_gate(attention: Any, observe: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `observe` with the logits of the output gate, which is applied by a method and is no module with hooks."""
+    """Call `observe` with the logits of the output gate, which a method applies, not a module with hooks."""
     apply = attention._apply_output_gate
 
     def observed(x: Tensor, gate: Tensor) -> Tensor:

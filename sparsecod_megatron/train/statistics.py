@@ -61,7 +61,7 @@ def statistics_collector(trainer: Trainer) -> StatisticsCollector:
 
 
 SAMPLED_QUERIES = 16
-"""Of each sequence, whose attention to the first token is looked at."""
+"""Those of each sequence whose attention to the first token is looked at."""
 
 
 def _activation_group(trainer: Trainer, models: Sequence[GPTModel]) -> ActivationGroup:
