@@ -49,7 +49,7 @@ def plugins_to_restore(directory: Path, parts: TrainingParts) -> list[Plugin]:
     """
     theirs, plugins = saved_config(directory), {plugin.name: plugin for plugin in parts.plugins}
     changed = {difference.key.split(".")[1]: difference for difference in mechanism_differences(theirs, parts.config)}
-    kept = _stored_names(directory)
+    kept = mechanisms_with_state(directory)
     for name in kept:
         if name in changed or name not in plugins:
             what = changed[name].described if name in changed else "this run keeps none"
@@ -82,7 +82,7 @@ def check_meaning(saved: RunConfig, config: RunConfig, directory: Path) -> None:
             )
 
 
-def _stored_names(directory: Path) -> list[str]:
+def mechanisms_with_state(directory: Path) -> list[str]:
     """Mechanisms that have tensors in a checkpoint."""
     keys = stored_metadata(directory).state_dict_metadata
     return sorted({key.removeprefix(STATE_PREFIX).split(".")[0] for key in keys if key.startswith(STATE_PREFIX)})

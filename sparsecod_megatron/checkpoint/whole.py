@@ -1,9 +1,9 @@
-"""A checkpoint of any layout as one unsharded model in one process: the reference that exports are compared with."""
+"""A checkpoint of any layout as one unsharded model in one process, and weights from elsewhere as such a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from sparsecod_megatron.checkpoint.manifest import require_undamaged
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.parts import ModelParts
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
-from sparsecod_megatron.checkpoint.state import saved_config
+from sparsecod_megatron.checkpoint.saver import save_checkpoint
+from sparsecod_megatron.checkpoint.state import TrainState, saved_config
 from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig
 from sparsecod_megatron.config.megatron_fields import FUNCTION_FIELDS
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
@@ -79,6 +80,26 @@ def unsharded(config: RunConfig, backend: Backend) -> Iterator[tuple[list[GPTMod
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
         megatron = transformer_config(config, transformer_engine=False)
         yield build_model(config, megatron, groups, device=backend.device, transformer_engine=False), groups
+
+
+def write_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], config: RunConfig, checkpoints: Path, backend: Backend
+) -> Path:
+    """A checkpoint of step 0 without optimizer, which starts with the run that trains on it. Local.
+
+    Args:
+        tensors: under their names in a single-process GPTModel.
+        config: configuration of the run; its layout does not matter to the checkpoint.
+        checkpoints: folder to write the step directory into.
+        backend: where the model is put together.
+    """
+    config = single_process(config)
+    with unsharded(config, backend) as (models, groups):
+        own = {**dict(unwrap(models[0]).named_parameters()), **dict(unwrap(models[0]).named_buffers())}
+        with torch.no_grad():
+            for name, tensor in tensors:
+                own[name].copy_(tensor)
+        return save_checkpoint(checkpoints, ModelParts(config=config, groups=groups, models=models), state=TrainState())
 
 
 def single_process(config: RunConfig) -> RunConfig:

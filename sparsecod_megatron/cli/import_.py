@@ -41,14 +41,16 @@ def run(args: argparse.Namespace) -> None:
     """Read everything, then write everything."""
     from sparsecod_megatron.backend import select_backend
 
-    select_backend()
+    backend = select_backend()
     from sparsecod_megatron.checkpoint.exported import verify_checkpoint
+    from sparsecod_megatron.checkpoint.whole import write_weights
     from sparsecod_megatron.config import save_config
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_DIR
     from sparsecod_megatron.files import making_output
     from sparsecod_megatron.hf.source import open_source
     from sparsecod_megatron.hf.tokenizer import has_tokenizer, load_tokenizer
     from sparsecod_megatron.mechanisms.exports import know_extensions
+    from sparsecod_megatron.seams.mechanism import configured
 
     know_extensions()
     source = open_source(args.hf)
@@ -56,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     vocab_size = config.model.vocab_size or 0
     tokenizer = load_tokenizer(args.hf, vocab_size=vocab_size) if has_tokenizer(args.hf) else None
     with making_output(args.output) as folder:
-        step_dir = write_checkpoint(source, config, folder / CHECKPOINTS_DIR)
+        tensors = source.tensors(configured(config))
+        step_dir = write_weights(tensors, config, folder / CHECKPOINTS_DIR, backend)
         if args.verify:
             found = verify_checkpoint(
                 step_dir, config, source.directory, exported_as=None, seq_length=source.seq_length
@@ -94,30 +97,3 @@ def run_config(source: HFSource, base: Path | None) -> RunConfig:
     return load_config(
         base, overrides if base else [*overrides, f"data.seq_length={source.seq_length}"], mechanisms=MECHANISMS
     )
-
-
-def write_checkpoint(source: HFSource, config: RunConfig, checkpoints: Path) -> Path:
-    """Write the weights as a checkpoint of step 0; the optimizer starts with the run that trains on it.
-
-    Args:
-        source: the model.
-        config: configuration of the run; its layout does not matter to the checkpoint.
-        checkpoints: folder to write the step directory into.
-    """
-    import torch
-
-    from sparsecod_megatron.backend import select_backend
-    from sparsecod_megatron.checkpoint.parts import ModelParts
-    from sparsecod_megatron.checkpoint.saver import save_checkpoint
-    from sparsecod_megatron.checkpoint.state import TrainState
-    from sparsecod_megatron.checkpoint.whole import single_process, unsharded
-    from sparsecod_megatron.model import unwrap
-    from sparsecod_megatron.seams.mechanism import configured
-
-    config = single_process(config)
-    with unsharded(config, select_backend()) as (models, groups):
-        own = {**dict(unwrap(models[0]).named_parameters()), **dict(unwrap(models[0]).named_buffers())}
-        with torch.no_grad():
-            for name, tensor in source.tensors(configured(config)):
-                own[name].copy_(tensor)
-        return save_checkpoint(checkpoints, ModelParts(config=config, groups=groups, models=models), state=TrainState())

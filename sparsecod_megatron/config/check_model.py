@@ -37,6 +37,8 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
         )
     if model.head_dim % 2:
         yield f"model.kv_channels: {model.head_dim} is odd, but rotary embeddings rotate pairs; use an even number"
+    if model.rotary_percent < 1:
+        yield from _partial_rotation_problems(model)
     yield from indivisible(
         "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
     )
@@ -49,6 +51,14 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
     if model.rope_scaling == "llama3" and original != 8192:
         key = "model.rope_original_max_position_embeddings"
         yield f"{key}: {original}, but llama3 scaling is defined for 8192; use that"
+
+
+def _partial_rotation_problems(model: ModelConfig) -> Iterator[str]:
+    rotated, key = model.head_dim * model.rotary_percent, "model.rotary_percent"
+    if rotated % 2:
+        yield f"{key}: {model.rotary_percent} of {model.head_dim} channels is {rotated:g}; use a share that is even"
+    if model.rope_scaling in ("llama3", "yarn"):
+        yield f"{key}: {model.rotary_percent}, but {model.rope_scaling} scaling rotates all channels; use 1 or linear"
 
 
 def _document_problems(config: RunConfig) -> Iterator[str]:
@@ -115,6 +125,8 @@ def _routing_problems(model: ModelConfig) -> Iterator[str]:
     if model.moe_router_enable_expert_bias and not sigmoid:
         needs = "Megatron-Core has it for sigmoid scores only; set model.moe_router_score_function=sigmoid"
         yield f"model.moe_router_enable_expert_bias: true, but {needs}"
+    if model.moe_router_bias_zero_mean and not model.moe_router_enable_expert_bias:
+        yield "model.moe_router_bias_zero_mean: true, but moe_router_enable_expert_bias is false; set both or neither"
     if sigmoid and model.moe_router_pre_softmax:
         yield "model.moe_router_pre_softmax: true, but sigmoid scores have no softmax; set it to false"
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:

@@ -27,6 +27,7 @@ TRAINING_KEYS: dict[str, str] = {
     "moe_aux_loss_coeff": "only the loss of training has it",
     "moe_z_loss_coeff": "only the loss of training has it",
     "moe_router_bias_update_rate": "moves the bias in training; the bias itself is a weight",
+    "moe_router_bias_zero_mean": "moves the bias in training; the bias itself is a weight",
 }
 """Key → why a trained model no longer depends on it."""
 

@@ -68,6 +68,8 @@ class ModelConfig:
     """A norm over the channels of each head of queries and keys, before rotation."""
 
     rotary_base: int = at_least(1, 10000)
+    rotary_percent: float = field(default=1.0, metadata={"above": 0, "maximum": 1})
+    """Share of each head's channels, from the first on, that rotate; the others know no position."""
     rope_scaling: str = choice("none", "linear", "llama3", "yarn")
     """How positions beyond the original length are reached; the factor and length below belong to it."""
     rope_scaling_factor: float = at_least(1, 8.0)
@@ -110,6 +112,8 @@ class ModelConfig:
     moe_router_enable_expert_bias: bool = False
     """A bias on the selection, not on the weights, adjusted each step against the load (aux-loss-free balancing)."""
     moe_router_bias_update_rate: float = at_least(0, 1e-3)
+    moe_router_bias_zero_mean: bool = False
+    """Whether the bias loses its mean over the experts after each step, which changes no choice and keeps it small."""
     moe_expert_capacity_factor: float | None = at_least(0, None)
     """Tokens an expert takes, over the even share of the micro-batch (of this rank); the least probable others are
     dropped. None drops no token."""

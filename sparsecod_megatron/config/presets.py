@@ -4,7 +4,8 @@ One table for every size, so that a YAML file names its model and lists only wha
 models come first, then small ones of the same proportions for a CPU: depth, FFN to hidden size and share of active
 experts are kept, the width falls to what trains in minutes (under 20M parameters with a vocabulary of 8,192).
 
-Source: When Does Sparsity Mitigate the Curse of Depth in LLMs (arXiv 2603.15389).
+Source: When Does Sparsity Mitigate the Curse of Depth in LLMs (arXiv 2603.15389). `ling-mini`: Ling 2.0 (arXiv
+2510.22115) and the published configuration of Ling-mini-2.0, without multi-token prediction.
 """
 
 from __future__ import annotations
@@ -62,6 +63,31 @@ def _moe(
     }
 
 
+def _ling(
+    hidden: int, heads: int, groups: int, ffn: int, expert_ffn: int, *, topk: int, experts: int, vocab: int | None
+) -> dict[str, Any]:
+    """Ling 2.0: 20 layers, the first dense; experts of which 1/32 are active, in groups of which half are."""
+    return {
+        **_moe(20, hidden, heads, expert_ffn, topk=topk, experts=experts, shared=expert_ffn, vocab=vocab),
+        "ffn_hidden_size": ffn,
+        "num_query_groups": groups,
+        "qk_norm": True,
+        "rotary_base": 600_000,
+        "rotary_percent": 0.5,
+        "layernorm_epsilon": 1e-6,
+        "moe_first_k_dense_layers": 1,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": topk,  # of which half are chosen, each for two experts
+        "moe_router_group_topk": topk // 2,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_zero_mean": True,
+        "moe_z_loss_coeff": 3.5e-6,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # name                 layers hidden heads FFN
     "dense-1B": _dense(16, 2048, 16, 8192),
@@ -72,6 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # What the paper's published YAML gives under the name of the one above: experts twice as wide.
     "moe-1B-13B-ref": _moe(16, 2048, 16, 2048, topk=8, experts=64),
     "moe-ablation": _moe(32, 1120, 16, 1120, topk=8, experts=64),
+    "ling-mini": _ling(2048, 16, 4, 5120, 512, topk=8, experts=256, vocab=157_184),
     # The same in small, in the same order. Four heads everywhere: tensor parallelism of 2 and 4 divides them.
     "nano-dense": _dense(16, 128, 4, 512, vocab=None),
     **{f"nano-dense-L{layers}": _dense(layers, 128, 4, 512, vocab=None) for layers in DEPTH_SWEEP},
@@ -80,6 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nano-moe": _moe(16, 128, 4, 64, topk=2, experts=16, vocab=None),
     "nano-moe-ref": _moe(16, 128, 4, 128, topk=2, experts=16, vocab=None),
     "nano-moe-ablation": _moe(32, 64, 4, 64, topk=2, experts=16, vocab=None),
+    "nano-ling": _ling(64, 4, 2, 160, 16, topk=2, experts=64, vocab=None),
 }
 
 

@@ -61,7 +61,7 @@ class SparsecodRotaryEmbedding(nn.Module):
         self.config = config
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """[batch, seq] → two of [batch, seq, head_dim], as transformers' own models hand them to blocks."""
+        """[batch, seq] → two of [batch, seq, rotated], as transformers' own models hand them to blocks."""
         frequencies, factor = self._frequencies(positions.device)
         angles = positions[:, :, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
@@ -71,15 +71,18 @@ class SparsecodRotaryEmbedding(nn.Module):
         parameters = self.config.rope_parameters
         if parameters["rope_type"] != "default":
             return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
-        pairs = torch.arange(0, self.config.head_dim, 2, dtype=torch.float, device=device)
-        return parameters["rope_theta"] ** (-pairs / self.config.head_dim), 1.0
+        rotated = int(self.config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        pairs = torch.arange(0, rotated, 2, dtype=torch.float, device=device)
+        return parameters["rope_theta"] ** (-pairs / rotated), 1.0
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn channel i with channel i + head_dim / 2; [batch, heads, seq, head_dim]."""
+    """Turn channel i with channel i + rotated / 2, the first `rotated` ones; [batch, heads, seq, head_dim]."""
     cos, sin = (part.unsqueeze(1) for part in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 
 def eager_attention(

@@ -99,6 +99,7 @@ def _rotary(model: ModelConfig) -> dict[str, Any]:
     return {
         "position_embedding_type": "yarn" if model.rope_scaling == "yarn" else "rope",
         "rotary_base": model.rotary_base,
+        "rotary_percent": model.rotary_percent,
         "rope_scaling": model.rope_scaling == "llama3",
         "rope_scaling_factor": model.rope_scaling_factor,
         "seq_len_interpolation_factor": model.rope_scaling_factor if model.rope_scaling == "linear" else None,

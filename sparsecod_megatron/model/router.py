@@ -9,6 +9,8 @@ Source: Megatron-Core 0.16.1 transformer/moe/router.py; Qiu et al., Demons in th
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,23 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+
+
+def then_centred(finalize: Callable[..., None]) -> Callable[..., None]:
+    """A `finalize_model_grads`, which moves the experts' bias, that takes the mean of each layer's bias away after it.
+
+    Source: Ling 2.0 (arXiv 2510.22115).
+    """
+
+    @functools.wraps(finalize)
+    def run(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        finalize(models, *args, **kwargs)
+        for model in models:
+            for module in model.modules():
+                if isinstance(module, TopKRouter) and module.expert_bias is not None:
+                    module.expert_bias -= module.expert_bias.mean()
+
+    return run
 
 
 class StepRouter(TopKRouter):

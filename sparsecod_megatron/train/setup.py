@@ -15,9 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.backend import Backend, choice
 from sparsecod_megatron.checkpoint.parts import TrainingParts
-from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.model import build_model, unwrap
 from sparsecod_megatron.model.megatron_configs import MegatronConfigs
+from sparsecod_megatron.model.router import then_centred
 from sparsecod_megatron.seams.mechanism import configured
 from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
 from sparsecod_megatron.train.optimizer import build_optimizer
@@ -72,7 +73,7 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
     chunks = build_model(config, megatron, groups, device=backend.device, transformer_engine=backend.transformer_engine)
     models = _data_parallel(configs, groups, chunks)
     optimizer = build_optimizer(config, configs.optimizer, models, groups)
-    _connect(megatron, models, optimizer)
+    _connect(config.model, megatron, models, optimizer)
     return Trainer(
         config=config,
         backend=backend,
@@ -116,9 +117,13 @@ def _data_parallel(
     ]
 
 
-def _connect(megatron: TransformerConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+def _connect(
+    model: ModelConfig, megatron: TransformerConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
     """Give the schedules the functions they call: gradient reduction, loss scale, and delayed synchronisation."""
     megatron.finalize_model_grads_func = finalize_model_grads
+    if model.moe_router_bias_zero_mean:
+        megatron.finalize_model_grads_func = then_centred(finalize_model_grads)
     megatron.grad_scale_func = _loss_scale(optimizer)
 
     def one_or_list(functions: list[Any]) -> Any:

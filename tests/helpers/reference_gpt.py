@@ -27,8 +27,8 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
 
-    def norm() -> Tensor:
-        return 1 + 0.3 * torch.randn(hidden, generator=generator)
+    def norm(size: int = hidden) -> Tensor:
+        return 1 + 0.3 * torch.randn(size, generator=generator)
 
     tensors = {"embedding.word_embeddings.weight": matrix(model.vocab_size or 0, hidden) * math.sqrt(hidden)}
     for layer in range(model.num_layers):
@@ -36,10 +36,14 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
         tensors[f"{at}.input_layernorm.weight"] = norm()
         tensors[f"{at}.self_attention.linear_qkv.weight"] = matrix((heads + 2 * groups) * head_dim, hidden)
         tensors[f"{at}.self_attention.linear_proj.weight"] = matrix(hidden, heads * head_dim)
+        if model.qk_norm:
+            tensors |= {f"{at}.self_attention.{part}_layernorm.weight": norm(head_dim) for part in "qk"}
         tensors[f"{at}.pre_mlp_layernorm.weight"] = norm()
         mlps = {f"{at}.mlp": model.ffn_hidden_size}
-        if model.num_moe_experts is not None:
+        if model.num_moe_experts is not None and model.is_moe_layer(layer):
             tensors[f"{at}.mlp.router.weight"] = matrix(model.num_moe_experts, hidden)
+            if model.moe_router_enable_expert_bias:
+                tensors[f"{at}.mlp.router.expert_bias"] = torch.randn(model.num_moe_experts, generator=generator)
             mlps = {
                 f"{at}.mlp.experts.local_experts.{expert}": model.expert_ffn_hidden_size
                 for expert in range(model.num_moe_experts)
@@ -132,7 +136,7 @@ def _rms_norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
 
 
 def _rotation(model: ModelConfig, positions: Tensor) -> Tensor:
-    """Complex factors `[..., head_dim / 2]`; the frequencies are transformers'."""
+    """Complex factors `[..., rotated channels / 2]`; the frequencies are transformers'."""
     scaling = {"rope_theta": float(model.rotary_base), "rope_type": "default"}
     if model.rope_scaling != "none":
         scaling |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
@@ -140,7 +144,7 @@ def _rotation(model: ModelConfig, positions: Tensor) -> Tensor:
         scaling["original_max_position_embeddings"] = model.rope_original_max_position_embeddings
     if model.rope_scaling == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    half = model.head_dim // 2
+    half = round(model.head_dim * model.rotary_percent) // 2
     if model.rope_scaling == "none":
         frequencies, factor = model.rotary_base ** (-torch.arange(half) / half), 1.0
     else:
@@ -157,10 +161,10 @@ def _rotation(model: ModelConfig, positions: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """`[batch, seq, head_dim]`, channel i and i + head_dim/2 as one complex number."""
-    half = x.shape[-1] // 2
-    turned = torch.complex(x[..., :half], x[..., half:]) * rotation
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    """`[batch, seq, head_dim]`, channel i and i + half as one complex number; the others stay."""
+    half = rotation.shape[-1]
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * rotation
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
 
 
 def _mask(model: ModelConfig, layer: int, length: int, document_ids: Tensor | None) -> Tensor:

@@ -37,8 +37,9 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 @torch.compile
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 @torch.compile
@@ -65,7 +66,7 @@ def swiglu(gate_up: Tensor, bias: Tensor | None, fp8_input_store: bool = False, 
 
 def apply_rotary(t: Tensor, freqs: Tensor, interleaved: bool = False) -> Tensor:
     """As `speed.apply_rotary`."""
-    assert not interleaved and freqs.shape[-1] == t.shape[-1]
+    assert not interleaved and freqs.shape[-1] <= t.shape[-1]
     half = freqs[..., : freqs.shape[-1] // 2]
     return _rotate(t, half.cos().to(t.dtype), half.sin().to(t.dtype))
 

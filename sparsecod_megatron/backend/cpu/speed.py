@@ -44,7 +44,7 @@ class RotaryEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x [S, B, heads, D]; cos, sin [S, 1, 1, D/2]."""
+        """x [S, B, heads, D]; cos, sin [S, 1, 1, R/2]."""
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin)
 
@@ -78,19 +78,22 @@ class RMSNorm(torch.autograd.Function):
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    first, second = x.chunk(2, dim=-1)
-    output_first, output_second = output.chunk(2, dim=-1)
+    half = cos.shape[-1]
+    sizes = (half, half, x.shape[-1] - 2 * half)
+    first, second, rest = x.split(sizes, dim=-1)
+    output_first, output_second, output_rest = output.split(sizes, dim=-1)
+    output_rest.copy_(rest)
     torch.mul(first, cos, out=output_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=output_second).addcmul_(first, sin)
     return output
 
 
 def apply_rotary(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Rotary embedding of the whole head dimension.
+    """Rotary embedding of the first R channels of each head.
 
     Args:
         t: queries or keys [S, B, heads, D].
-        freqs: angles [S, 1, 1, D], both halves equal.
+        freqs: angles [S, 1, 1, R], both halves equal.
         interleaved: must be False, the layout of Llama.
 
     Returns:
@@ -98,7 +101,7 @@ def apply_rotary(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False
 
     Source: Megatron-Core models/common/embeddings/rope_utils.py, `_apply_rotary_pos_emb_bshd`.
     """
-    assert not interleaved and freqs.shape[-1] == t.shape[-1]
+    assert not interleaved and freqs.shape[-1] <= t.shape[-1]
     half = freqs[..., : freqs.shape[-1] // 2]
     return RotaryEmbedding.apply(t, half.cos().to(t.dtype), half.sin().to(t.dtype))
 

@@ -9,6 +9,7 @@ from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
 from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
 from sparsecod_megatron.hf.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
@@ -16,7 +17,7 @@ from sparsecod_megatron.hf.families.sparsecod import SPARSECOD
 from sparsecod_megatron.hf.table import NameTable
 from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
-FAMILIES = (LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, SPARSECOD)
+FAMILIES = (LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SPARSECOD)
 """In order of preference: the most widely supported class first, our own last."""
 
 SHAPE_KEYS = frozenset(
@@ -48,6 +49,7 @@ FEATURES: dict[str, tuple[object, ...]] = {
     "final_norm": (True,),
     "qk_norm": (False,),
     "rope_scaling": ("none",),
+    "rotary_percent": (1.0,),
     "sliding_window": (None,),
     "window_attn_skip_freq": (None,),
     "attention_output_gate": ("none",),

@@ -145,9 +145,9 @@ def routed_entries(
         yield from mlp_entries(tensors, "expert", *names, hf_names=hf_names)
 
 
-def shared_entries(tensors: LayerTensors, *, down_factor: float = 1.0) -> Iterator[Entry]:
+def shared_entries(tensors: LayerTensors, *, name: str = "shared_expert", down_factor: float = 1.0) -> Iterator[Entry]:
     """The shared expert and its gate, as far as the layer has them, under most classes' names."""
-    ours, theirs = f"{tensors.ours}.mlp.shared_experts", f"{tensors.theirs}.mlp.shared_expert"
+    ours, theirs = f"{tensors.ours}.mlp.shared_experts", f"{tensors.theirs}.mlp.{name}"
     if (row := tensors.rows.get("shared_expert_gate")) is not None:
         yield _plain(row, f"{ours}.gate_weight", f"{theirs}_gate.weight")
     if "shared_expert_input" in tensors.rows:

@@ -83,7 +83,7 @@ def model_config(config: PreTrainedConfig, family: Family, *, where: Path) -> Mo
             "layernorm_epsilon": fields["rms_norm_eps"],
             "attention_dropout": float(fields["attention_dropout"]),
             "init_method_std": fields["initializer_range"],
-            **rope_keys(fields["rope_parameters"]),
+            **rope_keys(fields["rope_parameters"], has_partial="rotary_percent" in family.features),
             **family.read(fields),
         }
     )
@@ -97,6 +97,7 @@ def _require_same(fields: Mapping[str, Any], model: ModelConfig, family: Family,
     written = family.config(
         model, seq_length=fields["max_position_embeddings"], dtype=torch.float32, token_ids={}
     ).to_dict()
+    written["rope_parameters"] = _plain_rope(written["rope_parameters"])
     elsewhere = {"mechanisms"} if family.extensible else set()  # a section of its own (`HFSource.mechanisms`)
     known = (family.config_class().to_dict().keys() | {"head_dim"}) - FIELDS_WITHOUT_EFFECT - elsewhere
     for name in sorted(known):

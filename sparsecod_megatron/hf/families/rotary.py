@@ -17,13 +17,19 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.rope_scaling != "none":
         parameters |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rotary_percent < 1:
+        parameters["partial_rotary_factor"] = model.rotary_percent
     if model.rope_scaling in ("llama3", "yarn"):
         parameters["original_max_position_embeddings"] = model.rope_original_max_position_embeddings
     return parameters | (LLAMA3_RANGE if model.rope_scaling == "llama3" else {})
 
 
-def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def rope_keys(parameters: Mapping[str, Any], *, has_partial: bool) -> dict[str, Any]:
     """Our keys from `rope_parameters`; `rope_parameters` of the result says whether they express all of it.
+
+    Args:
+        parameters: of a configuration.
+        has_partial: whether its class rotates only a share of the channels if told so.
 
     Raises:
         ConversionError: a kind of scaling, or a base, that ours has not.
@@ -38,6 +44,8 @@ def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
     keys: dict[str, Any] = {"rotary_base": int(base)}
     if kind != "default":
         keys |= {"rope_scaling": kind, "rope_scaling_factor": float(parameters["factor"])}
+    if has_partial:
+        keys["rotary_percent"] = float(parameters.get("partial_rotary_factor", 1.0))
     if "original_max_position_embeddings" in parameters:
         keys["rope_original_max_position_embeddings"] = int(parameters["original_max_position_embeddings"])
     return keys

@@ -73,7 +73,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 SPARSECOD = Family(
     "SparsecodForCausalLM",
     SparsecodConfig,
-    frozenset((*KEYS_IN_COMMON, "rope_scaling", "embedding_norm")),
+    frozenset((*KEYS_IN_COMMON, "rope_scaling", "rotary_percent", "embedding_norm")),
     lambda model: None,
     _mlp_entries,
     _fields,

@@ -237,8 +237,9 @@ def test_compiled_formulas_equal_the_eager_ones() -> None:
     with torch.compiler.set_stance("force_eager"):
         assert_same(lambda x, w: compiled.rms_norm(x, w, 1e-5), lambda x, w: speed.rms_norm(x, w, 1e-5), x, weight)
         assert_same(lambda x: compiled.swiglu(x, None), lambda x: speed.swiglu(x, None), x)
-        heads = torch.randn(3, 2, 4, 16)
-        assert_same(lambda t: compiled.apply_rotary(t, angles), lambda t: speed.apply_rotary(t, angles), heads)
+        for width in (16, 20):
+            heads = torch.randn(3, 2, 4, width)
+            assert_same(lambda t: compiled.apply_rotary(t, angles), lambda t: speed.apply_rotary(t, angles), heads)
         assert_same(lambda logits: compiled._cross_entropy(logits, target), plain, x)
 
 

@@ -65,6 +65,9 @@ def test_rotary_equals_transformers(heads: int) -> None:
         return apply_rotary_pos_emb(states, states, cos, sin)[0].permute(2, 0, 1, 3)
 
     assert_same(lambda t: speed.apply_rotary(t, freqs), formula, x)
+    still = torch.randn(7, 2, heads, 4)
+    partly = speed.apply_rotary(torch.cat((x, still), -1), freqs)
+    assert torch.equal(partly, torch.cat((speed.apply_rotary(x, freqs), still), -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

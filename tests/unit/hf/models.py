@@ -21,6 +21,19 @@ def moe(**changes: object) -> ModelConfig:
     return tiny(**({"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 24} | changes))
 
 
+LING: dict[str, object] = {
+    "num_moe_experts": 8,
+    "moe_router_topk": 4,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_first_k_dense_layers": 1,
+    "moe_shared_expert_intermediate_size": 48,
+    "qk_norm": True,
+    "rotary_percent": 0.5,
+}
 MODELS = {
     "mha": tiny(),
     "gqa": tiny(num_query_groups=2),
@@ -36,4 +49,5 @@ MODELS = {
     "moe pre-softmax": moe(moe_router_pre_softmax=True, num_query_groups=1),
     "moe pre-softmax wide heads": moe(moe_router_pre_softmax=True, kv_channels=14),
     "moe pre-softmax shared": moe(moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=28),
+    "moe ling": moe(**LING),
 }

@@ -18,7 +18,7 @@ from sparsecod_megatron.hf.families import FAMILIES, choose_family
 from sparsecod_megatron.hf.families.choose import DEPENDENT_KEYS, FEATURES, SHAPE_KEYS
 from sparsecod_megatron.hf.source import open_source
 from tests.helpers.reference_gpt import random_tensors
-from tests.unit.hf.models import MODELS, moe, tiny
+from tests.unit.hf.models import LING, MODELS, moe, tiny
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 EXPECTED = {
@@ -36,6 +36,7 @@ EXPECTED = {
     "moe pre-softmax": "Qwen2MoeForCausalLM",
     "moe pre-softmax wide heads": "Qwen2MoeForCausalLM",
     "moe pre-softmax shared": "Qwen2MoeForCausalLM",
+    "moe ling": "Glm4MoeForCausalLM",
 }
 
 
@@ -88,6 +89,8 @@ IDENTITY = MODELS | {
     "qk-norm window": tiny(qk_norm=True, sliding_window=5, window_attn_skip_freq=2),
     "qk-norm experts": moe(qk_norm=True, moe_first_k_dense_layers=1),
     "gated shared expert": moe(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True),
+    "ling without groups": moe(**LING | {"moe_router_num_groups": None, "moe_router_group_topk": None}),
+    "own class, half of the channels rotate": moe(rotary_percent=0.5),
     "own class": moe(norm_placement="peri", layernorm_scaling=True, moe_shared_expert_intermediate_size=28),
 }
 

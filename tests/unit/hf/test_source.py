@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -37,6 +38,17 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GLM = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "use_qk_norm": True,
+    "num_mtp_layers": 0,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
@@ -47,6 +59,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-window": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=0),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[0]),
+    "glm4-moe": Glm4MoeConfig(**SIZES, **GLM),
     "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),
 }
 
@@ -106,6 +119,10 @@ REFUSED = {
     "rope_type 'dynamic'": LlamaConfig(**SIZES, rope_parameters=YARN | {"rope_type": "dynamic"}),
     "rope_theta 0.5": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 0.5}),
     "mlp_only_layers \\[1\\]": Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]),
+    "num_nextn_predict_layers 1|num_mtp_layers 1": Glm4MoeConfig(**SIZES, **GLM | {"num_mtp_layers": 1}),
+    "rope_parameters .*0.5": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    ),
     "layer_types": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
 }
 

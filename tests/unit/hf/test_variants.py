@@ -42,6 +42,7 @@ STOCK = {
     "moe-shared-gate": "Qwen2MoeForCausalLM",
     "moe-first-dense": "Qwen2MoeForCausalLM",
     "moe-fp64-router": "MixtralForCausalLM",
+    "moe-ling": "Glm4MoeForCausalLM",
 }
 
 

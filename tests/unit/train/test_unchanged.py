@@ -38,6 +38,26 @@ def losses(*overrides: str, validate: bool) -> tuple[list[float], list[float]]:
         return trained, validated
 
 
+def test_a_bias_without_its_mean_chooses_as_with_it() -> None:
+    from sparsecod_megatron.train.step import train_step
+
+    runs = []
+    for zero_mean in ("false", "true"):
+        # Of three experts, moved up or down by the same, the mean moves.
+        with small_trainer(
+            *EXPERTS, "model.num_moe_experts=3", f"model.moe_router_bias_zero_mean={zero_mean}"
+        ) as trainer:
+            data = trainer_batches(trainer)
+            found = [train_step(trainer, data).loss for _ in range(3)]
+            biases = [value for name, value in trainer.models[0].named_buffers() if name.endswith("expert_bias")]
+            runs.append((found, torch.stack(biases)))
+    (plain, bias), (centred, without_mean) = runs
+    assert plain == pytest.approx(centred, abs=1e-7)
+    means = bias.mean(-1, keepdim=True)
+    assert means.abs().max() > 0.02, "else there was nothing to take away"
+    torch.testing.assert_close(without_mean, bias - means)
+
+
 @pytest.mark.parametrize("overrides", [(), ("precision.dtype=bf16",)], ids=["fp32", "bf16"])
 def test_losses_are_bit_equal_with_and_without_validation(overrides: tuple[str, ...]) -> None:
     with_validation, validated = losses(*overrides, validate=True)
