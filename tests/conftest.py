@@ -12,8 +12,9 @@ import pytest
 from hypothesis import settings
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-THREADS = 300
-"""New ones of this process since the last garbage collection after which a test is followed by the next."""
+THREADS, ADDRESSES = 200, 4 << 30
+"""What this process may have gained since the last garbage collection, in threads and bytes of address space; the test
+that brings it beyond is followed by the next."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,21 +73,27 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def few_threads(left_by_others: list[int]) -> Iterator[None]:
-    """Free closed process groups: models are full of cycles, and a gloo group keeps its threads until then."""
+def little_garbage(left: list[int]) -> Iterator[None]:
+    """Free closed process groups and their models, which are full of cycles.
+
+    Until then a gloo group keeps its threads; and a process with more address space than there is memory cannot fork.
+    """
     yield
-    if _threads() > left_by_others[0] + THREADS:
+    now = _threads_and_addresses()
+    if now[0] > left[0] + THREADS or now[1] > left[1] + ADDRESSES:
         gc.collect()
-        # torch keeps one group of each session for good: without this, every later test would collect.
-        left_by_others[0] = _threads()
+        left[:] = _threads_and_addresses()
 
 
 @pytest.fixture(scope="session")
-def left_by_others() -> list[int]:
-    """How many threads the last garbage collection has left."""
-    return [0]
+def left() -> list[int]:
+    """What the last garbage collection has left: some threads of gloo stay, for which no later test shall collect."""
+    return _threads_and_addresses()
 
 
-def _threads() -> int:
-    tasks = Path("/proc/self/task")
-    return sum(1 for _ in tasks.iterdir()) if tasks.exists() else 0
+def _threads_and_addresses() -> list[int]:
+    process = Path("/proc/self")
+    if not (process / "task").exists():
+        return [0, 0]
+    pages = int((process / "statm").read_text().split()[0])
+    return [sum(1 for _ in (process / "task").iterdir()), pages * os.sysconf("SC_PAGE_SIZE")]

@@ -28,6 +28,8 @@ SIZES = {
     "sliding_window",
     "num_moe_experts",
     "moe_router_topk",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
 }

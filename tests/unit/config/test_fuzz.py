@@ -14,6 +14,7 @@ from sparsecod_megatron.config import load_config, save_config
 from sparsecod_megatron.config.schema import RunConfig
 from sparsecod_megatron.config.typed import known_keys
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 
 SCALARS = (
     st.none()
@@ -39,13 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_or_refuse(folder: Path, path: Path | None, overrides: list[str]) -> None:
     """Accepted configurations survive saving; the others give one line."""
     try:
-        config = load_config(path, overrides)
+        config = load_config(path, overrides, mechanisms=MECHANISMS)
     except ConfigError as error:
         message = str(error)
         assert message and "\n" not in message
         return
     save_config(config, folder / "saved.yaml")
-    again = load_config(folder / "saved.yaml")
+    again = load_config(folder / "saved.yaml", mechanisms=MECHANISMS)
     assert repr(again) == repr(config)  # and not ==: a NaN that got through would differ from itself
 
 

@@ -100,7 +100,7 @@ class WeightMechanism(Mechanism):
         return sizes - round(sum(self.live_counts(table, StepContext(1, 1))))
 
     def idle_products(self, table: ParameterTable, context: StepContext) -> float:
-        """Of the weights that do not live after a step."""
+        """Those with weights that do not live after a step."""
         return idle_products(self.matrices(table), self.live_counts(table, context))
 
     def optimizer_bytes(self, kind: ParameterKind) -> int:
