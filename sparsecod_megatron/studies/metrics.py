@@ -18,6 +18,8 @@ from sparsecod_megatron.studies.budget import training_tokens
 
 SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 """What a cell costs, known before it runs."""
+OVER_TRAINING = ("act_nonzero", "act_small", "load_max_over_mean", "load_entropy")
+"""Layer statistics that a study compares by how they change while a run trains, where it collects them."""
 
 
 def cell_sizes(config: RunConfig) -> dict[str, float]:
@@ -34,12 +36,14 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
 
     `SIZES`; `loss`, `perplexity` and `bits_per_byte` of held-out text; `SCORE/VALUE` of every score; `TASK/METRIC` of
     every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where a task has none; `out_var_first`,
-    `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's; and the median
-    `tokens_per_s`.
+    `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's; `NAME_start` and
+    `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last collected step, and
+    `NAME_end_first` of the first layer that has it; and the median `tokens_per_s`.
     """
     found: dict[str, Any] = {
         **cell_sizes(config),
         **_variances(run),
+        **dict(_over_training(run)),
         **dict(_scores(analysis / SCORES_FILE)),
         **dict(_evaluated(evaluation / "results.json")),
     }
@@ -67,6 +71,17 @@ def _variances(run: Path) -> dict[str, float | None]:
         return {}
     growth = layers[-1] / layers[0] if layers[0] else None
     return {"out_var_first": layers[0], "out_var_last": layers[-1], "out_var_growth": growth}
+
+
+def _over_training(run: Path) -> Iterator[tuple[str, float]]:
+    records = _lines(run / STATISTICS_FILE)
+    for name in OVER_TRAINING:
+        collected = [[layer[name] for layer in record["layers"] if name in layer] for record in records]
+        layers = [found for found in collected if found]
+        if layers:
+            yield f"{name}_start", sum(layers[0]) / len(layers[0])
+            yield f"{name}_end", sum(layers[-1]) / len(layers[-1])
+            yield f"{name}_end_first", layers[-1][0]
 
 
 def _scores(path: Path) -> Iterator[tuple[str, Any]]:

@@ -2,9 +2,9 @@
 
 With a the activation [..., F] before the output projection, a' = a where |a| is at least the k-th largest of the
 token's |a|, else 0. Gradients flow through the kept units alone, and k is the same in training and evaluation. Units
-that tie with the k-th are all kept (in bf16 a few), and a zero stays zero whether it is among the k or not. In a
-mixture of experts each expert, shared ones too, keeps k of its own. The products stay dense: nothing is saved in
-training.
+that tie with the k-th are all kept (in bf16 a few, which `topk_ties` counts), and a zero stays zero whether it is among
+the k or not. In a mixture of experts each expert, shared ones too, keeps k of its own. The products stay dense: nothing
+is saved in training.
 
 Under tensor parallelism every rank gathers the others' k largest values, k · TP numbers per token, to know the k-th of
 all; the threshold is a constant of the backward pass.
@@ -75,7 +75,7 @@ class TopKActivation(Mechanism):
         return spec
 
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> ActiveUnits:
-        """Share of units that are not zero."""
+        """Share of units that are not zero, and units kept for a tie."""
         return ActiveUnits(models)
 
     def saved_bytes(self, model: ModelConfig, layer: int, rank: RankShape) -> dict[str, int]:
@@ -119,29 +119,29 @@ class KeepsLargest:
         super().__init__(*arguments, tp_group=tp_group, **options)  # type: ignore[call-arg]
         assert tp_group is not None, "an MLP says which ranks share its units"
         self.k, self.units_group = k, tp_group
-        self.observe: Callable[[Tensor], None] | None = None
+        self.observe: Callable[[Tensor, Tensor], None] | None = None
         # In front of all other hooks, which so see what is multiplied.
         self.register_forward_pre_hook(_keep)  # type: ignore[attr-defined]
 
 
 def _keep(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    kept = keep_largest(inputs[0], module.k, module.units_group)
+    kept, smallest = keep_largest(inputs[0], module.k, module.units_group)
     if module.observe is not None:
-        module.observe(kept)
+        module.observe(kept.detach(), smallest)
     return (kept, *inputs[1:])
 
 
-def keep_largest(x: Tensor, k: int, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
-    """x [..., units of this rank] with 0 where |x| is below the k-th largest of all ranks' units. Collective (`group`).
+def keep_largest(x: Tensor, k: int, group: torch.distributed.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., units of this rank] with 0 where |x| is below the k-th largest of all ranks' units, and that, [..., 1].
+
+    Collective over `group`.
 
     Args:
         x: activations.
-        k: units to keep, at least 1; all are kept where there are no more.
+        k: units to keep, at least 1 and below the number of all.
         group: ranks that hold the other units; None holds all here.
     """
     size = 1 if group is None else group.size()
-    if k >= x.shape[-1] * size:
-        return x
     magnitudes = x.detach().abs()
     largest = magnitudes.topk(min(k, x.shape[-1]), dim=-1, sorted=False).values
     if size > 1:
@@ -149,7 +149,7 @@ def keep_largest(x: Tensor, k: int, group: torch.distributed.ProcessGroup | None
         torch.distributed.all_gather(gathered, largest.contiguous(), group=group)
         largest = torch.cat(gathered, dim=-1).topk(k, dim=-1, sorted=False).values
     threshold = largest.amin(dim=-1, keepdim=True)
-    return torch.where(magnitudes >= threshold, x, 0)
+    return torch.where(magnitudes >= threshold, x, 0), threshold
 
 
 def _limited(linear: Any, k: int) -> ModuleSpec:
@@ -171,13 +171,16 @@ def _mlps(spec: ModuleSpec, model: ModelConfig, layer: int) -> Iterator[tuple[Mo
 
 
 class ActiveUnits:
-    """active_units: share of units of limited MLPs that are not zero, over all tokens and experts.
+    """active_units, topk_ties.
+
+    Over all tokens and experts, the share of units of limited MLPs that are not zero, and the mean number of units that
+    a token keeps beyond k because they tie with its k-th.
 
     Args:
         models: the GPTModel chunks of this rank, without wrappers.
     """
 
-    names: tuple[str, ...] = ("active_units",)
+    names: tuple[str, ...] = ("active_units", "topk_ties")
     maxima: tuple[str, ...] = ()
 
     def __init__(self, models: Sequence[Any]) -> None:
@@ -194,12 +197,18 @@ class ActiveUnits:
         """Count in every training forward pass inside the block. Local."""
         from sparsecod_megatron.metrics.hooks import in_backward
 
-        def observe(layer: int, kept: Tensor) -> None:
-            if not in_backward():
-                sums.add(layer, "active_units", kept.detach().count_nonzero(), kept.numel())
+        def observe(layer: int, module: KeepsLargest, kept: Tensor, smallest: Tensor) -> None:
+            if in_backward():
+                return
+            sums.add(layer, "active_units", kept.count_nonzero(), kept.numel())
+            # A token with fewer than k units that are not zero has none too many. Each rank counts its own units, for
+            # as many ranks as there are, so that the sum over ranks is the number of units times their number.
+            full = smallest.squeeze(-1) > 0
+            beyond = module.units_group.size() * kept.count_nonzero(dim=-1) - module.k
+            sums.add(layer, "topk_ties", (beyond * full).sum(), full.numel())
 
         for layer, module in self._places:
-            module.observe = partial(observe, layer)
+            module.observe = partial(observe, layer, module)
         try:
             yield
         finally:
@@ -208,4 +217,4 @@ class ActiveUnits:
 
     def statistics(self, means: dict[str, float]) -> dict[str, float | list[float]]:
         """One layer's statistics; none where all units are kept."""
-        return {"active_units": means["active_units"]} if "active_units" in means else {}
+        return {name: means[name] for name in self.names if name in means}

@@ -42,13 +42,14 @@ def test_headwise_gate() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(k=st.integers(1, 12), units=st.integers(1, 12), seed=st.integers(0, 9))
+@given(k=st.integers(1, 11), units=st.integers(12, 14), seed=st.integers(0, 9))
 def test_the_largest_of_each_token(k: int, units: int, seed: int) -> None:
     """By a sort of each token, some of whose units tie or are zero."""
     x = torch.randn(3, 2, units, generator=torch.Generator().manual_seed(seed)).round(decimals=1).requires_grad_()
-    kept = keep_largest(x, k)
+    kept, smallest_kept = keep_largest(x, k)
+    assert smallest_kept.shape == (3, 2, 1)
     for token, result in zip(x.detach().flatten(end_dim=1), kept.detach().flatten(end_dim=1), strict=True):
-        smallest = sorted(map(abs, token.tolist()), reverse=True)[min(k, units) - 1]
+        smallest = sorted(map(abs, token.tolist()), reverse=True)[k - 1]
         expected = [value if abs(value) >= smallest else 0.0 for value in token.tolist()]
         assert result.tolist() == pytest.approx(expected)
     kept.sum().backward()
@@ -77,10 +78,31 @@ def test_active_units_are_counted_once_under_recompute() -> None:
                 [model.module for model in trainer.models], None
             )
             (layers,) = collected_steps(trainer, [group], steps=1)
-        assert layers[0] == pytest.approx({"active_units": 3 / 48}) and layers[1] == pytest.approx(
-            {"active_units": 6 / 48}
-        )
+        assert layers[0] == pytest.approx({"active_units": 3 / 48, "topk_ties": 0})
+        assert layers[1] == pytest.approx({"active_units": 6 / 48, "topk_ties": 0})
         assert layers[2] == {}  # all are kept: nothing acts there
+
+
+def test_ties_are_kept_and_counted() -> None:
+    """Planted: one token ties twice more with its second unit, one has a single unit at all, one has no ties."""
+    from sparsecod_megatron.metrics.accumulator import LayerAccumulator
+
+    topk = ("mechanisms.topk_activation.k=2", "model.activation=relu", "precision.dtype=bf16")
+    with megatron_model(*topk) as model:
+        group = (
+            load_config(None, [*SMALL, *topk], mechanisms=MECHANISMS)
+            .mechanisms["topk_activation"]
+            .statistics([model], None)
+        )
+        planted = torch.zeros(3, 1, 48, dtype=torch.bfloat16)
+        planted[0, 0, :5] = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0])
+        planted[1, 0, 7] = 1.0
+        planted[2, 0, 40:44] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        sums = LayerAccumulator(num_layers=3, names=group.names, device=torch.device("cpu"))
+        with group.collecting(sums):
+            model.decoder.layers[1].mlp.linear_fc2(planted)
+        layers = [group.statistics(means) for means in sums.reduce()]
+    assert layers == [{}, pytest.approx({"active_units": (4 + 1 + 2) / 144, "topk_ties": 2 / 3}), {}]
 
 
 def test_uniform_and_erk() -> None:
