@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,18 @@ from torch import Tensor
 from sparsecod_megatron.checkpoint.state import read_state
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.seams.mechanism import configured
+from sparsecod_megatron.seams.mechanism import configured, model_at
 from sparsecod_megatron.seams.plugin import StepContext
+
+
+def context_of(config: RunConfig, step_dir: Path) -> StepContext:
+    """The step of a checkpoint of this run."""
+    return StepContext(read_state(step_dir).train.step, config.train.train_steps)
+
+
+def effective_config(config: RunConfig, step_dir: Path) -> RunConfig:
+    """With the model that the run computes with at the step of a checkpoint."""
+    return replace(config, model=model_at(config, context_of(config, step_dir)))
 
 
 class EffectiveTensors(Mapping[str, Tensor]):
@@ -34,7 +45,7 @@ class EffectiveTensors(Mapping[str, Tensor]):
         for mechanism in self._mechanisms:
             stored = mechanism.plain_tensors(config.model, stored)
         self._stored = stored
-        self.context = StepContext(read_state(step_dir).train.step, config.train.train_steps)
+        self.context = context_of(config, step_dir)
 
     def __getitem__(self, name: str) -> Tensor:
         """On the stored tensor's device, in its type."""

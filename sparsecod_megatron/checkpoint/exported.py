@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.checkpoint.effective import EffectiveTensors
+from sparsecod_megatron.checkpoint.effective import EffectiveTensors, effective_config
 from sparsecod_megatron.checkpoint.exported_sparsity import write_sparsity
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
@@ -77,7 +77,7 @@ def export_checkpoint(
         if not verify:
             _require_plain(source.config.megatron)
         export_model(
-            source.config.model,
+            effective_config(source.config, source.step_dir).model,
             tensors,
             output,
             mechanisms=configured(source.config),
@@ -117,7 +117,7 @@ def verify_checkpoint(
     know_extensions()
     return verify_directory(
         lambda: whole_model(step_dir, select_backend()),
-        config.model,
+        effective_config(config, step_dir).model,
         hf_dir,
         mechanisms=configured(config),
         exported_as=exported_as,

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sparsecod_megatron.backend import Backend
-from sparsecod_megatron.checkpoint.effective import make_effective
+from sparsecod_megatron.checkpoint.effective import effective_config, make_effective
 from sparsecod_megatron.checkpoint.manifest import require_undamaged
 from sparsecod_megatron.checkpoint.native import load_weights
 from sparsecod_megatron.checkpoint.parts import ModelParts
@@ -63,10 +63,11 @@ def whole_model(path: Path, backend: Backend) -> Iterator[WholeModel]:
     require_undamaged(step_dir, digests=False)
     config = saved_config(step_dir)
     config = replace(single_process(config), megatron=shape_only(config.megatron))
-    with unsharded(config, backend) as (models, groups):
+    computed = effective_config(config, step_dir)
+    with unsharded(computed, backend) as (models, groups):
         load_weights(step_dir, ModelParts(config=config, groups=groups, models=models))
         make_effective(unwrap(models[0]), config, step_dir)
-        yield WholeModel(config, unwrap(models[0]).eval(), step_dir)
+        yield WholeModel(computed, unwrap(models[0]).eval(), step_dir)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ def model_problems(config: RunConfig) -> Iterator[str]:
     yield from _document_problems(config)
     yield from _init_problems(model)
     if model.is_moe:
-        yield from _depth_of_experts_problems(model)
+        yield from depth_of_experts_problems(model)
         yield from _routing_problems(model)
 
 
@@ -98,7 +98,8 @@ def _init_problems(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _depth_of_experts_problems(model: ModelConfig) -> Iterator[str]:
+def depth_of_experts_problems(model: ModelConfig) -> Iterator[str]:
+    """One line for each problem of where experts are and how many a token of each layer uses."""
     dense, layers = model.moe_first_k_dense_layers, model.num_layers
     if dense >= layers:
         yield f"model.moe_first_k_dense_layers: {dense} leaves no layer of {layers} with experts; lower it"
@@ -120,7 +121,7 @@ def _depth_of_experts_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _routing_problems(model: ModelConfig) -> Iterator[str]:
-    yield from _group_problems(model)
+    yield from group_problems(model)
     sigmoid = model.moe_router_score_function == "sigmoid"
     if model.moe_router_enable_expert_bias and not sigmoid:
         needs = "Megatron-Core has it for sigmoid scores only; set model.moe_router_score_function=sigmoid"
@@ -133,7 +134,8 @@ def _routing_problems(model: ModelConfig) -> Iterator[str]:
         yield "model.moe_shared_expert_gate: true without a shared expert; set moe_shared_expert_intermediate_size"
 
 
-def _group_problems(model: ModelConfig) -> Iterator[str]:
+def group_problems(model: ModelConfig) -> Iterator[str]:
+    """One line for each problem of groups of experts."""
     experts, groups, chosen = model.num_moe_experts or 0, model.moe_router_num_groups, model.moe_router_group_topk
     key = "model.moe_router_group_topk"
     if groups is None and chosen is None:

@@ -68,7 +68,7 @@ class SparsecodRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[tokens, hidden] → weights and experts, both [tokens, topk]."""
-        logits = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        logits = self.logits(x)
         sigmoid = self.config.moe_router_score_function == "sigmoid"
         scores = torch.sigmoid(logits) if sigmoid else logits
         if self.config.moe_router_pre_softmax:
@@ -81,6 +81,10 @@ class SparsecodRouter(nn.Module):
         if not sigmoid and not self.config.moe_router_pre_softmax:
             weights = weights.softmax(dim=-1)
         return (weights * (self.config.moe_router_topk_scaling_factor or 1.0)).to(x.dtype), experts
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., hidden] → [..., experts]; a mechanism may put its own in place of it."""
+        return F.linear(x.to(self.dtype), self.weight.to(self.dtype))
 
     def _within_groups(self, ranking: Tensor) -> Tensor:
         """Experts outside a token's best groups at -inf; [tokens, experts]."""

@@ -212,7 +212,7 @@ def _watch_megatron_mlp(hooks: Hooks, mlp: Any, at: str, config: ModelConfig) ->
 
 def _record_megatron_experts(record: Record, moe: Any, x: Tensor, at: str) -> None:
     """Router logits, every routed expert on every token, and the shared expert with its gate."""
-    record(f"{at}.gate", F.linear(x, moe.router.weight))
+    record(f"{at}.gate", moe.router.gating(x))
     for index, expert in enumerate(moe.experts.local_experts):
         record(f"{at}.experts.{index}", expert(x)[0])
     if moe.shared_experts is not None:
@@ -238,7 +238,8 @@ def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str) -> None:
 
 
 def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -> None:
-    record(f"{at}.gate", F.linear(x, moe.gate.weight))
+    router = moe.gate
+    record(f"{at}.gate", router.logits(x) if hasattr(router, "logits") else F.linear(x, router.weight))
     if getattr(moe, "shared_expert", None) is not None:
         gate = moe.shared_expert_gate
         record(f"{at}.shared_expert", moe.shared_expert(x) * (1.0 if gate is None else torch.sigmoid(gate(x))))

@@ -43,6 +43,8 @@ MECHANISMS = Registry(
         "iss": "weights.iss:Iss",
         "journey": "weights.journey:Journey",
         "mask_sparsity": "weights.mask_sparsity:MaskSparsity",
+        "moe_router_topk_schedule": "experts.topk_schedule:TopkSchedule",
+        "moe_x": "experts.moe_x:MoeX",
         "monarch": "weights.monarch:Monarch",
         "pgf": "weights.pgf:Pgf",
         "rigl": "weights.rigl:RigL",

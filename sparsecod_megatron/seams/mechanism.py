@@ -89,11 +89,13 @@ class Module:
             index)` that changes a `SparsecodLayer` as it is built; copied into the directory.
         settings: what `extend` and an import get, as plain data; an import takes them for the section of YAML.
         tensors: of all layers.
+        replaced: tensors of the plain model that it has not, by their names in a GPTModel.
     """
 
     code: Path
     settings: dict[str, Any] = field(default_factory=dict)
     tensors: tuple[ExportedTensor, ...] = ()
+    replaced: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,10 @@ class Mechanism:
         """The spec of a layer with its own modules in Megatron-Core's places. Local."""
         return spec
 
+    def model_at(self, model: ModelConfig, context: StepContext) -> ModelConfig:
+        """What the model is in a step: what its operations are counted of, and what is exported."""
+        return model
+
     def plugin(self, parts: StepParts) -> Plugin | None:
         """What acts inside the step of this rank. Collective over all processes."""
         return None
@@ -249,6 +255,14 @@ class Mechanism:
 def configured(config: RunConfig) -> tuple[Mechanism, ...]:
     """The mechanisms of a run, in the order of its file."""
     return tuple(config.mechanisms.values())
+
+
+def model_at(config: RunConfig, context: StepContext) -> ModelConfig:
+    """What the model of a run is in a step; the configuration's own object unless a mechanism changes it."""
+    model = config.model
+    for mechanism in configured(config):
+        model = mechanism.model_at(model, context)
+    return model
 
 
 def mixed(mixin: type, base: type) -> type:

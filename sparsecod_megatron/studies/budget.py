@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparsecod_megatron.config import RunConfig, load_config
@@ -11,6 +13,7 @@ from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
+from sparsecod_megatron.seams.mechanism import model_at
 from sparsecod_megatron.seams.plugin import StepContext
 from sparsecod_megatron.studies.schema import BudgetConfig, Labels, setting_name
 
@@ -68,12 +71,18 @@ def training_flops_per_token(config: RunConfig, *, is_effective: bool = False) -
         config: of the run.
         is_effective: without the products with weights that mechanisms hold at zero.
     """
-    table = ParameterTable.of(with_vocabulary(config)[0])
-    flops = flops_per_token(table, config.data.seq_length)
+    config = with_vocabulary(config)[0]
+    table = ParameterTable.of(config)
+    # Schedules are functions of the share of the steps, so that steps need not be known yet.
+    steps = [StepContext(step, SAMPLED_STEPS) for step in range(1, SAMPLED_STEPS + 1)]
+    models = [model_at(config, step) for step in steps]
+    numbers = [flops_per_token(replace(table, model=models[0]), config.data.seq_length)]
+    for before, model in itertools.pairwise(models):
+        same = model == before
+        numbers.append(numbers[-1] if same else flops_per_token(replace(table, model=model), config.data.seq_length))
+    flops = sum(numbers) / len(numbers)
     if not is_effective:
         return flops
-    # Schedules of sparsity are functions of the share of the steps, so that steps need not be known yet.
-    steps = [StepContext(step, SAMPLED_STEPS) for step in range(1, SAMPLED_STEPS + 1)]
     idle = sum(mechanism.idle_products(table, step) for mechanism in table.mechanisms for step in steps)
     return flops - BACKWARD_FACTOR * 2.0 * idle / len(steps)
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from sparsecod_megatron.analysis.directory import SCORES_FILE
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.flops import flops_per_token
 from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.config.run_files import METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
-from sparsecod_megatron.studies.budget import training_tokens
+from sparsecod_megatron.studies.budget import training_flops_per_token, training_tokens
 
 SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 """What a cell costs, known before it runs."""
@@ -27,7 +26,7 @@ def cell_sizes(config: RunConfig) -> dict[str, float]:
     completed, _ = with_vocabulary(config)
     count = ParameterTable.of(completed).count()
     tokens = training_tokens(config)
-    flops = tokens * flops_per_token(ParameterTable.of(completed), config.data.seq_length)
+    flops = tokens * training_flops_per_token(config)
     return dict(zip(SIZES, (count.total, count.active, tokens, flops), strict=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, LOG_FILE
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.parallel import running_processes, wait_for_all
+from sparsecod_megatron.seams.mechanism import model_at
 from sparsecod_megatron.train.clock import StepClock
 from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.divergence import DivergenceError, UpdateJudge
@@ -90,6 +92,10 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
                 recorder.close()
 
 
+def _flops_per_token(config: RunConfig) -> float:
+    return flops_per_token(ParameterTable.of(config), config.data.seq_length)
+
+
 class _Loop:
     """Steps of one run; holds what the steps share."""
 
@@ -109,7 +115,7 @@ class _Loop:
         self.last_step = config.train.exit_step or config.train.train_steps
         self.statistics = statistics_collector(trainer)
         self.saved_step = state.step
-        self.flops_per_token = flops_per_token(ParameterTable.of(config), config.data.seq_length)
+        self.counted_model, self.flops_per_token = config.model, _flops_per_token(config)
         self.profiler = StepProfiler(
             config.profile, Path(config.logging.run_dir), trainer.models, trainer.backend.device
         )
@@ -236,6 +242,9 @@ class _Loop:
 
     def _record(self, result: StepResult, elapsed: float) -> dict[str, Any]:
         tokens_per_s = result.tokens / elapsed
+        config = self.trainer.config
+        if (model := model_at(config, self.trainer.context(self.state.step))) != self.counted_model:
+            self.counted_model, self.flops_per_token = model, _flops_per_token(replace(config, model=model))
         return {
             "step": self.state.step,
             "tokens": self.state.consumed_tokens,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
-from tests.dist.layouts import BUCKETS, CP2, EP2, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, SpreadCase
+from tests.dist.layouts import BUCKETS, CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, SpreadCase
 from tests.helpers.mechanisms import CASES, TOGETHER, settings
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
@@ -48,7 +48,13 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp2-vpp2": (PP2, VPP2, *BUCKETS),
     "cp2": (CP2, *BUCKETS),
 }
-EXPERT_LAYOUTS: dict[str, tuple[str, ...]] = {"ep2": (EP2,), "tp2-sp": (TP2, SP)}
+EXPERT_LAYOUTS: dict[str, tuple[str, ...]] = {
+    "ep2": (EP2,),
+    "tp2-sp": (TP2, SP),
+    "tp2-sp-ep2": (TP2, SP, EP2, ETP1),
+    "cp2-ep2": (CP2, EP2, *BUCKETS),
+    "pp2-full-recompute": (PP2, *FULL_RECOMPUTE),
+}
 SAVES = {"dense": "tp2-sp", "moe": "ep2"}
 
 
@@ -65,6 +71,8 @@ class LayoutCase(SpreadCase):
 
 
 EVERYWHERE = ("gate-masks-topk", "factors", "marks")
+ROUTERS = "routers"
+"""The run whose mechanisms need experts, and which has every layout of theirs."""
 """Runs that are tried in every layout; the others share their code, and are in one of each kind of split.
 Experts' neurons are the unit tests' matter."""
 KINDS_OF_SPLIT = ("dp2", "tp2-sp", "pp2-vpp2", "ep2")
@@ -73,8 +81,9 @@ LAYOUT_CASES = [
     for model, layouts in (("dense", LAYOUTS), ("moe", EXPERT_LAYOUTS))
     for layout in layouts
     for group, names in TOGETHER.items()
-    if model == "dense" or any(CASES[name].experts for name in names)
-    if group in EVERYWHERE or (layout in KINDS_OF_SPLIT and (model, group) != ("moe", "groups"))
+    if any(CASES[name].dense if model == "dense" else CASES[name].experts for name in names)
+    if layout in ("ep2", "tp2-sp") or model == "dense" or group == ROUTERS
+    if group in (*EVERYWHERE, ROUTERS) or (layout in KINDS_OF_SPLIT and (model, group) != ("moe", "groups"))
 ]
 RESUMED = {"dense": ("dp2", "pp2-vpp2"), "moe": ("tp2-sp",)}
 """Layouts in which each continues from the checkpoint of `SAVES`."""

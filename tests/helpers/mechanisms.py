@@ -16,6 +16,7 @@ class Case:
         experts: whether it has an effect of its own in a mixture of experts.
         like: another, through whose code its weights start and are exported.
         holds_zeros: whether the weights that it counts as dead are zeros after a step of these settings.
+        dense: whether it has an effect in a model without experts.
     """
 
     settings: tuple[str, ...]
@@ -24,6 +25,7 @@ class Case:
     experts: bool = False
     like: str = ""
     holds_zeros: bool = True
+    dense: bool = True
 
 
 def _set(name: str, *settings: str) -> tuple[str, ...]:
@@ -82,6 +84,27 @@ CASES: dict[str, Case] = {
         holds_zeros=False,
         like="ste",
     ),
+    "moe_router_topk_schedule": Case(
+        (
+            "mechanisms.moe_router_topk_schedule={at: 1, topk_per_layer: [1, 1, 2, 1]}",
+            "model.num_moe_experts=4",
+            "model.moe_ffn_hidden_size=24",
+            "model.moe_router_pre_softmax=true",
+        ),
+        experts=True,
+        dense=False,
+    ),
+    "moe_x": Case(
+        (
+            "mechanisms.moe_x={}",
+            "model.activation=relu",
+            "model.num_moe_experts=4",
+            "model.moe_ffn_hidden_size=24",
+            "model.moe_aux_loss_coeff=0.1",
+        ),
+        experts=True,
+        dense=False,
+    ),
     "topk_activation": Case(
         ("mechanisms.topk_activation.k_per_layer=[4,10,20,4]", "model.activation=relu"),
         neutral=("mechanisms.topk_activation.k=48",),
@@ -94,6 +117,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "marks": ("rigl", "journey", "iss", "cast"),
     "windows": ("ste", "srste", "pgf", "set"),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
+    "routers": ("moe_router_topk_schedule", "moe_x"),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 APART = ("marks", "windows", "groups")

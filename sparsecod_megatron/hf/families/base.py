@@ -63,8 +63,10 @@ class Family:
             modules: what `choose.exported_modules` gave.
         """
         own = [tensor for module in (modules or {}).values() for tensor in module.tensors]
+        replaced = {name for module in (modules or {}).values() for name in module.replaced}
+        plain = (entry for entry in self._entries(model) if not replaced.intersection(entry.megatron))
         entries = [Entry((tensor.megatron,), (tensor.hf,), same(tensor.shape)) for tensor in own]
-        return NameTable(self.architecture, (*self._entries(model), *entries))
+        return NameTable(self.architecture, (*plain, *entries))
 
     def config(
         self,

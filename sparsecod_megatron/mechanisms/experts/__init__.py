@@ -1,0 +1,1 @@
+"""Mechanisms of mixtures of experts."""
