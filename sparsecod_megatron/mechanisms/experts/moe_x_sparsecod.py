@@ -39,7 +39,7 @@ class _SparsityLogits:
     @torch.no_grad()
     def _current(self) -> tuple[Tensor, Tensor]:
         """Mean and variance [experts, hidden]; taken anew where a weight is another, or has changed in place."""
-        weights = [expert.up_proj.weight for expert in self.experts]
+        weights: list[Tensor] = [expert.up_proj.weight for expert in self.experts]  # type: ignore[union-attr, misc]
         of = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
         if self._moments is None or of != self._of:
             exact = [weight.float() for weight in weights]
