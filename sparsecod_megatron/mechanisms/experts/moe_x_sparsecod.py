@@ -38,7 +38,7 @@ class _SparsityLogits:
 
     @torch.no_grad()
     def _current(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [experts, hidden]; taken anew where a weight is another, or has changed in place."""
+        """Mean and variance [experts, hidden]; taken again where a weight is another, or has changed in place."""
         weights: list[Tensor] = [expert.up_proj.weight for expert in self.experts]  # type: ignore[union-attr, misc]
         of = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
         if self._moments is None or of != self._of:
