@@ -117,7 +117,7 @@ class SparsityRouter:
 
     Attributes:
         shown: the layer's experts, alone in a tuple.
-        moments: [E, 2, H] in fp32, mean and variance of each expert, while a pass holds them; None takes them in each call.
+        moments: [E, 2, H] in fp32, mean and variance of each expert, during a pass; None takes them in each call.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
