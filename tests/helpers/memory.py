@@ -29,7 +29,7 @@ class Kept:
     """
 
     def __init__(self, apart: Iterable[torch.Tensor]) -> None:
-        self.apart = {tensor.untyped_storage().data_ptr() for tensor in apart}
+        self.apart = list(apart)
         self.holders: Counter[int] = Counter()
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.peak = 0
@@ -38,7 +38,8 @@ class Kept:
         """Count the storage until the handle goes."""
         handle, storage = _Handle(tensor), tensor.untyped_storage()
         address = storage.data_ptr()
-        if address and address not in self.apart:
+        # Asked now: a mechanism may put other memory under a parameter while a pass lasts.
+        if address and address not in {tensor.untyped_storage().data_ptr() for tensor in self.apart}:
             self.holders[address] += 1
             self.storages[address] = storage
             weakref.finalize(handle, self._release, address)

@@ -82,21 +82,20 @@ class MaskedWindow(Plugin):
             yield
             return
         factor, latent = self.settings.dead_factor(context), {}
-        with torch.no_grad():
-            before, self.masks = self.masks, {}
-            for _, shard in self.places.shards:
-                parameter = shard.parameter
-                latent[parameter] = parameter.detach().clone()
-                dead = self.masks[parameter] = smallest_of_each(parameter, n, m)
-                parameter.copy_(masked(parameter, dead, factor))
-            if self.is_observed:
-                self._count_flips(before)
+        before, self.masks = self.masks, {}
+        for _, shard in self.places.shards:
+            parameter = shard.parameter
+            latent[parameter] = parameter.data
+            dead = self.masks[parameter] = smallest_of_each(parameter, n, m)
+            # Other memory under the same parameter: the latent weights, of which masters may be views, are not copied.
+            parameter.data = masked(parameter.data, dead, factor)
+        if self.is_observed:
+            self._count_flips(before)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, weight in latent.items():
-                    parameter.copy_(weight)
+            for parameter, weight in latent.items():
+                parameter.data = weight
 
     @torch.no_grad()
     def on_gradients(self, context: StepContext) -> None:
@@ -121,7 +120,7 @@ class MaskedWindow(Plugin):
 
 def masked(weight: Tensor, dead: Tensor, factor: float) -> Tensor:
     """The weight with what is dead multiplied by a factor."""
-    return torch.where(dead, weight * factor, weight)
+    return torch.where(dead, weight * factor, weight) if factor else weight.masked_fill(dead, 0.0)
 
 
 class FlipShare:
