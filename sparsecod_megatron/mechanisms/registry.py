@@ -47,6 +47,7 @@ MECHANISMS = Registry(
         "moe_x": "experts.moe_x:MoeX",
         "monarch": "weights.monarch:Monarch",
         "pgf": "weights.pgf:Pgf",
+        "random_groups": "weights.random_groups:RandomGroups",
         "rigl": "weights.rigl:RigL",
         "set": "weights.set:Set",
         "sltrain": "weights.sltrain:SLTrain",

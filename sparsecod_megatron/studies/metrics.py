@@ -37,7 +37,7 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where a task has none; `out_var_first`,
     `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's; `NAME_start` and
     `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last collected step, and
-    `NAME_end_first` of the first layer that has it; and the median `tokens_per_s`.
+    `NAME_end_first` of the first layer that has it; `first_loss`, of the first logged step; the median `tokens_per_s`.
     """
     found: dict[str, Any] = {
         **cell_sizes(config),
@@ -46,7 +46,9 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
         **dict(_scores(analysis / SCORES_FILE)),
         **dict(_evaluated(evaluation / "results.json")),
     }
-    speeds = sorted(record["tokens_per_s"] for record in _lines(run / METRICS_FILE) if "tokens_per_s" in record)
+    records = _lines(run / METRICS_FILE)
+    found["first_loss"] = next((record["loss"] for record in records if "loss" in record), None)
+    speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
     found["tokens_per_s"] = speeds[len(speeds) // 2] if speeds else None
     return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 

@@ -78,6 +78,12 @@ CASES: dict[str, Case] = {
         experts=True,
         like="iss",
     ),
+    "random_groups": Case(
+        _set("random_groups", "density=0.5", "pattern=head"),
+        neutral=_set("random_groups", "density=1"),
+        experts=True,
+        like="sparse_weights",
+    ),
     "pgf": Case(
         _set("pgf", "dense_until=0", "fade=exponential"),
         neutral=_set("pgf", "dense_until=0.5"),
@@ -117,7 +123,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "marks": ("rigl", "journey", "iss", "cast"),
     "windows": ("ste", "srste", "pgf", "set"),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
-    "routers": ("moe_router_topk_schedule", "moe_x"),
+    "routers": ("moe_router_topk_schedule", "moe_x", "random_groups"),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 APART = ("marks", "windows", "groups")

@@ -45,6 +45,29 @@ def test_norms_are_of_the_coupled_weights(pattern: str, weights: Any, count: int
                 assert plugin.groups.sizes[layer * count + index] == expected.numel()
 
 
+@pytest.mark.parametrize(("pattern", "weights", "count"), [("neuron", neuron, 48), ("head", head, 2)])
+def test_random_groups_are_drawn_by_their_own_seed(pattern: str, weights: Any, count: int) -> None:
+    from sparsecod_megatron.train.step import train_step
+
+    def dead(mask_seed: int, seed: int) -> list[tuple[int, int]]:
+        settings = f"mechanisms.random_groups={{pattern: {pattern}, mask_seed: {mask_seed}}}"
+        with small_trainer(*STEPS, settings, f"train.seed={seed}") as trainer:
+            data, model = trainer_batches(trainer), trainer.models[0].module
+            found = []
+            for _ in range(2):  # before any step, and after one with weight decay and clipping
+                places = [(layer, index) for layer in range(3) for index in range(count)]
+                sums = {place: sum(float(part.abs().sum()) for part in weights(model, *place)) for place in places}
+                found.append([place for place in places if sums[place] == 0])
+                train_step(trainer, data)
+            assert found[0] == found[1]
+            assert [sum(layer == number for layer, _ in found[0]) for number in range(3)] == [count // 2] * 3
+            return found[0]
+
+    first = dead(1, seed=1)
+    assert first == dead(1, seed=2)
+    assert any(first != dead(other, seed=1) for other in (2, 3, 4))
+
+
 def test_every_expert_has_neurons_of_its_own() -> None:
     experts = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=24")
     with small_trainer(*STEPS, *experts, "mechanisms.wgsef={}") as trainer:

@@ -9,9 +9,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparsecod_megatron.config import load_config
 from sparsecod_megatron.config.flops import flops_per_token
 from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.studies import Cell, load_study
+from sparsecod_megatron.studies.budget import training_flops_per_token
 from tests.unit.studies.conftest import WriteStudy
 
 LENGTHS = {
@@ -89,6 +92,15 @@ def test_effective_compute_leaves_out_dead_weights(
     )
     effective = flops(dense) - 6 * masked * mean_dead
     assert tokens(sparse) * effective == pytest.approx(2e6 * flops(dense), rel=0.01)
+
+
+def test_sparse_ift_wide_costs_what_the_dense_model_costs(repo_root: Path) -> None:
+    settled = ["data.prefix=x", "model.vocab_size=8192"]
+    wide = load_config(repo_root / "examples/configs/nano_sparse_ift_wide.yaml", settled, mechanisms=MECHANISMS)
+    dense = load_config(None, ["model.preset=nano-dense", "data.seq_length=256", *settled])
+    expected = training_flops_per_token(dense)
+    assert training_flops_per_token(wide, is_effective=True) == pytest.approx(expected, rel=0.01)
+    assert training_flops_per_token(wide) > 1.5 * expected, "what dense hardware takes"
 
 
 def test_without_tokens_the_reference_trains_the_base_steps(write_study: WriteStudy, tmp_path: Path) -> None:

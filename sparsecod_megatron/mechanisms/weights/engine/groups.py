@@ -108,10 +108,16 @@ class Groups:
         """L2 norm of each group's fp32 weights, [groups]. Collective over all processes."""
         return self.sums([piece.master.square() for piece in self._places.pieces]).sqrt()
 
+    def whole_ids(self, index: int) -> Tensor:
+        """The group of each weight of a whole matrix, flat, on the CPU. Local."""
+        return self._ids_of(index, torch.arange(self._places.matrices[index].size))
+
     def _ids(self, number: int) -> Tensor:
-        piece = self._places.pieces[number]
-        matrix, block = self._places.matrices[piece.index], self.blocks[self.of_matrix[piece.index]]
-        place = self._places.positions(number) - matrix.first
+        index = self._places.pieces[number].index
+        return self._ids_of(index, self._places.positions(number) - self._places.matrices[index].first)
+
+    def _ids_of(self, index: int, place: Tensor) -> Tensor:
+        matrix, block = self._places.matrices[index], self.blocks[self.of_matrix[index]]
         rows, columns = matrix.row.shape
         if matrix.row.init == "mlp_input":
             found = place // columns % block.count
