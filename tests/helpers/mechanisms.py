@@ -81,6 +81,7 @@ CASES: dict[str, Case] = {
     "random_groups": Case(
         _set("random_groups", "density=0.5", "pattern=head"),
         neutral=_set("random_groups", "density=1"),
+        dense=False,  # in a run of experts, whose attention is like any other's
         experts=True,
         like="sparse_weights",
     ),
@@ -123,7 +124,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "marks": ("rigl", "journey", "iss", "cast"),
     "windows": ("ste", "srste", "pgf", "set"),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
-    "routers": ("moe_router_topk_schedule", "moe_x", "random_groups"),
+    "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 APART = ("marks", "windows", "groups")
