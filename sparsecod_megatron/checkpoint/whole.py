@@ -23,6 +23,7 @@ from sparsecod_megatron.checkpoint.state import TrainState, saved_config
 from sparsecod_megatron.config import ParallelConfig, PrecisionConfig, RunConfig
 from sparsecod_megatron.config.megatron_fields import FUNCTION_FIELDS
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
+from sparsecod_megatron.model.tokens import all_logits
 from sparsecod_megatron.parallel import running_processes
 
 
@@ -44,8 +45,7 @@ class WholeModel:
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, S] token ids → [B, S, V] logits in fp32, both on the CPU."""
         tokens = tokens.to(next(self.model.parameters()).device)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.model(tokens, positions, None).float().cpu()
+        return all_logits(self.model, tokens).float().cpu()
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ class ParameterKind:
         used: copies that one token meets.
         fp8: whether Transformer Engine multiplies it in FP8 under an FP8 recipe.
         looked_up: whether a token takes a row of it, which multiplies nothing.
+        rows_read: rows of a table that a token takes, where the others do not count as its active parameters.
         products: numbers of one copy that a token's vector is multiplied by, where they are not the parameter's own: of
             a matrix that is computed from several parameters, all for one of them; None elsewhere.
         channels: key of the configuration, for messages, that gives the size which tensor parallelism splits.
@@ -59,6 +60,7 @@ class ParameterKind:
     used: int = 1
     fp8: bool = False
     looked_up: bool = False
+    rows_read: int | None = None
     products: int | None = None
     channels: str = ""
 
@@ -70,7 +72,8 @@ class ParameterKind:
     @property
     def active(self) -> int:
         """Number of them that one token uses."""
-        return math.prod(self.shape) * self.used
+        shape = self.shape if self.rows_read is None else (self.rows_read, *self.shape[1:])
+        return math.prod(shape) * self.used
 
     @property
     def multiplied(self) -> int:
@@ -103,7 +106,7 @@ class ParameterCount:
 
     Attributes:
         total: all of them, shared ones once.
-        active: without the experts that a token does not use.
+        active: without the experts, and the rows of mechanisms' tables, that a token does not use.
         embedding: number in the embedding and the output layer, shared ones once.
         live: without those that a mechanism holds at zero.
         by_kind: total by kind.
@@ -169,7 +172,7 @@ class ParameterTable:
         for kind in self.plain_layer(layer):
             held = (kind,)
             for mechanism in self.mechanisms:
-                held = tuple(part for whole in held for part in mechanism.made_of(whole))
+                held = tuple(part for whole in held for part in mechanism.made_of(whole, self.model, layer))
             yield from held
         for mechanism in self.mechanisms:
             yield from mechanism.parameters(self.model, layer)

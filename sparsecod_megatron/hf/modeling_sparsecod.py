@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_sparsecod import SparsecodConfig
 from .extensions_sparsecod import EXTENSIONS
 from .moe_sparsecod import SparsecodMLP, SparsecodMoE
+from .tokens_sparsecod import token_inputs
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -166,19 +167,36 @@ class SparsecodLayer(nn.Module):
         self.attention_join_norm = norm(has_join_norm, scale)
         self.post_attention_layernorm = norm(not self.is_post_norm, before)
         self.mlp_join_norm = norm(has_join_norm, scale)
+        # Of mechanisms: what is added to the layer's input, and how many tokens before its own the layer reads the ids
+        # of, None: it reads no ids.
+        self.memory: nn.Module | None = None
+        self.token_halo: int | None = None
         for name, settings in config.mechanisms.items():
             if name not in EXTENSIONS:
                 raise ValueError(f"mechanisms: {name} is not known here; use the code that lies beside the weights")
             EXTENSIONS[name](self, settings, config, layer_idx)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: Cache | None, **kwargs: Any) -> Tensor:
-        """[batch, seq, hidden] → [batch, seq, hidden]."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None,
+        cache: Cache | None,
+        tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[batch, seq, hidden] → [batch, seq, hidden]; `tokens` as `token_inputs` gives them."""
+        if self.memory is not None:
+            x = x + self.memory(x, tokens)
 
         def attention(x: Tensor) -> Tensor:
             return self.self_attn(x, rotation, mask, cache, **kwargs)[0]
 
+        def mlp(x: Tensor) -> Tensor:
+            return self.mlp(x, tokens) if getattr(self.mlp, "reads_tokens", False) else self.mlp(x)
+
         x = self._joined(x, attention, self.input_layernorm, self.attention_join_norm)
-        return self._joined(x, self.mlp, self.post_attention_layernorm, self.mlp_join_norm)
+        return self._joined(x, mlp, self.post_attention_layernorm, self.mlp_join_norm)
 
     def _joined(
         self, x: Tensor, branch: Callable[[Tensor], Tensor], before: nn.Module | None, join: nn.Module | None
@@ -246,11 +264,15 @@ class SparsecodModel(SparsecodPreTrainedModel):
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(embedded.shape[1], device=embedded.device) + seen).unsqueeze(0)
         masks = self._masks(embedded, attention_mask, cache, position_ids)
+        tokens: dict[str, Tensor] = {}
+        if (halo := max((layer.token_halo for layer in self.layers if layer.token_halo is not None), default=-1)) >= 0:
+            sizes = {"halo": halo, "num_layers": len(self.layers)}
+            tokens["tokens"] = token_inputs(input_ids, attention_mask, position_ids, cache, **sizes)
         rotation = self.rotary_emb(position_ids, embedded.dtype)
         x, streams = self.embedding_norm(embedded), []
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             streams.append(x)
-            x = layer(x, rotation, masks[kind], cache)
+            x = layer(x, rotation, masks[kind], cache, **tokens)
         x = self.norm(x)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(

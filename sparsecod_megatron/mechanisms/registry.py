@@ -57,6 +57,7 @@ MECHANISMS = Registry(
         "srste": "weights.srste:SrSte",
         "ste": "weights.ste:Ste",
         "wgsef": "weights.wgsef:Wgsef",
+        "stem": "tokens.stem:Stem",
         "topk_activation": "activations.topk_activation:TopKActivation",
     },
     former_keys={("attention_output_gate", "headwise"): "headwise_gate"},

@@ -23,6 +23,7 @@ from sparsecod_megatron.model.gpt import EmbeddingNormGPTModel
 from sparsecod_megatron.model.init import initialize
 from sparsecod_megatron.model.sharding import mark_sharded
 from sparsecod_megatron.model.specs import block_spec, spec_provider
+from sparsecod_megatron.seams.mechanism import token_halo
 
 
 def build_model(
@@ -72,7 +73,7 @@ def build_model(
         ).to(device)
         mark_sharded(model, table, groups)
         initialize(model, table, groups, seed=config.train.seed)
-        model.vp_stage = vp_stage
+        model.vp_stage, model.token_halo = vp_stage, token_halo(config)
         if transformer_engine and config.megatron.get("gradient_accumulation_fusion", True):
             fuse_weight_gradients(model)
         models.append(Float16Module(megatron, model) if megatron.bf16 else model)

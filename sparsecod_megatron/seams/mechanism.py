@@ -73,11 +73,13 @@ class ExportedTensor:
         megatron: name in a single-process GPTModel.
         hf: name in the files.
         shape: of both.
+        is_integer: whether it holds integers (int32), which keep their type in files.
     """
 
     megatron: str
     hf: str
     shape: tuple[int, ...]
+    is_integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ class Mechanism:
         """Parameters that it adds to layer `layer` (from 0)."""
         yield from ()
 
-    def made_of(self, kind: ParameterKind) -> tuple[ParameterKind, ...]:
-        """The parameters that a layer has in place of a plain one: that itself, unless it is computed from others."""
+    def made_of(self, kind: ParameterKind, model: ModelConfig, layer: int) -> tuple[ParameterKind, ...]:
+        """The parameters that layer `layer` (from 0) has in place of a plain one: that itself, unless others do."""
         return (kind,)
 
     def initialize(self, chunk: GPTModel, shards: Mapping[Any, Any], seed: int) -> None:
@@ -168,6 +170,13 @@ class Mechanism:
     def layers_differ(self, model: ModelConfig) -> bool:
         """Whether it gives layers of one kind different parameters, so that checkpoints cannot stack them."""
         return False
+
+    def token_halo(self, model: ModelConfig) -> int | None:
+        """Tokens before its own whose ids a layer needs for a token; 0: its own alone. None: it reads no ids.
+
+        With it, every layer's forward pass gets `context`, as `model.tokens.token_context` makes it.
+        """
+        return None
 
     def transformer_fields(self, model: ModelConfig) -> dict[str, Any]:
         """Fields of Megatron-Core's TransformerConfig that it needs."""
@@ -263,6 +272,12 @@ def model_at(config: RunConfig, context: StepContext) -> ModelConfig:
     for mechanism in configured(config):
         model = mechanism.model_at(model, context)
     return model
+
+
+def token_halo(config: RunConfig) -> int | None:
+    """Tokens before its own whose ids some layer of a run needs for a token; None: no layer reads ids."""
+    halos = [mechanism.token_halo(config.model) for mechanism in configured(config)]
+    return max((halo for halo in halos if halo is not None), default=None)
 
 
 def mixed(mixin: type, base: type) -> type:

@@ -11,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from sparsecod_megatron.model.attention import zigzag_positions
+from sparsecod_megatron.model.tokens import token_context
 
 Batch = dict[str, Tensor]
 
@@ -48,7 +49,11 @@ def pack_documents(batch: Batch) -> tuple[Batch, PackedSeqParams]:
 
 
 def make_forward_step(
-    cp_group: torch.distributed.ProcessGroup, device: torch.device, *, mask_documents: bool = False
+    cp_group: torch.distributed.ProcessGroup,
+    device: torch.device,
+    *,
+    mask_documents: bool = False,
+    token_halo: int | None = None,
 ) -> Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]:
     """The function that Megatron-Core's schedules call for each micro-batch.
 
@@ -56,15 +61,26 @@ def make_forward_step(
         cp_group: ranks that share a sequence.
         device: where the model is.
         mask_documents: keep attention within documents.
+        token_halo: tokens before its own whose ids some layer needs; None: layers get no ids.
     """
 
     def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data).items()}
-        batch = shard_sequence(batch, cp_group)
         packing: PackedSeqParams | None = None
-        if mask_documents:
+        if mask_documents:  # which context parallelism would cut
             batch, packing = pack_documents(batch)
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packing)
+        extra: dict[str, Tensor] | None = None
+        if token_halo is not None:
+            extra = {"context": token_context(batch["tokens"], batch["position_ids"], token_halo, cp_group)}
+        batch = shard_sequence(batch, cp_group)
+        losses = model(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"],
+            packed_seq_params=packing,
+            extra_block_kwargs=extra,
+        )
         return losses, partial(sum_of_losses, batch["loss_mask"])
 
     return forward_step

@@ -8,6 +8,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from sparsecod_megatron.parallel.weights import gather_weights
+from sparsecod_megatron.seams.mechanism import token_halo
 from sparsecod_megatron.seams.plugin import StepContext, effective_weights
 from sparsecod_megatron.train.forward import Batch, make_forward_step
 from sparsecod_megatron.train.setup import Trainer
@@ -36,12 +37,15 @@ def forward_backward(
     )
     size, length = config.train.micro_batch_size, config.data.seq_length
     packed = config.data.reset_attention_mask
+    forward_step = make_forward_step(
+        groups.cp, trainer.backend.device, mask_documents=packed, token_halo=token_halo(config)
+    )
     if any(plugin.has_window for plugin in trainer.plugins):
         gather_weights(trainer.models)
     # Upstream's `forward_only` leaves autograd on: activations are kept, and routers count the tokens as trained on.
     with torch.set_grad_enabled(not forward_only), effective_weights(trainer.plugins, context):
         reports = schedule(
-            forward_step_func=make_forward_step(groups.cp, trainer.backend.device, mask_documents=packed),
+            forward_step_func=forward_step,
             data_iterator=list(data),
             model=list(trainer.models),
             num_microbatches=trainer.num_microbatches(samples),

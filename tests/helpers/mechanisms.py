@@ -112,6 +112,7 @@ CASES: dict[str, Case] = {
         experts=True,
         dense=False,
     ),
+    "stem": Case(_set("stem", "layers=[1,3]")),
     "topk_activation": Case(
         ("mechanisms.topk_activation.k_per_layer=[4,10,20,4]", "model.activation=relu"),
         neutral=("mechanisms.topk_activation.k=48",),
@@ -123,6 +124,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "factors": ("monarch", "sltrain", "sparse_ift"),
     "marks": ("rigl", "journey", "iss", "cast"),
     "windows": ("ste", "srste", "pgf", "set"),
+    "tokens": ("stem",),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
 }

@@ -45,7 +45,9 @@ def megatron_model(*overrides: str) -> Iterator[torch.nn.Module]:
 
 def run_forward(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [B, S, V] of token ids [B, S]."""
-    return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    from sparsecod_megatron.model.tokens import all_logits
+
+    return all_logits(model, tokens)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ KEYS_IN_COMMON = (
     "moe_router_enable_expert_bias",
 )
 """Keys with one name in `model:` and in the architecture's configuration."""
-CODE = tuple(Path(__file__).parents[1] / f"{name}_sparsecod.py" for name in ("configuration", "modeling", "moe"))
+CODE = tuple(
+    Path(__file__).parents[1] / f"{name}_sparsecod.py" for name in ("configuration", "modeling", "moe", "tokens")
+)
 """What loading without this package needs beside the weights."""
 AUTO_MAP = {
     "AutoConfig": "configuration_sparsecod.SparsecodConfig",

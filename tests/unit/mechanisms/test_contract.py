@@ -271,6 +271,20 @@ def test_every_reader_of_a_run_knows_the_mechanisms() -> None:
             ["mechanisms.monarch={blocks: 2, kinds: [mlp_output]}", "parallel.tensor_model_parallel_size=4"],
             "blocks: 2 of mlp_output cannot be shared by 4 tensor-parallel ranks",
         ),
+        (["mechanisms.stem.layers=[3]"], "stem.layers: 3, but model.num_layers=3 has layers 0 … 2; correct it"),
+        (["mechanisms.stem.layers=[1,1]"], "stem.layers: 1 is named 2 times; name it once"),
+        (["mechanisms.stem.layers=[]"], "stem.layers: names no layer"),
+        (["mechanisms.stem={}", "model.activation=relu"], "model.activation: relu has no up projection"),
+        (["mechanisms.stem.layers=[1]", "model.num_moe_experts=2"], "stem.layers: 1 is a mixture of experts"),
+        (
+            ["mechanisms.stem={}", "mechanisms.monarch.blocks=2"],
+            "mechanisms.monarch.kinds: mlp_input of layer 1 has mechanisms.stem too",
+        ),
+        (
+            ["mechanisms.stem={}", "megatron.recompute_granularity=selective", "megatron.recompute_modules=[mlp]"],
+            "megatron.recompute_modules: mlp is computed again without the token ids of mechanisms.stem",
+        ),
+        (["mechanisms.stem={}", "megatron.mtp_num_layers=1"], "megatron.mtp_num_layers"),
         (
             ["mechanisms.sparse_ift={form: doped, sparsity: 0.05, kinds: [qkv]}", "model.hidden_size=16"],
             "leaves nothing",

@@ -29,6 +29,7 @@ SETTINGS = {
     "doped": "mechanisms.sparse_ift={form: doped, sparsity: 0.75}",
 }
 QKV = ParameterKind("qkv", (64, 32), r"self_attention\.linear_qkv\.weight", dimension=0, split="tensor")
+MODEL = load_config(None, [*SMALL]).model
 KINDS = (
     QKV,
     ParameterKind("mlp_input", (96, 32), r"mlp\.linear_fc1\.weight", dimension=0, stacked=2, split="tensor"),
@@ -130,7 +131,7 @@ def assert_parts_of_ranks(name: str, mechanism: Any, kind: ParameterKind) -> Non
     whole = mechanism.composed(kind, parts)
     by_row = kind.dimension == 0
     torch.testing.assert_close(whole, written_out(name, kind.shape, parts, by_row=by_row))  # type: ignore[arg-type]
-    rows = {row.name.removeprefix(f"{kind.name}_"): row for row in mechanism.made_of(kind)}
+    rows = {row.name.removeprefix(f"{kind.name}_"): row for row in mechanism.made_of(kind, MODEL, 0)}
     assert sum(row.multiplied for row in rows.values()) == kind.multiplied
     for rank in (0, 1):
 
@@ -199,7 +200,7 @@ def test_blocks_of_a_monarch_matrix_have_their_rank() -> None:
         tails = [torch.linalg.svdvals(block)[8:].square().sum() for block in blocks]
         errors.append(float(sum(tails) / matrix.square().sum()) ** 0.5)
     assert errors[0] < 1e-6 and errors[1] > 0.3
-    count = sum(math.prod(row.shape) for row in mechanism.made_of(kind))
+    count = sum(math.prod(row.shape) for row in mechanism.made_of(kind, MODEL, 0))
     assert count == 16 * (32 + 64)
 
 
@@ -226,7 +227,7 @@ def test_as_many_numbers_as_a_dense_matrix(form: str, sparsity: float) -> None:
         0
     ):
         if mechanism.has_factors(kind):
-            numbers = sum(row.total for row in mechanism.made_of(kind))
+            numbers = sum(row.total for row in mechanism.made_of(kind, MODEL, 0))
             assert numbers == pytest.approx(kind.total, rel=0.01)
 
 

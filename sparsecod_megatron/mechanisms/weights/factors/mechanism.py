@@ -110,7 +110,7 @@ class Factored(Mechanism):
             ranks = parallel.expert_tensor_size if kind.split == "expert" else parallel.tensor_model_parallel_size
             yield from self.size_problems(kind, ranks)
 
-    def made_of(self, kind: ParameterKind) -> tuple[ParameterKind, ...]:
+    def made_of(self, kind: ParameterKind, model: ModelConfig, layer: int) -> tuple[ParameterKind, ...]:
         """A row for each factor; the first that is split multiplies for the matrix."""
         if not self.has_factors(kind):
             return (kind,)
