@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from sparsecod_megatron.checkpoint.added_modules import AddedModules
 from sparsecod_megatron.checkpoint.fp8_state import (
     check_scales,
     is_extra_state,
@@ -176,13 +177,16 @@ def load_weights(directory: Path, parts: ModelParts, *, plugins: Sequence[Plugin
     read_state(directory)
     saved = saved_config(directory)
     check_meaning(saved, config, directory)
-    sharded = model_sharded_state(parts.models, parts.groups)
+    added = AddedModules(saved, config)
+    added.stack_layers_as_saved(parts.models)
+    sharded = added.left_out(model_sharded_state(parts.models, parts.groups))
+    added.stack_layers_as_saved(parts.models, undo=True)
     differences = [difference.described for difference in model_differences(saved, config)]
     _check_tensors(sharded, directory, reason=", ".join(differences))
     for difference in differences:
         logger.info("%s: %s", directory, difference)
     loaded, _ = _load(sharded | plugin_state(plugins, sharded), directory)
-    _set_model_state(parts.models, loaded, directory)
+    _set_model_state(parts.models, loaded, directory, added)
     restore_plugins(plugins, loaded)
 
 
@@ -264,7 +268,9 @@ def model_sharded_state(models: Sequence[torch.nn.Module], groups: ProcessGroupC
     }
 
 
-def _set_model_state(models: Sequence[torch.nn.Module], loaded: dict[str, Any], directory: Path) -> None:
+def _set_model_state(
+    models: Sequence[torch.nn.Module], loaded: dict[str, Any], directory: Path, added: AddedModules | None = None
+) -> None:
     for name, model in zip(_chunk_names(models), models, strict=True):
         with tensors_only():
             try:
@@ -273,4 +279,5 @@ def _set_model_state(models: Sequence[torch.nn.Module], loaded: dict[str, Any], 
                 raise _damaged(directory, error) from error
             found = unwrap(model).load_state_dict(loaded[name], strict=False)
         wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not is_extra_state(key)]
+        wrong = [key for key in wrong if added is None or not added.hold(key)]
         assert not wrong, f"{directory}: loaded other tensors than the model's: {wrong[:3]}"

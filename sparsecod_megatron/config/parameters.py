@@ -42,6 +42,7 @@ class ParameterKind:
         used: copies that one token meets.
         fp8: whether Transformer Engine multiplies it in FP8 under an FP8 recipe.
         looked_up: whether a token takes a row of it, which multiplies nothing.
+        rate: factor on the learning rate.
         rows_read: rows of a table that a token takes, where the others do not count as its active parameters.
         products: numbers of one copy that a token's vector is multiplied by, where they are not the parameter's own: of
             a matrix that is computed from several parameters, all for one of them; None elsewhere.
@@ -60,6 +61,7 @@ class ParameterKind:
     used: int = 1
     fp8: bool = False
     looked_up: bool = False
+    rate: float = 1.0
     rows_read: int | None = None
     products: int | None = None
     channels: str = ""
@@ -187,6 +189,10 @@ class ParameterTable:
         else:
             names = r"mlp\.linear_fc{}\.weight"
             yield from _mlp(model, "mlp", model.ffn_hidden_size, names, channels="model.ffn_hidden_size")
+
+    def rates(self, group: str) -> list[float]:
+        """Factors on the learning rates of a group's parameters, each once, in ascending order."""
+        return sorted({kind.rate for kind in self._kinds if kind.group == group})
 
     def find(self, name: str) -> ParameterKind:
         """The kind of a parameter by its name in a GPTModel, wrapped or not; of one layer, where layers differ.

@@ -76,8 +76,9 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             check_tokenizer(tokenizer, folder)
-        shards = plan_shards(table.hf_shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        write_shards(table.to_hf(tensors), shards, dtype=dtype, folder=folder)
+        integers = {tensor.hf for module in modules.values() for tensor in module.tensors if tensor.is_integer}
+        shards = plan_shards(table.hf_shapes, dtype=dtype, max_shard_bytes=max_shard_bytes, integers=integers)
+        write_shards(table.to_hf(tensors), shards, dtype=dtype, folder=folder, integers=integers)
         if check is not None:
             check(folder)
     return output

@@ -45,7 +45,7 @@ class HFSource:
     family: Family
     seq_length: int
     mechanisms: dict[str, Any]
-    files: Mapping[str, Tensor]
+    files: SafetensorsFiles
 
     def tensors(self, mechanisms: Sequence[Mechanism] = ()) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors in table order, one entry in memory at a time.
@@ -57,7 +57,10 @@ class HFSource:
             ConversionError: tensors missing, unknown, misshapen, unreadable or non-finite; or values that ours has no
                 place for.
         """
-        yield from self.family.table(self.model, exported_modules(self.model, mechanisms)).to_megatron(self.files)
+        modules = exported_modules(self.model, mechanisms)
+        own = [tensor for module in modules.values() for tensor in module.tensors]
+        self.files.integers |= {tensor.hf for tensor in own if tensor.is_integer}
+        yield from self.family.table(self.model, modules).to_megatron(self.files)
 
 
 def open_source(directory: Path) -> HFSource:
@@ -119,12 +122,16 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     Args:
         directory: their folder.
 
+    Attributes:
+        integers: names of tensors that hold integers, int32; all others hold floating-point numbers.
+
     Raises:
         ConversionError: files missing, damaged, or not those that the index lists.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.integers: set[str] = set()
         self._files = _weight_map(directory)
 
     def leave_out(self, name: str) -> None:
@@ -140,6 +147,8 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         path = self.directory / self._files[name]
         with _opened(path) as file:
             tensor = file.get_tensor(name)
+        if name in self.integers and tensor.dtype == torch.int32:
+            return tensor
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ConversionError(f"{path}: {name} is of type {tensor.dtype}; dequantise the model first")
         if not bool(torch.isfinite(tensor).all()):

@@ -170,6 +170,8 @@ def as_exported(table: NameTable, tensors: Mapping[str, Tensor], dtype: torch.dt
         ConversionError: a tensor does not come back, so the two directions of its entry do not fit.
     """
     for entry in table.entries:
+        if not all(tensors[name].is_floating_point() for name in entry.megatron):
+            continue  # integers are written as they are
         group = [tensors[name].float() for name in entry.megatron]
         there = [tensor.to(dtype).float() for tensor in entry.transform.to_hf(group)]
         back = entry.transform.to_megatron(there) if group else ()

@@ -285,6 +285,8 @@ def _order(name: str) -> tuple[int, int, int]:
     if inside[:2] == ["mlp", "experts"]:
         return int(layer), _STAGES.index("mlp.experts"), int(inside[2])
     stage = ".".join(inside)
+    if inside[:1] == ["memory"]:  # of a mechanism, before the layer's own
+        return int(layer), -1, 0
     if stage not in _STAGES:  # of a mechanism: before what its branch makes of it
         stage = "self_attn" if inside[0] == "self_attn" else "mlp.act"
         return int(layer), _STAGES.index(stage), -1

@@ -39,6 +39,7 @@ MECHANISMS = Registry(
     places={
         "cast": "weights.cast:Cast",
         "efficient_llm": "weights.efficient_llm:EfficientLlm",
+        "engram": "tokens.engram:Engram",
         "headwise_gate": "attention.headwise_gate:HeadwiseGate",
         "iss": "weights.iss:Iss",
         "journey": "weights.journey:Journey",

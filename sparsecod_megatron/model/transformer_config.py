@@ -52,9 +52,7 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         **_activation(config.model),
         **_experts(config.model),
         **_layout(config.parallel, dtype),
-        # Layers of different parameters are saved one by one, not stacked (the misspelling is Megatron's).
-        "hetereogenous_dist_checkpoint": config.model.norm_placement == "mix"
-        or any(mechanism.layers_differ(config.model) for mechanism in configured(config)),
+        "hetereogenous_dist_checkpoint": layers_differ(config),  # the misspelling is Megatron's
         **precision_fields(config.precision),
     }
     defaults = {
@@ -91,6 +89,12 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
     for name, value in _yarn(config.model).items():
         setattr(megatron, name, value)
     return megatron
+
+
+def layers_differ(config: RunConfig) -> bool:
+    """Whether layers of one kind have different parameters, so that checkpoints hold them one by one, not stacked."""
+    differ = (mechanism.layers_differ(config.model) for mechanism in configured(config))
+    return config.model.norm_placement == "mix" or any(differ)
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config import DataConfig, ModelConfig, RunConfig
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 
 if TYPE_CHECKING:
@@ -121,12 +121,15 @@ class Mechanism:
         name: in YAML.
         shapes_weights: whether weights that were trained with it mean another function without it, or the other way
             round, so that `checkpoint.init_from` refuses to switch it.
+        adds_modules: modules of a layer, by attribute, that hold all its weights, beside which the others mean what they
+            mean without it: `checkpoint.init_from` a model without it leaves its own as they are drawn.
         unfused: branches (`attention`, `mlp`) whose normalised input it reads, so that no kernel may fuse the norm into
             what follows.
     """
 
     name: ClassVar[str]
     shapes_weights: ClassVar[bool] = False
+    adds_modules: ClassVar[tuple[str, ...]] = ()
     unfused: ClassVar[tuple[str, ...]] = ()
 
     def problems(self, config: RunConfig) -> Iterator[str]:
@@ -148,6 +151,14 @@ class Mechanism:
             chunk: without wrappers; its matrices have been drawn by their rows.
             shards: its matrices (`model.matrices.Shard`) by parameter; none of what has no memory here.
             seed: of the run.
+        """
+
+    def read_data(self, models: Sequence[GPTModel], data: DataConfig) -> None:
+        """Take what it needs of the run's data into fresh models, whose checkpoints keep it. Local.
+
+        Args:
+            models: the GPTModel chunks of this rank, without wrappers.
+            data: the run's.
         """
 
     def dead_parameters(self, table: ParameterTable) -> int:

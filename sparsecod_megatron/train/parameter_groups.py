@@ -27,26 +27,29 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     """What Megatron-Core's parameter groups are made from: an override for each that differs from the default."""
     overrides: dict[ParamKey, Any] = {}
     table = ParameterTable.of(config)
-    for group in GROUPS:
-        override = _decay(config.optimizer.no_weight_decay, group) | _rate(config, group)
+    for group, factor in ((group, factor) for group in GROUPS for factor in table.rates(group)):
+        override = _decay(config.optimizer.no_weight_decay, group) | _rate(config, group, factor)
         if override:
-            predicate = ParamWithNamePredicate(name=group, fn=partial(_is_in_group, table, group))
+            key = group if factor == 1 else f"{group} × {factor:g}"
+            predicate = ParamWithNamePredicate(name=key, fn=partial(_is_in_group, table, group, factor))
             overrides[ParamKey(with_name_predicate=predicate)] = override
     return overrides
 
 
-def _is_in_group(table: ParameterTable, group: str, parameter: Tensor, name: str) -> bool:
-    return table.find(name).group == group
+def _is_in_group(table: ParameterTable, group: str, factor: float, parameter: Tensor, name: str) -> bool:
+    kind = table.find(name)
+    return kind.group == group and kind.rate == factor
 
 
 def _decay(without: Sequence[str], group: str) -> dict[str, float]:
     return {"wd_mult": 0.0} if group in without else {}
 
 
-def _rate(config: RunConfig, group: str) -> dict[str, float]:
-    ratio = config.model.width_ratio
-    if ratio == 1 or group not in RATE_FALLS_WITH_WIDTH:
+def _rate(config: RunConfig, group: str, factor: float) -> dict[str, float]:
+    ratio = config.model.width_ratio if group in RATE_FALLS_WITH_WIDTH else 1.0
+    if ratio == factor == 1:
         return {}
-    peak = config.optimizer.lr / ratio
+    multiplier = factor / ratio
+    peak = config.optimizer.lr * multiplier
     # The schedule reads the two ends; lr_mult is what Megatron-Core recognises a group by when its state is loaded.
-    return {"max_lr": peak, "min_lr": peak * config.schedule.min_lr_ratio, "lr_mult": 1 / ratio}
+    return {"max_lr": peak, "min_lr": peak * config.schedule.min_lr_ratio, "lr_mult": multiplier}

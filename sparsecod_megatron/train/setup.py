@@ -71,6 +71,8 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
     configs = MegatronConfigs.of(config, backend)
     megatron = configs.transformer
     chunks = build_model(config, megatron, groups, device=backend.device, transformer_engine=backend.transformer_engine)
+    for mechanism in configured(config):
+        mechanism.read_data([unwrap(chunk) for chunk in chunks], config.data)
     models = _data_parallel(configs, groups, chunks)
     optimizer = build_optimizer(config, configs.optimizer, models, groups)
     _connect(config.model, megatron, models, optimizer)

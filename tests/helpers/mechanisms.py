@@ -33,6 +33,7 @@ def _set(name: str, *settings: str) -> tuple[str, ...]:
 
 
 CASES: dict[str, Case] = {
+    "engram": Case(_set("engram", "layers=[0,2]", "heads=2", "width=12", "table_size=40")),
     "headwise_gate": Case(("mechanisms.headwise_gate={}",)),
     "monarch": Case(("mechanisms.monarch.blocks=2",), beside="mlp_input", experts=True),
     "sltrain": Case(
@@ -124,7 +125,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "factors": ("monarch", "sltrain", "sparse_ift"),
     "marks": ("rigl", "journey", "iss", "cast"),
     "windows": ("ste", "srste", "pgf", "set"),
-    "tokens": ("stem",),
+    "tokens": ("engram", "stem"),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
 }

@@ -113,13 +113,26 @@ def test_starts_from_dense_weights_unless_it_gives_them_another_meaning(name: st
                 initial_state(trainer, [])
             assert "\n" not in str(refused.value)
             return
+        drawn = {key: weight.detach().clone() for key, weight in own_weights(trainer, mechanism).items()}
         initial_state(trainer, [])
-        for weight, theirs in zip(trainer.models[0].parameters(), dense, strict=True):
+        own = own_weights(trainer, mechanism)
+        assert own.keys() == drawn.keys() and all(torch.equal(own[key], drawn[key]) for key in drawn)
+        others = [weight for key, weight in trainer.models[0].named_parameters() if key not in own]
+        for weight, theirs in zip(others, dense, strict=True):
             assert torch.equal(weight, torch.where(weight == 0, 0, theirs))
+        if mechanism.adds_modules:
+            assert own
+            return
         back = save_checkpoint(tmp_path / "back", trainer, state=TrainState(step=1))
     without = (*settings, f"mechanisms.{name}=null", f"checkpoint.init_from={back}", "checkpoint.densify=true")
     with small_trainer(*without) as trainer:
         initial_state(trainer, [])
+
+
+def own_weights(trainer: Any, mechanism: Any) -> dict[str, torch.Tensor]:
+    """Parameters of the modules that a mechanism adds."""
+    names = trainer.models[0].named_parameters()
+    return {key: weight for key, weight in names if set(key.split(".")) & set(mechanism.adds_modules)}
 
 
 @pytest.mark.parametrize("name", CASES)
