@@ -264,10 +264,7 @@ class SparsecodModel(SparsecodPreTrainedModel):
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(embedded.shape[1], device=embedded.device) + seen).unsqueeze(0)
         masks = self._masks(embedded, attention_mask, cache, position_ids)
-        tokens: dict[str, Tensor] = {}
-        if (halo := max((layer.token_halo for layer in self.layers if layer.token_halo is not None), default=-1)) >= 0:
-            sizes = {"halo": halo, "num_layers": len(self.layers)}
-            tokens["tokens"] = token_inputs(input_ids, attention_mask, position_ids, cache, **sizes)
+        tokens = self._tokens(input_ids, attention_mask, cache, position_ids)
         rotation = self.rotary_emb(position_ids, embedded.dtype)
         x, streams = self.embedding_norm(embedded), []
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
@@ -280,6 +277,17 @@ class SparsecodModel(SparsecodPreTrainedModel):
             hidden_states=(*streams, x) if wanted else None,
             **{CACHE: cache},
         )
+
+    def _tokens(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """What layers that read token ids get; nothing where none does."""
+        layers: list[Any] = list(self.layers)
+        halos = [layer.token_halo for layer in layers if layer.token_halo is not None]
+        if not halos:
+            return {}
+        ids = token_inputs(input_ids, attention_mask, position_ids, cache, halo=max(halos), num_layers=len(layers))
+        return {"tokens": ids}
 
     def _masks(
         self, embedded: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor

@@ -6,9 +6,11 @@ each, an all-reduce twice that. Metrics, norms of gradients and token counts are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsecod_megatron.config.flops import BACKWARD_FACTOR
+from sparsecod_megatron.config.parameters import ParameterKind
 from sparsecod_megatron.planning.hardware import Gpu
 from sparsecod_megatron.planning.layout import Layout
 
@@ -53,7 +55,7 @@ def step_traffic(layout: Layout, stage: int) -> list[Traffic]:
         _context(layout, stage),
         *_expert(layout, stage),
         _pipeline(layout, stage),
-        *_data(layout, stage),
+        *data_traffic(layout, layout.stage_parameters(stage)),
     )
     return [traffic for traffic in groups if traffic.size > 1 and traffic.bytes > 0]
 
@@ -130,12 +132,17 @@ def _pipeline(layout: Layout, stage: int) -> Traffic:
     return Traffic("pipeline", layout.stages, layout.gpus // layout.stages, "point-to-point", total)
 
 
-def _data(layout: Layout, stage: int) -> tuple[Traffic, Traffic]:
-    """Gradients are reduce-scattered and weights gathered once a step; Muon, not sharded, all-reduces gradients."""
+def data_traffic(layout: Layout, kinds: Iterable[tuple[ParameterKind, int]]) -> tuple[Traffic, Traffic]:
+    """Gradients are reduce-scattered and weights gathered once a step; Muon, not sharded, all-reduces gradients.
+
+    Args:
+        layout: the run.
+        kinds: of parameters, and how many of each.
+    """
     gradient = _gradient_bytes(layout)
     precision = layout.config.precision
     totals = {"data": 0.0, "expert data": 0.0}
-    for kind, count in layout.stage_parameters(stage):
+    for kind, count in kinds:
         weight = 1 if precision.fp8_param_gather and kind.fp8 else layout.bytes_per_value
         if layout.config.optimizer.optimizer != "adam":
             weight = gradient

@@ -68,6 +68,11 @@ def rank_memory(layout: Layout, stage: int) -> RankMemory:
     )
 
 
+def parameter_bytes(layout: Layout, kinds: Kinds) -> int:
+    """What a rank holds of these parameters: weights, gradients and optimizer."""
+    return _weights(layout, kinds) + _gradients(layout, kinds) + _optimizer(layout, kinds)
+
+
 def _weights(layout: Layout, kinds: Kinds) -> int:
     """In the run's dtype, and what mechanisms keep of each; what is multiplied in FP8 has two copies, one transposed.
 

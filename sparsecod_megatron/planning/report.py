@@ -10,9 +10,10 @@ from typing import Any
 
 from sparsecod_megatron.config.parameters import ParameterCount
 from sparsecod_megatron.files import check_output, replacing_output
+from sparsecod_megatron.planning.communication import data_traffic
 from sparsecod_megatron.planning.hardware import Gpu, Range
 from sparsecod_megatron.planning.layout import Layout
-from sparsecod_megatron.planning.memory import GIB
+from sparsecod_megatron.planning.memory import GIB, parameter_bytes
 from sparsecod_megatron.planning.plan import Plan
 from sparsecod_megatron.planning.search import Candidate
 
@@ -30,6 +31,7 @@ def plan_text(plan: Plan) -> str:
                     "parameters",
                     f"{count.total:,} ({_parts(count)})",
                 ],
+                *_tables_row(layout),
                 ["FLOPs/token", f"{flops} attention, forward and backward"],
                 ["layout", _layout_line(layout, plan.gpu)],
                 ["step", _step_line(layout)],
@@ -40,6 +42,22 @@ def plan_text(plan: Plan) -> str:
         _time_table(plan),
     ]
     return "\n\n".join(sections)
+
+
+def _tables_row(layout: Layout) -> Table:
+    """What mechanisms' tables cost, whose look-ups are free; nothing without any."""
+    stages = [
+        [(kind, count) for kind, count in layout.stage_parameters(stage) if kind.rows_read is not None]
+        for stage in range(layout.stages)
+    ]
+    if not any(stages):
+        return []
+    numbers = sum(kind.total * count for kinds in stages for kind, count in kinds)
+    read = sum(kind.active * count for kinds in stages for kind, count in kinds)
+    held = max(parameter_bytes(layout, kinds) for kinds in stages)
+    sent = max(sum(traffic.bytes for traffic in data_traffic(layout, kinds)) for kinds in stages)
+    cost = f"{held / GIB:.2f} GiB of a rank with gradients and optimizer, {sent / GIB:.2f} GiB sent in a step"
+    return [["looked up", f"{numbers:,} in tables, of which a token reads {read:,}: {cost}"]]
 
 
 def _parts(count: ParameterCount) -> str:

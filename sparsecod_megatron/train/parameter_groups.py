@@ -27,7 +27,7 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     """What Megatron-Core's parameter groups are made from: an override for each that differs from the default."""
     overrides: dict[ParamKey, Any] = {}
     table = ParameterTable.of(config)
-    for group, factor in ((group, factor) for group in GROUPS for factor in table.rates(group)):
+    for group, factor in [(name, factor) for name in GROUPS for factor in table.rates(name)]:
         override = _decay(config.optimizer.no_weight_decay, group) | _rate(config, group, factor)
         if override:
             key = group if factor == 1 else f"{group} × {factor:g}"

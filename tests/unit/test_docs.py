@@ -217,8 +217,9 @@ def test_every_mechanism_and_compression_method_has_a_row() -> None:
     """A mechanism's names settings of its own alone."""
     rows = [re.match(r"`(\w+): \{([^}]*)\}`", row[0]) for row in table("MODEL.md", "Mechanisms")]
     settings = {row[1]: set(re.findall(r"(\w+):", row[2])) for row in rows if row is not None}
-    of_weights = [row[0].strip("`") for row in table("WEIGHT_SPARSITY.md", "Methods")]
-    assert sorted([*settings, *of_weights]) == sorted(MECHANISMS.names)
+    pages = ("WEIGHT_SPARSITY.md", "TOKEN_MEMORY.md")
+    of_pages = [row[0].strip("`") for page in pages for row in table(page, "Methods")]
+    assert sorted([*settings, *of_pages]) == sorted(MECHANISMS.names)
     for name, shown in settings.items():
         assert shown <= {item.name for item in dataclasses.fields(MECHANISMS.settings_class(name))}
     methods = re.findall(r"^\| `(\w+)` \|", (DOCS / "COMPRESSION.md").read_text().split("\n## ")[0], re.MULTILINE)

@@ -9,8 +9,8 @@ With c the canonical ids of tokens (alike up to case, accents and spaces), for n
     x_t              x_t + gate · value + SiLU(conv(RMS(value)))_t
 
 with odd multipliers m of each layer, a prime p of its own for every head of every layer, and a causal convolution of
-each channel, of 4 taps N tokens apart, that starts at zero. An n-gram that reaches over the beginning of a sample, or of
-a document whose neighbours are masked, stands for nothing: its rows are zero. A look-up costs no FLOPs, W_K and W_V
+each channel, of 4 taps N tokens apart, that starts at zero. An n-gram that reaches over the beginning of a sample, or
+of a document whose neighbours are masked, stands for nothing: its rows are zero. A look-up costs no FLOPs, W_K and W_V
 2 · 2 · H · (N - 1) · width per token and forward pass.
 
 Source: Cheng et al., Conditional Memory via Scalable Lookup (arXiv 2601.07372). Formulas were read in
@@ -89,8 +89,8 @@ class Engram(Mechanism):
             yield f"{self.key('width')}: {self.width} is not divisible by {among}; change one of them"
         if config.precision.fp8:
             yield (
-                f"precision.fp8_recipe: {config.precision.fp8_recipe}, but mechanisms.engram projects numbers of tokens "
-                "that FP8 cannot multiply; remove it"
+                f"precision.fp8_recipe: {config.precision.fp8_recipe}, but mechanisms.engram projects numbers of "
+                "tokens that FP8 cannot multiply; remove it"
             )
         if config.model.mup_base_hidden_size is not None:
             yield "model.mup_base_hidden_size: muP has no rule for the memory of mechanisms.engram; remove one of them"
@@ -153,7 +153,7 @@ class Engram(Mechanism):
         return Gates(models)
 
     def saved_bytes(self, model: ModelConfig, layer: int, rank: RankShape) -> dict[str, int]:
-        """Rows and what stands in them; in and behind three norms, and before SiLU, without the few tokens of a halo."""
+        """Rows and what stands in them; in and behind three norms, and before SiLU; the few tokens of a halo apart."""
         if layer not in self.layers:
             return {}
         rows = (self.max_ngram - 1) * self.heads
@@ -162,9 +162,9 @@ class Engram(Mechanism):
 
     def made_small(self, model: ModelConfig, small: ModelConfig) -> Engram:
         """Layers at the same depths, and small tables."""
-        heads = min(self.heads, 2)
-        layers = small_layers(self.layers, model, small)
-        return dataclasses.replace(self, layers=layers, heads=heads, width=heads * 6, table_size=min(self.table_size, 97))
+        layers, heads = small_layers(self.layers, model, small), min(self.heads, 2)
+        size = min(self.table_size, 97)
+        return dataclasses.replace(self, layers=layers, heads=heads, width=heads * 6, table_size=size)
 
     def export(self, model: ModelConfig) -> Module:
         """A memory in the layer."""
@@ -179,9 +179,7 @@ class Engram(Mechanism):
             ours, theirs = f"decoder.layers.{layer}.{name}", f"model.layers.{layer}.{name}"
             tensors.append(ExportedTensor(ours, theirs, shape, is_integer=True))
         settings = dataclasses.asdict(self)
-        return Module(
-            code=Path(__file__).with_name("engram_sparsecod.py"), settings=settings, tensors=tuple(tensors)
-        )
+        return Module(code=Path(__file__).with_name("engram_sparsecod.py"), settings=settings, tensors=tuple(tensors))
 
 
 def _memories(models: Sequence[Any]) -> Iterator[tuple[int, Any]]:

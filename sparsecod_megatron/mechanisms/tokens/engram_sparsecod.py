@@ -40,7 +40,8 @@ def multipliers(seed: int, layer: int, max_ngram: int, vocab_size: int) -> list[
 
 def table_sizes(table_size: int, tables: int, heads: int) -> list[list[int]]:
     """Rows of each head of each table: the next primes from `table_size` on, each used once."""
-    sizes, candidate = [], table_size
+    sizes: list[int] = []
+    candidate = table_size
     while len(sizes) < tables * heads:
         if all(candidate % divisor for divisor in range(2, math.isqrt(candidate) + 1)):
             sizes.append(candidate)

@@ -4,8 +4,8 @@
 
 There is no routing and no loss of its own: a token reads one row of F numbers, and its layer spends 2 · F · H FLOPs
 less in a forward pass, for V · F parameters in place of F · H. The table is split by columns over tensor-parallel
-ranks, as the gate's rows are, so a look-up needs no communication. Its gradient is dense, and reduced over data-parallel
-ranks like any other: with a large vocabulary that is most of their traffic (`sparsecod plan`).
+ranks, as the gate's rows are, so a look-up needs no communication. Its gradient is dense, and reduced over
+data-parallel ranks like any other: with a large vocabulary that is most of their traffic (`sparsecod plan`).
 
 Source: Sadhukhan et al., STEM: Scaling Transformers with Embedding Modules (arXiv 2601.10639): the formula, and that
 the first layer stays dense. Initial values were not found there; a row is drawn with the standard deviation that
@@ -67,14 +67,14 @@ class Stem(Mechanism):
         if not model.is_gated:
             yield f"model.activation: {model.activation} has no up projection for mechanisms.stem; use swiglu or geglu"
         for layer in (layer for layer in layers if 0 <= layer < model.num_layers and model.is_moe_layer(layer)):
-            yield f"{self.key('layers')}: {layer} is a mixture of experts, and the table is for dense MLPs; leave it out"
+            yield f"{self.key('layers')}: {layer} is a mixture of experts, but tables are for dense MLPs; leave it out"
         for other in config.mechanisms.values():
             left_out = getattr(other, "skip_layers", ())
             both = [layer for layer in layers if layer not in left_out]
             if PLAIN in getattr(other, "kinds", ()) and both:
                 yield (
-                    f"mechanisms.{other.name}.kinds: {PLAIN} of layer {both[0]} has mechanisms.stem too; leave the kind "
-                    "or the layer out of one of them"
+                    f"mechanisms.{other.name}.kinds: {PLAIN} of layer {both[0]} has mechanisms.stem too; leave the "
+                    "kind or the layer out of one of them"
                 )
 
     def parameters(self, model: ModelConfig, layer: int) -> Iterator[ParameterKind]:

@@ -284,6 +284,13 @@ def test_every_reader_of_a_run_knows_the_mechanisms() -> None:
             ["mechanisms.monarch={blocks: 2, kinds: [mlp_output]}", "parallel.tensor_model_parallel_size=4"],
             "blocks: 2 of mlp_output cannot be shared by 4 tensor-parallel ranks",
         ),
+        (["mechanisms.engram.layers=[-1]"], "engram.layers: -1, but model.num_layers=3 has layers 0 … 2; correct it"),
+        (["mechanisms.engram={heads: 3, width: 8}"], "mechanisms.engram.width: 8 is not divisible by heads=3; change"),
+        (
+            ["mechanisms.engram={heads: 4, width: 12}", "parallel.tensor_model_parallel_size=2"],
+            "engram.width: 12 is not divisible by heads=4 × parallel.tensor_model_parallel_size=2",
+        ),
+        (["mechanisms.engram={}", "model.mup_base_hidden_size=16"], "muP has no rule for the memory of"),
         (["mechanisms.stem.layers=[3]"], "stem.layers: 3, but model.num_layers=3 has layers 0 … 2; correct it"),
         (["mechanisms.stem.layers=[1,1]"], "stem.layers: 1 is named 2 times; name it once"),
         (["mechanisms.stem.layers=[]"], "stem.layers: names no layer"),

@@ -99,7 +99,7 @@ def test_facts_of_tokens_are_learned_by_the_table_alone() -> None:
 
 
 def test_what_the_table_is_to_the_run() -> None:
-    """No FLOPs and 6 · F · H fewer than an up projection, an embedding for decay, muP and Muon, one row of it active."""
+    """6 · F · H FLOPs fewer than an up projection; an embedding for decay, muP and Muon; one row of it is active."""
     config = load_config(None, [*SMALL, *STEM, "optimizer.optimizer=muon"], mechanisms=MECHANISMS)
     table, plain = ParameterTable.of(config), ParameterTable(config.model)
     rows = {row.name: row for row in table.layer(1)}

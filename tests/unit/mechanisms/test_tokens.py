@@ -16,7 +16,7 @@ from tests.helpers.megatron import megatron_model
 
 select_backend()
 
-READERS = ("stem",)
+READERS = ("stem", "engram")
 LENGTH, HALO = 24, 5
 
 
@@ -123,9 +123,9 @@ def test_recompute_finds_the_ids_of_its_own_micro_batch(name: str, monkeypatch: 
 @pytest.mark.parametrize("name", READERS)
 def test_without_ids_nothing_is_computed(name: str) -> None:
     tokens = torch.arange(8)[None]
-    with megatron_model(*CASES[name].settings, "model.num_layers=4") as model:
-        with pytest.raises(AssertionError, match="reads token ids, and whoever called the model gave none"):
-            model(tokens, tokens, None)
+    refused = pytest.raises(AssertionError, match="reads token ids, and whoever called the model gave none")
+    with megatron_model(*CASES[name].settings, "model.num_layers=4") as model, refused:
+        model(tokens, tokens, None)
 
 
 def test_a_table_outside_of_its_layer_has_no_ids() -> None:

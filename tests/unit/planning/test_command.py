@@ -41,6 +41,15 @@ def test_dense(tmp_path: Path) -> None:
     assert f"{memory['total'] / 2**30:.2f}" in text
 
 
+def test_tables_that_tokens_look_up() -> None:
+    """Of V · F numbers: 18 bytes each in bf16, 12 of them over 4 ranks; 6 of each sent but for a rank's own quarter."""
+    overrides = ["model.vocab_size=4096", "mechanisms.stem.layers=[1]", "precision.dtype=bf16", "optimizer.lr=1e-3"]
+    text = sparsecod("plan", "examples/configs/nano_stem.yaml", "--gpus", "4", *overrides).stdout
+    numbers = 4096 * 512
+    cost = f"{numbers * 9 / 2**30:.2f} GiB of a rank with gradients and optimizer, {numbers * 4.5 / 2**30:.2f} GiB sent"
+    assert f"looked up    {numbers:,} in tables, of which a token reads 512: {cost} in a step" in text
+
+
 def test_experts(tmp_path: Path) -> None:
     output = tmp_path / "plan.json"
     result = sparsecod("plan", MOE, "parallel.pipeline_model_parallel_size=2", "--gpus", "16", "--output", output)
