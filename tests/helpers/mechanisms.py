@@ -33,7 +33,7 @@ def _set(name: str, *settings: str) -> tuple[str, ...]:
 
 
 CASES: dict[str, Case] = {
-    "engram": Case(_set("engram", "layers=[1,2]", "heads=2", "width=12", "table_size=40")),
+    "engram": Case(_set("engram", "layers=[1,2]", "heads=2", "width=12", "table_size=40", "rate=2")),
     "headwise_gate": Case(("mechanisms.headwise_gate={}",)),
     "monarch": Case(("mechanisms.monarch.blocks=2",), beside="mlp_input", experts=True),
     "sltrain": Case(

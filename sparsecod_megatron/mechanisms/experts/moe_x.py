@@ -66,7 +66,7 @@ class MoeX(Mechanism):
         if (last := list(config.mechanisms)[-1]) != self.name:
             yield f"{name}: stands before {last}, but reads the weights that others leave; put it last in `mechanisms`"
 
-    def made_of(self, kind: ParameterKind) -> tuple[ParameterKind, ...]:
+    def made_of(self, kind: ParameterKind, model: ModelConfig, layer: int) -> tuple[ParameterKind, ...]:
         """Without the router's matrix."""
         return () if kind.name == "router" else (kind,)
 

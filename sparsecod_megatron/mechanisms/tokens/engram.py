@@ -35,7 +35,8 @@ from sparsecod_megatron.config import DataConfig, ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import above, at_least
 from sparsecod_megatron.config.parameters import ParameterKind
 from sparsecod_megatron.mechanisms.tokens.engram_sparsecod import TAPS, halo_of, table_sizes
-from sparsecod_megatron.mechanisms.tokens.layer import small_layers, token_layer, token_problems
+from sparsecod_megatron.mechanisms.tokens.layer import token_layer
+from sparsecod_megatron.mechanisms.tokens.settings import small_layers, token_problems
 from sparsecod_megatron.seams.mechanism import ExportedTensor, LayerSite, Mechanism, Module, RankShape
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Engram(Mechanism):
     rate: float = above(0, 5.0)
     """Factor on the learning rate of the tables."""
     seed: int = at_least(0, 0)
-    """Of the hashes."""
+    """Which hashes there are."""
 
     @property
     def memory_width(self) -> int:

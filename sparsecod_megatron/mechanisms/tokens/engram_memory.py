@@ -23,7 +23,8 @@ from sparsecod_megatron.mechanisms.tokens.engram_sparsecod import (
     smoothed,
     table_rows,
 )
-from sparsecod_megatron.mechanisms.tokens.layer import TokenTable, own_tokens
+from sparsecod_megatron.mechanisms.tokens.layer import own_tokens
+from sparsecod_megatron.mechanisms.tokens.table import TokenTable
 from sparsecod_megatron.seams.mechanism import mixed
 
 if TYPE_CHECKING:

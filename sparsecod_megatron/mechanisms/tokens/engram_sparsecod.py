@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TAPS = 4
-"""Of the convolution."""
+"""Tokens that the convolution weighs."""
 HASH_BITS = 62
 """Products of ids and multipliers stay below two to the power of it."""
 SMALLEST_SCORE = 1e-6
@@ -50,7 +50,7 @@ def table_sizes(table_size: int, tables: int, heads: int) -> list[list[int]]:
 
 
 def table_rows(tokens: Tensor, canonical: Tensor, factors: list[int], sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Which rows a token's n-grams stand in, all heads' tables one below the other.
+    """Which rows the n-grams of each token stand in; the tables of all heads lie one below the other.
 
     Args:
         tokens: [chunks, N - 1 + tokens, B, 2].

@@ -11,11 +11,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from sparsecod_megatron.config import ModelConfig, RunConfig
-from sparsecod_megatron.seams.mechanism import Mechanism, mixed
+from sparsecod_megatron.seams.mechanism import mixed
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -106,75 +104,3 @@ def own_tokens(context: Tensor, length: int, *, halo: int) -> Tensor:
         halo: tokens before them.
     """
     return context[:, context.shape[1] - length // context.shape[0] - halo :]
-
-
-def token_problems(mechanism: Mechanism, config: RunConfig, layers: list[int]) -> Iterator[str]:
-    """What no mechanism that reads token ids can have, one line each.
-
-    Args:
-        mechanism: that reads them.
-        config: the run.
-        layers: where it acts.
-    """
-    yield from layer_problems(mechanism, config.model, layers)
-    if config.megatron.get("recompute_granularity") == "selective" and "mlp" in (
-        config.megatron.get("recompute_modules") or ()
-    ):
-        yield (
-            f"megatron.recompute_modules: mlp is computed again without the token ids of mechanisms.{mechanism.name}; "
-            "leave it out, or use megatron.recompute_granularity=full"
-        )
-    if config.megatron.get("delay_wgrad_compute"):
-        yield f"megatron.delay_wgrad_compute: true, but the tables of mechanisms.{mechanism.name} cannot; remove it"
-
-
-def layer_problems(mechanism: Mechanism, model: ModelConfig, layers: list[int]) -> Iterator[str]:
-    """Layers that are none, that the model has not, or that are named twice."""
-    key, last = mechanism.key("layers"), model.num_layers - 1
-    if not layers:
-        yield f"{key}: names no layer; name at least one of 0 … {last}, or remove the mechanism"
-    for layer in dict.fromkeys(layers):
-        if not 0 <= layer <= last:
-            yield f"{key}: {layer}, but model.num_layers={model.num_layers} has layers 0 … {last}; correct it"
-        if layers.count(layer) > 1:
-            yield f"{key}: {layer} is named {layers.count(layer)} times; name it once"
-
-
-class TokenTable(torch.nn.Module):
-    """Rows that are looked up, with their columns spread over tensor-parallel ranks: a look-up needs no other rank.
-
-    Args:
-        config: Megatron-Core's configuration of the model.
-        rows: of the table.
-        columns: of the whole table.
-        tp_group: ranks that share the columns.
-    """
-
-    def __init__(self, config: Any, rows: int, columns: int, tp_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__()
-        self.tp_group = tp_group
-        shape = rows, columns // tp_group.size()
-        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """[...] → [..., columns/TP]."""
-        return torch.nn.functional.embedding(rows, self.weight)
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Cut by columns."""
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight},
-            prefix,
-            {"weight": 1},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return state
-
-
-def small_layers(layers: list[int], model: ModelConfig, small: ModelConfig) -> list[int]:
-    """Layers of a small model at the same depths, each once."""
-    return sorted({layer * small.num_layers // model.num_layers for layer in layers})

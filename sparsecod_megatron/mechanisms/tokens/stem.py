@@ -26,13 +26,9 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
-from sparsecod_megatron.mechanisms.tokens.layer import (
-    ReadsTokens,
-    TokenTable,
-    small_layers,
-    token_layer,
-    token_problems,
-)
+from sparsecod_megatron.mechanisms.tokens.layer import ReadsTokens, token_layer
+from sparsecod_megatron.mechanisms.tokens.settings import small_layers, token_problems
+from sparsecod_megatron.mechanisms.tokens.table import TokenTable
 from sparsecod_megatron.seams.mechanism import ExportedTensor, LayerSite, Mechanism, Module, RankShape, mixed
 
 if TYPE_CHECKING:
@@ -107,10 +103,10 @@ class Stem(Mechanism):
         from sparsecod_megatron.model.init import standard_deviation
 
         for layer in chunk.decoder.layers:
-            if not isinstance(layer.mlp.linear_fc1, GateAndTable):
+            number, linear = layer.layer_number - 1, getattr(layer.mlp, "linear_fc1", None)
+            if not isinstance(linear, GateAndTable) or linear.table.weight not in shards:
                 continue
-            number = layer.layer_number - 1
-            table, model = layer.mlp.linear_fc1.table.weight, layer.mlp.linear_fc1.model
+            table, model = linear.table.weight, linear.model
             plain = next(kind for kind in ParameterTable(model).plain_layer(number) if kind.name == PLAIN)
             drawn = shards[table].matrix
             std, projection = (
