@@ -19,7 +19,7 @@ units, for all layers at once when the step ends. A model without gates has no g
 
 SiLU and GELU are never zero: there `act_nonzero` is 1 and says nothing of sparsity; `act_small` compares activations.
 
-The queries sampled are every (S / 16)-th of a sequence, the last one included, wherever context parallelism keeps them:
+The queries sampled are every (S / 8)-th of a sequence, the last one included, wherever context parallelism keeps them:
 their whole rows of weights are computed again from the queries and keys that the attention got, exactly.
 
 Source: Li et al., The Lazy Neuron Phenomenon (arXiv 2210.06313), for the share of non-zero activations; Qiu et al.,
@@ -50,6 +50,8 @@ from sparsecod_megatron.parallel import all_reduce_sums
 SMALL = 0.01
 """As a share of the root mean square of a token's activations."""
 GATE_SMALL = 0.05
+CPU_ROWS = 512
+"""Rows that are looked at together on a CPU, so that what is computed of them stays in its caches."""
 _UNITS = ("act_nonzero", "act_small", "dead_units", "always_on_units")
 _GATES = ("gate_mean", "gate_small")
 
@@ -97,9 +99,10 @@ class ActivationGroup:
     def collecting(self, sums: LayerAccumulator) -> Iterator[None]:
         """Observe every training forward pass inside the block. Collective over all ranks but pipeline stages."""
         counts: dict[int, Tensor] = {}
+        scratch = _Scratch()
         with contextlib.ExitStack() as stack:
             for place, units in enumerate(self._units):
-                before = _observer(partial(_add_units, sums, units, counts, place))
+                before = _observer(partial(_add_units, sums, units, counts, place, scratch))
                 stack.callback(units.projection.register_forward_pre_hook(before).remove)
             for layer in self._layers:
                 attention, index = layer.self_attention, layer.layer_number - 1
@@ -183,8 +186,28 @@ def _observer(observe: Callable[..., None]) -> Callable[..., None]:
     return hook
 
 
+class _Scratch:
+    """Memory that all places of a step share: on a CPU, touching fresh pages takes longer than all that is computed."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of the shape of `like`, in fp32, that hold anything."""
+        size = like.numel()
+        if self._flat.numel() < 2 * size or self._flat.device != like.device:
+            self._flat = torch.empty(2 * size, device=like.device)
+        return self._flat[:size].view(like.shape), self._flat[size : 2 * size].view(like.shape)
+
+
 def _add_units(
-    sums: LayerAccumulator, units: Units, counts: dict[int, Tensor], place: int, activations: Tensor, rows: Any = None
+    sums: LayerAccumulator,
+    units: Units,
+    counts: dict[int, Tensor],
+    place: int,
+    scratch: _Scratch,
+    activations: Tensor,
+    rows: Any = None,
 ) -> None:
     """Add the shares and counts of one micro-batch. Collective over `sharing`.
 
@@ -193,26 +216,33 @@ def _add_units(
         units: the place.
         counts: by place, [MLPs, units of this rank + 1]: how often each was on, and in how many rows.
         place: which of them.
+        scratch: memory for what is between.
         activations: [..., units of this rank].
         rows: of each MLP, where a projection takes several.
     """
     a = activations.detach().flatten(end_dim=-2)
-    a = a.to(torch.promote_types(a.dtype, torch.float32))
-    squares = a.square()
-    mean_square = squares.sum(dim=-1)
+    mean_square = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float32).square_()
     if len(a) and units.sharing.size() > 1:
         all_reduce_sums(mean_square, units.sharing)
     mean_square /= a.shape[-1] * units.sharing.size()
-    on = torch.empty_like(squares)
-    torch.gt(squares, SMALL**2 * mean_square[:, None], out=on)
-    counted = (mean_square > 0).to(on.dtype) if units.is_expert else on.new_ones(len(on))
-    sizes = [len(on)] if units.mlps == 1 else [int(size) for size in rows]
-    by_mlp = []
-    # As products with a vector of ones, which sum a column fastest. A padded row has no unit that is on.
-    for part, real in zip(on.split(sizes), counted.split(sizes), strict=True):
-        by_mlp.append(torch.cat((part.new_ones(len(part)) @ part, real.sum()[None])))
-    new, elements = torch.stack(by_mlp).double(), counted.double().sum() * a.shape[-1]
-    sums.add(units.layer, "act_nonzero", a.count_nonzero(), elements)
+    sizes = [len(a)] if units.mlps == 1 else [int(size) for size in rows]
+    by_mlp, nonzero = [], torch.zeros((), dtype=torch.float64, device=a.device)
+    for part, means in zip(a.split(sizes), mean_square.split(sizes), strict=True):
+        times = torch.zeros(a.shape[-1] + 1, dtype=torch.float64, device=a.device)
+        piece = CPU_ROWS if a.device.type == "cpu" else max(1, len(part))
+        for some, mean in zip(part.split(piece), means.split(piece), strict=True):
+            squares, on = scratch.pair(some)
+            squares.copy_(some).square_()
+            # As numbers, which torch adds in a fraction of the time that it takes to count.
+            torch.gt(squares, SMALL**2 * mean[:, None], out=on)
+            times[:-1] += mean.new_ones(len(mean)) @ on
+            nonzero += torch.ne(some, 0, out=on).sum()
+        # A padded row has no unit that is on.
+        times[-1] = (means > 0).sum() if units.is_expert else len(means)
+        by_mlp.append(times)
+    new = torch.stack(by_mlp)
+    elements = new[:, -1].sum() * a.shape[-1]
+    sums.add(units.layer, "act_nonzero", nonzero, elements)
     sums.add(units.layer, "act_small", elements - new[:, :-1].sum(), elements)
     counts[place] = counts[place].add_(new) if place in counts else new
 

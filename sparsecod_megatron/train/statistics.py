@@ -60,7 +60,7 @@ def statistics_collector(trainer: Trainer) -> StatisticsCollector:
     )
 
 
-SAMPLED_QUERIES = 16
+SAMPLED_QUERIES = 8
 """Those of each sequence whose attention to the first token is looked at."""
 
 
