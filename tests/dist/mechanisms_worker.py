@@ -37,7 +37,6 @@ RUN = (
     "megatron.add_qkv_bias=true",
     "statistics.variance.interval=1",
     "statistics.norms.interval=1",
-    "statistics.activation.interval=1",
     "statistics.mechanisms.interval=1",
 )
 EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=24", "model.moe_shared_expert_intermediate_size=24")
