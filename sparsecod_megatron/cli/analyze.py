@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairs", metavar="N", help="pairs of blocks that permutation samples, or `adjacent` (default all)"
     )
+    parser.add_argument(
+        "--budgets", metavar="B,C", help="shares of the keys for sparse_attention (default 1,0.5,0.25,0.1,0.05)"
+    )
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens per sequence (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of sample and intervals (default 0)")
@@ -88,7 +91,8 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
     from sparsecod_megatron.models.opening import open_model
 
-    scores = find_scores(names(args.scores), pairs=args.pairs)
+    budgets = None if args.budgets is None else names(args.budgets)
+    scores = find_scores(names(args.scores), pairs=args.pairs, budgets=budgets)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with open_model(
         args.model,

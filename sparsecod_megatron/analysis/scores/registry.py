@@ -20,20 +20,27 @@ SCORES = {
     "experts": "sparsecod_megatron.analysis.sparsity.experts:Experts",
     "weights": "sparsecod_megatron.analysis.sparsity.weights:Weights",
     "attention": "sparsecod_megatron.analysis.sparsity.attention_score:Attention",
+    "sparse_attention": "sparsecod_megatron.analysis.sparsity.sparse_attention_score:SparseAttentionScore",
     "activation": "sparsecod_megatron.analysis.sparsity.activation:Activation",
 }
 """name → module:class, a class that is a `Score` and needs no arguments."""
 
 
-def find_scores(names: Sequence[str], *, pairs: str | None = None) -> list[Score]:
+BUDGETED = ("sparse_attention",)
+"""Scores that take shares of the keys that a query keeps."""
+
+
+def find_scores(names: Sequence[str], *, pairs: str | None = None, budgets: Sequence[str] | None = None) -> list[Score]:
     """The scores of these names, in this order.
 
     Args:
         names: keys of `SCORES`.
         pairs: a number of pairs or `adjacent`, for permutation.
+        budgets: shares of the keys, for the scores of sparse attention.
 
     Raises:
-        ConfigError: an unknown name, one given twice, or none at all; pairs that are neither, or without permutation.
+        ConfigError: an unknown name, one given twice, or none at all; pairs that are neither, or without permutation;
+            budgets that are no shares, or without a score that takes them.
     """
     if not names:
         raise ConfigError(f"--scores: names no score; give some of {','.join(SCORES)}")
@@ -42,7 +49,11 @@ def find_scores(names: Sequence[str], *, pairs: str | None = None) -> list[Score
             raise ConfigError(f"--scores {name}: no such score; give some of {','.join(SCORES)}")
         if name in names[:index]:
             raise ConfigError(f"--scores {name}: given twice; name each score once")
-    options = {"permutation": {"pairs": _pairs(pairs, names)}} if pairs is not None else {}
+    options: dict[str, dict[str, Any]] = {}
+    if pairs is not None:
+        options["permutation"] = {"pairs": _pairs(pairs, names)}
+    if budgets is not None:
+        options |= {name: {"budgets": _budgets(budgets, names)} for name in BUDGETED}
     return [_load(SCORES[name], options.get(name, {})) for name in names]
 
 
@@ -52,6 +63,25 @@ def _pairs(text: str, names: Sequence[str]) -> int | str:
     if text != "adjacent" and not (text.isdecimal() and int(text) >= 2):
         raise ConfigError(f"--pairs {text}: give a number of pairs, at least 2, or `adjacent`")
     return text if text == "adjacent" else int(text)
+
+
+def _budgets(texts: Sequence[str], names: Sequence[str]) -> tuple[float, ...]:
+    if not set(BUDGETED) & set(names):
+        raise ConfigError(
+            f"--budgets {','.join(texts)}: only {' and '.join(BUDGETED)} keep shares of keys; leave it out, or add one"
+        )
+    found = set()
+    for text in texts:
+        try:
+            budget = float(text)
+        except ValueError:
+            budget = 0.0
+        if not 0 < budget <= 1:
+            raise ConfigError(f"--budgets {text}: not a share; give numbers above 0, at most 1, such as 0.5,0.1")
+        found.add(budget)
+    if not found - {1.0}:
+        raise ConfigError("--budgets: 1 keeps all keys; give some below 1, such as 0.5,0.1")
+    return tuple(sorted(found, reverse=True))
 
 
 def _load(path: str, options: Mapping[str, Any]) -> Score:

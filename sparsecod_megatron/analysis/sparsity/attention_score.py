@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.branches import TOLERANCE, branch_error
 from sparsecod_megatron.analysis.foreign import running
 from sparsecod_megatron.analysis.intervals import Estimate, mean_interval
-from sparsecod_megatron.analysis.layers import hidden_output
 from sparsecod_megatron.analysis.scores.base import HeatMap, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.sparsity.attention import MAX_SCORES, RowRecorder, recording
-from sparsecod_megatron.analysis.sparsity.attention_rows import STATISTICS
-from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.analysis.sparsity.attention import MAX_SCORES, Call, RowAttention, attending, check_same
+from sparsecod_megatron.analysis.sparsity.attention_rows import STATISTICS, row_statistics
+
+_ADVICE = "leave attention out of --scores"
 
 
 class Attention:
@@ -63,6 +61,34 @@ class Attention:
         )
 
 
+class RowRecorder(RowAttention):
+    """The model's own attention, which records the mean row statistics of every layer, sequence and head."""
+
+    def __init__(self, blocks: Iterable[nn.Module], max_scores: int = MAX_SCORES) -> None:
+        super().__init__(blocks, max_scores)
+        self._rows: dict[int, dict[nn.Module, list[Tensor]]] = {}  # a block may have several attentions
+
+    def rows(
+        self, layer: int | None, module: nn.Module, call: Call, part: slice, scores: Tensor, values: Tensor
+    ) -> Tensor:
+        """See `RowAttention`."""
+        weights, num_queries = call.softmax(scores), call.query.shape[2]
+        if layer is not None:
+            found = self._rows.setdefault(layer, {}).setdefault(module, [])
+            if part.start == 0:
+                found.append(torch.zeros(*weights.shape[:2], len(STATISTICS)))
+            total = row_statistics(weights, call.visible(part).sum(-1), part.start, num_queries).sum(2)
+            found[-1] += (total / num_queries).cpu()
+        return weights @ values
+
+    def means(self) -> dict[int, Tensor]:
+        """Over each sequence's queries, by layer: `[sequences, heads, statistics]`, heads of all attentions."""
+        return {
+            layer: torch.cat([torch.cat(rows) for rows in modules.values()], dim=1)
+            for layer, modules in sorted(self._rows.items())
+        }
+
+
 @torch.no_grad()
 def record_rows(context: Context, max_scores: int) -> dict[int, Tensor]:
     """Statistics of every layer, each sequence and head averaged over its queries.
@@ -77,59 +103,15 @@ def record_rows(context: Context, max_scores: int) -> dict[int, Tensor]:
     Raises:
         ConversionError: as in `Attention.run`.
     """
-    recorder = RowRecorder(context.layers.blocks, max_scores)
-    advice = "leave attention out of --scores"
+    blocks = context.layers.blocks
+    recorder = RowRecorder(blocks, max_scores)
     for index, (tokens, labels) in enumerate(context.batches("all", title="attention")):
-        tokens = tokens.to(context.device)
         if index == 0:
-            _check_same(context, tokens, labels, max_scores)
-        with recording(context.model, recorder), running(context.model, "a pass with attention exchanged", advice):
-            context.model(input_ids=tokens, use_cache=False)
-        if not recorder.layers():
-            raise ConversionError(f"{type(context.model).__name__}: no block calls an attention; {advice}")
-    return {layer: torch.cat(context.processes.gather([rows])) for layer, rows in recorder.layers().items()}
-
-
-def _check_same(context: Context, tokens: Tensor, labels: Tensor, max_scores: int) -> None:
-    """Every attention must give with our function what it gives with its own, for the same input of its block.
-
-    Not the block or the loss: what follows attention may hide a difference, and a router makes one of rounding.
-    """
-    replay, recorder = context.replay, RowRecorder(context.layers.blocks, max_scores)
-    with recording(context.model, recorder):
-        calls = replay.trace(tokens, labels)  # with the masks that the recorder reads
-    modules = {layer: recorder.modules(layer) for layer in recorder.layers()}
-    with _outputs([module for found in modules.values() for module in found]) as own:
-        hidden = replay.trace(tokens, labels).hidden
-    for layer, found in modules.items():
-        with recording(context.model, recorder), _outputs(found) as ours:
-            replay.run_block(calls, layer, hidden[layer])
-        for module in found:
-            error = branch_error(torch.zeros_like(own[module]), own[module], ours[module])
-            if not error <= TOLERANCE[context.dtype]:
-                raise ConversionError(
-                    f"{type(module).__name__} of block {layer}: recomputed, it gives other outputs (relative "
-                    f"difference {error:.1e}), so it does more than scores, mask and softmax; leave "
-                    "attention out of --scores"
-                )
-
-
-@contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """What the modules put out while the `with` block runs, by module."""
-    found: dict[nn.Module, Tensor] = {}
-
-    def note(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        after = hidden_output(output)
-        assert after is not None
-        found[module] = after
-
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+            check_same(context, tokens, labels, RowAttention(blocks, max_scores), _ADVICE)
+        doing = running(context.model, "a pass with attention exchanged", _ADVICE)
+        with attending(context.model, recorder, _ADVICE), doing:
+            context.model(input_ids=tokens.to(context.device), use_cache=False)
+    return {layer: torch.cat(context.processes.gather([rows])) for layer, rows in recorder.means().items()}
 
 
 def _columns(estimate: Estimate, *index: int) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.sparsity.attention import MAX_SCORES, RowRecorder
+from sparsecod_megatron.analysis.sparsity.attention import MAX_SCORES, NAME
 from sparsecod_megatron.analysis.sparsity.attention_rows import EPSILONS, STATISTICS, row_statistics
-from sparsecod_megatron.analysis.sparsity.attention_score import Attention, record_rows
+from sparsecod_megatron.analysis.sparsity.attention_score import Attention, RowRecorder, record_rows
 from sparsecod_megatron.analysis.trace import sequence_losses
 from sparsecod_megatron.errors import ConversionError
 from tests.helpers.decoders import tiny_decoder
@@ -74,7 +74,7 @@ def test_recorded_statistics_are_those_of_the_full_rows(family: str) -> None:
     before = model.config._attn_implementation
     found = record_rows(context, max_scores=3 * 4 * 24 * 5)  # five queries at a time
     assert model.config._attn_implementation == before
-    assert not isinstance(ALL_ATTENTION_FUNCTIONS["sparsecod_row_statistics"], RowRecorder)  # nor the rows it keeps
+    assert not isinstance(ALL_ATTENTION_FUNCTIONS[NAME], RowRecorder)  # nor the rows it keeps
     windows = {"mistral": {0: 5, 1: 5}, "gemma2": {0: 6}, "gpt_oss": {0: 5}}.get(family, {})
     expected = naive_layers(context, model, windows)
     assert found.keys() == expected.keys()
