@@ -59,6 +59,7 @@ MECHANISMS = Registry(
         "ste": "weights.ste:Ste",
         "wgsef": "weights.wgsef:Wgsef",
         "stem": "tokens.stem:Stem",
+        "s2_attention": "attention.s2_attention:S2Attention",
         "topk_activation": "activations.topk_activation:TopKActivation",
     },
     former_keys={("attention_output_gate", "headwise"): "headwise_gate"},

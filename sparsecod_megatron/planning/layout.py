@@ -133,6 +133,8 @@ class Layout:
             expert_rows=self.expert_rows(layer) if self.model.is_moe_layer(layer) else 0,
             tensor=self.tensor,
             expert_tensor=self.parallel.expert_tensor_size,
+            context=self.context,
+            seq_length=self.config.data.seq_length,
             value_bytes=self.bytes_per_value,
         )
         saved: dict[str, int] = {}

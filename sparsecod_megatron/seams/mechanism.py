@@ -50,6 +50,8 @@ class RankShape:
         expert_rows: that all its routed experts of the layer get, if the load is even.
         tensor: tensor-parallel size.
         expert_tensor: tensor-parallel size of the experts.
+        context: context-parallel size.
+        seq_length: tokens of a whole sequence.
         value_bytes: of an activation.
     """
 
@@ -57,6 +59,8 @@ class RankShape:
     expert_rows: int
     tensor: int
     expert_tensor: int
+    context: int
+    seq_length: int
     value_bytes: int
 
 

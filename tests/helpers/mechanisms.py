@@ -115,6 +115,10 @@ CASES: dict[str, Case] = {
         dense=False,
     ),
     "stem": Case(_set("stem", "layers=[1,3]")),
+    "s2_attention": Case(
+        _set("s2_attention", "block_size=2", "local_blocks=1", "stride=2"),
+        neutral=_set("s2_attention", "stride=1"),
+    ),
     "topk_activation": Case(
         ("mechanisms.topk_activation.k_per_layer=[4,10,20,4]", "model.activation=relu"),
         neutral=("mechanisms.topk_activation.k=48",),
@@ -122,7 +126,7 @@ CASES: dict[str, Case] = {
     ),
 }
 TOGETHER: dict[str, tuple[str, ...]] = {
-    "gate-masks-topk": ("headwise_gate", "sparse_weights", "topk_activation"),
+    "gate-masks-topk": ("headwise_gate", "sparse_weights", "s2_attention", "topk_activation"),
     "factors": ("monarch", "sltrain", "sparse_ift"),
     "marks": ("rigl", "journey", "iss", "cast"),
     "windows": ("ste", "srste", "pgf", "set"),
