@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs", metavar="N", help="pairs of blocks that permutation samples, or `adjacent` (default all)"
     )
     parser.add_argument(
-        "--budgets", metavar="B,C", help="shares of the keys for sparse_attention (default 1,0.5,0.25,0.1,0.05)"
+        "--budgets",
+        metavar="B,C",
+        help="shares of the keys for sparse_attention, seer_gate (default 1,0.5,0.25,0.1,0.05)",
+    )
+    parser.add_argument(
+        "--gate-steps", type=int, metavar="N", help="steps that seer_gate trains its gates (default 300)"
     )
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens per sequence (default 128)")
@@ -92,7 +97,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     from sparsecod_megatron.models.opening import open_model
 
     budgets = None if args.budgets is None else names(args.budgets)
-    scores = find_scores(names(args.scores), pairs=args.pairs, budgets=budgets)
+    scores = find_scores(names(args.scores), pairs=args.pairs, budgets=budgets, gate_steps=args.gate_steps)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with open_model(
         args.model,

@@ -25,15 +25,31 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scores", "length"),
+    [([name for name in SCORES if name != "seer_gate"], 32), (["seer_gate"], 100)],  # its blocks are of 64 tokens
+    ids=["all", "seer_gate"],
+)
+def test_two_processes_find_what_one_finds(scores: list[str], length: int, tmp_path: Path) -> None:
     model = save_with_words(tiny("qwen2_moe"), tmp_path / "model")
     text = write_words(tmp_path / "text.txt", VOCAB_SIZE, 3000)
-    command = ["analyze", str(model), "--data", str(text), "--samples", "7", "--seq-length", "32", "--device", "cpu"]
-    command += ["--scores", ",".join(SCORES), "--compat", "reference"]
+    command = [
+        "analyze",
+        str(model),
+        "--data",
+        str(text),
+        "--samples",
+        "7",
+        "--seq-length",
+        str(length),
+        "--device",
+        "cpu",
+    ]
+    command += ["--scores", ",".join(scores), "--compat", "reference"]
     sparsecod_ranks(*command, "--output", tmp_path / "two", nproc=2)
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8")) for name in ("one", "two"))
-    assert list(one["scores"]) == list(SCORES)
+    assert list(one["scores"]) == scores
     expected, found = numbers(one), numbers(two)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -21,26 +21,34 @@ SCORES = {
     "weights": "sparsecod_megatron.analysis.sparsity.weights:Weights",
     "attention": "sparsecod_megatron.analysis.sparsity.attention_score:Attention",
     "sparse_attention": "sparsecod_megatron.analysis.sparsity.sparse_attention_score:SparseAttentionScore",
+    "seer_gate": "sparsecod_megatron.analysis.sparsity.seer_gate_score:SeerGate",
     "activation": "sparsecod_megatron.analysis.sparsity.activation:Activation",
 }
 """name → module:class, a class that is a `Score` and needs no arguments."""
 
 
-BUDGETED = ("sparse_attention",)
+BUDGETED = ("sparse_attention", "seer_gate")
 """Scores that take shares of the keys that a query keeps."""
 
 
-def find_scores(names: Sequence[str], *, pairs: str | None = None, budgets: Sequence[str] | None = None) -> list[Score]:
+def find_scores(
+    names: Sequence[str],
+    *,
+    pairs: str | None = None,
+    budgets: Sequence[str] | None = None,
+    gate_steps: int | None = None,
+) -> list[Score]:
     """The scores of these names, in this order.
 
     Args:
         names: keys of `SCORES`.
         pairs: a number of pairs or `adjacent`, for permutation.
         budgets: shares of the keys, for the scores of sparse attention.
+        gate_steps: of training, for seer_gate.
 
     Raises:
         ConfigError: an unknown name, one given twice, or none at all; pairs that are neither, or without permutation;
-            budgets that are no shares, or without a score that takes them.
+            budgets that are no shares, or without a score that takes them; steps below 1, or without seer_gate.
     """
     if not names:
         raise ConfigError(f"--scores: names no score; give some of {','.join(SCORES)}")
@@ -54,6 +62,10 @@ def find_scores(names: Sequence[str], *, pairs: str | None = None, budgets: Sequ
         options["permutation"] = {"pairs": _pairs(pairs, names)}
     if budgets is not None:
         options |= {name: {"budgets": _budgets(budgets, names)} for name in BUDGETED}
+    if gate_steps is not None:
+        if "seer_gate" not in names or gate_steps < 1:
+            raise ConfigError(f"--gate-steps {gate_steps}: a number of steps, at least 1, for --scores seer_gate alone")
+        options.setdefault("seer_gate", {})["steps"] = gate_steps
     return [_load(SCORES[name], options.get(name, {})) for name in names]
 
 

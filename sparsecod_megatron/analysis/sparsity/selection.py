@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsecod_megatron.analysis.sparsity.attention import Call
 
@@ -41,7 +41,7 @@ class Rows:
     """Softmax rows of consecutive queries of one sequence.
 
     Attributes:
-        layer: index of the block.
+        module: the attention that calls.
         call: what the attention was given.
         part: the queries.
         weights: `[1, heads, queries, keys]`.
@@ -49,7 +49,7 @@ class Rows:
         earlier: `[1, heads, at most PROBE − 1, keys]`, the rows before them.
     """
 
-    layer: int
+    module: nn.Module
     call: Call
     part: slice
     weights: Tensor

@@ -1,11 +1,8 @@
 """The `sparse_attention` score: what it costs a model that its queries keep a share of their keys.
 
 For each pattern of `selection.PATTERNS` and each budget b, in one block alone and in all blocks together:
-
-    loss_increase   cross entropy with the keys kept, minus that with all, in nats per token
-    recall          share of the full softmax mass that is kept, mean over heads and queries
-    output_error    Σ‖o' − o‖ ÷ Σ‖o‖ over heads and queries (and blocks), o a head's output with all keys
-    kept            keys kept ÷ keys that the mask lets the queries see; blocks of 64 keep more than b
+ the measures of
+`sparse_rows`. Blocks of 64 keep more than b.
 
 What a block is given alone is the unchanged model's; together, every block works on what sparse ones left. Budget 1 is
 the dense model bit for bit (a test holds it to that), so it costs no pass. The heads' pattern index is `pattern_index`.
@@ -23,18 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecod_megatron.analysis.intervals import Array, Estimate, Interval, mean_interval, ratio_of_sums
+from sparsecod_megatron.analysis.intervals import Array, Estimate, mean_interval
 from sparsecod_megatron.analysis.scores.base import Figure, HeatMap, Lines, Result
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.attention import RowAttention, attending, check_same
 from sparsecod_megatron.analysis.sparsity.pattern_index import INDEX, PatternIndex
 from sparsecod_megatron.analysis.sparsity.selection import PATTERNS
-from sparsecod_megatron.analysis.sparsity.sparse_rows import MAX_SPARSE_SCORES, SparseAttention
+from sparsecod_megatron.analysis.sparsity.sparse_rows import (
+    MAX_SPARSE_SCORES,
+    Measures,
+    SparseAttention,
+    all_sparse,
+    columns,
+)
 from sparsecod_megatron.analysis.trace import Replay, Trace
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1, 0.05)
 _ADVICE = "leave sparse_attention out of --scores"
-_MEASURES = ("loss_increase", "recall", "output_error", "kept")
 _COARSE = 1.5
 """Times the budget above which a pattern that keeps more of the keys is said to."""
 
@@ -68,8 +70,8 @@ class SparseAttentionScore:
         batches = self._batches(context, layers, title=f"{self.name}, {passes:.0f} passes")
         losses, alone, together, index = (column.numpy() for column in context.collect("all", batches))
         names = [f"{pattern}_{budget:g}" for pattern, budget in self._cells]
-        overall = _Measures(together.mean(axis=1), context.seed)  # costs of all blocks, which have as many queries
-        by_layer = _Measures(alone, context.seed)
+        overall = Measures(together.mean(axis=1), context.seed)  # costs of all blocks, which have as many queries
+        by_layer = Measures(alone, context.seed)
         heads = mean_interval(index, seed=context.seed)
         of_heads = mean_interval(np.nanmean(index, axis=(1, 2)), seed=context.seed)
         values: dict[str, Any] = {"loss": float(losses.mean()), "passes": round(passes, 2)}
@@ -88,7 +90,7 @@ class SparseAttentionScore:
                     for at, (pattern, budget) in enumerate(self._cells)
                 ],
                 "sparse_attention_index": [
-                    {"layer": layer, "head": head, **_columns({name: heads.at(place, head, at) for at, name in of})}
+                    {"layer": layer, "head": head, **columns({name: heads.at(place, head, at) for at, name in of})}
                     for of in [list(enumerate(INDEX))]
                     for place, layer in enumerate(layers)
                     for head in range(index.shape[2])
@@ -127,7 +129,9 @@ class SparseAttentionScore:
                 trace = replay.trace(tokens, labels)
                 losses = replay.losses(trace)
                 alone = [[self._alone(replay, trace, attention, at, *cell) for cell in self._cells] for at in layers]
-                together = [self._together(replay, trace, attention, layers, *cell) for cell in self._cells]
+                together = [
+                    all_sparse(replay, trace, attention, layers, PATTERNS[name], budget) for name, budget in self._cells
+                ]
             costs = torch.stack([torch.stack(row, 1) for row in alone], 1), torch.stack(together, 2)
             for column in costs:
                 column[..., 0] -= losses[:, None, None]
@@ -143,17 +147,8 @@ class SparseAttentionScore:
         losses = replay.losses_after(trace, range(layer + 1, len(trace.calls)), after)
         return torch.cat([losses[:, None], costs], 1)
 
-    def _together(
-        self, replay: Replay, trace: Trace, attention: SparseAttention, layers: list[int], pattern: str, budget: float
-    ) -> Tensor:
-        """Loss, the same for each layer, and costs with all blocks sparse, `[B, layers, 7]`."""
-        with attention.keeping(layers, PATTERNS[pattern], budget):
-            losses = replay.losses_after(trace, range(len(trace.calls)), trace.hidden[0])
-            costs = torch.stack([attention.costs(layer) for layer in layers], 1)
-        return torch.cat([losses[:, None, None].expand(-1, len(layers), 1), costs], 2)
-
     def _figures(
-        self, overall: _Measures, by_layer: _Measures, heads: Array, layers: list[int], num_layers: int
+        self, overall: Measures, by_layer: Measures, heads: Array, layers: list[int], num_layers: int
     ) -> tuple[Figure, ...]:
         smallest = self._budgets[-1]
 
@@ -191,7 +186,7 @@ class SparseAttentionScore:
             HeatMap("sparse_attention_kept", "Share of keys of the head's pattern", of_heads(2), "layer", "head"),
         )
 
-    def _warnings(self, overall: _Measures) -> tuple[str, ...]:
+    def _warnings(self, overall: Measures) -> tuple[str, ...]:
         coarse = {
             f"{pattern} at budget {budget:g} keeps {kept:.2g}"
             for at, (pattern, budget) in enumerate(self._cells)
@@ -205,45 +200,10 @@ class SparseAttentionScore:
         )
 
 
-class _Measures:
-    """`_MEASURES` of sums by sequence, `[sequences, ..., increase of the loss and COSTS]`."""
-
-    def __init__(self, sums: Array, seed: int) -> None:
-        loss, recall, rows, error, size, kept, visible = np.moveaxis(sums, -1, 0)
-        self._parts = {
-            "loss_increase": (loss, np.ones_like(loss)),
-            "recall": (recall, rows),
-            "output_error": (error, size),
-            "kept": (kept, visible),
-        }
-        self._estimates = {name: ratio_of_sums(*parts, seed=seed) for name, parts in self._parts.items()}
-
-    def interval(self, measure: str, *index: int) -> Interval:
-        """One measure of one cell."""
-        return self._estimates[measure].at(*index)
-
-    def per_sequence(self, measure: str, *index: int) -> Array:
-        """A measure of each sequence."""
-        above, below = (part[(slice(None), *index)] for part in self._parts[measure])
-        quotient: Array = above / below
-        return quotient
-
-    def row(self, *index: int) -> dict[str, Any]:
-        """All measures of one cell with their intervals, as columns of a table."""
-        return _columns({name: self.interval(name, *index) for name in _MEASURES})
-
-
-def _columns(intervals: dict[str, Interval]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name, interval in intervals.items():
-        columns |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return columns
-
-
 def _head_columns(heads: Estimate, place: int, head: int) -> dict[str, Any]:
     aware = heads.at(place, head, INDEX.index("query_aware")).value or 0.0
-    columns = _columns({name: heads.at(place, head, at) for at, name in enumerate(INDEX)})
-    return {"pattern": "query_aware" if aware > 0.5 else "vertical_slash", **columns}
+    found = columns({name: heads.at(place, head, at) for at, name in enumerate(INDEX)})
+    return {"pattern": "query_aware" if aware > 0.5 else "vertical_slash", **found}
 
 
 def _padded(heads: list[Tensor]) -> Tensor:

@@ -1,16 +1,27 @@
-"""Attention whose queries keep a share of their keys in chosen blocks of a model, and what that costs each of them."""
+"""Attention whose queries keep a share of their keys in chosen blocks of a model, and what that costs.
+
+loss_increase   cross entropy with the keys kept, minus that with all, in nats per token
+recall          share of the full softmax mass that is kept, mean over heads and queries
+output_error    Σ‖o' − o‖ ÷ Σ‖o‖ over heads and queries (and blocks), o a head's output with all keys
+kept            keys kept ÷ keys that the mask lets the queries see
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsecod_megatron.analysis.intervals import Array, Interval, ratio_of_sums
 from sparsecod_megatron.analysis.sparsity.attention import HIDDEN, Call, RowAttention
 from sparsecod_megatron.analysis.sparsity.selection import PROBE, Pattern, Rows
+from sparsecod_megatron.analysis.trace import Replay, Trace
 
+MEASURES = ("loss_increase", "recall", "output_error", "kept")
 MAX_SPARSE_SCORES = 1 << 22
 """Rows held at once; choosing among them takes a dozen times their memory, 200 MiB."""
 COSTS = ("recall", "rows", "error", "size", "kept", "visible")
@@ -62,7 +73,7 @@ class SparseAttention(RowAttention):
             return super().rows(layer, module, call, part, scores, values)
         dense = call.softmax(scores)
         earlier = dense[:, :, :0] if part.start == 0 or self._earlier is None else self._earlier
-        rows = Rows(layer, call, part, dense, call.visible(part), earlier)
+        rows = Rows(module, call, part, dense, call.visible(part), earlier)
         kept = self._pattern(rows).kept(self._budget)
         self._earlier = torch.cat([earlier, dense], 2)[:, :, -(PROBE - 1) :]
         output = call.softmax(scores.masked_fill(~kept, HIDDEN)) @ values
@@ -80,3 +91,63 @@ def _costs(dense: Tensor, kept: Tensor, visible: Tensor, whole: Tensor, output: 
     error, size = ((part.double().norm(dim=-1)).sum() for part in (output - whole, whole))
     counts = kept.sum(), visible.expand_as(kept).sum()
     return torch.stack([part.double() for part in (recall.sum(), rows, error, size, *counts)]).cpu()
+
+
+def all_sparse(
+    replay: Replay, trace: Trace, attention: SparseAttention, layers: Collection[int], pattern: Pattern, budget: float
+) -> Tensor:
+    """Loss, the same for each layer, and `COSTS` with all blocks sparse: `[B, layers, 7]`, fp64 on the CPU.
+
+    Args:
+        replay: of the model, which attends through `attention`.
+        trace: a micro-batch with all keys.
+        attention: of the model's blocks.
+        layers: blocks with attention.
+        pattern: ranks the keys.
+        budget: share of the visible keys.
+    """
+    with attention.keeping(layers, pattern, budget):
+        losses = replay.losses_after(trace, range(len(trace.calls)), trace.hidden[0])
+        costs = torch.stack([attention.costs(layer) for layer in layers], 1)
+    return torch.cat([losses[:, None, None].expand(-1, len(layers), 1), costs], 2)
+
+
+class Measures:
+    """`MEASURES` of sums by sequence.
+
+    Args:
+        sums: increase of the loss and `COSTS`, `[sequences, ..., 7]`.
+        seed: of the intervals.
+    """
+
+    def __init__(self, sums: Array, seed: int) -> None:
+        loss, recall, rows, error, size, kept, visible = np.moveaxis(sums, -1, 0)
+        self._parts = {
+            "loss_increase": (loss, np.ones_like(loss)),
+            "recall": (recall, rows),
+            "output_error": (error, size),
+            "kept": (kept, visible),
+        }
+        self._estimates = {name: ratio_of_sums(*parts, seed=seed) for name, parts in self._parts.items()}
+
+    def interval(self, measure: str, *index: int) -> Interval:
+        """One measure of one cell."""
+        return self._estimates[measure].at(*index)
+
+    def per_sequence(self, measure: str, *index: int) -> Array:
+        """A measure of each sequence."""
+        above, below = (part[(slice(None), *index)] for part in self._parts[measure])
+        quotient: Array = above / below
+        return quotient
+
+    def row(self, *index: int) -> dict[str, Any]:
+        """All measures of one cell with their intervals, as columns of a table."""
+        return columns({name: self.interval(name, *index) for name in MEASURES})
+
+
+def columns(intervals: dict[str, Interval]) -> dict[str, Any]:
+    """Each with its ends, as columns of a table."""
+    columns: dict[str, Any] = {}
+    for name, interval in intervals.items():
+        columns |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return columns
