@@ -31,7 +31,7 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
     ids=["all", "seer_gate"],
 )
 def test_two_processes_find_what_one_finds(scores: list[str], length: int, tmp_path: Path) -> None:
-    model = save_with_words(tiny("qwen2_moe"), tmp_path / "model")
+    model = save_with_words(tiny("qwen2_moe", max_position_embeddings=128), tmp_path / "model")
     text = write_words(tmp_path / "text.txt", VOCAB_SIZE, 3000)
     command = [
         "analyze",
