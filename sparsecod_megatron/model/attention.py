@@ -62,6 +62,8 @@ class SDPAttention(torch.nn.Module):
         """query [S, B, heads/TP, D], key and value [S, B, groups/TP, D] → [S, B, heads/TP · D]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         key, value, mask = self.visible(query, key, value)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unsqueeze(0)  # torch's fused kernels take two axes or four
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = F.scaled_dot_product_attention(
             q,
@@ -76,7 +78,7 @@ class SDPAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).flatten(start_dim=2)
 
     def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [S_key, B, groups/TP, D] that these queries see, and a mask [S, S_key] or None (causal)."""
+        """Keys and values [S_key, B, groups/TP, D] that these queries see; mask [(heads/TP,) S, S_key], None: causal."""
         length = query.shape[0]
         if self.window is None or self.window >= length:
             return key, value, None

@@ -70,6 +70,11 @@ class S2Attention(Mechanism):
                 )
         if model.sliding_window is not None:
             yield f"model.sliding_window: {model.sliding_window} beside mechanisms.{self.name}; keep one of them"
+        if config.data.reset_attention_mask:
+            yield (
+                f"data.reset_attention_mask: true, but mechanisms.{self.name} counts blocks from a sequence's start; "
+                "leave one of them out"
+            )
         for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
             if config.megatron.get(name):
                 yield f"megatron.{name}: true, but mechanisms.{self.name} attends without Transformer Engine; remove it"
@@ -82,13 +87,13 @@ class S2Attention(Mechanism):
         """Core attention with the pattern; Transformer Engine's takes no mask of each head, so torch's replaces it."""
         from megatron.core.transformer.spec_utils import ModuleSpec
 
-        from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
+        from sparsecod_megatron.model.attention import ContextParallelSDPAttention, SDPAttention
 
         if self.is_sparse(site.layer):
             places = spec.submodules.self_attention.submodules
             core = places.core_attention
             if not (isinstance(core, type) and issubclass(core, SDPAttention)):
-                core = ContextParallelSDPAttention if site.megatron.context_parallel_size > 1 else DocumentSDPAttention
+                core = ContextParallelSDPAttention if site.megatron.context_parallel_size > 1 else SDPAttention
             places.core_attention = ModuleSpec(mixed(SeesBlocks, core), {"pattern": self})
         return spec
 
@@ -168,22 +173,21 @@ class SeesBlocks:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """query [S/CP, B, heads/TP, D], key and value [S/CP, B, groups/TP, D] → [S/CP, B, heads/TP · D]."""
-        packed = options.get("packed_seq_params") is not None
         dropout: float = self.dropout if self.training else 0.0  # type: ignore[attr-defined]
-        if packed or dropout or not self.is_whole or not self.pattern.gathers(query.shape[0]):
+        if dropout or not self.is_whole or not self.pattern.gathers(query.shape[0]):
             parent: Any = super()
             attended: Tensor = parent.forward(query, key, value, *arguments, **options)
             return attended
         return self._gathered(query, key, value)
 
     def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As in the parent, with a mask of each head, [1, heads/TP, S, S_key]: torch's fused kernels take no less."""
+        """As in the parent, with a mask of each head, [heads/TP, S, S_key]."""
         parent: Any = super()
         key, value, mask = parent.visible(query, key, value)
         if mask is None:
             positions = torch.arange(query.shape[0], device=query.device)
             mask = self.allowed(positions, positions)
-        return key, value, mask[None]
+        return key, value, mask
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Whether each query [S] of a head sees each key [S_key]: [heads/TP, S, S_key], bool."""

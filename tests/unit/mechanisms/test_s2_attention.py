@@ -37,12 +37,12 @@ def naive_mask(pattern: S2Attention, length: int) -> np.ndarray:
     return seen
 
 
-def attention(pattern: S2Attention, *, size: int = 1, rank: int = 0, kind: str = "SDPAttention") -> Any:
+def attention(pattern: S2Attention, *, size: int = 1, rank: int = 0) -> Any:
     """The core attention of one of `size` tensor-parallel ranks, on its own."""
     select_backend()
     from megatron.core.transformer.enums import AttnMaskType
 
-    from sparsecod_megatron.model import attention as module
+    from sparsecod_megatron.model.attention import SDPAttention
 
     def group(size: int, rank: int) -> Any:
         return SimpleNamespace(size=lambda: size, rank=lambda: rank)
@@ -55,7 +55,7 @@ def attention(pattern: S2Attention, *, size: int = 1, rank: int = 0, kind: str =
         window_attn_skip_freq=None,
     )
     groups = SimpleNamespace(tp=group(size, rank), cp=group(1, 0))
-    built = mixed(SeesBlocks, getattr(module, kind))
+    built = mixed(SeesBlocks, SDPAttention)
     return built(config, 1, AttnMaskType.causal, "self", pattern=pattern, pg_collection=groups)
 
 
@@ -104,15 +104,6 @@ def test_heads_together_see_every_earlier_key_and_not_a_later_one() -> None:
         assert torch.equal(mask.any(0), torch.ones(41, 41, dtype=torch.bool).tril())
         shares = mask.sum((1, 2)) / mask.any(0).sum()
         assert shares.max() < 1 / stride + 0.2 and torch.equal(mask.any(-1), torch.ones(HEADS, 41) > 0)
-
-
-def test_documents_begin_their_own_blocks() -> None:
-    pattern, tensors = S2Attention(block_size=4, local_blocks=1, stride=4), inputs(46, batch=1)
-    packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 19, 46]))
-    documents = attention(pattern, kind="DocumentSDPAttention")
-    output = documents(*(x.squeeze(1) for x in tensors), None, packed_seq_params=packed)
-    parts = [naive_output(pattern, *(x[part] for x in tensors)) for part in (slice(0, 19), slice(19, 46))]
-    torch.testing.assert_close(output.double(), torch.cat(parts).squeeze(1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gathered", [False, True], ids=["mask", "gathered"])
@@ -180,6 +171,10 @@ def test_later_tokens_change_no_earlier_logits() -> None:
         (["mechanisms.s2_attention={}"], "stride: 4 does not divide model.num_query_groups=2"),
         (["mechanisms.s2_attention={stride: 2, dense_layers: [3]}"], "dense_layers: 3 is no layer of"),
         (["mechanisms.s2_attention.stride=2", "model.sliding_window=4"], "model.sliding_window: 4 beside"),
+        (
+            ["mechanisms.s2_attention.stride=2", "data.reset_attention_mask=true", "data.reset_position_ids=true"],
+            "data.reset_attention_mask: true, but mechanisms.s2_attention counts blocks",
+        ),
     ],
 )
 def test_refused_in_one_line(overrides: list[str], words: str) -> None:
