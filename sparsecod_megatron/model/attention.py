@@ -78,7 +78,7 @@ class SDPAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).flatten(start_dim=2)
 
     def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [S_key, B, groups/TP, D] that these queries see; mask [(heads/TP,) S, S_key], None: causal."""
+        """Keys and values [S_key, B, groups/TP, D] that these queries see; mask [(heads/TP,) S, S_key] or None."""
         length = query.shape[0]
         if self.window is None or self.window >= length:
             return key, value, None

