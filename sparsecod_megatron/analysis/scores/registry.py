@@ -48,7 +48,7 @@ def find_scores(
 
     Raises:
         ConfigError: an unknown name, one given twice, or none at all; pairs that are neither, or without permutation;
-            budgets that are no shares, or without a score that takes them; steps below 1, or without seer_gate.
+            budgets outside of 0 to 1, or without a score that takes them; steps below 1, or without seer_gate.
     """
     if not names:
         raise ConfigError(f"--scores: names no score; give some of {','.join(SCORES)}")

@@ -8,8 +8,8 @@ queries keeps the fewest blocks with γ = 0.9 of its estimate. Any other head is
 lines, columns and diagonals together, that cover γ of the probe's mass.
 
 The share that is kept counts keys that the mask lets a query see, and recall is the share of the true mass of all
-queries, not only of the probe. The probe stands at the end: this says what a sequence looks like, and is no attention
-that could be run causally.
+queries, not only of the probe. The probe stands at the end: this says what a sequence looks like, and is not an
+attention that could be run causally.
 
 FlexPrefill's own code differs: it takes diagonals at multiples of 128 alone, columns and diagonals each for themselves,
 leaves n_b out, divides by all n² entries, pools the mass of all blocks of queries, drops the element that crosses γ,

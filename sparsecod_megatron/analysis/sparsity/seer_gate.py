@@ -64,7 +64,7 @@ class GateFeatures(RowAttention):
     def __init__(self, blocks: Iterable[nn.Module], max_scores: int = MAX_SPARSE_SCORES) -> None:
         super().__init__(blocks, max_scores)
         self.found: dict[nn.Module, Features] = {}
-        """Of the last pass, in the order of the calls, on the CPU."""
+        """Those of the last pass, in the order of the calls, on the CPU."""
 
     def attend(self, layer: int | None, module: nn.Module, call: Call) -> Tensor:
         """See `RowAttention`."""

@@ -116,7 +116,7 @@ class SeerGate:
 
     @torch.no_grad()
     def _features(self, context: Context, part: Part, modules: list[nn.Module]) -> list[Features]:
-        """Of each attention, for all sequences of a part of the sample, on the model's device."""
+        """Those of each attention, for all sequences of a part of the sample, on the model's device."""
 
         def batches() -> Iterator[tuple[Tensor, ...]]:
             for tokens, labels in context.batches(part, title=f"{self.name}, features"):
@@ -132,7 +132,7 @@ class SeerGate:
     def _batches(
         self, context: Context, layers: list[int], patterns: dict[str, Pattern]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each micro-batch held out: losses [B], and increase of the loss and costs [B, layers, cells, 7]."""
+        """Micro-batches held out: losses [B], and increase of the loss and costs [B, layers, cells, 7]."""
         replay = context.replay
         for tokens, labels in context.batches("held_out", title=self.name):
             attention = SparseAttention(context.layers.blocks, self._max_scores)
@@ -153,7 +153,7 @@ class SeerGate:
 def _divergences(
     gates: list[Gate], fit: list[Features], held_out: list[Features], length: int
 ) -> list[dict[str, float]]:
-    """Of each attention: on what its gate was trained on, on the other half, and there of an even guess."""
+    """Each attention's: on what its gate was trained on, on the other half, and there of an even guess."""
     return [
         {
             "kl_fit": float(divergence(gate, trained, length)),

@@ -1,6 +1,6 @@
 """Which keys a query keeps when it may keep a share of those it sees, chosen by patterns of sparse attention.
 
-Every pattern ranks a query's visible keys. Of n visible keys budget b keeps the first ceil(b · n); patterns of blocks
+Every pattern ranks a query's visible keys, and budget b keeps the first ceil(b · n) of n; patterns of blocks
 keep whole blocks until there are as many, and the query's own block first. So a smaller budget keeps a part of what a
 larger one keeps, budget 1 keeps all, and nothing that comes after a query has a say in what it keeps.
 

@@ -114,7 +114,7 @@ class SparseAttentionScore:
 
     @torch.no_grad()
     def _batches(self, context: Context, layers: list[int], *, title: str) -> Iterator[tuple[Tensor, ...]]:
-        """Of each micro-batch: losses [B], costs of blocks alone and together [B, layers, cells, 7], and the index.
+        """Micro-batches: losses [B], costs of blocks alone and together [B, layers, cells, 7], and the index.
 
         The seven are the increase of the loss and `COSTS`; the index is `[B, layers, heads, 4]`, NaN where a layer has
         fewer heads than another.
