@@ -66,7 +66,7 @@ class S2Attention(Mechanism):
         for layer in self.dense_layers:
             if not 0 <= layer < model.num_layers:
                 yield (
-                    f"{self.key('dense_layers')}: {layer} is not a layer of model.num_layers={model.num_layers}; remove it"
+                    f"{self.key('dense_layers')}: {layer} is not below model.num_layers={model.num_layers}; remove it"
                 )
         if model.sliding_window is not None:
             yield f"model.sliding_window: {model.sliding_window} beside mechanisms.{self.name}; keep one of them"
