@@ -169,7 +169,7 @@ def test_later_tokens_change_no_earlier_logits() -> None:
     ("overrides", "words"),
     [
         (["mechanisms.s2_attention={}"], "stride: 4 does not divide model.num_query_groups=2"),
-        (["mechanisms.s2_attention={stride: 2, dense_layers: [3]}"], "dense_layers: 3 is no layer of"),
+        (["mechanisms.s2_attention={stride: 2, dense_layers: [3]}"], "dense_layers: 3 is not below"),
         (["mechanisms.s2_attention.stride=2", "model.sliding_window=4"], "model.sliding_window: 4 beside"),
         (
             ["mechanisms.s2_attention.stride=2", "data.reset_attention_mask=true", "data.reset_position_ids=true"],
