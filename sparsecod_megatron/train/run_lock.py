@@ -8,6 +8,7 @@ never with the clock of this machine.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -121,7 +122,8 @@ class RunLock:
                         f"logging.run_dir: {self._run_dir} is in use by {_described(_read(self._path))}; stop that, "
                         "or choose another directory"
                     )
-                self._set_aside(holder)
+                if self._take_over(holder):
+                    break
         except OSError as error:
             raise ConfigError(f"logging.run_dir: {self._path} cannot be written ({error.strerror})") from error
         self._thread.start()
@@ -148,20 +150,21 @@ class RunLock:
             raise
         return True
 
-    def _set_aside(self, dead: Holder | None) -> None:
-        """Remove the lock of `dead`; if it is another's by now, put it back."""
-        aside = self._run_dir / f".{LOCK_FILE}-{secrets.token_hex(4)}"
+    def _take_over(self, dead: Holder | None) -> bool:
+        """Whether the lock was still `dead`'s and is ours now; starters look and write one after the other."""
         try:
-            self._path.rename(aside)
+            with self._path.open("r+") as file:
+                # Where there is no flock, as on some network file systems, a second writer is told by its heartbeat.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_ino != self._path.stat().st_ino or _read(self._path) != dead:
+                    return False
+                file.write(json.dumps(asdict(self._own)))
+                file.truncate()
         except FileNotFoundError:
-            return
-        found = _read(aside)
-        if found != dead and not self._path.exists():
-            aside.rename(self._path)
-            return
-        aside.unlink()
-        if found == dead:
-            logger.warning("%s: taken over from %s", self._run_dir, _described(dead))
+            return False
+        logger.warning("%s: taken over from %s", self._run_dir, _described(dead))
+        return True
 
     def _is_alive(self, holder: Holder | None) -> bool:
         if holder is not None and holder.machine == self._own.machine:

@@ -8,7 +8,7 @@ from tools.gpu_bring_up.bench import Bench
 from tools.gpu_bring_up.sizes import sizes
 from tools.gpu_bring_up.trainers import backend_for, large_config
 
-LIMITS = {"variance": 1.01, "everything": 1.05}
+LIMITS = {"variance": 1.01, "activation": 1.02, "everything": 1.05}
 """Ratios to a step without statistics, collected every step."""
 
 REHEARSAL_SIZES = ("model.num_layers=2", "model.hidden_size=64", "model.vocab_size=512", "data.seq_length=32")
@@ -29,7 +29,8 @@ def run(bench: Bench) -> None:
         with bench.check(f"statistics every step, {name}") as found:
             if with_engine:
                 bench.require_transformer_engine()
-            median = measure(config, backend_for(config, transformer_engine=with_engine), steps=count)
+            times = measure(config, backend_for(config, transformer_engine=with_engine), steps=count)
+            median = {way: clock for way, (clock, _) in times.items()}
             ratios = {way: seconds / median["off"] for way, seconds in median.items() if way != "off"}
             found.values = {"step_s": median, "ratios": ratios}
             if not bench.cuda:

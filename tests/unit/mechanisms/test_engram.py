@@ -217,7 +217,8 @@ def test_checkpoint_and_export_hold_the_tokenizers_table(tokenizer: PreTrainedTo
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
     from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
-    from sparsecod_megatron.cli.import_ import run_config, write_checkpoint
+    from sparsecod_megatron.checkpoint.whole import write_weights
+    from sparsecod_megatron.cli.import_ import run_config
     from sparsecod_megatron.hf.source import open_source
     from sparsecod_megatron.models.loading import load_model
 
@@ -235,7 +236,9 @@ def test_checkpoint_and_export_hold_the_tokenizers_table(tokenizer: PreTrainedTo
     loaded = load_model(tmp_path / "hf", dtype="bfloat16", device="cpu").model.layers[1].memory.canonical
     assert loaded.dtype == torch.int32 and torch.equal(loaded, expected)
     source = open_source(tmp_path / "hf")
-    imported = write_checkpoint(source, run_config(source, None), tmp_path / "imported")
+    config = run_config(source, None)
+    tensors = source.tensors([*config.mechanisms.values()])
+    imported = write_weights(tensors, config, tmp_path / "imported", select_backend())
     with streamed_checkpoint(imported) as stored:
         assert torch.equal(stored.tensors["decoder.layers.1.memory.canonical"], expected)
 
