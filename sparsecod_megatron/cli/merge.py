@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparsecod_megatron.checkpoint.decay_curves import CURVES, coefficients
+
 HELP = (
     "Average checkpoints of one model, by coefficients that stand for a decay of the learning rate (WSM, arXiv "
     "2507.17634). The result is a run directory at step 0: export, eval, analyze and checkpoint.init_from take it."
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last", type=int, default=None, help="how many of the run's newest checkpoints are averaged")
     parser.add_argument(
         "--curve",
-        choices=("linear", "cosine", "1-sqrt"),
+        choices=[*CURVES],
         default="linear",
         help="decay that the coefficients stand for; linear (the default) is the plain mean",
     )
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if args.last is not None and args.last < 2:
         raise ConfigError(f"--last {args.last}: a mean needs at least 2 checkpoints; raise it")
     backend = select_backend()
-    from sparsecod_megatron.checkpoint.merging import chosen_steps, coefficients, mergeable_config, merged_tensors
+    from sparsecod_megatron.checkpoint.merging import chosen_steps, mergeable_config, merged_tensors
     from sparsecod_megatron.checkpoint.paths import tokenizer_dir
     from sparsecod_megatron.checkpoint.whole import write_weights
     from sparsecod_megatron.config import save_config

@@ -13,7 +13,8 @@ from sparsecod_megatron.backend import select_backend
 
 BACKEND = select_backend()
 
-from sparsecod_megatron.checkpoint.merging import BIAS_SUFFIX, coefficients  # noqa: E402
+from sparsecod_megatron.checkpoint.decay_curves import coefficients  # noqa: E402
+from sparsecod_megatron.checkpoint.merging import BIAS_SUFFIX  # noqa: E402
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint  # noqa: E402
 from sparsecod_megatron.cli.main import main  # noqa: E402
 from tests.helpers.training import small_trainer, trainer_batches  # noqa: E402
