@@ -102,7 +102,7 @@ class ActivationGroup:
         scratch = _Scratch()
         with contextlib.ExitStack() as stack:
             for place, units in enumerate(self._units):
-                before = _observer(partial(_add_units, sums, units, counts, place, scratch))
+                before = _observer(partial(_count_units, units, counts, place, scratch))
                 stack.callback(units.projection.register_forward_pre_hook(before).remove)
             for layer in self._layers:
                 attention, index = layer.self_attention, layer.layer_number - 1
@@ -135,8 +135,12 @@ class ActivationGroup:
         sums.add(layer, "first_token_mass", weights.sum(), weights.numel())
 
     def _add_counts(self, sums: LayerAccumulator, counts: dict[int, Tensor]) -> None:
-        """Add numbers of units from `counts` by place, each [MLPs, units of this rank + 1]. Collective."""
+        """Add the shares and numbers of units that `_count_units` counted. Collective."""
         device = next(iter(counts.values())).device
+        for place, counted in counts.items():
+            layer, elements = self._units[place].layer, counted[:, -1].sum() * (counted.shape[1] - 2)
+            sums.add(layer, "act_nonzero", counted[:, -2].sum(), elements)
+            sums.add(layer, "act_small", elements - counted[:, :-2].sum(), elements)
         for is_expert in (False, True):
             places = [place for place, units in enumerate(self._units) if units.is_expert is is_expert]
             if not places:
@@ -148,7 +152,7 @@ class ActivationGroup:
             # Numbers, not shares: one of the ranks that hold the same units adds them.
             mine = 1 if copies.rank() == 0 else 0
             for place, part in zip(places, packed.split([counts[place].numel() for place in places]), strict=True):
-                times, tokens = part.view_as(counts[place]).tensor_split((-1,), dim=1)
+                times, _, tokens = part.view_as(counts[place]).tensor_split((-2, -1), dim=1)
                 layer = self._units[place].layer
                 sums.add(layer, "dead_units", mine * (times == 0).sum(), 0)
                 sums.add(layer, "always_on_units", mine * ((times == tokens) & (tokens > 0)).sum(), 0)
@@ -200,8 +204,7 @@ class _Scratch:
         return self._flat[:size].view(like.shape), self._flat[size : 2 * size].view(like.shape)
 
 
-def _add_units(
-    sums: LayerAccumulator,
+def _count_units(
     units: Units,
     counts: dict[int, Tensor],
     place: int,
@@ -209,12 +212,12 @@ def _add_units(
     activations: Tensor,
     rows: Any = None,
 ) -> None:
-    """Add the shares and counts of one micro-batch. Collective over `sharing`.
+    """Add the counts of one micro-batch. Collective over `sharing`.
 
     Args:
-        sums: where to add.
         units: the place.
-        counts: by place, [MLPs, units of this rank + 1]: how often each was on, and in how many rows.
+        counts: by place, [MLPs, units of this rank + 2]: how often each was on; how many activations were not zero;
+            in how many rows.
         place: which of them.
         scratch: memory for what is between.
         activations: [..., units of this rank].
@@ -225,26 +228,21 @@ def _add_units(
     if len(a) and units.sharing.size() > 1:
         all_reduce_sums(mean_square, units.sharing)
     mean_square /= a.shape[-1] * units.sharing.size()
+    limits = SMALL**2 * mean_square
+    if place not in counts:
+        counts[place] = torch.zeros(units.mlps, a.shape[-1] + 2, dtype=torch.float64, device=a.device)
     sizes = [len(a)] if units.mlps == 1 else [int(size) for size in rows]
-    by_mlp, nonzero = [], torch.zeros((), dtype=torch.float64, device=a.device)
-    for part, means in zip(a.split(sizes), mean_square.split(sizes), strict=True):
-        times = torch.zeros(a.shape[-1] + 1, dtype=torch.float64, device=a.device)
+    for total, part, bound in zip(counts[place], a.split(sizes), limits.split(sizes), strict=True):
         piece = CPU_ROWS if a.device.type == "cpu" else max(1, len(part))
-        for some, mean in zip(part.split(piece), means.split(piece), strict=True):
+        for some, limit in zip(part.split(piece), bound.split(piece), strict=True):
             squares, on = scratch.pair(some)
-            squares.copy_(some).square_()
+            torch.square(some.float(), out=squares)
             # As numbers, which torch adds in a fraction of the time that it takes to count.
-            torch.gt(squares, SMALL**2 * mean[:, None], out=on)
-            times[:-1] += mean.new_ones(len(mean)) @ on
-            nonzero += torch.ne(some, 0, out=on).sum()
+            torch.gt(squares, limit[:, None], out=on)
+            total[:-2] += limit.new_ones(len(limit)) @ on
+            total[-2] += torch.ne(some, 0, out=on).sum()
         # A padded row has no unit that is on.
-        times[-1] = (means > 0).sum() if units.is_expert else len(means)
-        by_mlp.append(times)
-    new = torch.stack(by_mlp)
-    elements = new[:, -1].sum() * a.shape[-1]
-    sums.add(units.layer, "act_nonzero", nonzero, elements)
-    sums.add(units.layer, "act_small", elements - new[:, :-1].sum(), elements)
-    counts[place] = counts[place].add_(new) if place in counts else new
+        total[-1] += (bound > 0).sum() if units.is_expert else len(bound)
 
 
 @contextlib.contextmanager
