@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from sparsecod_megatron.analysis.branches import TOLERANCE, branch_error, token_errors
-from sparsecod_megatron.analysis.foreign import running
-from sparsecod_megatron.analysis.layers import hidden_output
-from sparsecod_megatron.analysis.trace import Call, Trace
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.blocks import hidden_output
+from sparsecod_megatron.hf.calls import Call, Trace
+from sparsecod_megatron.hf.foreign import running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

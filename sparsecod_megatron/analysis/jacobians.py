@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.analysis.isolation import IsolatedBlock
-from sparsecod_megatron.analysis.trace import Replay, Trace
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 TOKENS_AT_ONCE = 512
 """Rows of the block's matrix products in one backward pass: below this they are too small to be fast."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from sparsecod_megatron.analysis.intervals import Array, Estimate, bootstrap, finite, ratio_of_sums
 from sparsecod_megatron.analysis.scores.base import HeatMap, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.trace import Replay, Trace
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 
 class Causal:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsecod_megatron.analysis.layers import Layers, find_layers
-from sparsecod_megatron.analysis.trace import Replay, Trace
 from sparsecod_megatron.errors import ConfigError, DataError
+from sparsecod_megatron.hf.blocks import Layers, find_layers
+from sparsecod_megatron.hf.calls import Replay, Trace
 from sparsecod_megatron.parallel.processes import Processes
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from sparsecod_megatron.analysis.jacobians import (
 )
 from sparsecod_megatron.analysis.scores.base import Bars, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.trace import Trace
+from sparsecod_megatron.hf.calls import Trace
 
 TOKENS_PER_SEQUENCE = 8
 MAX_EXACT_WIDTH = 512

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsecod_megatron.analysis.intervals import Array, Estimate, bootstrap, finite, mean_interval
 from sparsecod_megatron.analysis.scores.base import Lines, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.trace import Replay, Trace
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 KL_SHARE = 0.5
 """Share of the largest KL: the model has decided at the first block below it."""

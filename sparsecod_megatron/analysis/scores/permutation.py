@@ -12,8 +12,8 @@ from sparsecod_megatron.analysis.intervals import Z_95, Array, Interval, bootstr
 from sparsecod_megatron.analysis.scores.base import HeatMap, Number, Result
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.scores.pairs import Pairs, Wanted, choose_pairs
-from sparsecod_megatron.analysis.trace import Replay, Trace
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 
 class Permutation:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsecod_megatron.analysis.intervals import finite, mean_interval, ratio_of_sums
 from sparsecod_megatron.analysis.scores.base import Bars, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.trace import Replay, Trace
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 
 class Skip:

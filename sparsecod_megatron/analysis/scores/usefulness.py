@@ -17,7 +17,7 @@ from sparsecod_megatron.analysis.affine import AffineFit, AffineMap
 from sparsecod_megatron.analysis.intervals import Array, Estimate, bootstrap, finite, ratio_of_sums, wilson
 from sparsecod_megatron.analysis.scores.base import Bars, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.trace import Replay, Trace
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 THRESHOLD = 1.1
 TOKENS_PER_CHANNEL = 4

@@ -20,9 +20,9 @@ from sparsecod_megatron.analysis.scores.base import Bars, Lines, Result
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.cett import ThresholdSearch
 from sparsecod_megatron.analysis.sparsity.cutting import CutPass, capture, run_cut
-from sparsecod_megatron.analysis.sparsity.matrices import find_matrices
 from sparsecod_megatron.analysis.sparsity.neurons import NeuronSite, find_sites
 from sparsecod_megatron.analysis.sparsity.normality import normality_rows
+from sparsecod_megatron.hf.matrices import find_matrices
 
 GRID = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 TOLERANCE_PERCENT = 0.05

@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from sparsecod_megatron.analysis.branches import TOLERANCE, branch_error
-from sparsecod_megatron.analysis.layers import hidden_output
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.blocks import hidden_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.foreign import running
 from sparsecod_megatron.analysis.intervals import Estimate, mean_interval
 from sparsecod_megatron.analysis.scores.base import HeatMap, Result
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.attention import MAX_SCORES, Call, RowAttention, attending, check_same
 from sparsecod_megatron.analysis.sparsity.attention_rows import STATISTICS, row_statistics
+from sparsecod_megatron.hf.foreign import running
 
 _ADVICE = "leave attention out of --scores"
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from sparsecod_megatron.analysis.scores.context import Context, joined
 from sparsecod_megatron.analysis.sparsity.cett import NeuronSample
 from sparsecod_megatron.analysis.sparsity.neurons import NeuronSite, Observer
-from sparsecod_megatron.analysis.trace import sequence_losses
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.calls import sequence_losses
 from sparsecod_megatron.parallel.processes import Processes
 
 MAX_ROWS = 2048

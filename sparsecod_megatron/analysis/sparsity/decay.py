@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.analysis.layers import find_layers
-from sparsecod_megatron.analysis.sparsity.matrices import find_matrices
 from sparsecod_megatron.analysis.sparsity.weights import aggregate, by_kind, initial_std, matrix_rows
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.hf.blocks import find_layers
+from sparsecod_megatron.hf.matrices import find_matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsecod_megatron.analysis.branches import TOLERANCE, branch_error
-from sparsecod_megatron.analysis.sparsity.expert_modules import (
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.expert_modules import (
     expert_activations,
     is_fused_experts,
     is_stacked_linear,
     replaced_forward,
     unwatchable,
 )
-from sparsecod_megatron.analysis.sparsity.matrices import Matrix
-from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.matrices import Matrix
 
 _EXPERT_IN_LIST = re.compile(r"(.*\bexperts)\.\d+\.")
 

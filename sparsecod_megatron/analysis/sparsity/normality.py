@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.sparsity.matrices import Matrix
 from sparsecod_megatron.analysis.sparsity.wasserstein import distance_to_normal
+from sparsecod_megatron.hf.matrices import Matrix
 from sparsecod_megatron.parallel.processes import Processes
 
 MAX_NEURONS = 256

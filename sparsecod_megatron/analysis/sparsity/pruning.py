@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.sparsity.matrices import Matrix
 from sparsecod_megatron.analysis.sparsity.quantiles import kth_magnitudes
-from sparsecod_megatron.analysis.trace import sequence_losses
+from sparsecod_megatron.hf.calls import sequence_losses
+from sparsecod_megatron.hf.matrices import Matrix
 
 
 @contextmanager

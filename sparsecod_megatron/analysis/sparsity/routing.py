@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.sparsity.expert_modules import (
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.expert_modules import (
     is_fused_experts,
     is_stacked_linear,
     replaced_forward,
     unwatchable,
 )
-from sparsecod_megatron.errors import ConversionError
 
 Watcher = Callable[[Tensor], None]
 """Called with the chosen experts of a pass, `[tokens, k]`; an index beyond the last expert is a dropped slot."""

@@ -33,7 +33,7 @@ from sparsecod_megatron.analysis.sparsity.sparse_rows import (
     all_sparse,
     columns,
 )
-from sparsecod_megatron.analysis.trace import Replay, Trace
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1, 0.05)
 _ADVICE = "leave sparse_attention out of --scores"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsecod_megatron.analysis.intervals import Array, Interval, ratio_of_sums
 from sparsecod_megatron.analysis.sparsity.attention import HIDDEN, Call, RowAttention
 from sparsecod_megatron.analysis.sparsity.selection import PROBE, Pattern, Rows
-from sparsecod_megatron.analysis.trace import Replay, Trace
+from sparsecod_megatron.hf.calls import Replay, Trace
 
 MEASURES = ("loss_increase", "recall", "output_error", "kept")
 MAX_SPARSE_SCORES = 1 << 22

@@ -22,8 +22,8 @@ from sparsecod_megatron.analysis.sparsity.essential import (
     relative_increase,
 )
 from sparsecod_megatron.analysis.sparsity.magnitudes import gini, hoyer, share_below
-from sparsecod_megatron.analysis.sparsity.matrices import KINDS, Matrix, find_matrices, unmeasured_share
 from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve
+from sparsecod_megatron.hf.matrices import KINDS, Matrix, find_matrices, unmeasured_share
 
 EPSILONS = (1e-4, 1e-3, 1e-2)
 MAX_UNMEASURED = 0.03

@@ -13,9 +13,9 @@ from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.activation import TOLERANCE_PERCENT, Activation, CettCurve
 from sparsecod_megatron.analysis.sparsity.cett import NeuronSample, ThresholdSearch
 from sparsecod_megatron.analysis.sparsity.cutting import capture, run_cut
-from sparsecod_megatron.analysis.sparsity.matrices import Matrix, find_matrices
 from sparsecod_megatron.analysis.sparsity.neurons import NeuronSite, find_sites
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.hf.matrices import Matrix, find_matrices
 from tests.unit.analysis.sparsity.tiny import CONFIGS, list_experts, own_sample, sample, tiny_model
 
 

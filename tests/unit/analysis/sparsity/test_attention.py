@@ -23,8 +23,8 @@ from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.attention import MAX_SCORES, NAME
 from sparsecod_megatron.analysis.sparsity.attention_rows import EPSILONS, STATISTICS, row_statistics
 from sparsecod_megatron.analysis.sparsity.attention_score import Attention, RowRecorder, record_rows
-from sparsecod_megatron.analysis.trace import sequence_losses
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.calls import sequence_losses
 from tests.helpers.decoders import tiny_decoder
 from tests.unit.analysis.sparsity.tiny import CONFIGS, VOCAB, sample, tiny_model
 

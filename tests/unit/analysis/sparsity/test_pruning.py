@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsecod_megatron.analysis.layers import find_layers
 from sparsecod_megatron.analysis.scores.context import Context
 from sparsecod_megatron.analysis.sparsity.essential import GRID, find_essential, knee
-from sparsecod_megatron.analysis.sparsity.matrices import find_matrices
 from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve, pruned
 from sparsecod_megatron.analysis.sparsity.weights import Weights, matrix_rows
+from sparsecod_megatron.hf.blocks import find_layers
+from sparsecod_megatron.hf.matrices import find_matrices
 from tests.unit.analysis.sparsity.tiny import own_sample, sample, tiny_model
 
 

@@ -17,8 +17,8 @@ from sparsecod_megatron.analysis.sparsity.attention import attending
 from sparsecod_megatron.analysis.sparsity.selection import PATTERNS, Order, Rows
 from sparsecod_megatron.analysis.sparsity.sparse_attention_score import SparseAttentionScore
 from sparsecod_megatron.analysis.sparsity.sparse_rows import COSTS, SparseAttention
-from sparsecod_megatron.analysis.trace import sequence_losses
 from sparsecod_megatron.errors import ConfigError, ConversionError
+from sparsecod_megatron.hf.calls import sequence_losses
 from tests.helpers.decoders import tiny_decoder
 from tests.unit.analysis.sparsity.planted_rows import attend, planted, random_call
 from tests.unit.analysis.sparsity.tiny import VOCAB, sample, tiny_model

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.foreign import running
-from sparsecod_megatron.analysis.layers import Layers, hidden_output, trial_tokens
-from sparsecod_megatron.analysis.sparsity.expert_modules import is_projection
+from sparsecod_megatron.hf.blocks import Layers, hidden_output, trial_tokens
+from sparsecod_megatron.hf.expert_modules import is_projection
+from sparsecod_megatron.hf.foreign import running
 
 
 @dataclass

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.foreign import running
-from sparsecod_megatron.analysis.layers import Layers, hidden_input, hidden_output, swapped
+from sparsecod_megatron.hf.blocks import Layers, hidden_input, hidden_output, swapped
+from sparsecod_megatron.hf.foreign import running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ADVICE = "its blocks cannot be run by themselves, which every depth score does; leave those out of --scores"
+_ADVICE = "its blocks cannot be run by themselves, as depth scores and pruning by calibration do; use others"
 
 
 @dataclass(frozen=True)

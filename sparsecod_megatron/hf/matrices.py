@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsecod_megatron.analysis.layers import Layers
-from sparsecod_megatron.analysis.sparsity.expert_modules import is_fused_experts, is_projection
-from sparsecod_megatron.analysis.sparsity.wiring import Wiring, trace_wiring
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.blocks import Layers
+from sparsecod_megatron.hf.expert_modules import is_fused_experts, is_projection
+from sparsecod_megatron.hf.wiring import Wiring, trace_wiring
 
 KINDS = ("q", "k", "v", "qkv", "kv", "o", "output_gate", "gate", "up", "gate_up", "down", "mixer")
 """`qkv` is also what leads into attention under no known name, `output_gate` what scales an output channel by channel,

@@ -8,13 +8,13 @@ import pytest
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sparsecod_megatron.analysis.layers import find_layers
 from sparsecod_megatron.analysis.sparsity.activation import Activation
 from sparsecod_megatron.analysis.sparsity.experts import Experts
-from sparsecod_megatron.analysis.sparsity.matrices import find_matrices
 from sparsecod_megatron.analysis.sparsity.neurons import find_sites
 from sparsecod_megatron.analysis.sparsity.weights import Weights
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.blocks import find_layers
+from sparsecod_megatron.hf.matrices import find_matrices
 from tests.helpers.decoders import tiny_config, tiny_decoder
 from tests.unit.analysis.sparsity.tiny import CONFIGS, list_experts, sample, tiny_model
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsecod_megatron.analysis.foreign import running
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.foreign import running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

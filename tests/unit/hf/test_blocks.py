@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from sparsecod_megatron.analysis.layers import find_layers, swapped
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.blocks import find_layers, swapped
 from tests.unit.analysis.scores.families import ALL_FAMILIES, NUM_LAYERS, tiny
 
 
