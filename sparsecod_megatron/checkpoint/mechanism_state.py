@@ -49,7 +49,7 @@ def plugins_to_restore(directory: Path, parts: TrainingParts) -> list[Plugin]:
     """
     theirs, plugins = saved_config(directory), {plugin.name: plugin for plugin in parts.plugins}
     changed = {difference.key.split(".")[1]: difference for difference in mechanism_differences(theirs, parts.config)}
-    kept = mechanisms_with_state(directory)
+    kept = [name for name in mechanisms_with_state(directory) if theirs.mechanisms[name].weights_need_state]
     for name in kept:
         if name in changed or name not in plugins:
             what = changed[name].described if name in changed else "this run keeps none"

@@ -134,6 +134,11 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         self.integers: set[str] = set()
         self._files = _weight_map(directory)
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files, in the order of their names."""
+        return [self.directory / name for name in sorted(set(self._files.values()))]
+
     def leave_out(self, name: str) -> None:
         """Drop a tensor that has been shown to repeat another, if it is there."""
         self._files.pop(name, None)

@@ -97,9 +97,14 @@ def matrices(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCollect
         table: of the model's parameters.
         groups: the run's process groups.
     """
+    return (shard for shard in shards(chunk, table, groups) if shard.parameter.dim() > 1)
+
+
+def shards(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCollection) -> Iterator[Shard]:
+    """The same with vectors: norms and biases."""
     model = table.model
     for name, parameter in chunk.named_parameters():
-        if parameter.dim() < 2 or parameter.is_meta:
+        if parameter.is_meta:
             continue
         row = table.find(name)
         found = re.search(r"layers\.(\d+)\.", name)

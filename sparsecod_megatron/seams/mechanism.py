@@ -127,6 +127,8 @@ class Mechanism:
             round, so that `checkpoint.init_from` refuses to switch it.
         adds_modules: modules of a layer, by attribute, that hold all its weights, beside which the others mean what
             they mean without it: `checkpoint.init_from` a model without it leaves its own as they are drawn.
+        weights_need_state: whether weights that were trained with it train otherwise without the state that its plugin
+            keeps in a checkpoint, so that `checkpoint.init_from` takes both or is refused.
         unfused: branches (`attention`, `mlp`) whose normalised input it reads, so that no kernel may fuse the norm into
             what follows.
     """
@@ -134,6 +136,7 @@ class Mechanism:
     name: ClassVar[str]
     shapes_weights: ClassVar[bool] = False
     adds_modules: ClassVar[tuple[str, ...]] = ()
+    weights_need_state: ClassVar[bool] = True
     unfused: ClassVar[tuple[str, ...]] = ()
 
     def problems(self, config: RunConfig) -> Iterator[str]:

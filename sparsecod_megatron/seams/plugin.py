@@ -1,6 +1,7 @@
 """What acts inside the optimizer step, between Megatron-Core's own parts, and keeps state in the checkpoint.
 
     with effective_weights(context)       forward and backward passes, of validation too; gradients are reduced
+    with extra_loss(context, …)           the passes of a step that trains, in which it adds terms to the loss
     on_gradients(context)                 before the gradient norm, so that norm, judge and clip see what it leaves
     after_update(context, optimizer)      on the fp32 slices that one torch optimizer stepped, before they are gathered
     step_ended(context, updated)          whether there was an update, on ranks without an optimizer too
@@ -83,6 +84,26 @@ class Plugin:
         """While it is open the parameters hold what the model computes with. Collective over all processes."""
         return contextlib.nullcontext()
 
+    def companions(self) -> Sequence[torch.nn.Module]:
+        """Models, one for each chunk of the run's, that see every micro-batch of a step before the run's do. Local.
+
+        Without gradients or labels; what they find is for `extra_loss`. Chunks see micro-batches in the same order as
+        the run's. Under pipeline parallelism they have seen all of a step's before its first is trained on.
+        """
+        return ()
+
+    def extra_loss(self, context: StepContext, num_microbatches: int) -> AbstractContextManager[None]:
+        """While it is open, forward passes add terms to the loss, or to the gradients of what they compute. Local.
+
+        What a term gives a rank's gradient is averaged over data- and context-parallel ranks and, as the loss itself
+        is, already divided by the number of micro-batches.
+
+        Args:
+            context: the step.
+            num_microbatches: of this rank in it.
+        """
+        return contextlib.nullcontext()
+
     def on_gradients(self, context: StepContext) -> None:
         """Change `main_grad` of this rank's slices, which is reduced over data-parallel ranks. Collective."""
 
@@ -120,4 +141,13 @@ def effective_weights(plugins: Sequence[Plugin], context: StepContext) -> Iterat
     with contextlib.ExitStack() as windows:
         for plugin in plugins:
             windows.enter_context(plugin.effective_weights(context))
+        yield
+
+
+@contextlib.contextmanager
+def extra_losses(plugins: Sequence[Plugin], context: StepContext, num_microbatches: int) -> Iterator[None]:
+    """The terms of all plugins; arguments as of `Plugin.extra_loss`. Local."""
+    with contextlib.ExitStack() as terms:
+        for plugin in plugins:
+            terms.enter_context(plugin.extra_loss(context, num_microbatches))
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -14,6 +14,8 @@ from sparsecod_megatron.model.attention import zigzag_positions
 from sparsecod_megatron.model.tokens import token_context
 
 Batch = dict[str, Tensor]
+ForwardStep: TypeAlias = Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]
+"""What Megatron-Core's schedules call for each micro-batch; gives a model's output, and what makes the loss of it."""
 
 
 def shard_sequence(batch: Batch, cp_group: torch.distributed.ProcessGroup) -> Batch:
@@ -54,7 +56,7 @@ def make_forward_step(
     *,
     mask_documents: bool = False,
     token_halo: int | None = None,
-) -> Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]:
+) -> ForwardStep:
     """The function that Megatron-Core's schedules call for each micro-batch.
 
     Args:

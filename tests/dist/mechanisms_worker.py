@@ -70,7 +70,7 @@ class LayoutCase(SpreadCase):
         )
 
 
-EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens")
+EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers")
 ROUTERS = "routers"
 """The run whose mechanisms need experts, and which has every layout of theirs."""
 """Runs that are tried in every layout; the others share their code, and are in one of each kind of split.

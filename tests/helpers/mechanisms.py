@@ -17,6 +17,7 @@ class Case:
         like: another, through whose code its weights start and are exported.
         holds_zeros: whether the weights that it counts as dead are zeros after a step of these settings.
         dense: whether it has an effect in a model without experts.
+        example: overrides with which its example trains on a small model.
     """
 
     settings: tuple[str, ...]
@@ -26,6 +27,7 @@ class Case:
     like: str = ""
     holds_zeros: bool = True
     dense: bool = True
+    example: tuple[str, ...] = ()
 
 
 def _set(name: str, *settings: str) -> tuple[str, ...]:
@@ -35,6 +37,10 @@ def _set(name: str, *settings: str) -> tuple[str, ...]:
 CASES: dict[str, Case] = {
     # The published gate has a jump at a score of zero and no bound on its slope beside it: hashes with no score near.
     "engram": Case(_set("engram", "layers=[1,2]", "heads=2", "width=12", "table_size=40", "rate=2", "seed=2")),
+    "distillation": Case(
+        ('mechanisms.distillation={teacher: ":fresh:", squarehead: 1, kl: 0.5, temperature: 2}',),
+        example=('mechanisms.distillation.teacher=":fresh:"',),
+    ),
     "headwise_gate": Case(("mechanisms.headwise_gate={}",)),
     "monarch": Case(("mechanisms.monarch.blocks=2",), beside="mlp_input", experts=True),
     "sltrain": Case(
@@ -132,6 +138,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "windows": ("ste", "srste", "pgf", "set"),
     "tokens": ("engram", "stem"),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
+    "teachers": ("distillation",),
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""

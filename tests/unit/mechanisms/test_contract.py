@@ -146,6 +146,9 @@ def test_plan_is_what_is_there(name: str) -> None:
                 real["weights"] += sum(weight.nbytes + mask.nbytes for weight, mask in window.masks.items())
             grouped = (plugin.groups for plugin in trainer.plugins if hasattr(plugin, "groups"))
             real["optimizer"] += sum(ids.nbytes for groups in grouped for ids in groups.ids)
+            others = (model for plugin in trainer.plugins for model in plugin.companions())
+            real["weights"] += sum(weight.nbytes for model in others for weight in model.parameters())
+            real["activations"] += sum(getattr(plugin, "kept_bytes", 0) for plugin in trainer.plugins)
             state = [plugin.sharded_state(_sharded(trainer)) for plugin in trainer.plugins]
             real["optimizer"] += sum(leaf.data.nbytes for leaves in state for leaf in leaves.values())
             config, parameters = trainer.config, list(trainer.models[0].parameters())
@@ -204,7 +207,7 @@ def test_the_example_trains(name: str) -> None:
     path = Path(__file__).parents[3] / f"examples/configs/nano_{name}.yaml"
     small = ("model.num_layers=2", "model.vocab_size=64", "train.train_steps=30", "train.global_batch_size=4")
     small = (*small, "train.micro_batch_size=4", "data.seq_length=16", "schedule.lr_warmup_steps=2")
-    config = load_config(path, [*small, "optimizer.lr=1e-2"], mechanisms=MECHANISMS)
+    config = load_config(path, [*small, "optimizer.lr=1e-2", *CASES[name].example], mechanisms=MECHANISMS)
     assert name in config.mechanisms
     backend = select_backend()
     from sparsecod_megatron.parallel import running_processes

@@ -1,0 +1,1 @@
+"""Training towards what another model, the teacher, computes on the same tokens."""

@@ -1,0 +1,86 @@
+"""Trains towards HuggingFace teachers in layouts of two processes. Started by torchrun.
+
+Arguments: the JSON file to write, {case: run}, and the folder of the teachers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparsecod_megatron.backend import Backend, select_backend
+from sparsecod_megatron.config import RunConfig, load_config
+from sparsecod_megatron.mechanisms import MECHANISMS
+from tests.dist.layouts import EP2, FULL_RECOMPUTE, PP2, SP, TP2
+from tests.helpers.megatron import SMALL
+from tests.helpers.training import fresh_router_losses, trainer_batches
+
+TEACHERS: dict[str, dict[str, Any]] = {
+    "untied": {"num_hidden_layers": 4},
+    "tied": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+    "experts": {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+STUDENTS = {
+    "untied": ("model.untie_embeddings_and_output_weights=true",),
+    "tied": (),
+    "experts": ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=48", "model.moe_router_topk=2"),
+}
+LAYOUTS = {
+    "untied": {"tp2-sp": (TP2, SP), "pp2": (PP2,)},
+    "tied": {"tp2": (TP2,), "pp2-full-recompute": (PP2, *FULL_RECOMPUTE)},
+    "experts": {"ep2": (EP2,)},
+}
+
+
+def case_config(teacher: str, folder: Path, layout: str = "") -> RunConfig:
+    """A run towards a teacher."""
+    settings = f'{{teacher: "{folder / teacher}", squarehead: 0.5, kl: 0.5, temperature: 2}}'
+    overrides = (
+        *SMALL,
+        "model.num_layers=4",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",
+        "model.init_method_std=0.1",
+        *STUDENTS[teacher],
+        f"mechanisms.distillation={settings}",
+        *LAYOUTS[teacher].get(layout, ()),
+    )
+    return load_config(None, list(overrides), mechanisms=MECHANISMS)
+
+
+def train(config: RunConfig, backend: Backend, groups: Any) -> list[list[float]]:
+    """Loss, gradient norm and both terms of two steps. Collective."""
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.step import train_step
+
+    with fresh_router_losses():
+        trainer = build_trainer(config, backend, groups)
+        data, found = trainer_batches(trainer), []
+        for step in (1, 2):
+            result = train_step(trainer, data)
+            found.append([result.loss, result.grad_norm, *trainer.plugins[0].metrics(trainer.context(step)).values()])
+        return found
+
+
+def main() -> None:
+    """Write the file from rank 0."""
+    backend = select_backend()
+    from sparsecod_megatron.parallel import process_groups, world
+
+    runs = {}
+    with world(communication=backend.communication):
+        for teacher, layouts in LAYOUTS.items():
+            for layout in layouts:
+                config = case_config(teacher, Path(sys.argv[2]), layout)
+                with process_groups(config) as groups:
+                    runs[f"{teacher}-{layout}"] = train(config, backend, groups)
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(runs))
+
+
+if __name__ == "__main__":
+    main()
