@@ -64,7 +64,13 @@ def megatron_outputs(model: Any, config: ModelConfig, own: Sequence[ExportedTens
 @contextmanager
 def transformers_outputs(model: Any, record: Record, own: Sequence[ExportedTensor] = ()) -> Iterator[None]:
     """Hand the same of a causal language model of transformers to a function, which may not keep it: it is a view."""
-    hooks = Hooks(lambda name, value: record(name, value.detach()[:, :TOKENS].flatten(start_dim=2)))
+
+    def with_sequences(name: str, value: Tensor) -> None:
+        # What belongs to a router sees bare tokens too; it is watched where the router's logits are taken.
+        if value.dim() > 2:
+            record(name, value.detach()[:, :TOKENS].flatten(start_dim=2))
+
+    hooks = Hooks(with_sequences)
     decoder = model.get_decoder()
     norm = getattr(decoder, "embedding_norm", None)
     hooks.after(decoder.embed_tokens if norm is None else norm, "embed_tokens")
@@ -289,7 +295,8 @@ def _order(name: str) -> tuple[int, int, int]:
     stage = ".".join(inside)
     if inside[:1] == ["memory"]:  # of a mechanism, before the layer's own
         return int(layer), -1, 0
-    if stage not in _STAGES:  # of a mechanism: before what its branch makes of it
-        stage = "self_attn" if inside[0] == "self_attn" else "mlp.act"
+    if stage not in _STAGES:  # of a mechanism: before what its module or branch makes of it
+        module = stage.rpartition(".")[0]
+        stage = module if module in _STAGES else "mlp.act"
         return int(layer), _STAGES.index(stage), -1
     return int(layer), _STAGES.index(stage), 0

@@ -38,6 +38,7 @@ class Registry:
 MECHANISMS = Registry(
     places={
         "cast": "weights.cast:Cast",
+        "comet": "experts.comet:Comet",
         "distillation": "distillation.distillation:Distillation",
         "efficient_llm": "weights.efficient_llm:EfficientLlm",
         "engram": "tokens.engram:Engram",

@@ -71,8 +71,8 @@ class LayoutCase(SpreadCase):
 
 
 EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers")
-ROUTERS = "routers"
-"""The run whose mechanisms need experts, and which has every layout of theirs."""
+ROUTERS = ("routers", "trees")
+"""Runs whose mechanisms need experts, and which have every layout of theirs."""
 """Runs that are tried in every layout; the others share their code, and are in one of each kind of split.
 Experts' neurons are the unit tests' matter."""
 KINDS_OF_SPLIT = ("dp2", "tp2-sp", "pp2-vpp2", "ep2")
@@ -82,8 +82,8 @@ LAYOUT_CASES = [
     for layout in layouts
     for group, names in TOGETHER.items()
     if any(CASES[name].dense if model == "dense" else CASES[name].experts for name in names)
-    if layout in ("ep2", "tp2-sp") or model == "dense" or group == ROUTERS
-    if group in (*EVERYWHERE, ROUTERS) or (layout in KINDS_OF_SPLIT and (model, group) != ("moe", "groups"))
+    if layout in ("ep2", "tp2-sp") or model == "dense" or group in ROUTERS
+    if group in (*EVERYWHERE, *ROUTERS) or (layout in KINDS_OF_SPLIT and (model, group) != ("moe", "groups"))
 ]
 RESUMED = {"dense": ("dp2", "pp2-vpp2"), "moe": ("tp2-sp",)}
 """Layouts in which each continues from the checkpoint of `SAVES`."""

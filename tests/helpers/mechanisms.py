@@ -120,6 +120,16 @@ CASES: dict[str, Case] = {
         experts=True,
         dense=False,
     ),
+    "comet": Case(
+        (
+            *_set("comet", "gamma=2", "entropy_coeff=0.1"),
+            "model.num_moe_experts=4",
+            "model.moe_ffn_hidden_size=24",
+            "model.moe_aux_loss_coeff=0.1",
+        ),
+        experts=True,
+        dense=False,
+    ),
     "stem": Case(_set("stem", "layers=[1,3]")),
     "s2_attention": Case(
         _set("s2_attention", "block_size=2", "local_blocks=1", "stride=2"),
@@ -140,6 +150,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
     "teachers": ("distillation",),
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
+    "trees": ("comet",),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 APART = ("marks", "windows", "groups")
