@@ -71,10 +71,10 @@ class LayoutCase(SpreadCase):
 
 
 EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers")
-ROUTERS = ("routers", "trees")
-"""Runs whose mechanisms need experts, and which have every layout of theirs."""
 """Runs that are tried in every layout; the others share their code, and are in one of each kind of split.
 Experts' neurons are the unit tests' matter."""
+ROUTERS = ("routers", "trees")
+"""Runs whose mechanisms need experts, and which have every layout of theirs."""
 KINDS_OF_SPLIT = ("dp2", "tp2-sp", "pp2-vpp2", "ep2")
 LAYOUT_CASES = [
     LayoutCase(model, group, layout)

@@ -6,9 +6,9 @@ path's probabilities, and has a logit a = w·x + b of its own:
 
     g = Σ over trees of the softmax over all trees' leaves of (a + log p) = softmax(log Σ over trees of p · exp a)
 
-so logits of E experts say it all, and what follows is any softmax router's: choice, weights, balancing losses. Where all
-nodes on a token's paths are decided, at most k experts have g > 0. The entropy loss pushes nodes there: `entropy_coeff`
-times the mean over tokens of Σ over trees and leaves of −p log p, scaled as the z-loss is.
+so logits of E experts say it all, and what follows is any softmax router's: choice, weights, balancing losses. Where
+all nodes on a token's paths are decided, at most k experts have g > 0. The entropy loss pushes nodes there:
+`entropy_coeff` times the mean over tokens of Σ over trees and leaves of −p log p, scaled as the z-loss is.
 
 Deviations from the published gate. It computes every expert with g > 0, all of them at first; here k are dispatched, as
 a router of Megatron-Core's does, and `comet_dropped_mass` says how much of g the others have (with
@@ -56,7 +56,8 @@ class Comet(Mechanism):
     shapes_weights: ClassVar[bool] = True
 
     gamma: float = above(0, 10.0)
-    """Width of the region in which a node is undecided; beyond it a node has no gradient."""
+    """Width of the region in which a node is undecided; beyond it a node has no gradient. At first t has a standard
+    deviation of `init_std.router` · √hidden_size: far below γ all experts are alike, far above it few nodes learn."""
     entropy_coeff: float = at_least(0, 1e-2)
     """On the entropy of the paths; 0 leaves nodes undecided."""
 
@@ -68,7 +69,7 @@ class Comet(Mechanism):
             return
         experts = model.num_moe_experts or 0
         if experts < 2 or experts & (experts - 1):
-            yield f"model.num_moe_experts: {experts} are no leaves of a binary tree of {name}; use a power of two"
+            yield f"model.num_moe_experts: {experts} is not a power of two, as the leaves of {name} must be; change it"
         if (score := model.moe_router_score_function) != "softmax":
             yield f"model.moe_router_score_function: {score}, but the weights of {name} are a softmax; set softmax"
         if model.moe_router_num_groups is not None:
@@ -122,12 +123,12 @@ class Comet(Mechanism):
         """The trees in the router's place."""
         layers = [layer for layer in range(model.num_layers) if model.is_moe_layer(layer)]
         tensors = []
-        for part in ("nodes", "leaves"):
+        for part, name in (("nodes", "weight"), ("leaves", "weight"), ("nodes", "bias"), ("leaves", "bias")):
             for layer in layers:
                 rows = _rows(model, layer)[part]
-                ours, theirs = f"decoder.layers.{layer}.mlp.router.{part}.", f"model.layers.{layer}.mlp.gate.{part}."
-                tensors.append(ExportedTensor(f"{ours}weight", f"{theirs}weight", (rows, model.hidden_size)))
-                tensors.append(ExportedTensor(f"{ours}bias", f"{theirs}bias", (rows,)))
+                ours, theirs = f"decoder.layers.{layer}.mlp.router.{part}", f"model.layers.{layer}.mlp.gate.{part}"
+                shape = (rows, model.hidden_size) if name == "weight" else (rows,)
+                tensors.append(ExportedTensor(f"{ours}.{name}", f"{theirs}.{name}", shape))
         return Module(
             code=Path(__file__).with_name("comet_sparsecod.py"),
             settings={"gamma": self.gamma, "entropy_coeff": self.entropy_coeff},

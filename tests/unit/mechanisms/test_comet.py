@@ -144,7 +144,7 @@ def test_entropy_loss_reaches_nodes_as_its_definition_has_it() -> None:
     ("overrides", "words"),
     [
         (["mechanisms.comet={}"], "model.num_moe_experts: null, but mechanisms.comet"),
-        ([*TREES, "model.num_moe_experts=6"], "model.num_moe_experts: 6 are no leaves of a binary tree"),
+        ([*TREES, "model.num_moe_experts=6"], "model.num_moe_experts: 6 is not a power of two, as the leaves"),
         ([*TREES, "model.moe_router_score_function=sigmoid"], "model.moe_router_score_function: sigmoid"),
         (
             [*TREES, "model.moe_router_num_groups=2", "model.moe_router_group_topk=1"],
