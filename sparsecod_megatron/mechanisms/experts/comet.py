@@ -230,7 +230,7 @@ class CometGroup:
     def __init__(self, models: Sequence[Any]) -> None:
         layers = [layer for model in models for layer in model.decoder.layers]
         routers = ((layer.layer_number - 1, getattr(layer.mlp, "router", None)) for layer in layers)
-        self._routers = [(layer, router) for layer, router in routers if isinstance(router, TreeRouter)]
+        self._routers: list[tuple[int, Any]] = [each for each in routers if isinstance(each[1], TreeRouter)]
 
     @contextlib.contextmanager
     def collecting(self, sums: LayerAccumulator) -> Iterator[None]:
