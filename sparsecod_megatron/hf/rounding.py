@@ -18,8 +18,8 @@ FACTOR = 8.0
 """Largest difference, in units of the model's own rounding: two right passes sum in other orders and are 0.6 to 1.5
 away, a tensor off by 1e-3 hundreds."""
 CHANNEL_FACTOR = 16.0
-"""The same for one channel of a module's output. A model has hundreds of thousands of them, and the passes all have little
-rounding in one where ours has much: SmolLM2-135M reached 14 times the largest of three, and 6 times that of six."""
+"""The same for one channel of a module's output. A model has hundreds of thousands, and in one of them all passes have
+little rounding where ours has much: SmolLM2-135M reached 14 times the largest of three, and 6 times that of six."""
 FLOOR = 1e-6
 """Relative to the largest value: what both passes of a model share (rotary tables, norms in fp32) is not in its
 rounding."""
