@@ -36,7 +36,7 @@ def write_sparsity(config: RunConfig, context: StepContext, folder: Path) -> Non
         ConversionError: a matrix has more live weights in a group than its pattern allows.
     """
     table = ParameterTable.of(config)
-    sparse = [mechanism for mechanism in configured(config) if mechanism.dead_parameters(table)]
+    sparse = [mechanism for mechanism in configured(config) if mechanism.leaves_out(table)]
     if not sparse:
         return
     live: dict[str, float] = {}

@@ -42,6 +42,7 @@ MECHANISMS = Registry(
         "distillation": "distillation.distillation:Distillation",
         "efficient_llm": "weights.efficient_llm:EfficientLlm",
         "engram": "tokens.engram:Engram",
+        "frozen_masks": "weights.frozen_masks:FrozenMasks",
         "headwise_gate": "attention.headwise_gate:HeadwiseGate",
         "iss": "weights.iss:Iss",
         "journey": "weights.journey:Journey",

@@ -172,6 +172,10 @@ class Mechanism:
         """Number of parameters that it holds at zero."""
         return 0
 
+    def leaves_out(self, table: ParameterTable) -> bool:
+        """Whether weights of what is exported may be zero because of it."""
+        return self.dead_parameters(table) > 0
+
     def idle_products(self, table: ParameterTable, context: StepContext) -> float:
         """Products of a token with parameters that it holds at zero after a step, in a forward pass."""
         return 0.0

@@ -1,4 +1,4 @@
-"""Trains towards HuggingFace teachers in layouts of two processes. Started by torchrun.
+"""Trains towards HuggingFace teachers, and heals a pruned model, in layouts of two processes. Started by torchrun.
 
 Arguments: the JSON file to write, {case: run}, and the folder of the teachers.
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
-from tests.dist.layouts import EP2, FULL_RECOMPUTE, PP2, SP, TP2
+from tests.dist.layouts import BUCKETS, EP2, FULL_RECOMPUTE, PP2, SP, TP2
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import fresh_router_losses, trainer_batches
 
@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 
 
-def case_config(teacher: str, folder: Path, layout: str = "") -> RunConfig:
+def case_config(teacher: str, folder: Path, layout: str = "", *more: str) -> RunConfig:
     """A run towards a teacher."""
     settings = f'{{teacher: "{folder / teacher}", squarehead: 0.5, kl: 0.5, temperature: 2}}'
     overrides = (
@@ -48,6 +48,7 @@ def case_config(teacher: str, folder: Path, layout: str = "") -> RunConfig:
         *STUDENTS[teacher],
         f"mechanisms.distillation={settings}",
         *LAYOUTS[teacher].get(layout, ()),
+        *more,
     )
     return load_config(None, list(overrides), mechanisms=MECHANISMS)
 
@@ -66,18 +67,71 @@ def train(config: RunConfig, backend: Backend, groups: Any) -> list[list[float]]
         return found
 
 
+HEALED = "pruned"
+"""Directory of the untied teacher with zeros."""
+HEALING = (
+    "mechanisms.frozen_masks={}",
+    "optimizer.weight_decay=0.3",
+    "optimizer.clip_grad=0.1",
+    "optimizer.lr=1e-2",
+)
+HEALING_LAYOUTS = {"dp2": (*BUCKETS, "precision.dtype=bf16"), "tp2-sp": (TP2, SP), "pp2": (PP2,)}
+
+
+def heal(config: RunConfig, backend: Backend, groups: Any, pruned: Path) -> dict[str, int]:
+    """Train a model with zeros for three steps, and count what has been zero and what is not any more. Collective."""
+    import torch
+
+    from sparsecod_megatron.hf.source import open_source
+    from sparsecod_megatron.mechanisms.distillation.teacher import copy_weights
+    from sparsecod_megatron.model import unwrap
+    from sparsecod_megatron.train.setup import build_trainer
+    from sparsecod_megatron.train.step import train_step
+
+    trainer = build_trainer(config, backend, groups)
+    copy_weights(open_source(pruned), config, [unwrap(model) for model in trainer.models], groups)
+    trainer.optimizer.reload_model_params()
+    for plugin in trainer.plugins:
+        plugin.weights_replaced()
+    data = trainer_batches(trainer)
+    for _ in range(3):
+        train_step(trainer, data)
+    masks = next(plugin for plugin in trainer.plugins if plugin.name == "frozen_masks")
+    counts = torch.zeros(3, dtype=torch.int64)
+    for piece in masks.places.pieces:
+        assert len(piece.moments) == 2
+        held = (piece.slice_of(piece.shard.parameter.detach()), piece.master, *piece.moments)
+        counts[0] += piece.marked.sum()
+        counts[1] += sum(int(values[piece.marked].count_nonzero()) for values in held)
+        counts[2] += int((piece.master[~piece.marked] == 0).sum())
+    dist.all_reduce(counts)
+    reported = masks.metrics(trainer.context(3))["live_share"]
+    total = sum(matrix.size for matrix in masks.places.matrices)
+    zeros, broken, lost = counts.tolist()
+    return {
+        "zeros": zeros,
+        "not zero any more": broken,
+        "zero by training": lost,
+        "reported": round(total * (1 - reported)),
+    }
+
+
 def main() -> None:
     """Write the file from rank 0."""
     backend = select_backend()
     from sparsecod_megatron.parallel import process_groups, world
 
-    runs = {}
+    runs: dict[str, Any] = {}
     with world(communication=backend.communication):
         for teacher, layouts in LAYOUTS.items():
             for layout in layouts:
                 config = case_config(teacher, Path(sys.argv[2]), layout)
                 with process_groups(config) as groups:
                     runs[f"{teacher}-{layout}"] = train(config, backend, groups)
+        for layout, overrides in HEALING_LAYOUTS.items():
+            config = case_config("untied", Path(sys.argv[2]), "", *HEALING, *overrides)
+            with process_groups(config) as groups:
+                runs[f"{HEALED}-{layout}"] = heal(config, backend, groups, Path(sys.argv[2]) / HEALED)
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(runs))
 

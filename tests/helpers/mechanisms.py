@@ -41,6 +41,12 @@ CASES: dict[str, Case] = {
         ('mechanisms.distillation={teacher: ":fresh:", squarehead: 1, kl: 0.5, temperature: 2}',),
         example=('mechanisms.distillation.teacher=":fresh:"',),
     ),
+    # Without `prune` it holds what is zero, which nothing is of fresh weights.
+    "frozen_masks": Case(
+        _set("frozen_masks", "prune=1:4"),
+        neutral=_set("frozen_masks", "kinds=[qkv]"),
+        example=("optimizer.lr=3e-3",),
+    ),
     "headwise_gate": Case(("mechanisms.headwise_gate={}",)),
     "monarch": Case(("mechanisms.monarch.blocks=2",), beside="mlp_input", experts=True),
     "sltrain": Case(
@@ -148,7 +154,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "windows": ("ste", "srste", "pgf", "set"),
     "tokens": ("engram", "stem"),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
-    "teachers": ("distillation",),
+    "teachers": ("distillation", "frozen_masks"),
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
     "trees": ("comet",),
 }
