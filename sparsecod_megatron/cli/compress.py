@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparsecod_megatron.evaluation.result import ModelResult
 
 HELP = "Compress a trained model: prune, round or factorise its weights; perplexity on held-out text before and after."
-EXAMPLE = "sparsecod compress --model runs/dense --method sparsegpt24 --data data/x_val --output compressed/dense"
+EXAMPLE = "sparsecod compress --model runs/dense --method wanda+cg --data data/x_val --output compressed/dense"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The text of a compression: sequences that ModelOpt sees, and a part it never sees, for perplexity."""
+"""The text of a compression: sequences that a method sees, and a part it never sees, for perplexity."""
 
 from __future__ import annotations
 

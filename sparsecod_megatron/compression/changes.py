@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class MatrixChange:
         zeros: share of them that are zero.
         relative_error: Frobenius norm of the change ÷ that of the old weights; None where it is not measured.
         unmeasured: why it is not, or empty.
+        output_error: Frobenius norm of the outputs' change ÷ that of the old outputs, over the calibration inputs that
+            the method saw; None where it is not measured.
     """
 
     name: str
@@ -35,6 +38,7 @@ class MatrixChange:
     zeros: float
     relative_error: float | None
     unmeasured: str = ""
+    output_error: float | None = None
 
     @property
     def num_weights(self) -> int:
@@ -48,6 +52,15 @@ class MatrixChange:
         return ".".join("*" if part.isdigit() else part for part in parts)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Squared Frobenius norms of one matrix's change and old values, and of its outputs'."""
+
+    change: float
+    size: float
+    outputs: tuple[float, float] | None
+
+
 class Changes:
     """Writes what a method makes of a model's weights into the model, in place, and measures it.
 
@@ -59,6 +72,7 @@ class Changes:
         self._model = model
         self._shapes = {name: tuple(weight.shape) for name, weight in eligible(model)}
         self._rows: dict[str, MatrixChange] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
 
     @torch.no_grad()
     def put(self, name: str, weight: Tensor) -> None:
@@ -84,6 +98,30 @@ class Changes:
             return
         self._record(name, [weight], relative_error(old, weight))
         old.copy_(weight)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was written."""
+        return bool(self._rows or self._pieces)
+
+    @torch.no_grad()
+    def put_piece(self, name: str, old: Tensor, new: Tensor, outputs: tuple[float, float] | None) -> None:
+        """Write new values of one matrix of a parameter, which has one, or one for each expert.
+
+        Args:
+            name: of the parameter.
+            old: a view of the parameter, which is written to.
+            new: of the same shape, stored in the parameter's type.
+            outputs: squared Frobenius norms of the outputs' change and of the old outputs, or None.
+
+        Raises:
+            ConversionError: non-finite values.
+        """
+        self._require_finite(name, new)
+        values = new.to(old.dtype)
+        change = float((values.float() - old.float()).square().sum())
+        self._pieces.setdefault(name, []).append(_Piece(change, float(old.float().square().sum()), outputs))
+        old.copy_(values)
 
     @torch.no_grad()
     def exchange(self, name: str, module: nn.Module, *, product: Tensor | None) -> None:
@@ -113,7 +151,17 @@ class Changes:
         Args:
             reason: of a method, why it leaves a matrix of this module as it is.
         """
-        return [self._rows.get(name) or self._left(name, reason) for name in self._shapes]
+        return [self._rows.get(name) or self._pieced(name) or self._left(name, reason) for name in self._shapes]
+
+    def _pieced(self, name: str) -> MatrixChange | None:
+        pieces = self._pieces.get(name)
+        if not pieces:
+            return None
+        weight, outputs = self._model.get_parameter(name), [piece.outputs for piece in pieces if piece.outputs]
+        error = _root_ratio([(piece.change, piece.size) for piece in pieces])
+        output_error = _root_ratio(outputs) if outputs else None
+        numbers = {"stored": weight.numel(), "zeros": zeros([weight]), "relative_error": error}
+        return MatrixChange(name, self._shapes[name], True, "", **numbers, output_error=output_error)
 
     def _left(self, name: str, reason: Callable[[nn.Module, Tensor], str]) -> MatrixChange:
         weight = self._model.get_parameter(name)
@@ -151,6 +199,12 @@ def relative_error(old: Tensor, new: Tensor) -> float:
     change = torch.linalg.vector_norm(new.detach().float() - old.detach().float())
     size = torch.linalg.vector_norm(old.detach().float())
     return float(change / size) if size else 0.0
+
+
+def _root_ratio(squares: Sequence[tuple[float, float]]) -> float:
+    """√(Σ first ÷ Σ second); 0 where there is nothing to divide by."""
+    size = sum(square for _, square in squares)
+    return math.sqrt(max(0.0, sum(square for square, _ in squares)) / size) if size else 0.0
 
 
 def zeros(weights: Sequence[Tensor]) -> float:

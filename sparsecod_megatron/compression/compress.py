@@ -18,6 +18,7 @@ from sparsecod_megatron.compression.method import Material, Method, Outcome
 from sparsecod_megatron.compression.own_class import CompressedConfig
 from sparsecod_megatron.compression.registry import METHODS, method_class
 from sparsecod_megatron.errors import CheckpointError, ConversionError, SparsecodError
+from sparsecod_megatron.parallel.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def compress(
     *,
     batch_size: int,
     others: Iterable[PreTrainedModel] = (),
+    processes: Processes | None = None,
 ) -> Compression:
     """Compress a model, in place.
 
@@ -62,6 +64,7 @@ def compress(
         sequences: calibration data, int64 `[sequences, tokens]`; kept from a method that does not declare to need it.
         batch_size: sequences of a forward pass.
         others: further models, for a method that takes several.
+        processes: those that do the same work together, each with the same arguments; None is this one alone.
 
     Raises:
         ConversionError: a model that the method cannot take, or nothing in it was compressed.
@@ -69,7 +72,8 @@ def compress(
     before, changes = model.eval().num_parameters(), Changes(model)
     calibration = sequences if method.needs.calibration else None
     with torch.set_grad_enabled(method.needs.gradients), _refusing(model, method):
-        outcome = method.compress(Material(model, changes, iter(others), calibration, batch_size))
+        material = Material(model, changes, iter(others), calibration, batch_size, processes or Processes())
+        outcome = method.compress(material)
     rows = changes.rows(method.reason)
     if not any(row.compressed for row in rows):
         reasons = sorted({row.reason for row in rows}) or ["the model has no matrices but embeddings and output layer"]

@@ -1,4 +1,4 @@
-"""Fused experts as linear layers, temporarily: ModelOpt's sparsity silently takes `nn.Linear` alone.
+"""Fused experts as linear layers, temporarily, so that what enters each expert can be seen.
 
 transformers 5 keeps the experts of a layer in two 3-D parameters, `[experts, out, in]`, multiplied in one call.
 """

@@ -28,6 +28,7 @@ from sparsecod_megatron.compression.changes import Changes
 from sparsecod_megatron.config.fields import bound_problems
 from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.errors import CheckpointError, ConfigError
+from sparsecod_megatron.parallel.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Material:
             the next one is.
         sequences: calibration data, int64 `[sequences, tokens]`; None where the method needs none.
         batch_size: sequences of a forward pass.
+        processes: those that do the same work together; each has the whole model and all sequences.
     """
 
     model: PreTrainedModel
@@ -70,6 +72,7 @@ class Material:
     others: Iterator[PreTrainedModel]
     sequences: Tensor | None
     batch_size: int
+    processes: Processes = Processes()
 
     def feed(self, model: nn.Module) -> None:
         """Run a model, the given one or one made of it, over the calibration data without gradients."""
@@ -104,14 +107,25 @@ class Method(ABC):
         ConfigError: settings that contradict each other.
     """
 
-    name: ClassVar[str]
-    """As in the registry."""
-    needs: ClassVar[Needs] = Needs()
+    name: str
+    """As in the registry, and what follows it after a `+`."""
+    needs: Needs = Needs()
     Settings: ClassVar[type] = NoSettings
     """A dataclass; a field's bounds are given as in the configuration's schema (`config/fields.py`)."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    @classmethod
+    def named(cls, name: str, settings: Any) -> Method:
+        """The method by the whole name that a user gave, whose first word, before any `+`, is the registry's.
+
+        Raises:
+            ConfigError: words after a `+` that it does not know, or settings that contradict each other.
+        """
+        if name != cls.name:
+            raise ConfigError(f"--method {name}: nothing can follow {cls.name}; leave +… out")
+        return cls(settings)
 
     @abstractmethod
     def compress(self, material: Material) -> Outcome:
@@ -157,15 +171,20 @@ class Method(ABC):
         raise CheckpointError(f"{cls.name} has no sidecar; the file names the wrong method")
 
 
-def read_settings(method: type[Method], assignments: Sequence[str]) -> Any:
+def read_settings(method: type[Method], name: str, assignments: Sequence[str]) -> Any:
     """A method's settings from `key=value`.
+
+    Args:
+        method: the class.
+        name: as the user gave it.
+        assignments: later ones win.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type or out of bounds.
     """
     if assignments and not fields(method.Settings):
-        raise ConfigError(f"--set {assignments[0]}: --method {method.name} has no settings; leave it out")
+        raise ConfigError(f"--set {assignments[0]}: --method {name} has no settings; leave it out")
     settings: Any = merge_typed(method.Settings, read_updates(method.Settings, None, assignments))
     for problem in bound_problems(settings):
-        raise ConfigError(f"--method {method.name}: {problem}")
+        raise ConfigError(f"--method {name}: {problem}")
     return settings

@@ -10,14 +10,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.compression.changes import Changes, eligible
-from sparsecod_megatron.compression.experts import is_fused
 from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.mechanisms.weights.engine.patterns import exceeding_groups
 
 
 def require_modelopt() -> None:
@@ -53,28 +47,6 @@ def quiet_modelopt() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def put_sparse(changes: Changes, converted: PreTrainedModel) -> None:
-    """Take over the matrices that ModelOpt has made 2:4, and leave the others."""
-    for name, weight in eligible(converted):
-        if weight.shape[-1] % 4 == 0 and not exceeding_groups(weight, 2, 4):
-            changes.put(name, weight)
-
-
-def why_passed_over(module: nn.Module, weight: Tensor, *, rows: int = 1, columns: int = 1) -> str:
-    """Why ModelOpt has left a matrix as it was.
-
-    Args:
-        module: that holds it.
-        weight: `[..., out, in]`.
-        rows: of what ModelOpt needs the number of rows to be a multiple.
-        columns: likewise.
-    """
-    taken = isinstance(module, nn.Linear) or is_fused(module)
-    if taken and (weight.shape[-2] % rows or weight.shape[-1] % columns):
-        return f"rows and columns must be multiples of {rows} and {columns}"
-    return "ModelOpt skips routers, gates of experts and layers that are not linear"
 
 
 def warnings_about(unreached: Sequence[str]) -> list[str]:

@@ -1,9 +1,12 @@
-"""Which weights of a matrix stay: a share of the whole matrix or of every row, or n of every m neighbours of a row."""
+"""Which weights of a matrix stay: a share of the whole matrix or of every row, or n of every m neighbours of a row.
+
+A share can also be of groups of g neighbours, which then stay or go as one.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,22 +20,34 @@ class Pattern:
 
     Attributes:
         sparsity: share of weights that go; the count is rounded to the nearest whole one.
-        group: `matrix`, `row`, or `neighbours`.
+        group: `matrix`, `row`, or `neighbours`: among which weights the lowest scores go.
         kept: of `neighbours`: how many stay
         of: of how many.
+        width: consecutive weights of a row that stay or go together.
     """
 
     sparsity: float
     group: str
     kept: int = 0
     of: int = 0
+    width: int = 1
+
+    @property
+    def period(self) -> int:
+        """Columns that belong together: a matrix may be cut at its multiples."""
+        return self.of or self.width
 
     def obstacle(self, columns: int) -> str:
         """Why matrices with so many columns cannot follow it, or nothing."""
-        return f"columns must be a multiple of {self.of}" if self.of and columns % self.of else ""
+        return f"columns must be a multiple of {self.period}" if columns % self.period else ""
+
+    def with_share(self, sparsity: float) -> Pattern:
+        """The same with another share of weights that go, which n:m does not have."""
+        assert not self.of
+        return replace(self, sparsity=sparsity)
 
     def keep(self, score: Tensor) -> Tensor:
-        """The weights of highest score.
+        """The weights of highest score, or the groups of highest mean score.
 
         Args:
             score: `[..., rows, columns]`; leading axes are matrices of their own.
@@ -40,6 +55,9 @@ class Pattern:
         Returns:
             bool of the same shape, True where a weight stays. Ties are broken so that counts are exact.
         """
+        if self.width > 1:
+            whole = replace(self, width=1).keep(score.unflatten(-1, (-1, self.width)).mean(-1))
+            return whole.repeat_interleave(self.width, dim=-1)
         if self.group == "neighbours":
             groups, dropped = score.unflatten(-1, (-1, self.of)), self.of - self.kept
         else:
@@ -53,11 +71,12 @@ def parse_pattern(text: str, per: str | None) -> Pattern:
     """A pattern as a user writes it.
 
     Args:
-        text: a share of weights to drop, such as `0.5`; or `n:m`, where n of every m neighbours *stay*.
+        text: a share of weights to drop, such as `0.5`; `n:m`, where n of every m neighbours *stay*; or `group:g` or
+            `group:g:share`, where a share (half by default) of the groups of g neighbours goes.
         per: `matrix` or `row`, what a share is of; None is `matrix`.
 
     Raises:
-        ConfigError: neither, or `per` beside n:m.
+        ConfigError: none of these, or `per` beside n:m.
     """
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         kept, of = int(match[1]), int(match[2])
@@ -66,10 +85,12 @@ def parse_pattern(text: str, per: str | None) -> Pattern:
         if per is not None:
             raise ConfigError(f"per={per}: n:m is by neighbours already; leave it out")
         return Pattern(1 - kept / of, "neighbours", kept, of)
+    match = re.fullmatch(r"group:(\d+)(?::(.+))?", text)
+    share, width = (match[2] or "0.5", int(match[1])) if match else (text, 1)
     try:
-        sparsity = float(text)
+        sparsity = float(share)
     except ValueError:
         sparsity = -1.0
-    if not 0 < sparsity < 1:
-        raise ConfigError(f"pattern {text}: give the share of weights to drop, between 0 and 1, or n:m")
-    return Pattern(sparsity, per or "matrix")
+    if not 0 < sparsity < 1 or width < 1:
+        raise ConfigError(f"pattern {text}: give the share of weights to drop, between 0 and 1, n:m, or group:g:share")
+    return Pattern(sparsity, per or "matrix", width=width)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsecod_megatron.compression.method import Material, Method, Needs, Outcome
-from sparsecod_megatron.compression.modelopt import quiet_modelopt, warnings_about, why_passed_over
+from sparsecod_megatron.compression.modelopt import quiet_modelopt, warnings_about
 from sparsecod_megatron.errors import CheckpointError
 
 ENGINE_FOLDER = "engine"
@@ -39,7 +39,7 @@ class Quantization(Method):
 
     def reason(self, module: nn.Module, weight: Tensor) -> str:
         """ModelOpt passes over routers."""
-        return why_passed_over(module, weight)
+        return "ModelOpt skips routers, gates of experts and layers that are not linear"
 
     def write(self, outcome: Outcome, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """ModelOpt's unified checkpoint, which inference engines load."""

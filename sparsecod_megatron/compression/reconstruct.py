@@ -1,6 +1,10 @@
-"""SparseGPT's second half: the remaining weights make up for the pruned ones.
+"""Remaining weights that make up for the pruned ones: SparseGPT's sweep over columns, and masked conjugate gradients.
 
-Source: arXiv 2301.00774, algorithm 1, for a mask that is already chosen.
+Both lessen `tr((V − W) H (V − W)ᵀ)`, the error of the outputs, over matrices V that are zero where the mask is. The
+sweep lets weights to the right of a pruned one answer, once, and can choose the mask on its way; conjugate gradients
+find the optimum of a mask.
+
+Source: the sweep: arXiv 2301.00774, algorithm 1. Conjugate gradients: the last step of ALPS, arXiv 2406.07831.
 """
 
 from __future__ import annotations
@@ -8,36 +12,98 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecod_megatron.compression.patterns import Pattern
+
 BLOCK_SIZE = 128
-"""Columns whose errors reach the columns to their right in one product."""
+"""Columns whose errors reach the columns to their right in one product, and which compete in a share's mask."""
 
 
-def reconstruct(weight: Tensor, mask: Tensor, hessian: Tensor, *, damping: float) -> Tensor:
+def sweep(weight: Tensor, hessian: Tensor, choice: Tensor | Pattern, *, damping: float) -> tuple[Tensor, Tensor]:
     """Drop weights column by column, and after each column move the later ones to where the outputs change least.
+
+    Where a pattern is given, weights of the lowest w² / U²_jj go: those whose loss costs least once everything to their
+    right answers. n:m decides when a column of the m is reached, a share once per 128 columns, among all rows of them
+    unless the pattern is by rows.
 
     Args:
         weight: `[out, in]`.
-        mask: bool `[out, in]`, True where a weight stays.
         hessian: `[in, in]`, Σ x·xᵀ over the layer's inputs, up to a factor.
+        choice: mask, bool `[out, in]`, True where a weight stays; or the pattern that the mask is to follow.
         damping: added to the hessian's diagonal, as a share of the diagonal's mean.
 
     Returns:
-        `[out, in]` in the weight's dtype, zero where the mask is False.
+        `[out, in]` float32, zero where the mask is False, and the mask.
     """
-    working, factor = weight.float().clone(), _inverse_factor(hessian, damping)
-    for start in range(0, working.shape[1], BLOCK_SIZE):
-        block = slice(start, min(start + BLOCK_SIZE, working.shape[1]))
+    working, factor = weight.float().clone(), inverse_factor(hessian, damping)
+    scales = factor.diagonal().square()
+    mask = choice.clone() if isinstance(choice, Tensor) else torch.ones_like(working, dtype=torch.bool)
+    pattern = choice if isinstance(choice, Pattern) else None
+    period = pattern.period if pattern else 1
+    size = max(period, BLOCK_SIZE // period * period)
+    for start in range(0, working.shape[1], size):
+        block = slice(start, min(start + size, working.shape[1]))
         columns, kept, within = working[:, block], mask[:, block], factor[block, block]
+        if pattern and pattern.group != "neighbours":
+            kept.copy_(pattern.keep(columns.square() / scales[block]))
         errors = torch.zeros_like(columns)
         for column in range(columns.shape[1]):
+            if pattern and pattern.group == "neighbours" and column % period == 0:
+                here = slice(column, column + period)
+                kept[:, here] = pattern.keep(columns[:, here].square() / scales[block][here])
             errors[:, column] = columns[:, column].masked_fill(kept[:, column], 0) / within[column, column]
             columns[:, column:] -= torch.outer(errors[:, column], within[column, column:])
         working[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return (working * mask).to(weight.dtype)
+    return working * mask, mask
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def conjugate_gradients(
+    weight: Tensor, hessian: Tensor, mask: Tensor, start: Tensor, *, damping: float, steps: int
+) -> Tensor:
+    """The best values for a mask, all rows at once, each with its own step lengths.
+
+    The operator is P ↦ (P·H) ⊙ M, the preconditioner its diagonal; a step costs one product.
+
+    Args:
+        weight: W, `[out, in]`, whose outputs are wanted.
+        hessian: H, `[in, in]`, Σ x·xᵀ over the layer's inputs, up to a factor.
+        mask: M, bool `[out, in]`, True where a weight stays.
+        start: `[out, in]`, values to begin with.
+        damping: added to the hessian's diagonal, as a share of the diagonal's mean: a pull towards W.
+        steps: number of steps.
+
+    Returns:
+        `[out, in]` float32, zero where the mask is False. No row's error is above its start's.
+    """
+    damped, target = _damped(hessian, damping), weight.float()
+    first = start.float() * mask
+    values, residual = first.clone(), ((target - first) @ damped) * mask
+    scaled = residual / damped.diagonal()
+    direction, power = scaled.clone(), (residual * scaled).sum(1)
+    for _ in range(steps):
+        image = (direction @ damped) * mask
+        curvature = (direction * image).sum(1)
+        length = torch.where(curvature > 0, power / curvature, torch.zeros_like(power))[:, None]
+        values += length * direction
+        residual -= length * image
+        scaled = residual / damped.diagonal()
+        next_power = (residual * scaled).sum(1)
+        turn = torch.where(power > 0, next_power / power, torch.zeros_like(power))[:, None]
+        direction, power = scaled + turn * direction, next_power
+    better = row_errors(values - target, damped) <= row_errors(first - target, damped)
+    return torch.where(better[:, None], values, first)
+
+
+def row_errors(change: Tensor, hessian: Tensor) -> Tensor:
+    """δ H δᵀ of each row δ, float32 `[out]`: what a change of weights `[out, in]` costs in squared outputs."""
+    return ((change @ hessian) * change).sum(1)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with UᵀU = (H + damping)⁻¹; row j over U[j, j] is how later columns answer to column j."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian, damping))), upper=True)
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
     damped = hessian.float().clone()
     damped.diagonal().add_(damping * damped.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return damped

@@ -1,4 +1,7 @@
-"""Compression methods by name. A method's module is imported when it is asked for; this one loads no torch."""
+"""Compression methods by name. A method's module is imported when it is asked for; this one loads no torch.
+
+Pruning rules are composed: the first word makes a mask, words after `+` change mask or values (`LATER_WORDS`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
     from sparsecod_megatron.compression.method import Method
 
 _METHODS = "sparsecod_megatron.compression.methods"
+_PRUNING = f"{_METHODS}.pruning:Pruning"
 
 
 class Registered(NamedTuple):
@@ -30,20 +34,31 @@ class Registered(NamedTuple):
 
 
 METHODS = {
-    "magnitude": Registered(f"{_METHODS}.magnitude:Magnitude", "the smallest weights go, a share of them or n:m"),
+    "magnitude": Registered(_PRUNING, "the smallest weights go"),
+    "wanda": Registered(_PRUNING, "weights times the norms of their inputs"),
+    "gblm": Registered(_PRUNING, "Wanda's score and the loss's gradients"),
+    "obs": Registered(_PRUNING, "what a weight costs once all others of its row have answered"),
+    "random": Registered(_PRUNING, "any weights go"),
+    "sparsegpt": Registered(_PRUNING, "mask and values column by column"),
     "low_rank": Registered(f"{_METHODS}.low_rank:LowRank", "two thin matrices for one, by a truncated SVD"),
-    "sparse24": Registered(f"{_METHODS}.sparse24:Sparse24", "2:4 by magnitude, by ModelOpt"),
-    "sparsegpt24": Registered(f"{_METHODS}.sparsegpt24:SparseGPT24", "2:4 by SparseGPT"),
     "fp8": Registered(f"{_METHODS}.fp8:FP8", "weights and layer inputs in E4M3", sidecar="input_ranges.json"),
     "int8": Registered(f"{_METHODS}.int8:INT8", "weights and layer inputs in 8-bit integers", "input_ranges.json"),
 }
+LATER_WORDS = {
+    "dsnot": "weights of the mask change places",
+    "update": "remaining weights make up for the pruned ones, by SparseGPT's sweep",
+    "cg": "by conjugate gradients",
+}
+"""What can follow a pruning rule's first word, as in `wanda+dsnot+cg`."""
+FORMER_NAMES = {"sparse24": "magnitude", "sparsegpt24": "sparsegpt"}
+"""Names of earlier versions, and the rules that do the same with `--set pattern=2:4`."""
 
 
 def find_method(name: str, settings: Sequence[str] = ()) -> Method:
     """A method with its settings.
 
     Args:
-        name: of `METHODS`.
+        name: of `METHODS`, or a composed rule.
         settings: `key=value`, of the method's `Settings`; the others keep their defaults.
 
     Raises:
@@ -52,7 +67,7 @@ def find_method(name: str, settings: Sequence[str] = ()) -> Method:
     from sparsecod_megatron.compression.method import read_settings
 
     method = method_class(name)
-    return method(read_settings(method, settings))
+    return method.named(name, read_settings(method, name, settings))
 
 
 def method_class(name: str) -> type[Method]:
@@ -61,9 +76,12 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ConfigError: an unknown name, or a package that the method needs and that is not installed.
     """
-    if name not in METHODS:
+    if name in FORMER_NAMES:
+        raise ConfigError(f"--method {name}: is now --method {FORMER_NAMES[name]} --set pattern=2:4")
+    first = name.partition("+")[0]
+    if first not in METHODS:
         raise ConfigError(f"--method {name}: no such method; use {', '.join(METHODS)}")
-    method: type[Method] = pkgutil.resolve_name(METHODS[name].path)
+    method: type[Method] = pkgutil.resolve_name(METHODS[first].path)
     if method.needs.modelopt:
         from sparsecod_megatron.compression.modelopt import require_modelopt
 

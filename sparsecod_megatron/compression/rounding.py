@@ -113,7 +113,7 @@ def _share_ranges(quantizers: Mapping[str, TensorQuantizer]) -> list[str]:
                 raise ConversionError(f"{layer}: no calibration token reached this expert; give more --samples")
             raise ConversionError(
                 f"{layer}: the model uses this layer's weight without calling the layer, or not at all, so what enters "
-                "it cannot be seen; use --method sparse24"
+                "it cannot be seen; use --method magnitude"
             )
         quantizers[name].amax = torch.stack(fellows).max()
     return [name.removesuffix(".input_quantizer") for name in unreached]

@@ -7,7 +7,7 @@ An intervention at block `s` then starts from `h_s` and runs only what comes aft
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +86,7 @@ class Replay:
             if not hidden:
                 hidden.append(before)
             hidden.append(after)
-            named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls.append(Call(args[1:], named, output[1:] if isinstance(output, tuple) else None))
+            calls.append(_call(args, kwargs, output[1:] if isinstance(output, tuple) else None))
             if len(calls) == len(self.layers):
                 raise _AllBlocksRan
 
@@ -99,6 +98,32 @@ class Replay:
             for hook in hooks:
                 hook.remove()
         return Trace(tokens, labels, hidden, calls)
+
+    @torch.no_grad()
+    def skim(self, tokens: Tensor, like: Trace) -> Trace:
+        """What the blocks are called with, without running one: each hands on what it is given.
+
+        The arguments are those of a whole pass where they do not depend on what blocks compute; `same_calls` tells.
+
+        Args:
+            tokens: [B, T] inputs.
+            like: a whole pass over other tokens, which says what follows the hidden states in a block's answer.
+
+        Returns:
+            A trace whose only hidden states are `h_0`, and whose labels are the tokens.
+        """
+        tokens, calls, hidden = tokens.to(self.model.device), list[Call](), list[Tensor]()
+        passing = {
+            layer: _Passing(block, like.calls[layer].rest, hidden, calls, len(self.layers))
+            for layer, block in enumerate(self.layers.blocks)
+        }
+        with (
+            swapped(self.layers.blocks, passing),
+            running(self.model, "a pass over the sample", _ADVICE),
+            contextlib.suppress(_AllBlocksRan),
+        ):
+            self.model(input_ids=tokens, use_cache=False)
+        return Trace(tokens, tokens, hidden[:1], calls)
 
     def losses(self, trace: Trace) -> Tensor:
         """[B] cross entropy of the unchanged model, mean over tokens in nats, float64 on the CPU."""
@@ -156,18 +181,75 @@ class _AllBlocksRan(Exception):
     """Ends a forward pass before the head."""
 
 
-class _Answer(nn.Module):
-    """Takes a block's place: has its attributes, and answers every call with given hidden states."""
+class _StandIn(nn.Module):
+    """Takes a block's place, and has its attributes."""
 
-    def __init__(self, block: nn.Module, hidden: Tensor, rest: tuple[Any, ...] | None) -> None:
+    def __init__(self, block: nn.Module, **own: Any) -> None:
         super().__init__()
-        self.__dict__.update(_block=block, _answer=hidden if rest is None else (hidden, *rest))
+        self.__dict__.update(_block=block, **own)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
+
+class _Answer(_StandIn):
+    """Answers every call with given hidden states."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor, rest: tuple[Any, ...] | None) -> None:
+        super().__init__(block, _answer=hidden if rest is None else (hidden, *rest))
+
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self.__dict__["_answer"]
+
+
+class _Passing(_StandIn):
+    """Notes what it is called with and answers with the hidden states it was given; the last one ends the pass."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        rest: tuple[Any, ...] | None,
+        hidden: list[Tensor],
+        calls: list[Call],
+        num_blocks: int,
+    ) -> None:
+        super().__init__(block, _rest=rest, _hidden=hidden, _calls=calls, _num_blocks=num_blocks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = self.__dict__
+        given, rest = hidden_input(args, kwargs), own["_rest"]
+        assert given is not None
+        own["_hidden"].append(given)
+        own["_calls"].append(_call(args, kwargs, rest))
+        if len(own["_calls"]) == own["_num_blocks"]:
+            raise _AllBlocksRan
+        return given if rest is None else (given, *rest)
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], rest: tuple[Any, ...] | None) -> Call:
+    named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    return Call(args[1:], named, rest)
+
+
+def same_calls(first: Sequence[Call], second: Sequence[Call]) -> bool:
+    """Whether blocks were called with equal tensors and values, hidden states aside."""
+    return len(first) == len(second) and all(
+        _same((one.args, one.kwargs, one.rest), (other.args, other.kwargs, other.rest))
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Equal tensors, sequences and mappings of such, or values; objects of other kinds are taken to be alike."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Tensor):
+        return first is second or (first.shape == second.shape and torch.equal(first, second))
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return not isinstance(first, bool | int | float | str) or first == second
 
 
 def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from tests.helpers.cli import sparsecod
 TRAIN = ("train", "examples/configs/nano_dense.yaml")
 ANALYZE = ("analyze", "nothing", "--data", "nothing", "--output", "nothing")
 EVAL = ("eval", "--model", "nothing", "--perplexity", "nothing", "--output", "nothing")
-COMPRESS = ("compress", "--model", "nothing", "--method", "sparse24", "--data", "nothing", "--output", "nothing")
+COMPRESS = ("compress", "--model", "nothing", "--method", "wanda", "--data", "nothing", "--output", "nothing")
 EXPORT = ("export", "--checkpoint", "nothing", "--output", "nothing")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sparsecod_megatron.compression.changes import eligible
@@ -24,12 +24,6 @@ pytest.importorskip("modelopt", reason="needs nvidia-modelopt (the extra `modelo
 SKIPPED = ("gate.weight", "shared_expert_gate.weight")
 
 
-def two_of_four(weight: Tensor) -> Tensor:
-    kept = weight.abs().unflatten(-1, (-1, 4)).topk(2, dim=-1).indices
-    mask = torch.zeros_like(weight).unflatten(-1, (-1, 4)).scatter(-1, kept, 1.0).flatten(-2)
-    return weight * mask
-
-
 def e4m3(weight: Tensor) -> Tensor:
     scale = weight.abs().amax(dim=(-2, -1), keepdim=True) / 448
     return (weight / scale).to(torch.float8_e4m3fn).float() * scale
@@ -40,25 +34,12 @@ def int8(weight: Tensor) -> Tensor:
     return (weight / scale).round() * scale
 
 
-FORMULAS = {"sparse24": two_of_four, "fp8": e4m3, "int8": int8}
+FORMULAS = {"fp8": e4m3, "int8": int8}
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     return model(sequences(seed=9)).logits
-
-
-@torch.no_grad()
-def inputs_of_linears(model: PreTrainedModel) -> dict[str, Tensor]:
-    """[tokens, in] of every linear layer over the calibration data."""
-    seen: dict[str, list[Tensor]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(
-                lambda _, given, output, name=name: seen.setdefault(name, []).append(given[0].flatten(0, -2))
-            )
-    model(sequences())
-    return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 @pytest.mark.parametrize("method", FORMULAS)
@@ -83,35 +64,7 @@ def test_weights_are_what_the_formula_says(name: str, method: str) -> None:
     assert not torch.allclose(logits(result.scored), old_logits, atol=1e-3)
     assert any("routers" in warning for warning in result.warnings) == (name != "llama")
     unreached = [warning for warning in result.warnings if "no calibration token reached" in warning]
-    assert bool(unreached) == (name == "sparsecod" and method != "sparse24")
-
-
-@pytest.mark.parametrize("name", ["llama", "mixtral", "sparsecod"])
-def test_sparsegpt_beats_magnitude(name: str) -> None:
-    dense = tiny(name)
-    result = compress(tiny(name), find_method("sparsegpt24"), sequences(), batch_size=4)
-    rows = [row for row in result.matrices if row.compressed]
-    for row in rows:
-        weight = result.model.get_parameter(row.name)
-        assert bool(((weight == 0).unflatten(-1, (-1, 4)).sum(dim=-1) == 2).all()), row.name
-    seen = inputs_of_linears(dense)
-    compared = [row for row in rows if row.name.removesuffix(".weight") in seen]
-    assert len(compared) >= 8
-    for row in compared:
-        given, old = seen[row.name.removesuffix(".weight")], dense.get_parameter(row.name)
-        errors = [
-            float((given @ (new - old).detach().T).norm())
-            for new in (result.model.get_parameter(row.name), two_of_four(old))
-        ]
-        assert errors[0] < 0.95 * errors[1], row.name
-    if name == "llama":
-        return
-    # The last expert sees no token: ModelOpt alone would zero all of it.
-    last = [row.name for row in rows if ".experts.3." in row.name or name == "mixtral" and ".experts." in row.name]
-    assert last and any("no calibration token reached" in warning for warning in result.warnings)
-    for parameter in last:
-        new, old = result.model.get_parameter(parameter), dense.get_parameter(parameter)
-        assert torch.equal(new[-1], two_of_four(old)[-1]) if name == "mixtral" else torch.equal(new, two_of_four(old))
+    assert bool(unreached) == (name == "sparsecod")
 
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "fp8"), ("llama", "int8"), ("sparsecod", "int8")])
@@ -134,25 +87,14 @@ def test_engines_get_the_same_weights_and_ranges_fit_their_model_alone(name: str
     assert sidecar is not None
     with pytest.raises(CheckpointError, match="input ranges do not fit"):
         restore(tiny("llama", num_hidden_layers=1), sidecar)
-    sidecar.write_text('{"method": "sparse24"}')
+    sidecar.write_text('{"method": "magnitude"}')
     with pytest.raises(
-        CheckpointError, match="not what `sparsecod compress` writes: sparse24 does not write this file"
+        CheckpointError, match="not what `sparsecod compress` writes: magnitude does not write this file"
     ):
         restore(tiny("llama"), sidecar)
 
 
-def test_sizes_that_modelopt_passes_over_are_named() -> None:
-    rows = compress(tiny("llama", intermediate_size=44), find_method("sparse24"), sequences(), batch_size=4)
-    assert {row.kind for row in rows.matrices if not row.compressed} == {
-        f"model.layers.*.mlp.{kind}_proj" for kind in ("gate", "up", "down")
-    }
-    assert len(rows.warnings) == 1 and rows.warnings[0].endswith("must be multiples of 8 and 16")
-    everything_odd = tiny("llama", hidden_size=20, num_attention_heads=2, num_key_value_heads=1, intermediate_size=44)
-    with pytest.raises(ConversionError, match="no linear layer was compressed: rows and columns"):
-        compress(everything_odd, find_method("sparse24"), sequences(), batch_size=4)
-
-
-@pytest.mark.parametrize("method", [*FORMULAS, "sparsegpt24"])
+@pytest.mark.parametrize("method", [*FORMULAS, "sparsegpt"])
 def test_a_model_in_training_mode_is_calibrated_and_scored_without_dropout(method: str) -> None:
     results = []
     for training in (False, True):
@@ -181,11 +123,6 @@ def test_an_expert_without_tokens_takes_the_widest_range_of_its_fellows() -> Non
 @pytest.mark.parametrize(
     ("family", "method", "reason"),
     [
-        (
-            "deepseek_v3",
-            "sparsegpt24",
-            "cannot take DeepseekV3ForCausalLM",
-        ),  # a layer with inputs of four axes
         ("bloom", "int8", "cannot take BloomForCausalLM"),
         ("mamba", "int8", "mixer.dt_proj: the model uses this layer's weight without calling the layer"),
     ],

@@ -1,0 +1,261 @@
+"""The layer-sequential engine: block by block, inputs are counted, matrices pruned, and what remains runs on.
+
+At any time it holds the residual stream of the calibration sequences, and the statistics of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from sparsecod_megatron.compression.allocate import angles, shares
+from sparsecod_megatron.compression.changes import holder
+from sparsecod_megatron.compression.experts import is_fused, separate_experts
+from sparsecod_megatron.compression.method import Material
+from sparsecod_megatron.compression.patterns import Pattern
+from sparsecod_megatron.compression.reconstruct import row_errors
+from sparsecod_megatron.compression.rules import Rule
+from sparsecod_megatron.compression.scores import Evidence, gradient_norms
+from sparsecod_megatron.compression.statistics import InputStatistics
+from sparsecod_megatron.compression.watching import Slot, Watcher, slots_of, stages_of, statistics_for
+from sparsecod_megatron.hf.blocks import Layers, find_layers
+from sparsecod_megatron.hf.calls import Call, Replay, Trace, same_calls
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a rule is taken through a model.
+
+    Attributes:
+        rule: what is done to every matrix.
+        inputs: `sparse`, matrices see the inputs that the pruned blocks before them make; `dense`, those of the dense
+            model.
+        order: `block`, all matrices of a block see the dense block; `true`, each sees those before it pruned.
+        spread: how far blocks' shares may differ by their influence; None keeps them alike.
+        output_error: whether the change of every matrix's outputs is measured, which needs Σ x·xᵀ.
+        alpha: weight of GBLM's gradients.
+        compat: GBLM's published scales.
+        seed: seed of what is random.
+    """
+
+    rule: Rule
+    inputs: str = "sparse"
+    order: str = "block"
+    spread: float | None = None
+    output_error: bool = True
+    alpha: float = 1.0
+    compat: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Notes:
+    """What happened on the way: keys of matrices pruned by pooled statistics, and of those that nothing reached."""
+
+    pooled: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def prune_by_weights(material: Material, plan: Plan, taken: Sequence[str]) -> None:
+    """Prune matrices by a rule that looks at weights alone, without running the model.
+
+    Args:
+        material: the model.
+        plan: with a rule that needs no inputs.
+        taken: names of parameters.
+    """
+    pruner = _Pruner(material, plan, {}, 0)
+    for name in taken:
+        module, weight = holder(material.model, name), material.model.get_parameter(name).detach()
+        if is_fused(module):
+            slots = [Slot(name, index, module, entry) for index, entry in enumerate(weight)]
+        else:
+            slots = [Slot(name, None, module, weight.T if isinstance(module, Conv1D) else weight)]
+        for slot in slots:
+            pruner.write(slot, *pruner.pruned(slot, None, plan.rule.pattern))
+
+
+@torch.no_grad()
+def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Notes:
+    """Prune the matrices of every block, one block after the other. Collective over the material's processes.
+
+    Args:
+        material: the model and its calibration sequences.
+        plan: what to do.
+        taken: names of parameters; those outside the blocks stay as they are.
+
+    Raises:
+        ConversionError: a model whose blocks cannot be run by themselves.
+    """
+    assert material.sequences is not None
+    model, processes = material.model, material.processes
+    gradients: dict[str, Tensor] = {}
+    if plan.rule.needs_gradients:
+        weights = {name: model.get_parameter(name) for name in taken}
+        gradients = gradient_norms(model, material.sequences, weights, processes)
+    layers = find_layers(model)
+    own = material.sequences[processes.places(len(material.sequences))].split(material.batch_size)
+    stream = _Stream(Replay(model, layers), own)
+    patterns = _patterns(material, plan, layers, taken, stream)
+    pruner = _Pruner(material, plan, gradients, len(material.sequences))
+    for layer, block in enumerate(tqdm(layers.blocks, desc="blocks", unit="block", disable=processes.no_progress)):
+        with separate_experts(block):
+            slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
+            outputs = pruner.block(layer, slots, stream, patterns[layer])
+        if layer + 1 < len(layers):
+            stream.hidden = outputs if plan.inputs == "dense" and slots else stream.run(layer)
+    return pruner.notes
+
+
+class _Stream:
+    """The residual stream of this process's calibration sequences before one block.
+
+    Attributes:
+        hidden: of each micro-batch, [B, T, d] on the CPU.
+    """
+
+    def __init__(self, replay: Replay, batches: Sequence[Tensor]) -> None:
+        self._replay = replay
+        self._traces: list[Trace] = []
+        self.hidden: list[Tensor] = []
+        whole = [replay.trace(batch, batch) for batch in batches[:1]]
+        skims = all(same_calls(replay.skim(trace.tokens, trace).calls, trace.calls) for trace in whole)
+        known: dict[torch.Size, list[Call]] = {}
+        for batch in batches:
+            trace = replay.skim(batch, whole[0]) if skims else replay.trace(batch, batch)
+            calls = known.setdefault(batch.shape, trace.calls)
+            kept = calls if same_calls(calls, trace.calls) else trace.calls
+            self._traces.append(Trace(trace.tokens, trace.labels, [], kept))
+            self.hidden.append(trace.hidden[0].cpu())
+
+    def run(self, layer: int, watcher: Watcher | None = None) -> list[Tensor]:
+        """Block `layer` as it is now on the stream: what comes after it, [B, T, d] on the CPU for each micro-batch."""
+        outputs = []
+        for trace, hidden in zip(self._traces, self.hidden, strict=True):
+            given = hidden.to(self._replay.model.device)
+            if watcher is None:
+                outputs.append(self._replay.run_block(trace, layer, given).cpu())
+            else:
+                with watcher.watching():
+                    outputs.append(self._replay.run_block(trace, layer, given).cpu())
+        return outputs
+
+    def turns(self) -> Tensor:
+        """Σ over tokens of the angle over π by which each dense block turns the stream, and the tokens: [L + 1]."""
+        start, sums = self.hidden, torch.zeros(len(self._replay.layers) + 1, dtype=torch.float64)
+        for layer in range(len(self._replay.layers)):
+            after = self.run(layer)
+            for before, then in zip(self.hidden, after, strict=True):
+                sums[layer] += angles(before, then).sum()
+            self.hidden = after
+        self.hidden = start
+        sums[-1] = sum(hidden[..., 0].numel() for hidden in start)
+        return sums
+
+
+def _patterns(material: Material, plan: Plan, layers: Layers, taken: Sequence[str], stream: _Stream) -> list[Pattern]:
+    """The pattern of each block."""
+    pattern = plan.rule.pattern
+    if plan.spread is None:
+        return [pattern] * len(layers)
+    sums = material.processes.total(stream.turns())
+    sizes = [
+        sum(material.model.get_parameter(name).numel() for name in taken if name.startswith(f"{layers.name}.{layer}."))
+        for layer in range(len(layers))
+    ]
+    allocated = shares(pattern.sparsity, (sums[:-1] / sums[-1]).tolist(), sizes, plan.spread)
+    return [pattern.with_share(share) for share in allocated]
+
+
+class _Pruner:
+    """Prunes matrices and notes what became of them."""
+
+    def __init__(self, material: Material, plan: Plan, gradients: dict[str, Tensor], num_sequences: int) -> None:
+        self._material, self._plan, self._gradients = material, plan, gradients
+        self._num_sequences = num_sequences
+        self.notes = Notes()
+
+    def block(self, layer: int, slots: list[Slot], stream: _Stream, pattern: Pattern) -> list[Tensor]:
+        """Prune the matrices of a block, in place.
+
+        Returns:
+            The dense block's outputs for the stream.
+        """
+        processes, outputs = self._material.processes, list[Tensor]()
+        if not slots:
+            return outputs
+        gram = self._plan.rule.needs_gram or self._plan.output_error
+        found, outputs = self._watch(layer, slots, stream, gram)
+        stages = [slots] if self._plan.order == "block" else stages_of(slots, found)
+        for number, stage in enumerate(stages):
+            if number:
+                found, _ = self._watch(layer, stage, stream, gram)
+            known = {slot.key: self._statistics(slot, slots, found) for slot in stage}
+
+            def work(
+                part: Sequence[Slot], known: dict[str, InputStatistics] = known
+            ) -> list[tuple[Tensor, tuple[float, float] | None]]:
+                made = [self.pruned(slot, known[slot.key], pattern) for slot in part]
+                return made if processes.size == 1 else [(weight.cpu(), outputs) for weight, outputs in made]
+
+            for slot, (weight, errors) in zip(stage, processes.distribute(stage, work), strict=True):
+                self.write(slot, weight.to(slot.weight.device), errors)
+        return outputs
+
+    def _watch(
+        self, layer: int, slots: list[Slot], stream: _Stream, gram: bool
+    ) -> tuple[dict[str, InputStatistics], list[Tensor]]:
+        watcher = Watcher(slots, gram=gram)
+        outputs = stream.run(layer, watcher)
+        return watcher.totals(self._material.processes), outputs
+
+    def _statistics(self, slot: Slot, slots: list[Slot], found: dict[str, InputStatistics]) -> InputStatistics:
+        statistics, is_pooled = statistics_for(slot, slots, found)
+        if is_pooled:
+            self.notes.pooled.append(slot.key)
+        if statistics is None or not statistics.count:
+            self.notes.unreached.append(slot.key)
+        if statistics is None:  # magnitude decides
+            gram = self._plan.rule.needs_gram or self._plan.output_error
+            statistics = InputStatistics.empty(slot.weight.shape[1], gram=gram, device=slot.weight.device)
+        return statistics
+
+    def pruned(
+        self, slot: Slot, statistics: InputStatistics | None, pattern: Pattern
+    ) -> tuple[Tensor, tuple[float, float] | None]:
+        """New weights `[out, in]` in the parameter's type, and squared norms of the outputs' change and the outputs."""
+        plan, weight = self._plan, slot.weight.float()
+        evidence = Evidence(
+            name=slot.key,
+            weight=weight,
+            statistics=statistics,
+            gradients=self._gradient(slot),
+            num_sequences=self._num_sequences,
+            damping=plan.rule.options.damping,
+            alpha=plan.alpha,
+            compat=plan.compat,
+            seed=plan.seed,
+        )
+        new = plan.rule.prune(evidence, pattern).to(slot.weight.dtype)
+        if statistics is None or statistics.gram is None or not statistics.count:
+            return new, None
+        change, size = row_errors(new.float() - weight, statistics.gram), row_errors(weight, statistics.gram)
+        return new, (float(change.double().sum()), float(size.double().sum()))
+
+    def write(self, slot: Slot, weight: Tensor, outputs: tuple[float, float] | None) -> None:
+        """Put new weights where the old ones were."""
+        self._material.changes.put_piece(slot.name, slot.weight, weight, outputs)
+
+    def _gradient(self, slot: Slot) -> Tensor | None:
+        if not self._gradients:
+            return None
+        gradient = self._gradients[slot.name]
+        if slot.expert is not None:
+            return gradient[slot.expert]
+        return gradient.T if isinstance(slot.module, Conv1D) else gradient
