@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 HELP = "Measure how a trained model uses its depth, or compare two models measured on the same text."
 EXAMPLE = (
     "sparsecod analyze runs/dense --data data/x_val --scores causal,jacobian --samples 64 --output analysis\n"
-    "  sparsecod analyze --compare analysis/dense analysis/moe --output comparison"
+    "  sparsecod analyze --compare analysis/dense analysis/moe --output comparison\n"
+    "  sparsecod analyze runs/dense/checkpoints/step_00001000 runs/dense --scores update --output update"
 )
+UPDATE = "update"
+"""The score that takes models before and after, and no data."""
 DEFAULT_SCORES = "causal,permutation,usefulness,jacobian,similarity,skip,lens"
 
 
@@ -27,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         type=Path,
-        nargs="?",
+        nargs="*",
         metavar="MODEL_DIR",
-        help="HuggingFace model directory, or a training run or one of its step directories",
+        help="HuggingFace model directory, or a training run or one of its step directories; for `--scores update` the "
+        "one before and the one after, and a third to see what two updates changed alike",
     )
     parser.add_argument(
         "--data", type=Path, metavar="PREFIX_OR_TEXT", help="held-out dataset prefix or UTF-8 text file"
@@ -82,15 +87,20 @@ def run(args: argparse.Namespace) -> None:
         first, second = args.compare
         _compare(first, second, args.output)
         return
-    if args.model is None or args.data is None:
+    if UPDATE in names(args.scores):
+        _update(args)
+        return
+    if not args.model or args.data is None:
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
+    if len(args.model) > 1:
+        raise ConfigError(f"{len(args.model)} models given, and only --scores {UPDATE} takes several; give one")
     check_at_least(args, samples=1, seq_length=1, seed=0)
     check_above_zero(args, "memory_gib")
     share_work(args, lambda processes: _analyze(args, processes))
 
 
 def _analyze(args: argparse.Namespace, processes: Processes) -> None:
-    from sparsecod_megatron.analysis.analyze import analyze, write_analysis
+    from sparsecod_megatron.analysis.analyze import analyze
     from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
@@ -100,7 +110,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     scores = find_scores(names(args.scores), pairs=args.pairs, budgets=budgets, gate_steps=args.gate_steps)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with open_model(
-        args.model,
+        args.model[0],
         dtype=args.dtype,
         device=args.device,
         verify=not args.no_verify,
@@ -119,11 +129,39 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
         reference=args.compat == "reference",
         processes=processes,
     )
-    analysis = analyze(context, scores, settings={"model": str(args.model), "data": str(args.data)})
+    analysis = analyze(context, scores, settings={"model": str(args.model[0]), "data": str(args.data)})
     if processes.is_first:
-        files = write_analysis(analysis, args.output)
-        _print(analysis)
-        print(f"wrote {args.output}: {len(files)} files")
+        _write(analysis, args.output)
+
+
+def _update(args: argparse.Namespace) -> None:
+    if names(args.scores) != [UPDATE] or args.data is not None or args.nproc != 1:
+        raise ConfigError(f"--scores {UPDATE}: compares weights; leave --data, --nproc and other scores out")
+    if len(args.model) not in (2, 3):
+        raise ConfigError(
+            f"--scores {UPDATE}: {len(args.model)} models given; give the one before and the one after, and perhaps a "
+            "third to compare the update with"
+        )
+
+    from sparsecod_megatron.analysis.analyze import Analysis
+    from sparsecod_megatron.analysis.update import measure_update
+    from sparsecod_megatron.hf.source import SafetensorsFiles
+    from sparsecod_megatron.models.opening import open_model
+
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(open_model(path, verify=not args.no_verify, reads_text=False)) for path in args.model
+        ]
+        result = measure_update(*(SafetensorsFiles(model.directory) for model in opened))
+    _write(Analysis({"models": [str(path) for path in args.model]}, {UPDATE: result}), args.output)
+
+
+def _write(analysis: Analysis, output: Path) -> None:
+    from sparsecod_megatron.analysis.analyze import write_analysis
+
+    files = write_analysis(analysis, output)
+    _print(analysis)
+    print(f"wrote {output}: {len(files)} files")
 
 
 def _compare(first: Path, second: Path, output: Path) -> None:

@@ -23,6 +23,7 @@ from sparsecod_megatron.analysis.sparsity.essential import (
 )
 from sparsecod_megatron.analysis.sparsity.magnitudes import gini, hoyer, share_below
 from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve
+from sparsecod_megatron.analysis.sparsity.ranks import ranks
 from sparsecod_megatron.hf.matrices import KINDS, Matrix, find_matrices, unmeasured_share
 
 EPSILONS = (1e-4, 1e-3, 1e-2)
@@ -80,7 +81,7 @@ def initial_std(config: Any) -> float | None:
 
 
 def matrix_rows(matrices: Sequence[Matrix], init_std: float | None, no_bar: bool | None = None) -> list[Row]:
-    """One row per matrix: its size and spread, shares below each ε by both yardsticks, Hoyer and Gini.
+    """One row per matrix: its size and spread, shares below each ε by both yardsticks, Hoyer, Gini and ranks.
 
     Args:
         matrices: matrices of the model.
@@ -91,6 +92,7 @@ def matrix_rows(matrices: Sequence[Matrix], init_std: float | None, no_bar: bool
     for matrix in tqdm(matrices, desc="weights", unit="matrix", leave=False, disable=no_bar):
         weight = matrix.weight.detach().float()
         std = float(weight.std(correction=0))
+        stable, effective = ranks(weight)
         rows.append(
             {
                 "layer": matrix.layer,
@@ -104,6 +106,8 @@ def matrix_rows(matrices: Sequence[Matrix], init_std: float | None, no_bar: bool
                 **{f"below_own_{e:.0e}": share_below(weight, e * std) for e in EPSILONS},
                 "hoyer": hoyer(weight),
                 "gini": gini(weight),
+                "stable_rank": stable,
+                "effective_rank": effective,
             }
         )
     return rows
