@@ -49,6 +49,7 @@ MECHANISMS = Registry(
         "mask_sparsity": "weights.mask_sparsity:MaskSparsity",
         "moe_router_topk_schedule": "experts.topk_schedule:TopkSchedule",
         "moe_x": "experts.moe_x:MoeX",
+        "maskllm": "weights.maskllm:MaskLlm",
         "monarch": "weights.monarch:Monarch",
         "pgf": "weights.pgf:Pgf",
         "random_groups": "weights.random_groups:RandomGroups",

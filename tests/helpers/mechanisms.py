@@ -17,6 +17,7 @@ class Case:
         like: another, through whose code its weights start and are exported.
         holds_zeros: whether the weights that it counts as dead are zeros after a step of these settings.
         dense: whether it has an effect in a model without experts.
+        finished: overrides with which a run is over after one step, where only then it can be exported.
         example: overrides with which its example trains on a small model.
     """
 
@@ -27,6 +28,7 @@ class Case:
     like: str = ""
     holds_zeros: bool = True
     dense: bool = True
+    finished: tuple[str, ...] = ()
     example: tuple[str, ...] = ()
 
 
@@ -76,6 +78,12 @@ CASES: dict[str, Case] = {
     "spdf": Case(_set("spdf", "density=0.4", "dense_after=0.99"), holds_zeros=False, like="sparse_weights"),
     "cast": Case(
         _set("cast", "decay=10", "rise=0.001"), neutral=_set("cast", "decay=0"), holds_zeros=False, like="iss"
+    ),
+    "maskllm": Case(
+        (*_set("maskllm", "rate=0.1"), "optimizer.weight_decay=0"),
+        finished=("train.train_steps=1",),
+        holds_zeros=False,
+        example=("optimizer.lr=3e-2", "optimizer.weight_decay=0"),
     ),
     "ste": Case(_set("ste", "pattern=1:4"), holds_zeros=False),
     "srste": Case(_set("srste", "decay=0.1"), experts=True, holds_zeros=False, like="ste"),
@@ -154,6 +162,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "windows": ("ste", "srste", "pgf", "set"),
     "tokens": ("engram", "stem"),
     "groups": ("spdf", "mask_sparsity", "wgsef", "efficient_llm"),
+    "learned": ("maskllm",),
     "teachers": ("distillation", "frozen_masks"),
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
     "trees": ("comet",),

@@ -4,7 +4,7 @@ Every few steps the mask is chosen again by magnitude; after each update what it
 η λ_t / (√v̂ + ε), and stops there instead of changing its sign. λ_t rises linearly. The second moment is that of the
 loss alone, not of the sum with the decay as in the paper's AdamS. At the end what is left out is zero.
 
-The paper's scaling by rows and its distillation from the dense model are not here.
+The paper's scaling by rows is not here; its distillation from the dense model is `distillation` beside it.
 
 Source: Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language
 Models (arXiv 2509.25996).

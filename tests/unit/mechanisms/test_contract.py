@@ -144,6 +144,7 @@ def test_plan_is_what_is_there(name: str) -> None:
             real = step_bytes(trainer)
             for window in (plugin for plugin in trainer.plugins if hasattr(plugin, "masks")):
                 real["weights"] += sum(weight.nbytes + mask.nbytes for weight, mask in window.masks.items())
+            real["weights"] += sum(getattr(plugin, "window_bytes", 0) for plugin in trainer.plugins)
             grouped = (plugin.groups for plugin in trainer.plugins if hasattr(plugin, "groups"))
             real["optimizer"] += sum(ids.nbytes for groups in grouped for ids in groups.ids)
             others = (model for plugin in trainer.plugins for model in plugin.companions())
@@ -180,7 +181,8 @@ def test_export_is_verified_or_refused(name: str, tmp_path: Path) -> None:
     from sparsecod_megatron.hf.source import open_source
     from sparsecod_megatron.seams.mechanism import Folds, Refused
 
-    with small_trainer(*DEPTH, *CASES[name].settings, "model.init_method_std=0.1") as trainer:
+    settings = (*DEPTH, *CASES[name].settings, *CASES[name].finished, "model.init_method_std=0.1")
+    with small_trainer(*settings) as trainer:
         trained(trainer, 1)
         saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=1))
         config = trainer.config

@@ -143,6 +143,28 @@ def test_learns_from_its_teacher(folder: Path) -> None:
     assert values[-1]["distillation_squarehead"] < 0.8 * values[0]["distillation_squarehead"]
 
 
+def test_cast_with_its_dense_teacher(folder: Path) -> None:
+    """The paper's combination: zeros in the end, and closer to the teacher than without it."""
+    from sparsecod_megatron.mechanisms.weights.engine.patterns import exceeding_groups
+    from sparsecod_megatron.train.step import train_step
+
+    steps, found = 12, []
+    cast = ("mechanisms.cast={decay: 1.0e-4, interval: 2}", f"train.train_steps={steps}", "optimizer.lr=3e-3")
+    for factor in (1e-6, 3.0):
+        with student(folder, *cast, setting(folder / "teacher", squarehead=0, kl=factor)) as trainer:
+            trainer.optimizer.reload_model_params()
+            data = trainer_batches(trainer)
+            for _ in range(steps):
+                train_step(trainer, data)
+            values = {
+                key: value for plugin in trainer.plugins for key, value in plugin.metrics(trainer.context(1)).items()
+            }
+            found.append(values["distillation_kl"])
+            masks = next(plugin for plugin in trainer.plugins if plugin.name == "cast")
+            assert not any(exceeding_groups(shard.parameter, 2, 4) for _, shard in masks.places.shards)
+    assert found[1] < 0.9 * found[0]
+
+
 @pytest.mark.parametrize(("method", "layers"), [("uniform", 1), ("uniform", 3), ("block", 2)])
 def test_recompute_changes_nothing(folder: Path, method: str, layers: int) -> None:
     from sparsecod_megatron.train.step import train_step
