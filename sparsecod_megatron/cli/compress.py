@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import shlex
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.options import add_model_options, check_at_least
-from sparsecod_megatron.compression.registry import METHODS, find_method
+from sparsecod_megatron.cli.launch import share_work
+from sparsecod_megatron.cli.options import add_model_options, check_at_least, names
+from sparsecod_megatron.compression.registry import LATER_WORDS, METHODS, method_class
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
     from sparsecod_megatron.compression.compress import Compression
-    from sparsecod_megatron.compression.method import Method
-    from sparsecod_megatron.evaluation.result import ModelResult
+    from sparsecod_megatron.parallel.processes import Processes
+    from sparsecod_megatron.studies.compressions import Cell, Request
 
 HELP = "Compress a trained model: prune, round or factorise its weights; perplexity on held-out text before and after."
-EXAMPLE = "sparsecod compress --model runs/dense --method wanda+cg --data data/x_val --output compressed/dense"
+EXAMPLE = (
+    "sparsecod compress --model runs/dense --method wanda+cg --data data/x_val --output compressed/dense\n"
+    "  sparsecod compress --model runs/dense --method wanda,sparsegpt --pattern 0.5,2:4 --scores causal "
+    "--data data/x_val --output table"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="HuggingFace model directory, or a training run; several for a method that takes several",
     )
     methods = "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
-    parser.add_argument("--method", required=True, help=methods.replace("%", "%%"))
+    later = "; ".join(f"+{word}: {summary}" for word, summary in LATER_WORDS.items())
+    summaries = f"one, or A,B for a table of several. {methods}; after a pruning rule {later}"
+    parser.add_argument("--method", required=True, metavar="A,B+C", help=summaries.replace("%", "%%"))
+    parser.add_argument(
+        "--pattern",
+        metavar="P,Q",
+        help="of pruning: a share to drop (0.5), n:m (n stay) or group:g:share; each method with each (default 0.5)",
+    )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the method (docs/COMPRESSION.md)"
     )
@@ -48,7 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX_OR_TEXT",
         help="dataset prefix or UTF-8 text file: its end for perplexity, sequences drawn from the rest for calibration",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model directory to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="model directory to write; for a table DIR/METHOD_PATTERN and DIR/table.{md,csv,json}",
+    )
+    parser.add_argument("--scores", metavar="A,B", help="depth scores before and after, as of `sparsecod analyze`")
+    parser.add_argument(
+        "--keep", choices=("all", "none"), default="all", help="models to write; none leaves the table (default all)"
+    )
     parser.add_argument(
         "--samples", type=int, default=128, metavar="N", help="calibration sequences drawn (default 128)"
     )
@@ -56,109 +73,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=int, default=256, metavar="T", help="tokens per sequence (default 256)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of sample and intervals (default 0)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="sequences per forward pass (default 4)")
+    parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="processes on this machine that share sequences and matrices"
+    )
     add_model_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model directory")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compress, write the directory and print the table.
+    """Compress, write the directory and print the table; several methods or patterns make one table.
 
     Raises:
         SparsecodError: arguments, model or data that cannot be used, or nothing that could be compressed.
     """
-    from sparsecod_megatron.compression.compress import compress, write_model
-
-    method = find_method(args.method, args.set)
-    _check_number(args.model, method)
+    methods = names(args.method)
+    if not methods:
+        raise ConfigError(f"--method {args.method!r}: names none; use {', '.join(METHODS)}")
+    for name in methods:
+        _check_number(args.model, name)
     check_at_least(args, batch_size=1, samples=1, held_out=1, seq_length=1, seed=0)
+    share_work(args, lambda processes: _compress(args, methods, processes))
 
-    from sparsecod_megatron.compression.calibration import split_text
-    from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
-    from sparsecod_megatron.files import check_writable, making_output
-    from sparsecod_megatron.models.opening import open_model
 
+def _compress(args: argparse.Namespace, methods: list[str], processes: Processes) -> None:
+    from sparsecod_megatron.evaluation.corpus import dataset_prefix
+    from sparsecod_megatron.files import check_writable
+    from sparsecod_megatron.studies.compressions import Request, compress_once, make_cells
+
+    cells = make_cells(methods, names(args.pattern), args.set)
     check_writable(args.output)
     dataset_prefix(args.data)  # a wrong path should not wait for the model
-    options = {"dtype": args.dtype, "device": args.device, "verify": not args.no_verify}
-    with (
-        open_model(args.model[0], restored=False, **options) as opened,
-        making_output(args.output, overwrite=args.overwrite) as folder,
-    ):
-        model, tokenizer = opened.model, opened.tokenizer
-        text = split_text(
-            read_corpus(args.data, tokenizer).tokens,
-            num_samples=args.samples,
-            num_held_out=args.held_out,
-            seq_length=args.seq_length,
-            vocab_size=model.config.get_text_config().vocab_size,
-            seed=args.seed,
-        )
-        before = _score(args, "before", model, text.held_out)
-        others = (_model(path, options) for path in args.model[1:])
-        compression = compress(model, method, text.calibration, batch_size=args.batch_size, others=others)
-        after = _score(args, "after", compression.scored, text.held_out)
-        write_model(compression, tokenizer, opened.directory, folder)
-        report = _report(args, compression, before, after)
-        (folder / "compression.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-    _print(compression, report)
-    print(f"wrote {args.output}")
+    shared = ("data", "output", "samples", "held_out", "seq_length", "seed", "batch_size", "dtype", "device")
+    request = Request(
+        models=tuple(args.model),
+        **{name: getattr(args, name) for name in shared},
+        verify=not args.no_verify,
+        scores=tuple(names(args.scores)),
+        keep=args.keep == "all",
+        overwrite=args.overwrite,
+    )
+    if len(cells) > 1 or request.scores or not request.keep:
+        _tabulate(request, cells, args.command_line, processes)
+        return
+    compression, report = compress_once(request, cells[0], processes)
+    if processes.is_first:
+        _print(compression, report)
+        print(f"wrote {args.output}")
 
 
-def _check_number(models: list[Path], method: Method) -> None:
-    if len(models) > 1 and not method.needs.several_models:
-        raise ConfigError(f"--model: {len(models)} given, and --method {method.name} takes one; give one")
-    if len(models) == 1 and method.needs.several_models:
-        raise ConfigError(f"--model: one given, and --method {method.name} takes several; give more")
+def _tabulate(request: Request, cells: list[Cell], command_line: list[str], processes: Processes) -> None:
+    """Make the rows, and write the table again after each, so that there is always one of what is done."""
+    from sparsecod_megatron.analysis.scores.registry import find_scores
+    from sparsecod_megatron.studies.compression_table import perplexity_text, write_table
+    from sparsecod_megatron.studies.compressions import compress_all
+
+    if request.scores:
+        find_scores(list(request.scores))  # an unknown one should not wait for the model
+    rows: list[dict[str, Any]] = []
+    text = ""
+    for row in compress_all(request, cells, processes):
+        rows.append(row)
+        if processes.is_first:
+            print(f"{row['method']} {row['pattern']}: perplexity {perplexity_text(row['perplexity'])}", flush=True)
+            text = write_table(request.output, rows, shlex.join(["sparsecod", "compress", *command_line[1:]]))
+    if processes.is_first:
+        print(text, end="")
+        print(f"wrote {request.output}")
 
 
-def _model(path: Path, options: dict[str, Any]) -> PreTrainedModel:
-    """One of several models, which is gone when nobody holds it any more."""
-    from sparsecod_megatron.models.opening import open_model
-
-    with open_model(path, restored=False, **options) as opened:
-        return opened.model
-
-
-def _score(args: argparse.Namespace, name: str, model: PreTrainedModel, tokens: Tensor) -> ModelResult:
-    from sparsecod_megatron.evaluation.perplexity import score_windows, summary
-    from sparsecod_megatron.evaluation.result import ModelResult
-
-    windows = score_windows(model, tokens, seq_length=args.seq_length, batch_size=args.batch_size)
-    return ModelResult(name, perplexity=summary(windows, seed=args.seed), windows=windows)
-
-
-def _report(
-    args: argparse.Namespace, compression: Compression, before: ModelResult, after: ModelResult
-) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    from sparsecod_megatron import __version__
-    from sparsecod_megatron.compression.changes import compressed_fraction
-    from sparsecod_megatron.compression.modelopt import modelopt_version
-    from sparsecod_megatron.evaluation.result import differences
-
-    assert before.perplexity is not None and after.perplexity is not None
-    names = ("method", "data", "samples", "held_out", "seq_length", "seed", "batch_size", "dtype")
-    settings = {name: getattr(args, name) for name in names}
-    model = args.model[0] if len(args.model) == 1 else args.model
-    versions = {"sparsecod_megatron": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    if compression.method.needs.modelopt:
-        versions["modelopt"] = modelopt_version()
-    return {
-        "settings": {"model": model, **settings, "set": asdict(compression.method.settings)},
-        "before": asdict(before.perplexity),
-        "after": asdict(after.perplexity),
-        "differences": [asdict(difference) for difference in differences(before, after)],
-        "compressed_fraction": compressed_fraction(compression.matrices),
-        "matrices": [asdict(matrix) for matrix in compression.matrices],
-        "num_parameters": dict(zip(("before", "after"), compression.num_parameters, strict=True)),
-        "warnings": compression.warnings,
-        "versions": versions,
-    }
+def _check_number(models: list[Path], name: str) -> None:
+    several = method_class(name).needs.several_models
+    if len(models) > 1 and not several:
+        raise ConfigError(f"--model: {len(models)} given, and --method {name} takes one; give one")
+    if len(models) == 1 and several:
+        raise ConfigError(f"--model: one given, and --method {name} takes several; give more")
 
 
 def _print(compression: Compression, report: dict[str, Any]) -> None:
+    from sparsecod_megatron.studies.compression_table import perplexity_text
+
     kinds = defaultdict(list)
     for matrix in compression.matrices:
         if matrix.compressed:
@@ -178,15 +171,7 @@ def _print(compression: Compression, report: dict[str, Any]) -> None:
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     for name in ("before", "after"):
-        print(f"perplexity {name:6}  {_perplexity_text(report[name])}")
+        print(f"perplexity {name:6}  {perplexity_text(report[name])} on {report[name]['num_tokens']} tokens")
     for row in report["differences"]:
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.3g} (standard error over the same windows)"
         print(f"{row['metric']:10} change  {row['value']:+.4g}{error}")
-
-
-def _perplexity_text(result: dict[str, Any]) -> str:
-    """With its interval, which is that of the loss, raised to the exponent; and of how many tokens."""
-    if result["loss_low"] is None:
-        return f"{result['perplexity']:.3f} on {result['num_tokens']} tokens"
-    low, high = math.exp(result["loss_low"]), math.exp(result["loss_high"])
-    return f"{result['perplexity']:.3f} [{low:.3f}, {high:.3f}] on {result['num_tokens']} tokens"

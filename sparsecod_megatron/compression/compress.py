@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsecod_megatron.compression.changes import Changes, MatrixChange
 from sparsecod_megatron.compression.method import Material, Method, Outcome
 from sparsecod_megatron.compression.own_class import CompressedConfig
+from sparsecod_megatron.compression.progress import Progress
 from sparsecod_megatron.compression.registry import METHODS, method_class
 from sparsecod_megatron.errors import CheckpointError, ConversionError, SparsecodError
 from sparsecod_megatron.parallel.processes import Processes
@@ -55,6 +56,7 @@ def compress(
     batch_size: int,
     others: Iterable[PreTrainedModel] = (),
     processes: Processes | None = None,
+    work: Path | None = None,
 ) -> Compression:
     """Compress a model, in place.
 
@@ -65,6 +67,8 @@ def compress(
         batch_size: sequences of a forward pass.
         others: further models, for a method that takes several.
         processes: those that do the same work together, each with the same arguments; None is this one alone.
+        work: folder for what is done already, of this model, method and data alone; None keeps nothing. A call that
+            finds something there continues from it.
 
     Raises:
         ConversionError: a model that the method cannot take, or nothing in it was compressed.
@@ -72,7 +76,8 @@ def compress(
     before, changes = model.eval().num_parameters(), Changes(model)
     calibration = sequences if method.needs.calibration else None
     with torch.set_grad_enabled(method.needs.gradients), _refusing(model, method):
-        material = Material(model, changes, iter(others), calibration, batch_size, processes or Processes())
+        together, progress = processes or Processes(), Progress(work)
+        material = Material(model, changes, iter(others), calibration, batch_size, together, progress)
         outcome = method.compress(material)
     rows = changes.rows(method.reason)
     if not any(row.compressed for row in rows):

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsecod_megatron.compression.calibration import feeder
 from sparsecod_megatron.compression.changes import Changes
+from sparsecod_megatron.compression.progress import Progress
 from sparsecod_megatron.config.fields import bound_problems
 from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.errors import CheckpointError, ConfigError
@@ -65,6 +66,7 @@ class Material:
         sequences: calibration data, int64 `[sequences, tokens]`; None where the method needs none.
         batch_size: sequences of a forward pass.
         processes: those that do the same work together; each has the whole model and all sequences.
+        progress: where a method that takes long keeps what is done, to continue from there.
     """
 
     model: PreTrainedModel
@@ -73,6 +75,7 @@ class Material:
     sequences: Tensor | None
     batch_size: int
     processes: Processes = Processes()
+    progress: Progress = Progress()
 
     def feed(self, model: nn.Module) -> None:
         """Run a model, the given one or one made of it, over the calibration data without gradients."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from sparsecod_megatron.compression.changes import holder
 from sparsecod_megatron.compression.experts import is_fused, separate_experts
 from sparsecod_megatron.compression.method import Material
 from sparsecod_megatron.compression.patterns import Pattern
+from sparsecod_megatron.compression.progress import DoneBlock, Outputs
 from sparsecod_megatron.compression.reconstruct import row_errors
 from sparsecod_megatron.compression.rules import Rule
 from sparsecod_megatron.compression.scores import Evidence, gradient_norms
 from sparsecod_megatron.compression.statistics import InputStatistics
 from sparsecod_megatron.compression.watching import Slot, Watcher, slots_of, stages_of, statistics_for
+from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.hf.blocks import Layers, find_layers
 from sparsecod_megatron.hf.calls import Call, Replay, Trace, same_calls
 
@@ -92,9 +95,12 @@ def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Not
 
     Raises:
         ConversionError: a model whose blocks cannot be run by themselves.
+        ConfigError: more processes than sequences.
     """
     assert material.sequences is not None
     model, processes = material.model, material.processes
+    if len(material.sequences) < processes.size:
+        raise ConfigError(f"--nproc {processes.size}: more than --samples {len(material.sequences)}; lower it")
     gradients: dict[str, Tensor] = {}
     if plan.rule.needs_gradients:
         weights = {name: model.get_parameter(name) for name in taken}
@@ -105,9 +111,16 @@ def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Not
     patterns = _patterns(material, plan, layers, taken, stream)
     pruner = _Pruner(material, plan, gradients, len(material.sequences))
     for layer, block in enumerate(tqdm(layers.blocks, desc="blocks", unit="block", disable=processes.no_progress)):
+        is_done = processes.from_first(partial(material.progress.has, layer))
+        outputs = stream.run(layer) if is_done and plan.inputs == "dense" else []
         with separate_experts(block):
             slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
-            outputs = pruner.block(layer, slots, stream, patterns[layer])
+            if is_done:
+                pruner.put(slots, material.progress.load(layer))
+            elif slots:
+                outputs, done = pruner.block(layer, slots, stream, patterns[layer])
+                if processes.is_first:
+                    material.progress.save(layer, done)
         if layer + 1 < len(layers):
             stream.hidden = outputs if plan.inputs == "dense" and slots else stream.run(layer)
     return pruner.notes
@@ -181,32 +194,39 @@ class _Pruner:
         self._num_sequences = num_sequences
         self.notes = Notes()
 
-    def block(self, layer: int, slots: list[Slot], stream: _Stream, pattern: Pattern) -> list[Tensor]:
+    def block(self, layer: int, slots: list[Slot], stream: _Stream, pattern: Pattern) -> tuple[list[Tensor], DoneBlock]:
         """Prune the matrices of a block, in place.
 
         Returns:
-            The dense block's outputs for the stream.
+            The dense block's outputs for the stream, and what became of the matrices.
         """
-        processes, outputs = self._material.processes, list[Tensor]()
-        if not slots:
-            return outputs
+        processes, done = self._material.processes, DoneBlock({}, [], [])
         gram = self._plan.rule.needs_gram or self._plan.output_error
         found, outputs = self._watch(layer, slots, stream, gram)
         stages = [slots] if self._plan.order == "block" else stages_of(slots, found)
         for number, stage in enumerate(stages):
             if number:
                 found, _ = self._watch(layer, stage, stream, gram)
-            known = {slot.key: self._statistics(slot, slots, found) for slot in stage}
+            known = {slot.key: self._statistics(slot, slots, found, done) for slot in stage}
 
-            def work(
-                part: Sequence[Slot], known: dict[str, InputStatistics] = known
-            ) -> list[tuple[Tensor, tuple[float, float] | None]]:
+            def work(part: Sequence[Slot], known: dict[str, InputStatistics] = known) -> list[tuple[Tensor, Outputs]]:
                 made = [self.pruned(slot, known[slot.key], pattern) for slot in part]
                 return made if processes.size == 1 else [(weight.cpu(), outputs) for weight, outputs in made]
 
-            for slot, (weight, errors) in zip(stage, processes.distribute(stage, work), strict=True):
-                self.write(slot, weight.to(slot.weight.device), errors)
-        return outputs
+            made = dict(zip([slot.key for slot in stage], processes.distribute(stage, work), strict=True))
+            self.put(stage, DoneBlock(made, [], []))
+            done.matrices.update(made)
+        self.notes.pooled += done.pooled
+        self.notes.unreached += done.unreached
+        return outputs, done
+
+    def put(self, slots: Sequence[Slot], done: DoneBlock) -> None:
+        """Put a block's new weights where the old ones were."""
+        for slot in slots:
+            weight, outputs = done.matrices[slot.key]
+            self.write(slot, weight.to(slot.weight.device), outputs)
+        self.notes.pooled += done.pooled
+        self.notes.unreached += done.unreached
 
     def _watch(
         self, layer: int, slots: list[Slot], stream: _Stream, gram: bool
@@ -215,20 +235,20 @@ class _Pruner:
         outputs = stream.run(layer, watcher)
         return watcher.totals(self._material.processes), outputs
 
-    def _statistics(self, slot: Slot, slots: list[Slot], found: dict[str, InputStatistics]) -> InputStatistics:
+    def _statistics(
+        self, slot: Slot, slots: list[Slot], found: dict[str, InputStatistics], done: DoneBlock
+    ) -> InputStatistics:
         statistics, is_pooled = statistics_for(slot, slots, found)
         if is_pooled:
-            self.notes.pooled.append(slot.key)
+            done.pooled.append(slot.key)
         if statistics is None or not statistics.count:
-            self.notes.unreached.append(slot.key)
+            done.unreached.append(slot.key)
         if statistics is None:  # magnitude decides
             gram = self._plan.rule.needs_gram or self._plan.output_error
             statistics = InputStatistics.empty(slot.weight.shape[1], gram=gram, device=slot.weight.device)
         return statistics
 
-    def pruned(
-        self, slot: Slot, statistics: InputStatistics | None, pattern: Pattern
-    ) -> tuple[Tensor, tuple[float, float] | None]:
+    def pruned(self, slot: Slot, statistics: InputStatistics | None, pattern: Pattern) -> tuple[Tensor, Outputs]:
         """New weights `[out, in]` in the parameter's type, and squared norms of the outputs' change and the outputs."""
         plan, weight = self._plan, slot.weight.float()
         evidence = Evidence(
@@ -248,7 +268,7 @@ class _Pruner:
         change, size = row_errors(new.float() - weight, statistics.gram), row_errors(weight, statistics.gram)
         return new, (float(change.double().sum()), float(size.double().sum()))
 
-    def write(self, slot: Slot, weight: Tensor, outputs: tuple[float, float] | None) -> None:
+    def write(self, slot: Slot, weight: Tensor, outputs: Outputs) -> None:
         """Put new weights where the old ones were."""
         self._material.changes.put_piece(slot.name, slot.weight, weight, outputs)
 
