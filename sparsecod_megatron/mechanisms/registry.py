@@ -50,6 +50,7 @@ MECHANISMS = Registry(
         "moe_router_topk_schedule": "experts.topk_schedule:TopkSchedule",
         "moe_x": "experts.moe_x:MoeX",
         "maskllm": "weights.maskllm:MaskLlm",
+        "monet": "experts.monet:Monet",
         "monarch": "weights.monarch:Monarch",
         "pgf": "weights.pgf:Pgf",
         "random_groups": "weights.random_groups:RandomGroups",

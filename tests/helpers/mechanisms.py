@@ -144,6 +144,9 @@ CASES: dict[str, Case] = {
         experts=True,
         dense=False,
     ),
+    "monet": Case(
+        (*_set("monet", "experts=8", "heads=2", "k=3", "momentum=0.5"), "model.activation=relu2"),
+    ),
     "stem": Case(_set("stem", "layers=[1,3]")),
     "s2_attention": Case(
         _set("s2_attention", "block_size=2", "local_blocks=1", "stride=2"),
@@ -166,6 +169,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "teachers": ("distillation", "frozen_masks"),
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
     "trees": ("comet",),
+    "product-keys": ("monet",),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 APART = ("marks", "windows", "groups")
