@@ -178,10 +178,12 @@ class Monet(Mechanism):
         return MonetGroup(models)
 
     def saved_bytes(self, model: ModelConfig, layer: int, rank: RankShape) -> dict[str, int]:
-        """Gates on their way, units by head, and the inputs of the output weights."""
-        units = model.ffn_hidden_size // rank.tensor * rank.value_bytes
-        gates = self.experts // rank.tensor * 2 * self.heads
-        return {"monet": rank.tokens * (units * (2 if self.is_vertical else 1) + gates * (1 + 8 + rank.value_bytes))}
+        """Units in the order of experts, what each output half multiplies, gates in three orders, and sums by head."""
+        value, units = rank.value_bytes, model.ffn_hidden_size // rank.tensor
+        entries, halves = self.experts // rank.tensor, 2 if self.is_vertical else 1
+        ordered = units * (3 if self.is_vertical else 1) + self.heads * model.ffn_hidden_size // self.experts
+        gates = 2 * self.heads * (entries * 5 + 4) + 2 * entries * value * (self.heads * halves + 1)
+        return {"monet": rank.tokens * (ordered * value + gates)}
 
     def made_small(self, model: ModelConfig, small: ModelConfig) -> Monet:
         """Ten entries, or six; horizontal where the small width has no room for two halves of them."""
@@ -196,8 +198,8 @@ class Monet(Mechanism):
             "projection.weight": (self.experts * 2 * self.heads, model.hidden_size),
             "unit_bias": (model.ffn_hidden_size,),
             "output_bias": (self.experts * model.hidden_size,),
-            "mean": (2, self.heads),
-            "variance": (2, self.heads),
+            "mean": (2 * self.heads,),
+            "variance": (2 * self.heads,),
         }
         tensors = tuple(
             ExportedTensor(f"decoder.layers.{layer}.mlp.keys.{name}", f"model.layers.{layer}.mlp.keys.{name}", shape)

@@ -56,8 +56,8 @@ class _Keys(nn.Module):
         self.reach = quantile(settings["k"], experts)
         self.projection = nn.Linear(hidden, experts * 2 * self.heads, bias=False)
         self.unit_bias, self.output_bias = (nn.Parameter(torch.zeros(size)) for size in (width, experts * hidden))
-        self.register_buffer("mean", torch.zeros(2, self.heads))
-        self.register_buffer("variance", torch.ones(2, self.heads))
+        self.register_buffer("mean", torch.zeros(2 * self.heads))
+        self.register_buffer("variance", torch.ones(2 * self.heads))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] → [..., experts, 2, heads], in fp32."""
@@ -103,7 +103,7 @@ def key_gates(
 
     Args:
         logits: of all keys of this rank.
-        mean: of each key's and head's logits, over tokens and experts, [2, heads].
+        mean: of each key's and head's logits, over tokens and experts, [2 · heads].
         variance: the same.
         reach: standard deviations above the mean at which the threshold lies.
         largest: elementwise maximum over the ranks that share the experts.
@@ -112,7 +112,7 @@ def key_gates(
     with torch.no_grad():
         top = largest(logits.amax(dim=-3, keepdim=True))
         threshold = mean.float() + reach * (variance.float() + EPSILON).sqrt()
-        has_key = logits >= torch.minimum(top, threshold)
+        has_key = logits >= torch.minimum(top, threshold.unflatten(0, logits.shape[-2:]))
     weights = (logits - top).masked_fill(~has_key, -torch.inf).exp()
     return weights / total(weights.sum(dim=-3, keepdim=True))
 
@@ -147,11 +147,11 @@ def experts_output(
     passed = by_key.flip(-3)[..., :halves, :, :] @ summed
     shares, biases = gates.sum(dim=-1), bias.view(experts, -1)  # [..., experts, 2] and [experts, hidden]
     if not is_vertical:
-        return F.linear(passed.flatten(-3), weight) + shares[..., 1] @ biases
+        return F.linear(passed.flatten(-3), weight) + F.linear(shares[..., 1], biases.t())
     own = held * shares.transpose(-2, -1).unsqueeze(-1)
     outputs = []
     for key, (rows, offset) in enumerate(zip(weight.chunk(2), biases.chunk(2, dim=-1), strict=True)):
         inputs = (own[..., key, :, :], passed[..., 1 - key, :, :])
         ordered = torch.stack(inputs if key == 0 else inputs[::-1], dim=-2).flatten(-3)
-        outputs.append(F.linear(ordered, rows) + shares[..., key] @ offset)
+        outputs.append(F.linear(ordered, rows) + F.linear(shares[..., key], offset.t()))
     return torch.cat(outputs, dim=-1)

@@ -36,7 +36,7 @@ class ProductKeys:
         tp_group: ranks that share the experts.
 
     Attributes:
-        mean: of the logits by key and head, [2, heads]; a checkpoint keeps it.
+        mean: of the logits by key and head, [2 · heads]; a checkpoint keeps it.
         variance: the same.
         sums: of training passes since the last step ended: numbers, sums and sums of squares of the logits, [3, 2,
             heads]; None before the first.
@@ -81,8 +81,8 @@ class ProductKeys:
         for name, size in (("unit_bias", model.ffn_hidden_size), ("output_bias", experts * config.hidden_size)):
             zeros = torch.zeros(size // tp_group.size(), dtype=config.params_dtype)
             module.register_parameter(name, torch.nn.Parameter(zeros))
-        module.register_buffer("mean", torch.zeros(2, heads))
-        module.register_buffer("variance", torch.ones(2, heads))
+        module.register_buffer("mean", torch.zeros(2 * heads))
+        module.register_buffer("variance", torch.ones(2 * heads))
         self.sums: Tensor | None = None
         self.gates: Tensor | None = None
         self.observe: Any = None
@@ -226,4 +226,4 @@ class KeyStatistics(Plugin):
                 mean = total / count
                 variance = squares / count - mean.square()
                 for kept, new in ((keys.mean, mean), (keys.variance, variance)):
-                    kept.lerp_(new.to(kept.dtype), self._momentum)
+                    kept.lerp_(new.flatten().to(kept.dtype), self._momentum)

@@ -59,7 +59,7 @@ def naive_expert(mlp: Any, x: Any, i: int, j: int, *, vertical: bool) -> Any:
 def test_output_and_gradients_are_those_of_a_loop_over_experts(form: str) -> None:
     with megatron_model(*MONET, f"mechanisms.monet.decomposition={form}", PLAIN) as model:
         mlp: Any = model.decoder.layers[1].mlp  # type: ignore[union-attr, index]
-        mlp.keys.mean.copy_(torch.randn(2, 3) / 10)
+        mlp.keys.mean.copy_(torch.randn(6) / 10)
         x = torch.randn(4, 1, HIDDEN, requires_grad=True)
         theirs_in = x.detach().clone().requires_grad_()
         ours, bias = mlp(x)
@@ -67,7 +67,7 @@ def test_output_and_gradients_are_those_of_a_loop_over_experts(form: str) -> Non
         theirs = []
         for token in theirs_in.flatten(end_dim=1):
             logits = (mlp.keys.projection.weight @ token).view(EXPERTS, 2, 3)
-            gates = naive_gates(logits, mlp.keys.mean, mlp.keys.variance, quantile(2, EXPERTS))
+            gates = naive_gates(logits, mlp.keys.mean.view(2, 3), mlp.keys.variance.view(2, 3), quantile(2, EXPERTS))
             theirs.append(
                 sum(
                     (gates[i, 0] * gates[j, 1]).sum() * naive_expert(mlp, token, i, j, vertical=form == "vertical")
@@ -120,7 +120,7 @@ def test_as_many_entries_are_kept_as_asked_for() -> None:
     """Of normal logits with their own mean and deviation, k on average."""
     torch.manual_seed(0)
     logits = 3 * torch.randn(400, 128, 2, 2) + 1
-    gates = key_gates(logits, torch.ones(2, 2), torch.full((2, 2), 9.0), quantile(16, 128))
+    gates = key_gates(logits, torch.ones(4), torch.full((4,), 9.0), quantile(16, 128))
     assert float((gates > 0).sum(dim=1).float().mean()) == pytest.approx(16, rel=0.02)
     torch.testing.assert_close(gates.sum(dim=1), torch.ones(400, 2, 2))
 
@@ -132,7 +132,7 @@ def test_running_statistics_are_those_of_the_steps_logits() -> None:
 
     with small_trainer(*MONET, "mechanisms.monet.momentum=0.25") as trainer:
         keys: Any = trainer.models[0].module.decoder.layers[1].mlp.keys
-        assert float(keys.variance[0, 0]) == pytest.approx(0.02**2 * HIDDEN)
+        assert float(keys.variance[0]) == pytest.approx(0.02**2 * HIDDEN)
         seen: list[torch.Tensor] = []
         handle = keys.projection.register_forward_hook(lambda module, args, out: seen.append(out[0].detach()))
         data = trainer_batches(trainer)
@@ -140,8 +140,8 @@ def test_running_statistics_are_those_of_the_steps_logits() -> None:
         handle.remove()
         logits = torch.cat([each.view(-1, EXPERTS, 2, 3) for each in seen]).double().flatten(end_dim=1)
         assert len(seen) == 2
-        torch.testing.assert_close(keys.mean.double(), 0.25 * logits.mean(dim=0), rtol=1e-4, atol=1e-7)
-        expected = 0.75 * 0.02**2 * HIDDEN + 0.25 * logits.var(dim=0, correction=0)
+        torch.testing.assert_close(keys.mean.double(), 0.25 * logits.mean(dim=0).flatten(), rtol=1e-4, atol=1e-7)
+        expected = 0.75 * 0.02**2 * HIDDEN + 0.25 * logits.var(dim=0, correction=0).flatten()
         torch.testing.assert_close(keys.variance.double(), expected, rtol=1e-4, atol=1e-7)
         before = keys.mean.clone(), keys.variance.clone()
         train_step(trainer, data, judge=lambda loss, norm: Verdict(update=False))
