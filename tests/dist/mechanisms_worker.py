@@ -70,7 +70,7 @@ class LayoutCase(SpreadCase):
         )
 
 
-EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers")
+EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers", "product-keys")
 """Runs that are tried in every layout; the others share their code, and are in one of each kind of split.
 Experts' neurons are the unit tests' matter."""
 ROUTERS = ("routers", "trees")
