@@ -83,13 +83,15 @@ def heal(config: RunConfig, backend: Backend, groups: Any, pruned: Path) -> dict
     import torch
 
     from sparsecod_megatron.hf.source import open_source
-    from sparsecod_megatron.mechanisms.distillation.teacher import copy_weights
+    from sparsecod_megatron.mechanisms.directory_shards import directory_shards
     from sparsecod_megatron.model import unwrap
     from sparsecod_megatron.train.setup import build_trainer
     from sparsecod_megatron.train.step import train_step
 
     trainer = build_trainer(config, backend, groups)
-    copy_weights(open_source(pruned), config, [unwrap(model) for model in trainer.models], groups)
+    models = [unwrap(model) for model in trainer.models]
+    for target, values in directory_shards(open_source(pruned), config, models, groups, key="student"):
+        target.data.copy_(values)
     trainer.optimizer.reload_model_params()
     for plugin in trainer.plugins:
         plugin.weights_replaced()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,18 +20,15 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.check import check_config
 from sparsecod_megatron.config.megatron_fields import FUNCTION_FIELDS
-from sparsecod_megatron.config.parameters import NORM_RENAMES, ParameterTable
-from sparsecod_megatron.errors import ConfigError, ConversionError
-from sparsecod_megatron.hf.source import HFSource, open_source
+from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.hf.source import HFSource
+from sparsecod_megatron.mechanisms.directory_shards import directory_shards, opened_directory
 from sparsecod_megatron.model import build_model, transformer_config, unwrap
-from sparsecod_megatron.model.matrices import shards
 
 FRESH = ":fresh:"
 """In place of a directory: random weights of the run's own shape, for audits and tests."""
 FRESH_SEED = 1
 """Seed of those weights, whatever `train.seed` says: a resumed run has the same teacher."""
-SAME_KEYS = ("vocab_size", "num_layers", "hidden_size")
-"""Keys of the model in which teacher and student agree."""
 DIGEST_BYTES = 32
 _BLOCK = 1 << 22
 
@@ -54,8 +50,9 @@ class Teacher:
         ConfigError: it cannot be read, or is of another shape than the student.
     """
 
+    @torch.no_grad()
     def __init__(self, directory: str, config: RunConfig, groups: ProcessGroupCollection, *, key: str) -> None:
-        source = None if directory == FRESH else _opened(directory, config, key)
+        source = None if directory == FRESH else opened_directory(directory, config, key=key)
         teacher = _teacher_config(config, source, key)
         backend = select_backend()
         megatron = transformer_config(teacher, transformer_engine=backend.transformer_engine)
@@ -64,10 +61,8 @@ class Teacher:
         )
         self.models: Sequence[GPTModel] = [unwrap(chunk) for chunk in self.chunks]
         if source is not None:
-            try:
-                copy_weights(source, teacher, self.models, groups)
-            except ConversionError as error:
-                raise ConfigError(f"{key}: {error}") from error
+            for target, values in directory_shards(source, teacher, self.models, groups, key=key):
+                target.copy_(values)
         self._tied = [model.shared_embedding_or_output_weight() if _is_tied(model) else None for model in self.models]
         for model in self.models:
             model.requires_grad_(False)
@@ -80,23 +75,6 @@ class Teacher:
         """[S, B, V / TP] of the states behind the final norm, [S_local, B, H]. Collective over the TP group."""
         found: Tensor = self.models[chunk].output_layer(states, weight=self._tied[chunk])[0]
         return found
-
-
-def _opened(directory: str, config: RunConfig, key: str) -> HFSource:
-    try:
-        source = open_source(Path(directory))
-    except ConversionError as error:
-        raise ConfigError(f"{key}: {error}") from error
-    if source.mechanisms:
-        names = ", ".join(source.mechanisms)
-        raise ConfigError(f"{key}: {directory} computes with {names}; give a model without mechanisms")
-    for name in SAME_KEYS:
-        theirs, ours = getattr(source.model, name), getattr(config.model, name)
-        if theirs != ours:
-            raise ConfigError(
-                f"{key}: {directory} has {name} {theirs}, the run has model.{name}={ours}; they must agree"
-            )
-    return source
 
 
 def _teacher_config(config: RunConfig, source: HFSource | None, key: str) -> RunConfig:
@@ -115,31 +93,6 @@ def _teacher_config(config: RunConfig, source: HFSource | None, key: str) -> Run
     except ConfigError as error:
         raise ConfigError(f"{key}: the teacher does not fit this run: {error}") from error
     return found
-
-
-@torch.no_grad()
-def copy_weights(
-    source: HFSource, config: RunConfig, models: Sequence[GPTModel], groups: ProcessGroupCollection
-) -> None:
-    """Give the chunks their shards of the directory's tensors. Local."""
-    table = ParameterTable.of(config)
-    held: dict[str, list[tuple[Tensor, object]]] = {}
-    for model in models:
-        for shard in shards(model, table, groups):
-            name = shard.matrix.name
-            for fused, plain in NORM_RENAMES.items():
-                name = name.replace(fused, plain)
-            held.setdefault(name, []).append((shard.parameter, shard.cut))
-        for name, buffer in model.named_buffers():
-            if name.endswith("expert_bias"):
-                layer = int(name.split("layers.")[1].split(".")[0])
-                number = model.decoder.layers[layer].layer_number - 1
-                whole = name.replace(f"layers.{layer}.", f"layers.{number}.")
-                held.setdefault(whole, []).append((buffer, lambda tensor: tensor))
-    for name, tensor in source.tensors():
-        for target, cut in held.pop(name.replace("local_experts.", ""), ()):
-            target.copy_(cut(tensor.to(target.device)))  # type: ignore[operator]
-    assert not held, f"{source.directory}: the import's table has no {next(iter(held))}"
 
 
 def _is_tied(model: GPTModel) -> bool:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.fields import above, at_least, choice
+from sparsecod_megatron.config.fields import above, at_least
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.errors import ConfigError, ConversionError
 from sparsecod_megatron.mechanisms.weights.engine import mask_choices
@@ -56,8 +56,9 @@ class MaskLlm(WeightMechanism):
     """Factor on the run's learning rate for the logits."""
     weight_decay: float = at_least(0, 0.1)
     """Decoupled decay of the logits."""
-    prior: str = choice("magnitude", "none")
-    """The mask that logits start towards: the two largest of each group, or no one."""
+    prior: str = "magnitude"
+    """The mask that logits start towards: `magnitude`, the two largest of each group; `none`; or a HuggingFace
+    directory of a pruned model, what is not zero in it."""
     prior_strength: float = at_least(0, 3.0)
     """α."""
     std: float = above(0, 0.01)
@@ -177,13 +178,30 @@ class LearnedMasks(Plugin):
     @torch.no_grad()
     def weights_replaced(self) -> None:
         """Draw logits for these weights, unless a checkpoint had some."""
-        for number, piece in enumerate(self.places.pieces if not self._restored else ()):
-            noise = mask_choices.normal(self._groups(number), self.seed)
-            self.logits[number] = self.settings.std * noise
-            if self.settings.prior == "magnitude":
-                kept = ~smallest_of_each(piece.master.view(-1, SIZE), 2, SIZE)
-                agreement = mask_choices.agreement(kept) - 1
-                self.logits[number] += self.settings.prior_strength * self.settings.std * agreement
+        if self._restored:
+            return
+        for number in range(len(self.logits)):
+            self.logits[number] = self.settings.std * mask_choices.normal(self._groups(number), self.seed)
+        for number, kept in self._prior():
+            agreement = mask_choices.agreement(kept) - 1
+            self.logits[number] += self.settings.prior_strength * self.settings.std * agreement
+
+    def _prior(self) -> Iterator[tuple[int, Tensor]]:
+        """Pieces, and which weights the prior keeps of each, [groups, 4] bool. Local."""
+        if self.settings.prior == "none":
+            return
+        if self.settings.prior == "magnitude":
+            for number, piece in enumerate(self.places.pieces):
+                yield number, ~smallest_of_each(piece.master.view(-1, SIZE), 2, SIZE)
+            return
+        from sparsecod_megatron.mechanisms.directory_shards import directory_shards, opened_directory
+
+        parts, key = self._parts, self.settings.key("prior")
+        source = opened_directory(self.settings.prior, parts.config, key=key)
+        owned: dict[Tensor, int] = {piece.shard.parameter: number for number, piece in enumerate(self.places.pieces)}
+        for target, values in directory_shards(source, parts.config, parts.models, parts.groups, key=key):
+            if target in owned:
+                yield owned[target], self.places.pieces[owned[target]].slice_of(values != 0).view(-1, SIZE)
 
     @contextlib.contextmanager
     def effective_weights(self, context: StepContext) -> Iterator[None]:

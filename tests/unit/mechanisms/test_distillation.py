@@ -49,13 +49,15 @@ def student(folder: Path, *overrides: str) -> Iterator[Any]:
     """A trainer with the weights of `folder / student`."""
     select_backend()
     from sparsecod_megatron.hf.source import open_source
-    from sparsecod_megatron.mechanisms.distillation.teacher import copy_weights
+    from sparsecod_megatron.mechanisms.directory_shards import directory_shards
     from sparsecod_megatron.model import unwrap
 
     source = open_source(folder / "student")
     same = [f"model.{name}={getattr(source.model, name)}" for name in ("rotary_base", "layernorm_epsilon")]
     with small_trainer(UNTIED, *same, "optimizer.clip_grad=0", *overrides) as trainer:
-        copy_weights(source, trainer.config, [unwrap(model) for model in trainer.models], trainer.groups)
+        models = [unwrap(model) for model in trainer.models]
+        for target, values in directory_shards(source, trainer.config, models, trainer.groups, key="student"):
+            target.data.copy_(values)
         yield trainer
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
@@ -15,6 +16,7 @@ from sparsecod_megatron.errors import ConfigError, ConversionError
 from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.mechanisms.weights.engine import mask_choices
 from sparsecod_megatron.mechanisms.weights.engine.patterns import exceeding_groups, smallest_of_each
+from tests.helpers.hf_models import write_llama
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import small_trainer, trainer_batches
 
@@ -113,6 +115,34 @@ def test_a_strong_prior_is_the_mask_and_the_rest_is_frozen(tmp_path: Path) -> No
         load_checkpoint(final, trainer)
         with pytest.raises(ConfigError, match="the masks of this run became final at its last step, before 9"):
             train_step(trainer, trainer_batches(trainer))
+
+
+def test_a_pruned_directory_is_a_prior(tmp_path: Path) -> None:
+    """Its zeros, of whatever weights they are."""
+    pruned = write_llama(tmp_path / "pruned")
+    weights = load_file(pruned / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if ".layers." in name and weight.dim() == 2:
+            weight[smallest_of_each(torch.rand(weight.shape, generator=generator), 2, 4)] = 0
+    save_file(weights, pruned / "model.safetensors", metadata={"format": "pt"})
+    options = (*PLAIN, "train.train_steps=1", "model.untie_embeddings_and_output_weights=true")
+    prior = (f"mechanisms.maskllm.prior={pruned}", "mechanisms.maskllm.prior_strength=1e6")
+    with small_trainer(*options, *prior) as trainer:
+        from sparsecod_megatron.hf.source import open_source
+        from sparsecod_megatron.train.step import train_step
+
+        train_step(trainer, trainer_batches(trainer))
+        named = dict(trainer.models[0].module.named_parameters())
+        checked = 0
+        for name, weight in open_source(pruned).tensors():
+            if "decoder.layers" in name and weight.dim() == 2:
+                assert torch.equal(named[name] == 0, weight == 0)
+                checked += 1
+        assert checked == 12
+    refused = pytest.raises(ConfigError, match=r"^mechanisms\.maskllm\.prior: nowhere: has no config.json")
+    with refused, small_trainer(*options, "mechanisms.maskllm.prior=nowhere"):
+        pass
 
 
 def test_masks_are_learned() -> None:
