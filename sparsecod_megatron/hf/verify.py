@@ -26,13 +26,15 @@ from sparsecod_megatron.seams.mechanism import ExportedTensor, Mechanism
 
 PARITY_FILE = "parity.json"
 """What a comparison found, beside the weights."""
-RANDOM_LENGTH, GREEDY_LENGTH = 128, 16
-"""Tokens compared, at most; greedy ones cost a forward pass each. A wrong tensor shows on a few."""
+LENGTHS = (128, 128, 128, 32, 8, 8)
+"""Random tokens compared, at most: a wrong tensor shows on a few. Where a model chooses (experts, the largest
+activations), rounding chooses otherwise between two that tie, and what follows the token is far off. That is rare with
+few experts and sure with half of 1,536 units in 30 layers, so another sequence is drawn, and then shorter ones, until one
+is free of it; a wrong tensor fails all. Other models have the first alone."""
+GREEDY_LENGTH = 16
+"""Tokens compared of what the model itself says, at most, twice the prompt: they cost a forward pass each."""
 PROMPT = 8
 """Random tokens before the model's own."""
-DRAWS = 3
-"""Sequences tried of a mixture of experts: rounding routes a token otherwise where two experts tie, and what follows it
-is far off. That is rare, so that another sequence shows it to be chance; a wrong tensor fails all."""
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 """Relative change that storing a weight in a type may make: twice its half unit in the last place, for folded ones."""
 
@@ -114,8 +116,9 @@ def verify_directory(
     """
     assert model.vocab_size is not None
     own = [tensor for module in exported_modules(model, mechanisms).values() for tensor in module.tensors]
-    for _ in range(DRAWS if model.is_moe else 1):
-        tokens = torch.randint(model.vocab_size, (1, min(seq_length, RANDOM_LENGTH)), generator=generator)
+    chooses = model.is_moe or any(mechanism.has_choices for mechanism in mechanisms)
+    for length in LENGTHS if chooses else LENGTHS[:1]:
+        tokens = torch.randint(model.vocab_size, (1, min(seq_length, length)), generator=generator)
         table = None if exported_as is None else name_table(model, mechanisms)
         random, greedy = _recorded(
             reference, model, tokens, own, table=table, exported_as=exported_as, seq_length=seq_length
@@ -145,7 +148,8 @@ def _recorded(
                 tensors[name].copy_(rounded)
         with megatron_outputs(ours.model, model, own) as outputs:
             random = Recorded(tokens, ours.logits(tokens), outputs)
-        greedy = _greedy(ours.logits, tokens[:, :PROMPT], min(seq_length, GREEDY_LENGTH))
+        prompt = tokens[:, : min(PROMPT, -(-tokens.shape[1] // 2))]
+        greedy = _greedy(ours.logits, prompt, min(tokens.shape[1], GREEDY_LENGTH))
         return random, Recorded(greedy, ours.logits(greedy), {})
 
 

@@ -131,6 +131,7 @@ class Mechanism:
             keeps in a checkpoint, so that `checkpoint.init_from` takes both or is refused.
         unfused: branches (`attention`, `mlp`) whose normalised input it reads, so that no kernel may fuse the norm into
             what follows.
+        has_choices: whether rounding may decide what a token passes through, where two values nearly tie.
     """
 
     name: ClassVar[str]
@@ -138,6 +139,7 @@ class Mechanism:
     adds_modules: ClassVar[tuple[str, ...]] = ()
     weights_need_state: ClassVar[bool] = True
     unfused: ClassVar[tuple[str, ...]] = ()
+    has_choices: ClassVar[bool] = False
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """One line for each reason why the run cannot have it: key, value, what to do. Bounds are already checked."""

@@ -40,6 +40,7 @@ class TopKActivation(Mechanism):
     """Settings of the mechanism."""
 
     name: ClassVar[str] = "topk_activation"
+    has_choices: ClassVar[bool] = True
 
     k: int = at_least(1, 64)
     """Units that a token keeps in each MLP; with the MLP's width, or more, it keeps all."""
