@@ -29,7 +29,7 @@ PARITY_FILE = "parity.json"
 LENGTHS = (128, 128, 128, 32, 8, 8)
 """Random tokens compared, at most: a wrong tensor shows on a few. Where a model chooses (experts, the largest
 activations), rounding chooses otherwise between two that tie, and what follows the token is far off. That is rare with
-few experts and sure with half of 1,536 units in 30 layers, so another sequence is drawn, and then shorter ones, until one
+few experts and sure with 64 of 1,536 units in 30 layers, so another sequence is drawn, and then shorter ones, until one
 is free of it; a wrong tensor fails all. Other models have the first alone."""
 GREEDY_LENGTH = 16
 """Tokens compared of what the model itself says, at most, twice the prompt: they cost a forward pass each."""
