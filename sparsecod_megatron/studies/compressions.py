@@ -141,7 +141,10 @@ def make_cells(methods: Sequence[str], patterns: Sequence[str], settings: Sequen
     for name in methods:
         own = [entry for entry in settings if len(methods) == 1 or entry.partition("=")[0] in known[name]]
         for pattern in patterns if "pattern" in known[name] and patterns else [""]:
-            method = find_method(name, [*own, *([f"pattern={pattern}"] if pattern else [])])
+            # A share's `per` is not for an n:m beside it.
+            is_neighbours = len(patterns) > 1 and ":" in pattern and not pattern.startswith("group")
+            fitting = [entry for entry in own if not (is_neighbours and entry.startswith("per="))]
+            method = find_method(name, [*fitting, *([f"pattern={pattern}"] if pattern else [])])
             cells.append(Cell(method, getattr(method.settings, "pattern", "")))
     twice = [cell.name for number, cell in enumerate(cells) if cell.name in [other.name for other in cells[:number]]]
     if twice:
@@ -212,10 +215,11 @@ def _row(request: Request, cell: Cell, directory: Path, dense: dict[str, Any], p
         row = compression_row(compression, cell.pattern, before, after, cost)
         if folder is not None:
             _write(compression, opened, folder, report_of(compression, request.settings(), before, after))
-    if request.scores:
-        found = compare(*(request.output / "analysis" / name for name in (DENSE, cell.name)))
-        row["scores"] = [asdict(difference) for difference in found]
-    _keep(request, cell, cell.name, row, processes)
+        if request.scores:
+            found = compare(*(request.output / "analysis" / name for name in (DENSE, cell.name)))
+            row["scores"] = [asdict(difference) for difference in found]
+        # Before the directory is there, without which the row does not count.
+        _keep(request, cell, cell.name, row, processes)
     return row
 
 

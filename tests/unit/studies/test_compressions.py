@@ -16,6 +16,7 @@ from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.evaluation.corpus import read_corpus
 from sparsecod_megatron.models.loading import load_model, load_tokenizer
+from sparsecod_megatron.studies.compressions import make_cells
 from sparsecod_megatron.studies.peak_memory import peak_memory
 from tests.helpers.perplexity import perplexity
 from tests.helpers.words import save_with_words, write_words
@@ -121,6 +122,13 @@ def test_mistakes_are_one_line_before_any_work(
         main(["compress", "--model", str(llama), "--data", str(text), "--output", str(output), *SIZES, *changes]) == 2
     )
     assert message in capsys.readouterr().err and not output.exists()
+
+
+def test_settings_go_where_they_belong() -> None:
+    cells = make_cells(["wanda", "low_rank"], ["0.5", "2:4"], ["per=matrix", "rank=3"])
+    assert [cell.name for cell in cells] == ["wanda_0.5", "wanda_2-4", "low_rank"]
+    assert [getattr(cell.method.settings, "per", None) for cell in cells] == ["matrix", None, None]
+    assert cells[2].method.settings.rank == 3
 
 
 @pytest.mark.parametrize("settings", [["inputs=dense"], ["order=true"], ["allocation=influence"]])
