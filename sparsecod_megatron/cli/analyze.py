@@ -53,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gate-steps", type=int, metavar="N", help="steps that seer_gate trains its gates (default 300)"
     )
+    parser.add_argument(
+        "--curve-score", metavar="S", help="what the pruning curve of weights cuts by: magnitude (default) or wanda"
+    )
+    parser.add_argument("--curve-pattern", metavar="N:M,…", help="n:m points beside that curve, such as 2:4,1:4")
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens per sequence (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of sample and intervals (default 0)")
@@ -107,7 +111,14 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     from sparsecod_megatron.models.opening import open_model
 
     budgets = None if args.budgets is None else names(args.budgets)
-    scores = find_scores(names(args.scores), pairs=args.pairs, budgets=budgets, gate_steps=args.gate_steps)
+    scores = find_scores(
+        names(args.scores),
+        pairs=args.pairs,
+        budgets=budgets,
+        gate_steps=args.gate_steps,
+        curve_score=args.curve_score,
+        curve_patterns=None if args.curve_pattern is None else names(args.curve_pattern),
+    )
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with open_model(
         args.model[0],

@@ -37,6 +37,8 @@ def find_scores(
     pairs: str | None = None,
     budgets: Sequence[str] | None = None,
     gate_steps: int | None = None,
+    curve_score: str | None = None,
+    curve_patterns: Sequence[str] | None = None,
 ) -> list[Score]:
     """The scores of these names, in this order.
 
@@ -45,10 +47,13 @@ def find_scores(
         pairs: a number of pairs or `adjacent`, for permutation.
         budgets: shares of the keys, for the scores of sparse attention.
         gate_steps: of training, for seer_gate.
+        curve_score: by what the curve of weights prunes.
+        curve_patterns: n:m, further points of that curve.
 
     Raises:
         ConfigError: an unknown name, one given twice, or none at all; pairs that are neither, or without permutation;
-            budgets outside of 0 to 1, or without a score that takes them; steps below 1, or without seer_gate.
+            budgets outside of 0 to 1, or without a score that takes them; steps below 1, or without seer_gate; options
+            of the curve without weights.
     """
     if not names:
         raise ConfigError(f"--scores: names no score; give some of {','.join(SCORES)}")
@@ -66,6 +71,8 @@ def find_scores(
         if "seer_gate" not in names or gate_steps < 1:
             raise ConfigError(f"--gate-steps {gate_steps}: a number of steps, at least 1, for --scores seer_gate alone")
         options.setdefault("seer_gate", {})["steps"] = gate_steps
+    if curve_score is not None or curve_patterns is not None:
+        options["weights"] = _curve(curve_score, curve_patterns, names)
     return [_load(SCORES[name], options.get(name, {})) for name in names]
 
 
@@ -75,6 +82,17 @@ def _pairs(text: str, names: Sequence[str]) -> int | str:
     if text != "adjacent" and not (text.isdecimal() and int(text) >= 2):
         raise ConfigError(f"--pairs {text}: give a number of pairs, at least 2, or `adjacent`")
     return text if text == "adjacent" else int(text)
+
+
+def _curve(score: str | None, patterns: Sequence[str] | None, names: Sequence[str]) -> dict[str, Any]:
+    if "weights" not in names:
+        raise ConfigError("--curve-score, --curve-pattern: only weights has a curve; add weights to --scores")
+    from sparsecod_megatron.analysis.sparsity.cuts import CURVE_SCORES, read_pattern
+
+    if score is not None and score not in CURVE_SCORES:
+        raise ConfigError(f"--curve-score {score}: no such score; give one of {', '.join(CURVE_SCORES)}")
+    found = [read_pattern(text) for text in patterns or ()]
+    return {"curve_score": score or CURVE_SCORES[0], "patterns": found}
 
 
 def _budgets(texts: Sequence[str], names: Sequence[str]) -> tuple[float, ...]:

@@ -14,30 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.analysis.sparsity.quantiles import kth_magnitudes
+from sparsecod_megatron.analysis.sparsity.cuts import Cut, Cuts
 from sparsecod_megatron.hf.calls import sequence_losses
 from sparsecod_megatron.hf.matrices import Matrix
 
 
 @contextmanager
-def pruned(matrices: Sequence[Matrix], threshold: float) -> Iterator[None]:
-    """Every pass sees weights with |w| <= threshold as zero.
+def pruned(matrices: Sequence[Matrix], cut: Cut) -> Iterator[None]:
+    """Every pass sees the weights that go as zero.
 
     Args:
         matrices: what to prune.
-        threshold: a magnitude; a negative one prunes nothing.
+        cut: which weights of each go.
     """
     originals = {id(matrix.weight): (matrix.weight, matrix.weight.data) for matrix in matrices}
-    by_module: dict[nn.Module, list[Tensor]] = {}
-    for matrix in matrices:
-        by_module.setdefault(matrix.module, []).append(matrix.weight)
+    by_module: dict[nn.Module, list[tuple[int, Tensor]]] = {}
+    for index, matrix in enumerate(matrices):
+        by_module.setdefault(matrix.module, []).append((index, matrix.weight))
 
     def enter(module: nn.Module, _args: tuple[Any, ...]) -> None:
-        for weight in by_module[module]:
-            weight.data = weight.data.masked_fill(weight.data.abs() <= threshold, 0)
+        for index, weight in by_module[module]:
+            weight.data = weight.data.masked_fill(cut(index, weight.data), 0)
 
     def leave(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        for weight in by_module[module]:
+        for _, weight in by_module[module]:
             weight.data = originals[id(weight)][1]
 
     handles = [module.register_forward_pre_hook(enter) for module in by_module]
@@ -52,18 +52,18 @@ def pruned(matrices: Sequence[Matrix], threshold: float) -> Iterator[None]:
 
 
 class PruningCurve:
-    """Losses of the globally pruned model by sparsity, each sparsity evaluated once.
+    """Losses of the pruned model by sparsity, each sparsity evaluated once.
 
     Args:
         context: the model and the sample.
-        matrices: what to prune, all together by one threshold.
+        matrices: what to prune.
+        cuts: by what.
     """
 
-    def __init__(self, context: Context, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, context: Context, matrices: Sequence[Matrix], cuts: Cuts) -> None:
         self._context = context
         self._matrices = matrices
-        self._weights = [matrix.weight.detach() for matrix in matrices]
-        self._total = sum(weight.numel() for weight in self._weights)
+        self._cuts = cuts
         self._losses: dict[float, Tensor] = {}
 
     @property
@@ -72,23 +72,26 @@ class PruningCurve:
         return sorted(self._losses)
 
     def evaluate(self, sparsities: Sequence[float]) -> None:
-        """Evaluate several sparsities; their thresholds are found in one pair of passes over the weights."""
+        """Evaluate several sparsities; what they cut is found together."""
         wanted = [s for s in sparsities if s not in self._losses]
-        thresholds = kth_magnitudes(self._weights, [int(s * self._total) for s in wanted])
-        for sparsity, threshold in zip(wanted, thresholds, strict=True):
-            self._losses[sparsity] = self._run(sparsity, threshold)
+        for sparsity, cut in zip(wanted, self._cuts.shares(wanted), strict=True):
+            self._losses[sparsity] = self._run(f"pruned to {sparsity:.1%}", cut)
 
     def losses(self, sparsity: float) -> Tensor:
         """Mean loss of each sequence `[sequences]` in nats, at a sparsity in [0, 1]."""
         self.evaluate([sparsity])
         return self._losses[sparsity]
 
+    def pattern_losses(self, kept: int, of: int) -> Tensor:
+        """Mean loss of each sequence `[sequences]` in nats, with `kept` of every `of` neighbours."""
+        return self._run(f"pruned to {kept}:{of}", self._cuts.pattern(kept, of))
+
     @torch.no_grad()
-    def _run(self, sparsity: float, threshold: float) -> Tensor:
+    def _run(self, title: str, cut: Cut) -> Tensor:
         model, device = self._context.model, self._context.device
-        with pruned(self._matrices, threshold):
+        with pruned(self._matrices, cut):
             losses = [
                 sequence_losses(model(input_ids=tokens.to(device), use_cache=False).logits, labels.to(device))
-                for tokens, labels in self._context.batches("all", title=f"pruned to {sparsity:.1%}")
+                for tokens, labels in self._context.batches("all", title=title)
             ]
         return torch.cat(self._context.processes.gather(losses))

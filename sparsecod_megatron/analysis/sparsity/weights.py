@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sparsecod_megatron.analysis.scores.base import Bars, Lines, Result
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.sparsity.cuts import cuts_by
 from sparsecod_megatron.analysis.sparsity.essential import (
     GRID,
     INCREASE_ALLOWED,
@@ -33,9 +34,17 @@ Row = dict[str, Any]
 
 
 class Weights:
-    """Magnitudes of all attention and feed-forward matrices, and the curve of one-shot global pruning."""
+    """Magnitudes of all attention and feed-forward matrices, and the curve of one-shot pruning.
+
+    Args:
+        curve_score: of `CURVE_SCORES`; by what the curve prunes.
+        patterns: n and m of further points.
+    """
 
     name = "weights"
+
+    def __init__(self, curve_score: str = "magnitude", patterns: Sequence[tuple[int, int]] = ()) -> None:
+        self._score, self._patterns = curve_score, patterns
 
     def run(self, context: Context) -> Result:
         """Measure the matrices, then prune them.
@@ -47,7 +56,7 @@ class Weights:
         left_out = unmeasured_share(context.layers.blocks, matrices)
         init_std = initial_std(context.model.config)
         rows = matrix_rows(matrices, init_std, no_bar=context.processes.no_progress)
-        curve = PruningCurve(context, matrices)
+        curve = PruningCurve(context, matrices, cuts_by(self._score, context, matrices))
         curve.evaluate(GRID)
         essential = find_essential(curve, seed=context.seed)
         points = [
@@ -55,22 +64,46 @@ class Weights:
             for s in curve.sparsities
         ]
         sparsity = essential.sparsity.as_dict()
+        # Under names of their own, so that nobody compares two curves of different scores.
+        suffix = "" if self._score == "magnitude" else f"_{self._score}"
         return Result(
             values={
                 "unmeasured_share": left_out,
                 "init_std": init_std,
                 **aggregate(rows),
-                "essential_sparsity": sparsity,
-                "essential_share": None if sparsity["value"] is None else 1 - sparsity["value"],
-                "pruning_knee": essential.knee,
+                f"essential_sparsity{suffix}": sparsity,
+                f"essential_share{suffix}": None if sparsity["value"] is None else 1 - sparsity["value"],
+                f"pruning_knee{suffix}": essential.knee,
             },
-            tables={"weights": rows, "weights_by_kind": by_kind(rows), "weights_pruning": points},
-            per_sequence={"dense_loss": curve.losses(0.0).tolist(), "half_pruned_loss": curve.losses(0.5).tolist()},
-            figures=_figures(rows, points, len(context.layers)),
+            tables={
+                "weights": rows,
+                "weights_by_kind": by_kind(rows),
+                f"weights_pruning{suffix}": points,
+                **({f"weights_patterns{suffix}": self._pattern_rows(curve)} if self._patterns else {}),
+            },
+            per_sequence={
+                "dense_loss": curve.losses(0.0).tolist(),
+                f"half_pruned_loss{suffix}": curve.losses(0.5).tolist(),
+            },
+            figures=_figures(rows, points, len(context.layers), suffix),
             warnings=_warnings(left_out, init_std),
             num_sequences=context.num_sequences,
             num_tokens=context.num_sequences * context.seq_length,
         )
+
+    def _pattern_rows(self, curve: PruningCurve) -> list[Row]:
+        dense, rows = float(curve.losses(0.0).mean()), []
+        for kept, of in self._patterns:
+            loss = float(curve.pattern_losses(kept, of).mean())
+            rows.append(
+                {
+                    "pattern": f"{kept}:{of}",
+                    "sparsity": 1 - kept / of,
+                    "loss": loss,
+                    "loss_increase": loss / dense - 1,
+                }
+            )
+        return rows
 
 
 def initial_std(config: Any) -> float | None:
@@ -146,14 +179,14 @@ def _warnings(left_out: float, init_std: float | None) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _figures(rows: Sequence[Row], points: Sequence[Row], num_layers: int) -> tuple[Bars | Lines, ...]:
+def _figures(rows: Sequence[Row], points: Sequence[Row], num_layers: int, suffix: str) -> tuple[Bars | Lines, ...]:
     layers = [[row for row in rows if row["layer"] == layer] for layer in range(num_layers)]
     gini_by_layer = [aggregate(found)["gini"] if found else None for found in layers]
     grid = [point for point in points if point["sparsity"] in GRID]
     return (
         Lines(
-            "weights_pruning",
-            "One-shot global magnitude pruning",
+            f"weights_pruning{suffix}",
+            f"One-shot pruning{suffix.replace('_', ', ')}",
             [point["sparsity"] for point in grid],
             {"ΔL/L": [point["loss_increase"] for point in grid]},
             "sparsity",

@@ -11,9 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.analysis.scores.registry import find_scores
+from sparsecod_megatron.analysis.sparsity.cuts import MagnitudeCuts, WandaCuts
 from sparsecod_megatron.analysis.sparsity.essential import GRID, find_essential, knee
 from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve, pruned
 from sparsecod_megatron.analysis.sparsity.weights import Weights, matrix_rows
+from sparsecod_megatron.errors import ConfigError, ConversionError
 from sparsecod_megatron.hf.blocks import find_layers
 from sparsecod_megatron.hf.matrices import find_matrices
 from tests.unit.analysis.sparsity.tiny import own_sample, sample, tiny_model
@@ -33,7 +36,7 @@ def test_losses_are_those_of_a_pruned_copy(family: str) -> None:
     matrices = find_matrices(context.model, context.layers)
     bits = {name: parameter.clone() for name, parameter in model.named_parameters()}
     addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    curve = PruningCurve(context, matrices)
+    curve = PruningCurve(context, matrices, MagnitudeCuts(matrices))
     for sparsity in (0.0, 0.3, 0.8):
         clone = copy.deepcopy(model)
         targets = find_matrices(clone, find_layers(clone))
@@ -56,7 +59,8 @@ def test_weights_are_back_after_a_pass_that_fails() -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), pruned(matrices, 0.1):
+    (cut,) = MagnitudeCuts(matrices).shares([0.5])
+    with pytest.raises(KeyboardInterrupt), pruned(matrices, cut):
         matrices[3].module.register_forward_pre_hook(fail)
         model(input_ids=context.windows[:, :-1])
     assert all(torch.equal(matrix.weight, before) for matrix, before in zip(matrices, bits, strict=True))
@@ -67,9 +71,58 @@ def test_no_pruned_copy_outlives_its_module() -> None:
     context = sample(model)
     matrices = find_matrices(context.model, context.layers)
     addresses = [matrix.weight.data_ptr() for matrix in matrices]
-    with pruned(matrices, 0.1):
+    (cut,) = MagnitudeCuts(matrices).shares([0.5])
+    with pruned(matrices, cut):
         model(input_ids=context.windows[:, :-1])
         assert [matrix.weight.data_ptr() for matrix in matrices] == addresses
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_wanda_cuts_each_row_by_its_inputs(family: str) -> None:
+    """Against a loop over the rows of a copy, by inputs that other hooks saw; GPT-2 stores its matrices transposed."""
+    model = tiny_model(family)
+    context = sample(model)
+    matrices = find_matrices(context.model, context.layers)
+    inputs: dict[torch.nn.Module, list[Tensor]] = {matrix.module: [] for matrix in matrices}
+    handles = [m.register_forward_pre_hook(lambda m, args: inputs[m].append(args[0].flatten(0, -2))) for m in inputs]
+    losses_of(model, context)
+    for handle in handles:
+        handle.remove()
+    curve = PruningCurve(context, matrices, WandaCuts.of(context, matrices))
+    for sparsity, pattern in ((0.4, None), (0.5, (2, 4))):
+        clone = copy.deepcopy(model)
+        for matrix, target in zip(matrices, find_matrices(clone, find_layers(clone)), strict=True):
+            norms = torch.cat(inputs[matrix.module]).norm(dim=0)
+            rows = target.weight.data.T if matrix.transposed else target.weight.data
+            for row in rows:
+                groups = [range(len(row))] if pattern is None else np.arange(len(row)).reshape(-1, 4).tolist()
+                for group in groups:
+                    by_score = sorted(group, key=lambda column: float(abs(row[column]) * norms[column]))
+                    row[by_score[: int(sparsity * len(group))]] = 0
+        found = curve.losses(sparsity) if pattern is None else curve.pattern_losses(*pattern)
+        torch.testing.assert_close(found, losses_of(clone, context), rtol=1e-5, atol=1e-6)
+
+
+def test_the_curve_by_wanda_has_names_of_its_own() -> None:
+    result = Weights("wanda", [(2, 4), (1, 4)]).run(sample(tiny_model("llama")))
+    assert {"essential_sparsity_wanda", "pruning_knee_wanda"} < set(result.values)
+    assert "half_pruned_loss" not in result.per_sequence and "weights_pruning" not in result.tables
+    assert [row["pattern"] for row in result.tables["weights_patterns_wanda"]] == ["2:4", "1:4"]
+
+
+def test_what_the_curve_cannot_cut_is_refused() -> None:
+    fused = sample(tiny_model("qwen2_moe"))
+    with pytest.raises(ConversionError, match=r"--curve-score wanda: layer 0 holds its experts in one tensor"):
+        Weights("wanda").run(fused)
+    with pytest.raises(ConfigError, match=r"--curve-pattern 3:7: layer 0's .* which 7 does not divide"):
+        Weights(patterns=[(3, 7)]).run(sample(tiny_model("llama")))
+    for names, options, message in (
+        (["causal"], {"curve_score": "wanda"}, "only weights has a curve"),
+        (["weights"], {"curve_score": "obs"}, "give one of magnitude, wanda"),
+        (["weights"], {"curve_patterns": ["4:2"]}, "not n:m with n below m"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            find_scores(names, **options)  # type: ignore[arg-type]
 
 
 class Planted:
