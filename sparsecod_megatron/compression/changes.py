@@ -75,12 +75,13 @@ class Changes:
         self._pieces: dict[str, list[_Piece]] = {}
 
     @torch.no_grad()
-    def put(self, name: str, weight: Tensor) -> None:
+    def put(self, name: str, weight: Tensor, *, output_error: float | None = None) -> None:
         """Write new values of a parameter; of another shape where the method changes the configuration to match.
 
         Args:
             name: of the parameter, of any: embeddings and norms are written without a row in the report.
             weight: of any floating-point type, stored in the parameter's.
+            output_error: as in `MatrixChange`, where the method knows it.
 
         Raises:
             ConversionError: non-finite values.
@@ -96,7 +97,7 @@ class Changes:
             new = nn.Parameter(values, requires_grad=old.requires_grad)
             setattr(self._model.get_submodule(module), leaf, new)
             return
-        self._record(name, [weight], relative_error(old, weight))
+        self._record(name, [weight], relative_error(old, weight), output_error=output_error)
         old.copy_(weight)
 
     @property
@@ -124,13 +125,16 @@ class Changes:
         old.copy_(values)
 
     @torch.no_grad()
-    def exchange(self, name: str, module: nn.Module, *, product: Tensor | None) -> None:
+    def exchange(
+        self, name: str, module: nn.Module, *, product: Tensor | None, output_error: float | None = None
+    ) -> None:
         """Put another module in the place of a linear layer.
 
         Args:
             name: of the linear layer's weight.
             module: what takes its place.
             product: `[out, in]`, the matrix that `module` multiplies by; None where it is not one matrix.
+            output_error: as in `MatrixChange`, where the method knows it.
 
         Raises:
             ConversionError: non-finite values.
@@ -140,9 +144,10 @@ class Changes:
             self._require_finite(name, weight)
         old = self._model.get_parameter(name)
         if product is None:
-            self._record(name, weights, None, f"{type(module).__name__} does not multiply by one matrix")
+            unmeasured = f"{type(module).__name__} does not multiply by one matrix"
+            self._record(name, weights, None, unmeasured, output_error)
         else:
-            self._record(name, weights, relative_error(old, product))
+            self._record(name, weights, relative_error(old, product), output_error=output_error)
         self._model.set_submodule(name.rpartition(".")[0], module)
 
     def rows(self, reason: Callable[[nn.Module, Tensor], str]) -> list[MatrixChange]:
@@ -169,10 +174,17 @@ class Changes:
         assert said, f"{name} was neither changed nor left for a reason"
         return MatrixChange(name, self._shapes[name], False, said, weight.numel(), zeros([weight]), 0.0)
 
-    def _record(self, name: str, weights: Sequence[Tensor], error: float | None, unmeasured: str = "") -> None:
+    def _record(
+        self,
+        name: str,
+        weights: Sequence[Tensor],
+        error: float | None,
+        unmeasured: str = "",
+        output_error: float | None = None,
+    ) -> None:
         if name in self._shapes:
-            stored = sum(weight.numel() for weight in weights)
-            row = MatrixChange(name, self._shapes[name], True, "", stored, zeros(weights), error, unmeasured)
+            stored, share = sum(weight.numel() for weight in weights), zeros(weights)
+            row = MatrixChange(name, self._shapes[name], True, "", stored, share, error, unmeasured, output_error)
             self._rows[name] = row
 
     @staticmethod

@@ -5,7 +5,7 @@ At any time it holds the residual stream of the calibration sequences, and the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -63,6 +63,25 @@ class Notes:
     pooled: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
 
+    def warnings(self, instead: str) -> list[str]:
+        """A sentence for each kind.
+
+        Args:
+            instead: what decided where nothing was reached.
+        """
+        found = []
+        if self.pooled:
+            found.append(
+                f"{len(self.pooled)} matrices of experts had fewer inputs than a quarter of their width, and took the "
+                f"inputs of all experts in their place; the first {self.pooled[0]}; more --samples would help"
+            )
+        if self.unreached:
+            found.append(
+                f"no calibration token reached {len(self.unreached)} matrices, so {instead} decided there; the first "
+                f"{self.unreached[0]}"
+            )
+        return found
+
 
 @torch.no_grad()
 def prune_by_weights(material: Material, plan: Plan, taken: Sequence[str]) -> None:
@@ -97,16 +116,13 @@ def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Not
         ConversionError: a model whose blocks cannot be run by themselves.
         ConfigError: more processes than sequences.
     """
-    assert material.sequences is not None
     model, processes = material.model, material.processes
-    if len(material.sequences) < processes.size:
-        raise ConfigError(f"--nproc {processes.size}: more than --samples {len(material.sequences)}; lower it")
+    assert material.sequences is not None
+    layers, own = _own_batches(material)
     gradients: dict[str, Tensor] = {}
     if plan.rule.needs_gradients:
         weights = {name: model.get_parameter(name) for name in taken}
         gradients = gradient_norms(model, material.sequences, weights, processes)
-    layers = find_layers(model)
-    own = material.sequences[processes.places(len(material.sequences))].split(material.batch_size)
     stream = _Stream(Replay(model, layers), own)
     patterns = _patterns(material, plan, layers, taken, stream)
     pruner = _Pruner(material, plan, gradients, len(material.sequences))
@@ -124,6 +140,53 @@ def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Not
         if layer + 1 < len(layers):
             stream.hidden = outputs if plan.inputs == "dense" and slots else stream.run(layer)
     return pruner.notes
+
+
+@torch.no_grad()
+def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> Iterator[list[tuple[Slot, Tensor]]]:
+    """The matrices of each block with what enters them in the dense model. Collective over the material's processes.
+
+    Args:
+        material: the model and its calibration sequences.
+        taken: names of parameters of linear layers; those outside the blocks are passed over.
+        notes: is told where inputs were few or none.
+
+    Yields:
+        A block's matrices, each with Σ x·xᵀ, float32 `[in, in]`; the identity where nothing was seen.
+
+    Raises:
+        ConversionError: a model whose blocks cannot be run by themselves.
+        ConfigError: more processes than sequences.
+    """
+    layers, own = _own_batches(material)
+    stream = _Stream(Replay(material.model, layers), own)
+    no_progress = material.processes.no_progress
+    for layer, block in enumerate(tqdm(layers.blocks, desc="blocks", unit="block", disable=no_progress)):
+        slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
+        watcher = Watcher(slots, gram=True)
+        stream.hidden = stream.run(layer, watcher)
+        found, seen = watcher.totals(material.processes), []
+        for slot in slots:
+            statistics, is_pooled = statistics_for(slot, slots, found)
+            if is_pooled:
+                notes.pooled.append(slot.key)
+            if statistics is None or not statistics.count:
+                notes.unreached.append(slot.key)
+                seen.append((slot, torch.eye(slot.weight.shape[1], device=slot.weight.device)))
+            else:
+                assert statistics.gram is not None
+                seen.append((slot, statistics.gram))
+        yield seen
+
+
+def _own_batches(material: Material) -> tuple[Layers, Sequence[Tensor]]:
+    """The model's blocks, and this process's part of the sequences in batches `[B, T]`."""
+    assert material.sequences is not None
+    processes = material.processes
+    if len(material.sequences) < processes.size:
+        raise ConfigError(f"--nproc {processes.size}: more than --samples {len(material.sequences)}; lower it")
+    own = material.sequences[processes.places(len(material.sequences))].split(material.batch_size)
+    return find_layers(material.model), own
 
 
 class _Stream:

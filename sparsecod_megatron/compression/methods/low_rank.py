@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsecod_megatron.compression.changes import eligible, holder
+from sparsecod_megatron.compression.changes import Changes, eligible, holder
 from sparsecod_megatron.compression.method import Material, Method, Outcome
 from sparsecod_megatron.config.fields import at_least
 from sparsecod_megatron.errors import CheckpointError, ConfigError
+
+LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass
@@ -68,7 +70,34 @@ class FactoredLinear(nn.Module):
         return output
 
 
-class LowRank(Method):
+class Factoring(Method):
+    """What puts two thin matrices in the place of one, and finds them again by `structure["ranks"]`."""
+
+    settings: Any  # with `layers`
+
+    def linear_layers(self, model: PreTrainedModel) -> list[tuple[str, Any]]:
+        """Names and modules of the linear layers that `layers` names."""
+        found = [(name.removesuffix(".weight"), holder(model, name)) for name, _ in eligible(model)]
+        return [each for each in found if isinstance(each[1], LINEAR) and fnmatchcase(each[0], self.settings.layers)]
+
+    def reason(self, module: nn.Module, weight: Tensor) -> str:
+        """Only linear layers are taken, and only those that `layers` names."""
+        if not isinstance(module, LINEAR):
+            return "routers, fused experts and other weights outside linear layers"
+        return f"not among layers={self.settings.layers}"
+
+    @classmethod
+    def build(cls, model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
+        """Exchange the layers that `structure["ranks"]` names."""
+        try:
+            for name, rank in dict(structure["ranks"]).items():
+                module = model.get_submodule(name)
+                model.set_submodule(name, FactoredLinear(*features(module), int(rank), bias=module.bias is not None))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"config.json: ranks that do not fit {type(model).__name__}: {error}") from error
+
+
+class LowRank(Factoring):
     """See the module."""
 
     name = "low_rank"
@@ -82,24 +111,22 @@ class LowRank(Method):
     def compress(self, material: Material) -> Outcome:
         """Factorise every matrix that `reason` has nothing against."""
         ranks: dict[str, int] = {}
-        for name, _ in list(eligible(material.model)):
-            layer, module = name.removesuffix(".weight"), holder(material.model, name)
-            if not fnmatchcase(layer, self.settings.layers) or self._obstacle(module):
+        for layer, module in self.linear_layers(material.model):
+            if self._growth(module):
                 continue
-            ranks[layer] = self._rank(*_features(module))
-            factored = _factored(module, ranks[layer])
-            product = factored.weight
-            material.changes.exchange(name, factored, product=product.T if isinstance(module, Conv1D) else product)
+            ranks[layer] = self._rank(*features(module))
+            left = torch.linalg.svd(matrix_of(module), full_matrices=False).U
+            put_factors(material.changes, layer, module, left[:, : ranks[layer]])
         return Outcome(structure={"ranks": ranks})
 
     def reason(self, module: nn.Module, weight: Tensor) -> str:
         """Only linear layers are taken, and only where two thin matrices are smaller than one."""
-        return self._obstacle(module) or f"not among layers={self.settings.layers}"
+        return self._growth(module) or super().reason(module, weight)
 
-    def _obstacle(self, module: nn.Module) -> str:
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            return "routers, fused experts and other weights outside linear layers"
-        inputs, outputs = _features(module)
+    def _growth(self, module: nn.Module) -> str:
+        if not isinstance(module, LINEAR):
+            return ""
+        inputs, outputs = features(module)
         rank = self._rank(inputs, outputs)
         grows = rank * (inputs + outputs) >= inputs * outputs
         return f"a product of rank {rank} would store as many weights or more" if grows else ""
@@ -108,36 +135,59 @@ class LowRank(Method):
         share = self.settings.share
         return self.settings.rank or max(1, int(share * inputs * outputs / (inputs + outputs)))
 
-    @classmethod
-    def build(cls, model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
-        """Exchange the layers that `structure["ranks"]` names."""
-        try:
-            for name, rank in dict(structure["ranks"]).items():
-                module = model.get_submodule(name)
-                model.set_submodule(name, FactoredLinear(*_features(module), int(rank), bias=module.bias is not None))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"config.json: ranks that do not fit {type(model).__name__}: {error}") from error
 
-
-def _features(module: Any) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """(in, out) of a linear layer."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     return module.in_features, module.out_features
 
 
-def _factored(module: Any, rank: int) -> FactoredLinear:
+def matrix_of(module: Any) -> Tensor:
+    """Weights of a linear layer, float32 `[out, in]`."""
     weight = module.weight.detach()
-    matrix = weight.T if isinstance(module, Conv1D) else weight
-    left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
-    root = values[:rank].sqrt()
+    return (weight.T if isinstance(module, Conv1D) else weight).float()
+
+
+def factors(module: Any, left: Tensor) -> FactoredLinear:
+    """Two layers for U·(UᵀW), the matrix nearest to W whose columns lie where those of U do.
+
+    Args:
+        module: a linear layer with the matrix W, `[out, in]`.
+        left: U, float32 `[out, rank]` with orthonormal columns. With W's own left singular vectors this is the
+            truncated SVD, (U√S)(√S Vᵀ): the norm of each channel between the layers is shared by both.
+    """
+    rows = left.T @ matrix_of(module)
+    norms = rows.norm(dim=1)
+    root = torch.where(norms > 0, norms, 1).sqrt()
     with torch.device("meta"):
-        factored = FactoredLinear(*_features(module), rank, bias=module.bias is not None)
-    factored.first.weight = _parameter(root[:, None] * right[:rank], weight)
-    factored.second.weight = _parameter(left[:, :rank] * root, weight)
+        factored = FactoredLinear(*features(module), left.shape[1], bias=module.bias is not None)
+    factored.first.weight = _parameter(rows / root[:, None], module.weight)
+    factored.second.weight = _parameter(left * root, module.weight)
     if module.bias is not None:
         factored.second.bias = module.bias
     return factored
+
+
+def put_factors(
+    changes: Changes, layer: str, module: Any, left: Tensor, *, dense: bool = False, output_error: float | None = None
+) -> None:
+    """Put `factors`, or their product, in the place of a linear layer.
+
+    Args:
+        changes: of the model.
+        layer: the linear layer's name.
+        module: it.
+        left: as for `factors`.
+        dense: write the product into the layer that is there.
+        output_error: as in `MatrixChange`, where it is known.
+    """
+    factored = factors(module, left)
+    product = factored.weight.T if isinstance(module, Conv1D) else factored.weight
+    if dense:
+        changes.put(f"{layer}.weight", product, output_error=output_error)
+    else:
+        changes.exchange(f"{layer}.weight", factored, product=product, output_error=output_error)
 
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsecod_megatron.compression.changes import eligible, holder
 from sparsecod_megatron.compression.experts import is_fused
 from sparsecod_megatron.compression.method import Material, Method, Needs, Outcome
-from sparsecod_megatron.compression.passes import Notes, Plan, prune_by_inputs, prune_by_weights
+from sparsecod_megatron.compression.passes import Plan, prune_by_inputs, prune_by_weights
 from sparsecod_megatron.compression.patterns import parse_pattern
 from sparsecod_megatron.compression.rules import Options, make_rule
 from sparsecod_megatron.config.fields import above, at_least, between, choice
@@ -112,7 +112,7 @@ class Pruning(Method):
                 raise
             prune_by_weights(material, plan, taken)
             return Outcome(warnings=[f"output errors are not measured: {error}"])
-        return Outcome(warnings=_warnings(notes))
+        return Outcome(warnings=notes.warnings("magnitude"))
 
     def reason(self, module: nn.Module, weight: Tensor) -> str:
         """Routers, convolutions, gates of one output, and rows that the pattern does not divide are kept."""
@@ -123,18 +123,3 @@ class Pruning(Method):
             return "routers, convolutions and other weights outside linear layers"
         rows, columns = weight.shape[-2:] if not isinstance(module, Conv1D) else reversed(weight.shape)
         return "a gate of one output" if rows == 1 else self.pattern.obstacle(columns)
-
-
-def _warnings(notes: Notes) -> list[str]:
-    found = []
-    if notes.pooled:
-        found.append(
-            f"{len(notes.pooled)} matrices of experts had fewer inputs than a quarter of their width, and were pruned "
-            f"by the inputs of all experts in their place; the first {notes.pooled[0]}; more --samples would help"
-        )
-    if notes.unreached:
-        found.append(
-            f"no calibration token reached {len(notes.unreached)} matrices, so magnitude decided there; the first "
-            f"{notes.unreached[0]}"
-        )
-    return found

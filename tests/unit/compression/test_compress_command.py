@@ -117,7 +117,8 @@ def test_every_command_reads_a_class_of_ours(
     [
         (
             {"--method": "int4"},
-            "--method int4: no such method; use magnitude, wanda, gblm, obs, random, sparsegpt, low_rank, fp8, int8",
+            "--method int4: no such method; use magnitude, wanda, gblm, obs, random, sparsegpt, low_rank, welore, fp8, "
+            "int8",
         ),
         ({"--method": "sparsegpt24"}, "--method sparsegpt24: is now --method sparsegpt --set pattern=2:4"),
         ({"--method": "fp8", "--set": "pattern=2:4"}, "--set pattern=2:4: --method fp8 has no settings; leave it out"),

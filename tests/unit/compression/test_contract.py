@@ -23,7 +23,7 @@ from tests.unit.compression.models import MODELS, sequences, tiny
 
 SETTINGS = {"low_rank": ["share=0.4"]}
 """Of methods that refuse their own defaults."""
-OWN_CLASS = {"low_rank"}
+OWN_CLASS = {"low_rank", "welore"}
 WITHOUT_MODELOPT = importlib.util.find_spec("modelopt") is None
 
 
