@@ -132,6 +132,7 @@ class Mechanism:
         unfused: branches (`attention`, `mlp`) whose normalised input it reads, so that no kernel may fuse the norm into
             what follows.
         has_choices: whether rounding may decide what a token passes through, where two values nearly tie.
+        mixes_tokens: whether a layer takes from other tokens outside of attention, which Jacobians cannot hold fixed.
     """
 
     name: ClassVar[str]
@@ -140,6 +141,7 @@ class Mechanism:
     weights_need_state: ClassVar[bool] = True
     unfused: ClassVar[tuple[str, ...]] = ()
     has_choices: ClassVar[bool] = False
+    mixes_tokens: ClassVar[bool] = False
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """One line for each reason why the run cannot have it: key, value, what to do. Bounds are already checked."""

@@ -15,6 +15,7 @@ from sparsecod_megatron.config.fields import bound_problems
 from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.seams.mechanism import configured
 from sparsecod_megatron.studies.budget import set_budget
 from sparsecod_megatron.studies.schema import AxisConfig, Labels, StudyConfig, setting_name
 
@@ -90,12 +91,24 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
         _cell(base, changes, labels, seed, output) for labels, changes in runs.items() for seed in config.seeds
     )
     for cell in cells:
-        if config.scores.names and config.scores.seq_length > cell.config.data.seq_length:
-            raise ConfigError(
-                f"{path}: scores.seq_length: {config.scores.seq_length} is above data.seq_length="
-                f"{cell.config.data.seq_length} of cell {cell.name}, whose model takes no more; lower it"
-            )
+        _check_scores(path, config, cell)
     return Study(config, cells, output)
+
+
+def _check_scores(path: Path, config: StudyConfig, cell: Cell) -> None:
+    """Refuse what would only fail after the cell has trained."""
+    names, length = config.scores.names, config.scores.seq_length
+    if names and length > cell.config.data.seq_length:
+        raise ConfigError(
+            f"{path}: scores.seq_length: {length} is above data.seq_length={cell.config.data.seq_length} of cell "
+            f"{cell.name}, whose model takes no more; lower it"
+        )
+    for mechanism in configured(cell.config):
+        if "jacobian" in names and mechanism.mixes_tokens:
+            raise ConfigError(
+                f"{path}: scores.names: jacobian cannot be computed of cell {cell.name}, because mechanisms."
+                f"{mechanism.name} mixes tokens outside of attention; leave jacobian out"
+            )
 
 
 def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path) -> Cell:

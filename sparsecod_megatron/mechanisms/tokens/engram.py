@@ -54,6 +54,7 @@ class Engram(Mechanism):
 
     name: ClassVar[str] = "engram"
     adds_modules: ClassVar[tuple[str, ...]] = ("memory",)
+    mixes_tokens: ClassVar[bool] = True
 
     layers: list[int] = field(default_factory=lambda: [1])
     """Layers (from 0) with a memory."""

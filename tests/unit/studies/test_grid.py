@@ -70,6 +70,15 @@ def test_values_of_an_axis_keep_text_where_its_key_is_text(
     assert [cell.config.data.prefix for cell in cells] == ["other", typed]
 
 
+def test_a_score_that_a_mechanism_rules_out_is_refused_before_anything_trains(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    path = write_study(grid=[], seeds=[1], run={"mechanisms.engram": {"layers": [1]}})
+    with pytest.raises(ConfigError, match=r"scores.names: jacobian .* mechanisms.engram mixes tokens outside of atten"):
+        load_study(path, tmp_path / "out", ["scores.names=[causal,jacobian]"])
+    assert load_study(path, tmp_path / "out", ["scores.names=[causal]"]).cells
+
+
 AXIS: dict[str, Any] = {"name": "depth", "key": "model.num_layers", "values": [2, 4]}
 CLAIM: dict[str, Any] = {"text": "so", "metric": "loss"}
 
