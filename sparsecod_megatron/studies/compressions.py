@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,14 +91,18 @@ class Request:
         model = self.models[0] if len(self.models) == 1 else self.models
         return {"model": model, **{name: getattr(self, name) for name in names}}
 
-    def digest(self, cell: Cell | None) -> str:
-        """What stands for everything that a row depends on; files count by size and time of change."""
+    @functools.cached_property
+    def _files(self) -> list[tuple[str, int, int]]:
+        """Those of models and data, sorted, as they are when a command first asks."""
         weights = [path for model in self.models for kind in _WEIGHTS for path in model.rglob(kind)]
         paths = [*weights, *self.data.parent.glob(f"{self.data.name}*")]
-        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+
+    def digest(self, cell: Cell | None) -> str:
+        """What stands for everything that a row depends on; files count by size and time of change."""
         common = {key: value for key, value in asdict(self).items() if key not in ("output", "keep", "overwrite")}
         own = None if cell is None else (cell.method.name, asdict(cell.method.settings))
-        text = json.dumps([common, sorted(files), own, __version__], default=str, sort_keys=True)
+        text = json.dumps([common, self._files, own, __version__], default=str, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -183,21 +188,31 @@ def compress_all(request: Request, cells: Sequence[Cell], processes: Processes) 
     Raises:
         SparsecodError: as `compress_once`.
     """
+    text: Text | None = None
+
+    def text_of(opened: Opened) -> Text:
+        nonlocal text  # the tokenizer is every row's, and long texts take minutes
+        if text is None:
+            text = _text(request, opened)
+        return text
+
     with request.open(request.models[0], processes) as original:
         dense = _kept(request, None, DENSE, processes)
         if dense is None:
-            dense = _dense_row(request, original.directory, processes)
+            dense = _dense_row(request, original.directory, text_of, processes)
         yield dense
         for cell in cells:
             row = _kept(request, cell, cell.name, processes)
-            yield row or _row(request, cell, original.directory, dense, processes)
+            yield row or _row(request, cell, original.directory, text_of, dense, processes)
     if processes.is_first:
         shutil.rmtree(request.output / ".work", ignore_errors=True)
 
 
-def _dense_row(request: Request, directory: Path, processes: Processes) -> dict[str, Any]:
+def _dense_row(
+    request: Request, directory: Path, text_of: Callable[[Opened], Text], processes: Processes
+) -> dict[str, Any]:
     with request.open(directory, processes) as opened:
-        model, text = opened.model, _text(request, opened)
+        model, text = opened.model, text_of(opened)
         result = _scored(request, DENSE, model, text, processes)
         row = {"method": DENSE, "pattern": "", "warnings": [], **measured(model, result)}
         _analyzed(request, DENSE, model, text, processes)
@@ -205,10 +220,17 @@ def _dense_row(request: Request, directory: Path, processes: Processes) -> dict[
     return row
 
 
-def _row(request: Request, cell: Cell, directory: Path, dense: dict[str, Any], processes: Processes) -> dict[str, Any]:
+def _row(
+    request: Request,
+    cell: Cell,
+    directory: Path,
+    text_of: Callable[[Opened], Text],
+    dense: dict[str, Any],
+    processes: Processes,
+) -> dict[str, Any]:
     before, folder_name = scored_result(dense), request.output / cell.name
     with request.open(directory, processes) as opened, _making(request, folder_name, processes) as folder:
-        text = _text(request, opened)
+        text = text_of(opened)
         compression, cost = _compressed(request, cell, opened, text, request.output / ".work" / cell.name, processes)
         after = _scored(request, cell.name, compression.scored, text, processes)
         _analyzed(request, cell.name, compression.scored, text, processes)
