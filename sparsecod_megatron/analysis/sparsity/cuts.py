@@ -23,6 +23,7 @@ from sparsecod_megatron.analysis.sparsity.quantiles import kth_magnitudes
 from sparsecod_megatron.errors import ConfigError, ConversionError
 from sparsecod_megatron.hf.expert_modules import is_fused_experts
 from sparsecod_megatron.hf.matrices import Matrix
+from sparsecod_megatron.mechanisms.weights.engine.patterns import parsed_pattern, smallest_of_each
 
 CURVE_SCORES = ("magnitude", "wanda")
 Cut = Callable[[int, Tensor], Tensor]
@@ -84,10 +85,12 @@ class WandaCuts:
                     f"--curve-score wanda: layer {matrix.layer} holds its experts in one tensor, whose inputs are not "
                     "seen one by one; use --curve-score magnitude, or `sparsecod compress --method wanda`"
                 )
-        squares = [torch.zeros(_sizes(matrix)[1], dtype=torch.float64) for matrix in matrices]
+        squares = [
+            torch.zeros(_num_inputs(matrix), dtype=torch.float64, device=matrix.weight.device) for matrix in matrices
+        ]
 
         def observe(total: Tensor, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            total += inputs[0].detach().flatten(end_dim=-2).double().square().sum(0).cpu()
+            total += inputs[0].detach().flatten(end_dim=-2).double().square().sum(0)
 
         with ExitStack() as stack, torch.no_grad():
             for matrix, total in zip(matrices, squares, strict=True):
@@ -95,7 +98,7 @@ class WandaCuts:
             for tokens, _ in context.batches("all", title="inputs"):
                 context.model(input_ids=tokens.to(context.device), use_cache=False)
         sums = context.processes.total(torch.cat(squares)).split([len(total) for total in squares])
-        return cls(matrices, [each.sqrt().float().to(context.device) for each in sums])
+        return cls(matrices, [each.sqrt().float() for each in sums])
 
     def shares(self, sparsities: Sequence[float]) -> list[Cut]:
         """As `Cuts`: a threshold for each row."""
@@ -127,20 +130,18 @@ def read_pattern(text: str) -> tuple[int, int]:
     Raises:
         ConfigError: not such a pattern.
     """
-    kept, colon, of = text.partition(":")
-    if not (colon and kept.isdecimal() and of.isdecimal() and 0 < int(kept) < int(of)):
+    found = parsed_pattern(text)
+    if found is None:
         raise ConfigError(f"--curve-pattern {text}: not n:m with n below m; give some such as 2:4,1:4")
-    return int(kept), int(of)
+    return found
 
 
 def _below(threshold: float, _index: int, weight: Tensor) -> Tensor:
     return weight.abs() <= threshold
 
 
-def _sizes(matrix: Matrix) -> tuple[int, int]:
-    """(out, in)."""
-    first, second = matrix.weight.shape[-2:]
-    return (second, first) if matrix.transposed else (first, second)
+def _num_inputs(matrix: Matrix) -> int:
+    return matrix.weight.shape[-2 if matrix.transposed else -1]
 
 
 def _neighbours(matrix: Matrix, score: Tensor, kept: int, of: int) -> Tensor:
@@ -150,7 +151,5 @@ def _neighbours(matrix: Matrix, score: Tensor, kept: int, of: int) -> Tensor:
             f"--curve-pattern {kept}:{of}: layer {matrix.layer}'s {matrix.name} has {rows.shape[-1]} inputs, which "
             f"{of} does not divide; leave it out"
         )
-    groups = rows.unflatten(-1, (-1, of))
-    lowest = groups.topk(of - kept, dim=-1, largest=False, sorted=False).indices
-    gone = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, lowest, True).flatten(-2)
+    gone = smallest_of_each(rows, kept, of)
     return gone.mT if matrix.transposed else gone
