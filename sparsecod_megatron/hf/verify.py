@@ -117,12 +117,10 @@ def verify_directory(
     assert model.vocab_size is not None
     own = [tensor for module in exported_modules(model, mechanisms).values() for tensor in module.tensors]
     chooses = model.is_moe or any(mechanism.has_choices for mechanism in mechanisms)
+    table = None if exported_as is None else name_table(model, mechanisms)
     for length in LENGTHS if chooses else LENGTHS[:1]:
         tokens = torch.randint(model.vocab_size, (1, min(seq_length, length)), generator=generator)
-        table = None if exported_as is None else name_table(model, mechanisms)
-        random, greedy = _recorded(
-            reference, model, tokens, own, table=table, exported_as=exported_as, seq_length=seq_length
-        )
+        random, greedy = _recorded(reference, model, tokens, own, table=table, exported_as=exported_as)
         verification = _compared(random, greedy, hf_dir, own)
         if verification.greedy.passed:
             break
@@ -138,7 +136,6 @@ def _recorded(
     *,
     table: NameTable | None,
     exported_as: torch.dtype | None,
-    seq_length: int,
 ) -> tuple[Recorded, Recorded]:
     """What ours gives on the tokens, with what its modules give, and on its own continuation of the first of them."""
     with reference() as ours:

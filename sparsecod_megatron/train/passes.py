@@ -60,7 +60,7 @@ def forward_backward(
 def _scheduled(
     trainer: Trainer,
     models: Sequence[torch.nn.Module],
-    data: Sequence[Iterator[Batch]],
+    data: list[Iterator[Batch]],
     forward_step: ForwardStep,
     count: int,
     *,
@@ -75,7 +75,7 @@ def _scheduled(
     packed = config.data.reset_attention_mask
     reports: list[Any] = schedule(
         forward_step_func=forward_step,
-        data_iterator=list(data),
+        data_iterator=data,
         model=list(models),
         num_microbatches=count,
         seq_length=size * length if packed else length,

@@ -100,9 +100,8 @@ class Pruning(Method):
         ]
         plan = self._plan
         runs = plan.rule.needs_inputs or plan.spread is not None
-        if not runs and (
-            not plan.output_error or not len(material.sequences if material.sequences is not None else ())
-        ):
+        has_text = material.sequences is not None and len(material.sequences) > 0
+        if not runs and not (plan.output_error and has_text):
             prune_by_weights(material, plan, taken)
             return Outcome()
         try:
