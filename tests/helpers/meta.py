@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -22,7 +23,13 @@ def meta_model(config: RunConfig) -> Iterator[torch.nn.Module]:
     train = replace(config.train, global_batch_size=1, micro_batch_size=1)
     config = replace(config, parallel=ParallelConfig(), train=train)
     meta = torch.device("meta")
-    with running_processes(config, communication=backend.communication, device=backend.device) as groups, meta:
+    with (
+        running_processes(config, communication=backend.communication, device=backend.device) as groups,
+        # Linear layers ask for it by name: their memory would be taken, and only then given up. It is never touched,
+        # but a process whose heap has grown beyond the machine's memory cannot fork any more.
+        mock.patch.object(torch.cuda, "current_device", return_value=meta),
+        meta,
+    ):
         megatron = transformer_config(config, transformer_engine=False)
         yield unwrap(build_model(config, megatron, groups, device=meta, transformer_engine=False)[0])
 
