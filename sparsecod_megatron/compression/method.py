@@ -77,6 +77,17 @@ class Material:
     processes: Processes = Processes()
     progress: Progress = Progress()
 
+    def part(self) -> Tensor:
+        """This process's calibration sequences, int64 `[sequences, tokens]`, at least one.
+
+        Raises:
+            ConfigError: more processes than sequences.
+        """
+        assert self.sequences is not None, "a method that does not declare `needs.calibration` asks for it"
+        if len(self.sequences) < self.processes.size:
+            raise ConfigError(f"--nproc {self.processes.size}: more than --samples {len(self.sequences)}; lower it")
+        return self.sequences[self.processes.places(len(self.sequences))]
+
     def feed(self, model: nn.Module) -> None:
         """Run a model, the given one or one made of it, over the calibration data without gradients."""
         assert self.sequences is not None, "a method that does not declare `needs.calibration` asks for it"

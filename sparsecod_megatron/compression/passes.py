@@ -25,7 +25,6 @@ from sparsecod_megatron.compression.rules import Rule
 from sparsecod_megatron.compression.scores import Evidence, gradient_norms
 from sparsecod_megatron.compression.statistics import InputStatistics
 from sparsecod_megatron.compression.watching import Slot, Watcher, slots_of, stages_of, statistics_for
-from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.hf.blocks import Layers, find_layers
 from sparsecod_megatron.hf.calls import Call, Replay, Trace, same_calls
 
@@ -181,11 +180,7 @@ def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> 
 
 def _own_batches(material: Material) -> tuple[Layers, Sequence[Tensor]]:
     """The model's blocks, and this process's part of the sequences in batches `[B, T]`."""
-    assert material.sequences is not None
-    processes = material.processes
-    if len(material.sequences) < processes.size:
-        raise ConfigError(f"--nproc {processes.size}: more than --samples {len(material.sequences)}; lower it")
-    own = material.sequences[processes.places(len(material.sequences))].split(material.batch_size)
+    own = material.part().split(material.batch_size)
     return find_layers(material.model), own
 
 

@@ -21,8 +21,8 @@ from sparsecod_megatron.models.opening import open_model
 from tests.helpers.words import save_with_words
 from tests.unit.compression.models import MODELS, sequences, tiny
 
-SETTINGS = {"low_rank": ["share=0.4"]}
-"""Of methods that refuse their own defaults."""
+SETTINGS = {"low_rank": ["share=0.4"], "neurons": ["share=0.5"]}
+"""Of methods whose own defaults are refused, or take nothing from models as small as these."""
 OWN_CLASS = {"low_rank", "welore"}
 WITHOUT_MODELOPT = importlib.util.find_spec("modelopt") is None
 
