@@ -46,7 +46,18 @@ def logits(model: PreTrainedModel) -> Tensor:
 def compressed(method: str, family: str) -> Compression:
     if method_needs_modelopt(method) and WITHOUT_MODELOPT:
         pytest.skip("needs nvidia-modelopt (the extra `modelopt`)")
-    return compress(model_of(family), find_method(method, SETTINGS.get(method, [])), sequences(), batch_size=4)
+    others = [scaled(model_of(family))] if method_class(method).needs.several_models else []
+    chosen = find_method(method, SETTINGS.get(method, []))
+    return compress(model_of(family), chosen, sequences(), batch_size=4, others=others)
+
+
+@torch.no_grad()
+def scaled(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the same architecture with the same zeros."""
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight *= 1.5
+    return model
 
 
 def method_needs_modelopt(method: str) -> bool:
