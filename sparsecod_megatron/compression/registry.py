@@ -44,6 +44,7 @@ METHODS = {
     "welore": Registered(f"{_METHODS}.welore:WeLore", "the same, ranks by one threshold for all matrices"),
     "neurons": Registered(f"{_METHODS}.neurons:Neurons", "whole inner channels of feed-forward layers go"),
     "soups": Registered(f"{_METHODS}.soups:Soups", "the mean of models with the same zeros"),
+    "slicegpt": Registered(f"{_METHODS}.slicegpt:SliceGPT", "a rotated and narrower residual stream"),
     "fp8": Registered(f"{_METHODS}.fp8:FP8", "weights and layer inputs in E4M3", sidecar="input_ranges.json"),
     "int8": Registered(f"{_METHODS}.int8:INT8", "weights and layer inputs in 8-bit integers", "input_ranges.json"),
 }

@@ -21,7 +21,7 @@ def test_two_processes_prune_what_one_prunes(tmp_path: Path) -> None:
     text = write_words(tmp_path / "text.txt", VOCAB_SIZE, 3000)
     command = ["compress", "--model", str(model), "--data", str(text), "--device", "cpu", "--scores", "causal"]
     command += ["--samples", "7", "--held-out", "5", "--seq-length", "16"]
-    command += ["--method", "gblm,sparsegpt+cg,neurons", "--set", "allocation=influence"]
+    command += ["--method", "gblm,sparsegpt+cg,neurons,slicegpt", "--set", "allocation=influence"]
     sparsecod_ranks(*command, "--output", tmp_path / "two", nproc=2)
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "table.json").read_text()) for name in ("one", "two"))

@@ -1,0 +1,255 @@
+"""SliceGPT: the residual stream is rotated so that its last coordinates hold little, and those are cut off.
+
+Q are the eigenvectors of Σ x·xᵀ over the streams x before every norm, the largest first, and n the weights of a norm.
+What reads the stream behind that norm becomes W·diag(n)·Q, what writes to it Qᵀ·W, embeddings E·Q; d' of the d columns
+of Q stay. Norm weights √(d/d') and ε·d/d' undo that a mean of squares is now one over d'. So the small model computes
+exactly what the large one does with its streams projected onto the kept directions, and is refused where the two do not
+agree. Norms of queries and keys share ε: their layers are scaled by √(d/d'), which leaves their outputs as they were.
+
+One rotation serves the whole model, so residual additions need no matrices and the class stays a stock one; the paper
+has a rotation for each place. Its code subtracts the mean of every embedding, which is wrong for models with RMSNorm.
+
+Source: arXiv 2401.15024.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecod_megatron.compression.calibration import feeder
+from sparsecod_megatron.compression.method import Material, Method, Needs, Outcome
+from sparsecod_megatron.compression.narrowing import adopt, class_shapes, kept_width
+from sparsecod_megatron.config.fields import at_least, from_to_below
+from sparsecod_megatron.errors import ConfigError, ConversionError
+from sparsecod_megatron.hf.blocks import Layers, find_layers, hidden_output, trial_tokens
+
+READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "g_proj", "gate_proj", "up_proj", "gate_up_proj")
+ROUTERS = ("gate", "shared_expert_gate")
+WRITERS = ("o_proj", "down_proj")
+INSIDE = ("q_norm", "k_norm", "expert_bias")
+"""What sees no residual stream."""
+NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+"""A block's branches, and the norm before each."""
+AGREEMENT = 1e-3
+"""Relative difference of logits that rounding in fp32 may leave."""
+
+
+@dataclass
+class SliceGPTSettings:
+    """How narrow the residual stream becomes."""
+
+    share: float = from_to_below(0.0, 1.0, 0.25)
+    """Share of its coordinates to cut off."""
+    multiple: int = at_least(1, 8)
+    """The width becomes the nearest multiple of this and of the number of heads, which transformers asks of Llama."""
+    rotation: str = field(default="model", metadata={"choices": ("model", "place")})
+    """One rotation for the whole model; `place`, one for each place, is not built."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, and what the rotation does to it.
+
+    Attributes:
+        name: in the model.
+        reads: whether its last axis is the residual stream's.
+        writes: whether its last axis but one is, or its only one.
+        norm: name of the norm's weights that it takes up, or of its own where it is a norm's; empty without.
+        is_normed: whether a norm of queries or keys follows.
+    """
+
+    name: str
+    reads: bool = False
+    writes: bool = False
+    norm: str = ""
+    is_normed: bool = False
+
+
+class SliceGPT(Method):
+    """See the module."""
+
+    name = "slicegpt"
+    needs = Needs(calibration=True)
+    Settings = SliceGPTSettings
+
+    def __init__(self, settings: SliceGPTSettings) -> None:
+        super().__init__(settings)
+        if settings.rotation == "place":
+            raise ConfigError(
+                "--method slicegpt: rotation=place, a rotation for each place with matrices between them, is not "
+                "built; leave it out"
+            )
+
+    def compress(self, material: Material) -> Outcome:
+        """Rotate and cut the whole model. Collective."""
+        model, layers = material.model, find_layers(material.model)
+        parts = _parts(model, layers)
+        norms = {part.norm: model.get_submodule(part.norm.removesuffix(".weight")) for part in parts if part.norm}
+        width = layers.hidden_size
+        multiple = math.lcm(self.settings.multiple, model.config.num_attention_heads)
+        kept = kept_width(width, self.settings.share, multiple)
+        if self.settings.share and kept == width:
+            raise ConversionError(
+                f"--method slicegpt: share={self.settings.share} with multiple={self.settings.multiple} cuts none of "
+                f"{width} coordinates; raise share or lower multiple"
+            )
+        fields = _fields(model, width, kept)
+        class_shapes(model, fields)  # what the configuration refuses should not wait for the calibration
+        gram = _stream_gram(material, list(norms.values()), width)
+        basis = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :kept]
+        wanted = _projected_logits(model, layers, basis)
+        _untie(model, layers)
+        weights = {name: norm.get_parameter("weight").double().clone() for name, norm in norms.items()}
+        for part in parts:
+            new = _sliced(part, model.get_parameter(part.name).detach().double(), basis, weights, width / kept)
+            material.changes.put(part.name, new)
+        adopt(model, fields)
+        _require_close(model, _logits(model), wanted)
+        return Outcome()
+
+
+def _parts(model: PreTrainedModel, layers: Layers) -> list[Part]:
+    """What becomes of every parameter.
+
+    Raises:
+        ConversionError: naming the first that has no place in a pre-norm model with RMSNorm.
+    """
+    if getattr(layers.final_norm, "weight", None) is None:
+        raise ConversionError(f"--method slicegpt: {type(model).__name__} has no final norm; use another method")
+    names = {id(module): name for name, module in model.named_modules()}
+    final = names.get(id(layers.final_norm), "")
+    outside: dict[str, dict[str, Any]] = {
+        f"{names[id(layers.embed)]}.weight": {"reads": True},
+        f"{final}.weight": {"norm": f"{final}.weight"},
+        f"{names[id(layers.head)]}.weight": {"reads": True, "norm": f"{final}.weight"},
+    }
+    parts = []
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        told = outside.get(name)
+        if told is None and name.startswith(f"{layers.name}."):
+            layer, _, inside = name.removeprefix(f"{layers.name}.").partition(".")
+            told = _in_block(model.get_submodule(f"{layers.name}.{layer}"), f"{layers.name}.{layer}", inside)
+        if told is None:
+            raise ConversionError(
+                f"{name}: --method slicegpt does not know what this does to the residual stream; it takes pre-norm "
+                "models with RMSNorm and the names of Llama and Qwen, so use another method"
+            )
+        parts.append(Part(name, **told))
+    return parts
+
+
+def _in_block(block: nn.Module, prefix: str, name: str) -> dict[str, Any] | None:
+    """A parameter of a block, or None where it is of no known kind."""
+    branch, *path = name.split(".")
+    if name.removesuffix(".weight") in NORMS.values():
+        return {"norm": f"{prefix}.{name}"}
+    if branch not in NORMS:
+        return None
+    is_bias, leaf = path[-1] == "bias", path[-2] if path[-1] in ("weight", "bias") else path[-1]
+    if leaf in READERS or leaf in ROUTERS:
+        head_norm = (
+            getattr(block.get_submodule(branch), f"{leaf[0]}_norm", None) if leaf in ("q_proj", "k_proj") else None
+        )
+        is_normed = head_norm is not None and any(True for _ in head_norm.parameters())
+        norm = "" if is_bias else f"{prefix}.{NORMS[branch]}.weight"
+        return {"reads": not is_bias, "norm": norm, "is_normed": is_normed}
+    if leaf in WRITERS:
+        return {"writes": True}
+    return {} if leaf in INSIDE else None
+
+
+def _fields(model: PreTrainedModel, width: int, kept: int) -> dict[str, Any]:
+    """What the configuration will say."""
+    config: Any = model.config
+    if config.get_text_config() is not config or not hasattr(config, "rms_norm_eps"):
+        raise ConversionError(
+            f"--method slicegpt: {type(config).__name__} has no rms_norm_eps of its own; use another method"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    epsilon = config.rms_norm_eps * width / kept
+    return {"hidden_size": kept, "head_dim": head_dim, "rms_norm_eps": epsilon, "tie_word_embeddings": False}
+
+
+def _stream_gram(material: Material, norms: list[nn.Module], width: int) -> Tensor:
+    """Σ x·xᵀ over what enters the norms, float64 `[d, d]`, of all processes. Collective."""
+    gram = torch.zeros(width, width, dtype=torch.float64, device=material.model.device)
+
+    def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].flatten(0, -2).double()
+        gram.addmm_(rows.T, rows)
+
+    hooks = [norm.register_forward_pre_hook(see) for norm in norms]
+    try:
+        feeder(material.part(), material.batch_size)(material.model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return material.processes.total(gram)
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    logits: Tensor = model(input_ids=trial_tokens(model), use_cache=False).logits
+    return logits.double()
+
+
+def _projected_logits(model: PreTrainedModel, layers: Layers, basis: Tensor) -> Tensor:
+    """What the model says of a few tokens where all that enters its streams is projected onto the kept directions."""
+    projector = (basis @ basis.T).float()
+
+    def project(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = hidden_output(output)
+        assert hidden is not None
+        projected = (hidden.float() @ projector).to(hidden.dtype)
+        return (projected, *output[1:]) if isinstance(output, tuple) else projected
+
+    branches = [block.get_submodule(name) for block in layers.blocks for name in NORMS]
+    hooks = [module.register_forward_hook(project) for module in (layers.embed, *branches)]
+    try:
+        return _logits(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _untie(model: PreTrainedModel, layers: Layers) -> None:
+    """Give the head weights of its own, which take up the final norm's."""
+    head: Any = layers.head
+    embed: Any = layers.embed
+    if head.weight is embed.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+
+
+def _sliced(part: Part, weight: Tensor, basis: Tensor, norms: dict[str, Tensor], ratio: float) -> Tensor:
+    """New values of a parameter, float64.
+
+    Args:
+        part: what it is.
+        weight: float64.
+        basis: Q, float64 `[d, d']`.
+        norms: weights of the norms before the change.
+        ratio: d / d'.
+    """
+    if part.reads:
+        weight = (weight * norms[part.norm] if part.norm else weight) @ basis
+    elif part.norm:
+        return torch.full_like(weight[: basis.shape[1]], ratio**0.5)
+    elif part.writes:
+        weight = weight @ basis if weight.ndim == 1 else basis.T @ weight
+    return weight * ratio**0.5 if part.is_normed else weight
+
+
+def _require_close(model: PreTrainedModel, found: Tensor, wanted: Tensor) -> None:
+    """Refuse a model of which the rotation changed more than the projection does."""
+    difference = float((found - wanted).norm() / wanted.norm())
+    if not difference <= max(AGREEMENT, 16 * torch.finfo(model.dtype).eps):
+        raise ConversionError(
+            f"--method slicegpt: {type(model).__name__} cut to the kept directions gives other logits than with its "
+            f"streams projected onto them (relative difference {difference:.2g}): it is not a plain pre-norm model "
+            "with RMSNorm; use another method"
+        )
