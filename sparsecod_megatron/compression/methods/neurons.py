@@ -35,6 +35,7 @@ LAYOUTS = (
     (("up_proj",), "down_proj"),
     (("c_fc",), "c_proj"),
     (("fc1",), "fc2"),
+    (("fc_in",), "fc_out"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
 """Names of a feed-forward layer's linear layers: those whose outputs are its inner channels, and the one they enter."""

@@ -177,7 +177,10 @@ def _fields(model: PreTrainedModel, width: int, kept: int) -> dict[str, Any]:
 
 
 def _stream_gram(material: Material, norms: list[nn.Module], width: int) -> Tensor:
-    """Σ x·xᵀ over what enters the norms, float64 `[d, d]`, of all processes. Collective."""
+    """Σ x·xᵀ over what enters the norms, float64 `[d, d]`, of all processes. Collective.
+
+    A few channels of trained models are thousands of times the others, whose directions float32 sums would lose.
+    """
     gram = torch.zeros(width, width, dtype=torch.float64, device=material.model.device)
 
     def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -24,6 +24,7 @@ from tests.unit.compression.models import MODELS, sequences, tiny
 SETTINGS = {"low_rank": ["share=0.4"], "neurons": ["share=0.5"]}
 """Of methods whose own defaults are refused, or take nothing from models as small as these."""
 REFUSED = {("slicegpt", "gpt2")}
+"""Models that a method cannot take, as its own test checks."""
 OWN_CLASS = {"low_rank", "welore"}
 WITHOUT_MODELOPT = importlib.util.find_spec("modelopt") is None
 
