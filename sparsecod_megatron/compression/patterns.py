@@ -72,7 +72,8 @@ def parse_pattern(text: str, per: str | None) -> Pattern:
 
     Args:
         text: a share of weights to drop, such as `0.5`; `n:m`, where n of every m neighbours *stay*; or `group:g` or
-            `group:g:share`, where a share (half by default) of the groups of g neighbours goes.
+            `group:g:share`, where a share (half by default) of the groups of g neighbours goes; it may be 0, for rules
+            that round.
         per: `matrix` or `row`, what a share is of; None is `matrix`.
 
     Raises:
@@ -91,6 +92,6 @@ def parse_pattern(text: str, per: str | None) -> Pattern:
         sparsity = float(share)
     except ValueError:
         sparsity = -1.0
-    if not 0 < sparsity < 1 or width < 1:
+    if not (0 < sparsity < 1 or (match and sparsity == 0)) or width < 1:
         raise ConfigError(f"pattern {text}: give the share of weights to drop, between 0 and 1, n:m, or group:g:share")
     return Pattern(sparsity, per or "matrix", width=width)

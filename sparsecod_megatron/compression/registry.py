@@ -40,6 +40,7 @@ METHODS = {
     "obs": Registered(_PRUNING, "what a weight costs once all others of its row have answered"),
     "random": Registered(_PRUNING, "any weights go"),
     "sparsegpt": Registered(_PRUNING, "mask and values column by column"),
+    "gqsa": Registered(_PRUNING, "whole groups by obs's score, the others rounded to a few bits"),
     "low_rank": Registered(f"{_METHODS}.low_rank:LowRank", "two thin matrices for one, by a truncated SVD"),
     "welore": Registered(f"{_METHODS}.welore:WeLore", "the same, ranks by one threshold for all matrices"),
     "neurons": Registered(f"{_METHODS}.neurons:Neurons", "whole inner channels of feed-forward layers go"),

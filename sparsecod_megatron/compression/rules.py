@@ -6,11 +6,12 @@ A part is a function and a line in `FIRST_PARTS` or `LATER_PARTS`; `registry.py`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
+from sparsecod_megatron.compression.groups import round_groups
 from sparsecod_megatron.compression.patterns import Pattern
 from sparsecod_megatron.compression.reconstruct import conjugate_gradients, sweep
 from sparsecod_megatron.compression.scores import SCORES, Evidence
@@ -39,11 +40,13 @@ class Options:
         damping: share of the Hessian's mean diagonal that is added to it.
         cg_steps: steps of conjugate gradients.
         cycles: swaps of a row; None is relative to its width.
+        bits: of a weight, where a rule rounds.
     """
 
     damping: float
     cg_steps: int
     cycles: int | None
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Part:
         gram: whether it needs Σ x·xᵀ.
         gradients: whether it needs the gradients of the loss.
         keeps_groups: whether weights that a pattern ties together stay so.
+        width: neighbours that a plain share is of, for a part that works on groups.
+        finish: changes the values `[out, in]` after all parts.
     """
 
     apply: Callable[[Evidence, Pattern, State | None, Options], State]
@@ -63,6 +68,8 @@ class Part:
     gram: bool = False
     gradients: bool = False
     keeps_groups: bool = True
+    width: int = 1
+    finish: Callable[[Tensor, Pattern, Options], Tensor] | None = None
 
 
 def _scored(name: str, evidence: Evidence, pattern: Pattern, _state: State | None, _options: Options) -> State:
@@ -73,6 +80,10 @@ def _scored(name: str, evidence: Evidence, pattern: Pattern, _state: State | Non
 def _sparsegpt(evidence: Evidence, pattern: Pattern, _state: State | None, options: Options) -> State:
     values, mask = sweep(evidence.weight, evidence.inputs.hessian, pattern, damping=options.damping)
     return State(mask, values)
+
+
+def _rounded(values: Tensor, pattern: Pattern, options: Options) -> Tensor:
+    return round_groups(values, pattern.width, options.bits)
 
 
 def _update(evidence: Evidence, _pattern: Pattern, state: State | None, options: Options) -> State:
@@ -101,6 +112,7 @@ FIRST_PARTS = {
     "obs": Part(partial(_scored, "obs"), gram=True),
     "random": Part(partial(_scored, "random"), inputs=False),
     "sparsegpt": Part(_sparsegpt, gram=True),
+    "gqsa": Part(partial(_scored, "obs"), gram=True, width=16, finish=_rounded),
 }
 """Make a mask."""
 LATER_PARTS = {
@@ -148,18 +160,28 @@ class Rule:
         for part in self.parts:
             state = part.apply(evidence, pattern, state, self.options)
         assert state is not None
-        return state.values
+        values = state.values
+        for part in self.parts:
+            values = part.finish(values, pattern, self.options) if part.finish else values
+        return values
 
 
 def make_rule(name: str, pattern: Pattern, options: Options) -> Rule:
     """A rule by its name.
 
     Raises:
-        ConfigError: a word that is unknown or in the wrong place, or a part that would break the pattern.
+        ConfigError: a word that is unknown or in the wrong place, or a part and a pattern that do not fit.
     """
     first, *later = name.split("+")
     if first not in FIRST_PARTS:
         raise ConfigError(f"--method {name}: {first!r} makes no mask; begin with one of {', '.join(FIRST_PARTS)}")
+    width = FIRST_PARTS[first].width
+    if width > 1 and pattern.of:
+        raise ConfigError(f"--method {name}: n:m has no groups to round; give pattern=0.5 or group:{width}:0.5")
+    if width == 1 and not pattern.sparsity:
+        raise ConfigError(f"--method {name}: a share of 0 prunes nothing; give one above 0")
+    if pattern.width == 1:
+        pattern = replace(pattern, width=width)
     for word in later:
         if word not in LATER_PARTS:
             raise ConfigError(f"--method {name}: {word!r} cannot follow a +; use {', '.join(LATER_PARTS)}")

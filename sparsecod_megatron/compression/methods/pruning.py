@@ -45,6 +45,8 @@ class PruningSettings:
     """Steps of conjugate gradients."""
     cycles: int | None = at_least(1, None)
     """Swaps of a row by dsnot; None is 0.0122 of its width, at least one."""
+    bits: int = between(2, 16, 4)
+    """A weight's, by gqsa; 16 rounds nothing."""
     alpha: float | None = at_least(0.0, None)
     """Weight of gblm's gradients; None is 1, or 100 with `compat`."""
     compat: bool = False
@@ -65,10 +67,11 @@ class Pruning(Method):
         super().__init__(settings)
         self.name = name
         per = settings.per
-        if per is None and ":" not in settings.pattern.removeprefix("group:"):
+        if per is None and (":" not in settings.pattern or settings.pattern.startswith("group:")):
             per = None if name.partition("+")[0] in BY_MATRIX else "row"
-        self.pattern = parse_pattern(settings.pattern, per)
-        rule = make_rule(name, self.pattern, Options(settings.damping, settings.cg_steps, settings.cycles))
+        options = Options(settings.damping, settings.cg_steps, settings.cycles, settings.bits)
+        rule = make_rule(name, parse_pattern(settings.pattern, per), options)
+        self.pattern = rule.pattern
         if settings.inputs == "dense" and settings.order == "true":
             raise ConfigError(f"--method {name}: order=true has no meaning with inputs=dense; leave one of them out")
         if settings.allocation == "influence" and self.pattern.of:
