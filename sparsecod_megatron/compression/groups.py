@@ -1,7 +1,7 @@
 """Rounding by groups of neighbours in a row: GQSA's second half, after whole groups were pruned.
 
-A group's 2^bits levels are even steps from its smallest to its largest weight (asymmetric, both ends exact). The file
-holds the rounded values in the model's type; nothing is packed.
+A group's 2^bits levels are even steps from its smallest to its largest weight; the smallest is kept as it is, where an
+integer zero point would move it. Files hold the rounded values in the model's type; nothing is packed.
 
 Source: arXiv 2412.17560, without its two stages of tuning and its kernel. The saliency is OBS's own, w² / [H⁻¹]_jj.
 """

@@ -77,7 +77,7 @@ def parse_pattern(text: str, per: str | None) -> Pattern:
         per: `matrix` or `row`, what a share is of; None is `matrix`.
 
     Raises:
-        ConfigError: none of these, or `per` beside n:m.
+        ConfigError: none of these, groups of one, or `per` beside n:m.
     """
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         kept, of = int(match[1]), int(match[2])
@@ -92,6 +92,8 @@ def parse_pattern(text: str, per: str | None) -> Pattern:
         sparsity = float(share)
     except ValueError:
         sparsity = -1.0
-    if not (0 < sparsity < 1 or (match and sparsity == 0)) or width < 1:
+    if match and width < 2:
+        raise ConfigError(f"pattern {text}: a group has two weights or more; give a share alone, such as pattern=0.5")
+    if not (0 < sparsity < 1 or (match and sparsity == 0)):
         raise ConfigError(f"pattern {text}: give the share of weights to drop, between 0 and 1, n:m, or group:g:share")
     return Pattern(sparsity, per or "matrix", width=width)

@@ -122,7 +122,7 @@ def test_every_command_reads_a_class_of_ours(
         ({"--method": "wanda+cg+magnitude"}, "'magnitude' cannot follow a +; use dsnot, update, cg"),
         ({"--method": "fp8+cg"}, "--method fp8+cg: nothing can follow fp8"),
         ({"--method": "wanda+dsnot", "--set": "pattern=group:4"}, "dsnot moves weights out of groups of 4"),
-        ({"--method": "wanda", "--set": "pattern=group:0"}, "pattern group:0: give the share of weights to drop"),
+        ({"--method": "wanda", "--set": "pattern=group:0"}, "pattern group:0: a group has two weights or more"),
         ({"--model": "absent"}, "absent: no such folder"),
         ({"--model": "{empty}"}, "no checkpoint"),
         ({"--data": "absent"}, "absent: no such text file"),

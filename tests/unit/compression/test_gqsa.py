@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparsecod_megatron.compression.compress import Compression, compress
 from sparsecod_megatron.compression.groups import round_groups
@@ -51,17 +50,25 @@ def test_zeros_fill_whole_aligned_groups_and_the_rest_is_what_the_mask_alone_lea
     assert torch.equal(*(each.model.get_parameter(first[0]) for each in plain)), "a plain share is of groups of 16"
 
 
-def levels(weight: Tensor) -> int:
-    return max(len(group.unique()) for group in weight.unflatten(-1, (-1, 16)).flatten(0, -2))
-
-
-def test_rounding_comes_after_healing_and_needs_groups() -> None:
-    name = "model.layers.0.mlp.up_proj.weight"
-    healed, plain = gqsa(method="gqsa+cg"), gqsa()
-    assert levels(healed.model.get_parameter(name)) == 16 and levels(plain.model.get_parameter(name)) == 16
-    errors = [{row.name: row.output_error for row in each.matrices}[name] for each in (healed, plain)]
+def test_rounding_comes_after_healing() -> None:
+    name, settings = "model.layers.0.mlp.up_proj.weight", ["pattern=group:16:0.5", "bits=2"]
+    rounded, plain = gqsa(*settings, method="gqsa+cg"), gqsa(*settings)
+    healed = gqsa("pattern=group:16:0.5", method="obs+cg").model.get_parameter(name)
+    found = rounded.model.get_parameter(name)
+    assert torch.equal(found, round_groups(healed, 16, 2))
+    assert max(len(group.unique()) for group in found.unflatten(-1, (-1, 16)).flatten(0, -2)) == 4
+    errors = [{row.name: row.output_error for row in each.matrices}[name] for each in (rounded, plain)]
     assert errors[0] is not None and errors[1] is not None and errors[0] < errors[1]
-    with pytest.raises(ConfigError, match="n:m has no groups to round; give pattern=0.5 or group:16:0.5"):
-        gqsa("pattern=2:4")
-    with pytest.raises(ConfigError, match="--method wanda: a share of 0 prunes nothing; give one above 0"):
-        gqsa("pattern=group:16:0", method="wanda")
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "message"),
+    [
+        ("gqsa", "2:4", "n:m has no groups to round; give pattern=0.5 or group:16:0.5"),
+        ("gqsa", "group:1:0.5", "pattern group:1:0.5: a group has two weights or more; give a share alone"),
+        ("wanda", "group:16:0", "--method wanda: a share of 0 prunes nothing; give one above 0"),
+    ],
+)
+def test_what_has_no_groups_or_prunes_nothing_is_refused(method: str, pattern: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_method(method, [f"pattern={pattern}"])
