@@ -17,8 +17,10 @@ from typing import Any
 from sparsecod_megatron.config.model_schema import ModelConfig
 from sparsecod_megatron.config.schema import RunConfig
 
-GROUPS = ("norms", "biases", "embeddings", "output", "router", "hidden")
-"""What `ParameterKind.group` says; all but the last are choices of `optimizer.no_weight_decay`."""
+GROUPS = ("norms", "biases", "embeddings", "output", "router", "residual", "hidden")
+"""What `ParameterKind.group` says; the first five are choices of `optimizer.no_weight_decay`."""
+NEVER_DECAYS = "residual"
+"""The group of what reads and joins the residual path: factors, gates and mixing matrices that mean something at 0."""
 RATE_FALLS_WITH_WIDTH = ("hidden", "output", "router")
 """Groups whose learning rate muP divides by `model.width_ratio`."""
 
@@ -87,7 +89,7 @@ class ParameterKind:
     @property
     def is_orthogonalised(self) -> bool:
         """Whether Muon steps it; AdamW steps vectors, embeddings and the output layer."""
-        return len(self.shape) == 2 and self.group not in ("embeddings", "output")
+        return len(self.shape) == 2 and self.group not in ("embeddings", "output", NEVER_DECAYS)
 
     def on_rank(self, *, tensor: int, expert: int, expert_tensor: int) -> int:
         """Number of parameters that one rank holds.
@@ -151,6 +153,8 @@ class ParameterTable:
         yield ParameterKind("embedding", shape, name, "embeddings", "embedding", "tensor", 0, looked_up=True)
         if model.has_embedding_norm:
             yield _norm("embedding_norm", model.hidden_size, r"embedding_norm\.weight")
+        for mechanism in self.mechanisms:
+            yield from mechanism.end_parameters(model)[0]
 
     def last(self, *, shares_embedding: bool) -> Iterator[ParameterKind]:
         """What stands behind the layers; the vocabulary is known.
@@ -162,6 +166,8 @@ class ParameterTable:
         assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
         if model.final_norm:
             yield _norm("final_norm", model.hidden_size, r"decoder\.final_layernorm\.weight")
+        for mechanism in self.mechanisms:
+            yield from mechanism.end_parameters(model)[1]
         tied = not model.untie_embeddings_and_output_weights
         if not tied or not shares_embedding:
             # Tied, it is the last pipeline stage's copy of the embedding.

@@ -21,7 +21,8 @@ def copy_extensions(modules: Mapping[str, Module], folder: Path) -> None:
     """
     lines = ['"""The mechanisms of this model."""', ""]
     for name, module in modules.items():
-        shutil.copyfile(module.code, folder / module.code.name)
+        for file in (module.code, *module.beside):
+            shutil.copyfile(file, folder / file.name)
         lines.append(f"from .{module.code.stem} import extend as {name}")
     entries = ", ".join(f'"{name}": {name}' for name in modules)
     lines += ["", f"EXTENSIONS = {{{entries}}}", "FORMER_FIELDS = {}", ""]

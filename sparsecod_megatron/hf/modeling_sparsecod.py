@@ -7,6 +7,9 @@ MLP, and s = 1 / sqrt(layer + 1) under LayerNorm scaling (1 otherwise), a branch
     post             N(x + f(x))
     peri, sandwich   x + s · N'(f(N(x)))
     mix              post in the first layers, pre in the others
+
+where a mechanism may have another state than the stream x, wider by streams or slots, which f reads and joins by its
+own formulas.
 """
 
 from __future__ import annotations
@@ -147,6 +150,22 @@ class SparsecodAttention(nn.Module):
         return self.o_proj(output.flatten(start_dim=-2)), weights
 
 
+class SparsecodConnection(nn.Module):
+    """How a branch reads the residual state and joins it: by a mechanism's modules, or as the plain stream."""
+
+    def __init__(self, read: nn.Module | None, write: nn.Module | None) -> None:
+        super().__init__()
+        self.read, self.write = read, write
+
+    def forward(self, state: Tensor) -> Tensor:
+        """State → what the branch's norm gets, [batch, seq, hidden]."""
+        return state if self.read is None else self.read(state)
+
+    def join(self, branch: Tensor, state: Tensor) -> Tensor:
+        """[batch, seq, hidden] and the state → the next state."""
+        return state + branch if self.write is None else self.write(branch, state)
+
+
 class SparsecodLayer(nn.Module):
     """Attention and MLP, each joined to the residual stream as the placement of norms has it."""
 
@@ -171,10 +190,26 @@ class SparsecodLayer(nn.Module):
         # of, None: it reads no ids.
         self.memory: nn.Module | None = None
         self.token_halo: int | None = None
+        # A mechanism's path, with what stands before the first layer and behind the last.
+        self.attention_residual, self.mlp_residual = SparsecodConnection(None, None), SparsecodConnection(None, None)
+        self.path: Any = None
+        self.expansion: nn.Module | None = None
+        self.contraction: nn.Module | None = None
         for name, settings in config.mechanisms.items():
             if name not in EXTENSIONS:
                 raise ValueError(f"mechanisms: {name} is not known here; use the code that lies beside the weights")
             EXTENSIONS[name](self, settings, config, layer_idx)
+
+    def connect(self, kind: type, settings: dict[str, Any], config: SparsecodConfig, layer_idx: int) -> None:
+        """Read and join by a residual path, a class of a mechanism's code that is built from its settings."""
+        last = config.num_hidden_layers - 1
+        sizes = {"hidden_size": config.hidden_size, "num_layers": last + 1, "eps": config.rms_norm_eps}
+        self.path = path = kind(settings, **sizes)
+        self.attention_residual, self.mlp_residual = (
+            SparsecodConnection(path.read(branch), path.join(branch)) for branch in (2 * layer_idx, 2 * layer_idx + 1)
+        )
+        self.expansion = path.expansion() if layer_idx == 0 else None
+        self.contraction = path.read(2 * last + 2) if layer_idx == last else None
 
     def forward(
         self,
@@ -185,7 +220,7 @@ class SparsecodLayer(nn.Module):
         tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[batch, seq, hidden] → [batch, seq, hidden]; `tokens` as `token_inputs` gives them."""
+        """State → state, [batch, seq, hidden] or wider; `tokens` as `token_inputs` gives them."""
         if self.memory is not None:
             x = x + self.memory(x, tokens)
 
@@ -195,16 +230,22 @@ class SparsecodLayer(nn.Module):
         def mlp(x: Tensor) -> Tensor:
             return self.mlp(x, tokens) if getattr(self.mlp, "reads_tokens", False) else self.mlp(x)
 
-        x = self._joined(x, attention, self.input_layernorm, self.attention_join_norm)
-        return self._joined(x, mlp, self.post_attention_layernorm, self.mlp_join_norm)
+        x = self._joined(x, attention, self.attention_residual, self.input_layernorm, self.attention_join_norm)
+        return self._joined(x, mlp, self.mlp_residual, self.post_attention_layernorm, self.mlp_join_norm)
 
     def _joined(
-        self, x: Tensor, branch: Callable[[Tensor], Tensor], before: nn.Module | None, join: nn.Module | None
+        self,
+        state: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        residual: SparsecodConnection,
+        before: nn.Module | None,
+        norm: nn.Module | None,
     ) -> Tensor:
+        x = residual(state)
         output = branch(x if before is None else before(x))
-        if join is None:
-            return x + output
-        return join(x + output) if self.is_post_norm else x + join(output)
+        if norm is None:
+            return residual.join(output, state)
+        return norm(residual.join(output, state)) if self.is_post_norm else residual.join(norm(output), state)
 
 
 class SparsecodPreTrainedModel(PreTrainedModel):
@@ -246,7 +287,8 @@ class SparsecodModel(SparsecodPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Token ids or embeddings to the last hidden state [batch, seq, hidden].
 
-        `hidden_states` are the layers' inputs, and the output after the final norm, as everywhere in transformers.
+        `hidden_states` are the layers' inputs, and the output after the final norm, as everywhere in transformers; with
+        a residual path of a mechanism the inputs are its state, which may be wider than the output.
         `cache` and `past_key_values` are the two names that transformers' versions have for one argument.
 
         Raises:
@@ -266,17 +308,27 @@ class SparsecodModel(SparsecodPreTrainedModel):
         masks = self._masks(embedded, attention_mask, cache, position_ids)
         tokens = self._tokens(input_ids, attention_mask, cache, position_ids)
         rotation = self.rotary_emb(position_ids, embedded.dtype)
-        x, streams = self.embedding_norm(embedded), []
+        x, streams = self._first(self.embedding_norm(embedded)), []
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             streams.append(x)
             x = layer(x, rotation, masks[kind], cache, **tokens)
-        x = self.norm(x)
+        x = self.norm(self._last(x))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=(*streams, x) if wanted else None,
             **{CACHE: cache},
         )
+
+    def _first(self, embedded: Tensor) -> Tensor:
+        """The first residual state."""
+        expansion: Any = self.layers[0].expansion
+        return embedded if expansion is None else expansion(embedded)
+
+    def _last(self, state: Tensor) -> Tensor:
+        """What the final norm gets."""
+        contraction: Any = self.layers[-1].contraction
+        return state if contraction is None else contraction(state)
 
     def _tokens(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor

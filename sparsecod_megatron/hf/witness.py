@@ -28,6 +28,13 @@ CAUSES_WITHOUT_TENSOR = {
     "self_attn": "attention between its projections: rotary embedding, window, number of heads or gate",
     "mlp.act": "the activation",
     "memory": "what is added to its input: hash, gate or convolution",
+    "expansion": "the first residual state: a tensor of expansion",
+    "contraction": "what the final norm reads of the residual state: a tensor of contraction",
+}
+CAUSES_WITHOUT_TENSOR |= {
+    f"{branch}_residual.{part}": f"how {branch} {verb} the residual state: a tensor of {branch}_residual.{part}"
+    for branch in ("attention", "mlp")
+    for part, verb in (("read", "reads"), ("write", "joins"))
 }
 """Modules whose output no single tensor decides, and what does."""
 
@@ -262,6 +269,8 @@ def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -
 
 
 _STAGES = (
+    "expansion",
+    "attention_residual.read",
     "input_layernorm",
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -272,6 +281,8 @@ _STAGES = (
     "self_attn",
     "self_attn.o_proj",
     "attention_join_norm",
+    "attention_residual.write",
+    "mlp_residual.read",
     "post_attention_layernorm",
     "mlp.gate",
     "mlp.gate_proj",
@@ -281,7 +292,9 @@ _STAGES = (
     "mlp.experts",
     "mlp.shared_expert",
     "mlp_join_norm",
+    "mlp_residual.write",
     "",
+    "contraction",
 )
 
 

@@ -6,6 +6,8 @@ A layer of Megatron-Core computes, with h the residual stream of shape [S_local,
     h  = h + mlp(norm(h))            mlp_in:  h before,  mlp:  what is added       out: h after
 
 or with the norms elsewhere (model/placement.py): where the branch is normalised, what is added is the norm's output.
+Where a mechanism has a residual path of its own, `attn_in` and `mlp_in` are what it reads of its state for the branch,
+`attn` and `mlp` what the branch hands to its join, and `out` its `view` of the state: one stream, not the packed ones.
 
 The residual stream keeps H whole under tensor and sequence parallelism, and both branches are already summed over
 tensor-parallel ranks, so a token's statistics never need another rank. Source: Megatron-Core
@@ -53,18 +55,24 @@ def _attach(layer: TransformerLayer, observer: Observer) -> list[Any]:
 
     def observe(place: str, tensor: Tensor) -> None:
         if not in_backward():
-            observer(index, place, tensor.detach())
+            observer(index, place, tensor.detach().contiguous())  # one of a state's columns lies between others
 
-    def before(place: str) -> Callable[..., None]:
-        return lambda module, args: observe(place, args[0])
-
+    view: Callable[[Tensor], Tensor] = getattr(layer.mlp_bda, "view", lambda state: state)
     return [
-        layer.input_layernorm.register_forward_pre_hook(before("attn_in")),
+        _watch_read(layer.input_layernorm, partial(observe, "attn_in")),
         *_watch_branch(layer.self_attention, layer.self_attn_bda, partial(observe, "attn")),
-        layer.pre_mlp_layernorm.register_forward_pre_hook(before("mlp_in")),
+        _watch_read(layer.pre_mlp_layernorm, partial(observe, "mlp_in")),
         *_watch_branch(layer.mlp, layer.mlp_bda, partial(observe, "mlp")),
-        layer.register_forward_hook(lambda module, args, result: observe("out", result[0])),
+        layer.register_forward_hook(lambda module, args, result: observe("out", view(result[0]))),
     ]
+
+
+def _watch_read(norm: torch.nn.Module, observe: Callable[[Tensor], None]) -> Any:
+    """Call `observe` with what the norm before a branch is of."""
+    read: torch.nn.Module | None = getattr(norm, "read", None)
+    if read is not None:
+        return read.register_forward_hook(lambda module, args, result: observe(result))
+    return norm.register_forward_pre_hook(lambda module, args: observe(args[0]))
 
 
 def _watch_branch(branch: torch.nn.Module, join: object, observe: Callable[[Tensor], None]) -> list[Any]:

@@ -19,11 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.model.gpt import EmbeddingNormGPTModel
+from sparsecod_megatron.model.gpt import PreparedGPTModel
 from sparsecod_megatron.model.init import initialize
 from sparsecod_megatron.model.sharding import mark_sharded
 from sparsecod_megatron.model.specs import block_spec, spec_provider
-from sparsecod_megatron.seams.mechanism import token_halo
+from sparsecod_megatron.seams.mechanism import configured, token_halo
+from sparsecod_megatron.seams.residual import residual_path
 
 
 def build_model(
@@ -50,9 +51,11 @@ def build_model(
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if chunks is None else list(range(chunks))
     provider = spec_provider(config.data, config.parallel, transformer_engine=transformer_engine)
+    norm, path = config.model.has_embedding_norm, residual_path(configured(config), config.model)
     build: Any = GPTModel
-    if config.model.has_embedding_norm:
-        build = partial(EmbeddingNormGPTModel, embedding_norm=provider.layer_norm(rms_norm=True))
+    if norm or path is not None:
+        embedding_norm = provider.layer_norm(rms_norm=True) if norm else None
+        build = partial(PreparedGPTModel, embedding_norm=embedding_norm, path=path)
     table = ParameterTable.of(config)
     models: list[torch.nn.Module] = []
     for vp_stage in stages:

@@ -1,4 +1,4 @@
-"""GPTModel with a norm on its embeddings, for which Megatron-Core's spec has no place."""
+"""GPTModel with what its spec has no place for, between the embeddings and the layers."""
 
 from __future__ import annotations
 
@@ -7,28 +7,41 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
+from sparsecod_megatron.model.streams import Expansion
+from sparsecod_megatron.seams.residual import ResidualPath
 
-class EmbeddingNormGPTModel(GPTModel):
-    """h_0 = norm(embedding(tokens)); the rest is the parent's.
+
+class PreparedGPTModel(GPTModel):
+    """h_0 = expand(norm(embedding(tokens))), both if there; the rest is the parent's.
 
     Args:
         embedding_norm: spec or class of the norm.
+        path: the residual path.
         **arguments: GPTModel's.
 
     Source: Kim et al., Peri-LN (arXiv 2502.02732), initial embedding normalisation.
     """
 
-    def __init__(self, *, embedding_norm: ModuleSpec | type, **arguments: Any) -> None:
+    def __init__(
+        self, *, embedding_norm: ModuleSpec | type | None, path: ResidualPath | None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        if self.pre_process:
+        config = self.config
+        if self.pre_process and embedding_norm is not None:
             self.embedding_norm = build_module(
-                embedding_norm,
-                config=self.config,
-                hidden_size=self.config.hidden_size,
-                eps=self.config.layernorm_epsilon,
+                embedding_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
+        if self.pre_process and path is not None:
+            self.expansion = Expansion(config, path)
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The parent's tuple: the decoder's input, [S_local, B, H] or None on a later stage, and rotary angles."""
+        """The parent's tuple: the decoder's input, [S_local, B, columns · H] or None later, and rotary angles."""
         decoder_input, *others = super()._preprocess(*args, **kwargs)
-        return (decoder_input if decoder_input is None else self.embedding_norm(decoder_input), *others)
+        if decoder_input is not None:
+            for name in ("embedding_norm", "expansion"):
+                decoder_input = getattr(self, name, _unchanged)(decoder_input)
+        return (decoder_input, *others)
+
+
+def _unchanged(x: Any) -> Any:
+    return x

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.config.parameters import NEVER_DECAYS, ParameterTable
 from sparsecod_megatron.model.matrices import WholeMatrix, matrices, named_generator
 
 _OUTPUTS = ("attention_output", "mlp_output")
@@ -38,7 +38,8 @@ def initialize(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupColle
         seed: seed of the run.
     """
     shards = list(matrices(chunk, table, groups))
-    for shard in shards:
+    # What reads and joins a residual path has been made with the values that it begins at.
+    for shard in (shard for shard in shards if shard.row.group != NEVER_DECAYS):
         parameter = shard.parameter
         whole = draw(table.model, shard.matrix, shard.whole_shape, seed=seed, device=parameter.device)
         mine = shard.cut(whole)

@@ -6,12 +6,14 @@ With N a norm, f a branch (attention or MLP) and s = 1 / sqrt(layer + 1) under L
     post             N(x + f(x))
     peri, sandwich   x + s · N'(f(N(x)))      peri also normalises the embeddings
     mix              post in the first layers, pre in the others
+
+With a residual path of a mechanism, x + y is its join, and what N is of is its read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -22,12 +24,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.model.norms import ScaledRMSNorm
-from sparsecod_megatron.model.residual import BranchNorm, PostNorm
+from sparsecod_megatron.model.residual import BranchJoin, BranchNorm, PostNorm
+from sparsecod_megatron.model.streams import BareRead, ReadNorm
+from sparsecod_megatron.seams.residual import ResidualPath
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The norms of one layer, the same around attention and MLP.
+    """The norms around a branch.
 
     Attributes:
         input_norm: before the branch.
@@ -41,7 +45,7 @@ class Placement:
 
 
 def placement(model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider, layer: int) -> Placement:
-    """The norms of layer `layer` (from 0).
+    """The norms of layer `layer` (from 0), the same around attention and MLP.
 
     Source: Mix-LN (arXiv 2412.13795) for `mix`, LayerNorm scaling (arXiv 2502.05795), `residual.py` for the others.
     """
@@ -56,3 +60,32 @@ def placement(model: ModelConfig, megatron: TransformerConfig, provider: Backend
     if model.norm_placement in ("peri", "sandwich"):
         return Placement(norm, joined_by(BranchNorm, scaled), fusible=True)
     return Placement(scaled, get_bias_dropout_add, fusible=not model.layernorm_scaling)
+
+
+def placement_on_path(plain: Placement, path: ResidualPath, megatron: TransformerConfig, sublayer: int) -> Placement:
+    """What `placement` gives, with the reads and joins of a residual path.
+
+    Args:
+        plain: without the path.
+        path: of a mechanism.
+        megatron: Megatron-Core's configuration.
+        sublayer: attention of layer l is 2l, its MLP 2l + 1.
+    """
+    where = {"path": path, "sublayer": sublayer}
+    join = ModuleSpec(BranchJoin, params={"config": megatron, **where})
+    if isinstance(plain.join, ModuleSpec):
+        join = ModuleSpec(plain.join.module, params={**plain.join.params, **where})
+    if path.columns == 1 and not path.state_in_fp32:
+        return replace(plain, join=join)
+    own = plain.input_norm.params if isinstance(plain.input_norm, ModuleSpec) else {}
+    return Placement(ModuleSpec(ReadNorm, params={**where, **own}), join, fusible=False)
+
+
+def final_norm(
+    model: ModelConfig, provider: BackendSpecProvider, path: ResidualPath | None
+) -> ModuleSpec | type | None:
+    """What stands behind the layers; None: nothing."""
+    if path is None or (path.columns == 1 and not path.state_in_fp32):
+        return provider.layer_norm(rms_norm=True) if model.final_norm else None
+    last = {"path": path, "sublayer": 2 * model.num_layers}
+    return ModuleSpec(ReadNorm if model.final_norm else BareRead, params=last)

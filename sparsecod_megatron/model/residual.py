@@ -1,12 +1,11 @@
-"""How a branch joins the residual stream when a norm is involved.
+"""How a branch joins the residual stream when a norm is involved, or a mechanism has a residual path of its own.
 
-Megatron-Core's layer asks its spec for a factory of `join(branch_and_bias, residual, dropout)`; these are factories
-with a norm. Source: Megatron-Core fusions/fused_bias_dropout.py, transformer/transformer_layer.py.
+Megatron-Core's layer asks its spec for a factory of `join(branch_and_bias, residual, dropout)`; these are such
+factories. Source: Megatron-Core fusions/fused_bias_dropout.py, transformer/transformer_layer.py.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -15,21 +14,39 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from sparsecod_megatron.seams.residual import ResidualPath
+
 BranchAndBias = tuple[Tensor, Tensor | None]
 Join = Callable[[BranchAndBias, Tensor, float], Tensor]
 
 
-class NormedJoin(torch.nn.Module, ABC):
-    """Base of the joins below.
+def owned(module: torch.nn.Module, config: TransformerConfig) -> torch.nn.Module:
+    """A path's module with parameters as Megatron-Core wants them: the run's type, and the marks of what is whole.
+
+    Under sequence parallelism each tensor-parallel rank sees other tokens, so gradients are summed over the group;
+    Muon, which would orthogonalise mixing matrices, leaves what is marked as an embedding to AdamW.
+    """
+    module.to(config.params_dtype)
+    for parameter in module.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+    return module
+
+
+class BranchJoin(torch.nn.Module):
+    """residual + branch, or the join of a residual path; base of those with a norm.
 
     Args:
-        config: sizes, precision and sequence parallelism of the norm.
-        norm: its spec or class.
+        config: of the model.
+        path: of a mechanism; None for the plain sum.
+        sublayer: which of its joins.
     """
 
-    def __init__(self, config: TransformerConfig, norm: ModuleSpec | type) -> None:
+    def __init__(self, config: TransformerConfig, path: ResidualPath | None = None, sublayer: int = 0) -> None:
         super().__init__()
-        self.norm = build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.write = None if path is None else owned(path.join(sublayer), config)
+        if path is not None:
+            self.view = path.view
 
     def forward(self, training: bool, fused: bool) -> Join:
         """The join of this forward pass; there is no fused kernel for it."""
@@ -41,9 +58,31 @@ class NormedJoin(torch.nn.Module, ABC):
 
         return join
 
-    @abstractmethod
     def join(self, branch: Tensor, residual: Tensor) -> Tensor:
-        """Both [S_local, B, H] → the new residual stream."""
+        """[S_local, B, H] and the residual state [S_local, B, columns · H] → the next state."""
+        state: Tensor = residual + branch if self.write is None else self.write(branch, residual)
+        return state
+
+
+class NormedJoin(BranchJoin):
+    """Base of the joins with a norm.
+
+    Args:
+        config: sizes, precision and sequence parallelism of the norm.
+        norm: its spec or class.
+        path: of a mechanism; None for the plain sum.
+        sublayer: which of its joins.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        norm: ModuleSpec | type,
+        path: ResidualPath | None = None,
+        sublayer: int = 0,
+    ) -> None:
+        super().__init__(config, path, sublayer)
+        self.norm = build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class PostNorm(NormedJoin):
@@ -54,7 +93,7 @@ class PostNorm(NormedJoin):
 
     def join(self, branch: Tensor, residual: Tensor) -> Tensor:
         """Both [S_local, B, H] → [S_local, B, H]."""
-        return self.norm(residual + branch)
+        return self.norm(super().join(branch, residual))
 
 
 class BranchNorm(NormedJoin):
@@ -70,4 +109,4 @@ class BranchNorm(NormedJoin):
 
     def join(self, branch: Tensor, residual: Tensor) -> Tensor:
         """Both [S_local, B, H] → [S_local, B, H]."""
-        return residual + self.norm(branch)
+        return super().join(self.norm(branch), residual)

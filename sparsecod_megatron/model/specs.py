@@ -28,9 +28,10 @@ from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, R
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
 from sparsecod_megatron.model.layer import VariedLayer
 from sparsecod_megatron.model.norms import RMSNorm
-from sparsecod_megatron.model.placement import Placement, placement
+from sparsecod_megatron.model.placement import Placement, final_norm, placement, placement_on_path
 from sparsecod_megatron.model.router import StepRouter
 from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, configured
+from sparsecod_megatron.seams.residual import residual_path
 
 
 class ReferenceSpecProvider(LocalSpecProvider):
@@ -84,9 +85,8 @@ def block_spec(
         layer_spec(LayerSite(config.model, megatron, provider, layer), mechanisms)
         for layer in range(first, first + count)
     ]
-    return TransformerBlockSubmodules(
-        layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True) if config.model.final_norm else None
-    )
+    path = residual_path(mechanisms, config.model)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm(config.model, provider, path))
 
 
 def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleSpec:
@@ -97,22 +97,23 @@ def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleS
     its name (Megatron's local spec renames it, gpt_layer_specs.py:410).
     """
     model, provider, layer = site.model, site.provider, site.layer
-    norms = placement(model, site.megatron, provider, layer)
+    attention, mlp = _placements(site, mechanisms)
     is_moe = model.is_moe_layer(layer)
-    fuse = norms.fusible and provider.fuse_layernorm_and_linear()
+    fused = provider.fuse_layernorm_and_linear()
     unfused = {branch for mechanism in mechanisms for branch in mechanism.unfused}
-    fuse_attention, fuse_mlp = fuse and "attention" not in unfused, fuse and "mlp" not in unfused and not is_moe
-    renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    fuse_attention = fused and attention.fusible and "attention" not in unfused
+    fuse_mlp = fused and mlp.fusible and "mlp" not in unfused and not is_moe
+    renamed = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
     if not is_moe:
-        renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        renamed["pre_mlp_layernorm.weight"] = "mlp.linear_fc1.layer_norm_weight"
     submodules = TransformerLayerSubmodules(
-        input_layernorm=IdentityOp if fuse_attention else norms.input_norm,
+        input_layernorm=IdentityOp if fuse_attention else attention.input_norm,
         self_attention=_attention(model, provider, fuse=fuse_attention),
-        self_attn_bda=norms.join,
-        pre_mlp_layernorm=IdentityOp if fuse_mlp else norms.input_norm,
+        self_attn_bda=attention.join,
+        pre_mlp_layernorm=IdentityOp if fuse_mlp else mlp.input_norm,
         mlp=_experts(model, site.megatron, provider) if is_moe else _mlp(provider, fuse=fuse_mlp),
-        mlp_bda=norms.join,
-        sharded_state_dict_keys_map=renamed if _has_own_input_norm(norms) else {},
+        mlp_bda=mlp.join,
+        sharded_state_dict_keys_map=renamed if _has_own_input_norm(attention) else {},
     )
     changes = _changes(model, layer)
     spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
@@ -121,6 +122,19 @@ def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleS
     for mechanism in mechanisms:
         spec = mechanism.layer_spec(spec, site)
     return spec
+
+
+def _placements(site: LayerSite, mechanisms: Sequence[Mechanism]) -> tuple[Placement, Placement]:
+    """Around attention, and around the MLP."""
+    plain = placement(site.model, site.megatron, site.provider, site.layer)
+    path = residual_path(mechanisms, site.model)
+    if path is None:
+        return plain, plain
+    first = 2 * site.layer
+    return (
+        placement_on_path(plain, path, site.megatron, first),
+        placement_on_path(plain, path, site.megatron, first + 1),
+    )
 
 
 def _has_own_input_norm(norms: Placement) -> bool:

@@ -68,7 +68,7 @@ def first_activations(layout: Layout) -> Saved:
     if layout.tensor > 1:
         saved["embedding"] += tokens  # mask of the vocabulary's other shards
     if model.has_embedding_norm:
-        saved["embedding_norm"] = norm_bytes(layout, layout.norm_tokens, model.hidden_size)
+        saved["embedding_norm"] = layout.norm_bytes(layout.norm_tokens, model.hidden_size)
     if model.hidden_dropout:
         saved["embedding_dropout"] = layout.norm_tokens * model.hidden_size * _mask_bytes(layout)
     return saved
@@ -80,16 +80,10 @@ def last_activations(layout: Layout) -> Saved:
     assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
     stream = layout.norm_tokens * model.hidden_size
     return {
-        "final_norm": norm_bytes(layout, layout.norm_tokens, model.hidden_size) if model.final_norm else 0,
+        "final_norm": layout.norm_bytes(layout.norm_tokens, model.hidden_size) if model.final_norm else 0,
         "output_input": layout.bytes_per_value * stream,
         "logits": layout.tokens * (model.vocab_size // layout.tensor * _FP32 + 1 + _INDEX),
     }
-
-
-def norm_bytes(layout: Layout, vectors: int, channels: int) -> int:
-    """An RMSNorm's input and its 1 / rms, fp32, for each vector; the reference keeps x and x / rms, both in fp32."""
-    value = layout.bytes_per_value if layout.transformer_engine else 2 * _FP32
-    return vectors * (channels * value + _FP32)
 
 
 def _mask_bytes(layout: Layout) -> int:
@@ -99,7 +93,7 @@ def _mask_bytes(layout: Layout) -> int:
 
 def _norms(layout: Layout, layer: int) -> Saved:
     model, tokens = layout.model, layout.norm_tokens
-    norm = norm_bytes(layout, tokens, model.hidden_size)
+    norm = layout.norm_bytes(tokens, model.hidden_size)
     stream = tokens * model.hidden_size
     moe = model.is_moe_layer(layer)
     saved = {
@@ -127,7 +121,7 @@ def _attention(layout: Layout, layer: int) -> Saved:
     saved = {"qkv": qkv, "softmax": softmax, "attention_output": output}
     if model.qk_norm:
         vectors = tokens * (heads + groups) // layout.tensor
-        saved["qk_norm"] = norm_bytes(layout, vectors, width)
+        saved["qk_norm"] = layout.norm_bytes(vectors, width)
         if not layout.transformer_engine and value == _FP32:
             # Views of the projection, which is kept already; grouped queries are copied.
             saved["qk_norm"] -= (key + (query if heads == groups else 0)) * value

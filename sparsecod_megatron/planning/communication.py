@@ -125,7 +125,7 @@ def _expert(layout: Layout, stage: int) -> tuple[Traffic, Traffic]:
 
 def _pipeline(layout: Layout, stage: int) -> Traffic:
     """The residual stream to the next stage, its gradient to the one before, for every chunk but the ends."""
-    stream = layout.norm_tokens * layout.model.hidden_size * layout.bytes_per_value
+    stream = layout.state_bytes
     forward = layout.chunks - (1 if stage == layout.stages - 1 else 0)
     backward = layout.chunks - (1 if stage == 0 else 0)
     total = (forward + backward) * stream * layout.num_microbatches

@@ -14,7 +14,7 @@ from sparsecod_megatron.config.flops import is_windowed
 from sparsecod_megatron.config.megatron_fields import STAGE_FIELDS
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.seams.mechanism import RankShape, configured
+from sparsecod_megatron.seams.mechanism import RankShape, configured, residual_state
 
 
 @dataclass(frozen=True)
@@ -130,17 +130,31 @@ class Layout:
         """What mechanisms keep of a layer's forward pass, by module."""
         rank = RankShape(
             tokens=self.tokens,
+            stream_tokens=self.norm_tokens,
             expert_rows=self.expert_rows(layer) if self.model.is_moe_layer(layer) else 0,
             tensor=self.tensor,
             expert_tensor=self.parallel.expert_tensor_size,
             context=self.context,
             seq_length=self.config.data.seq_length,
             value_bytes=self.bytes_per_value,
+            norm_bytes=self.norm_bytes(1, self.model.hidden_size),
         )
         saved: dict[str, int] = {}
         for mechanism in configured(self.config):
             saved |= mechanism.saved_bytes(self.model, layer, rank)
         return saved
+
+    def norm_bytes(self, vectors: int, channels: int) -> int:
+        """An RMSNorm's input and its 1 / rms, fp32, for each vector; the reference keeps x and x / rms, both fp32."""
+        value = self.bytes_per_value if self.transformer_engine else 2 * 4
+        return vectors * (channels * value + 4)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a micro-batch's residual state on this rank, as stages send it and recompute keeps it."""
+        state = residual_state(self.config)
+        value = 4 if state.in_fp32 else self.bytes_per_value
+        return self.norm_tokens * state.columns * self.model.hidden_size * value
 
     def in_fp8(self, layer: int) -> bool:
         """Whether the layer's projections multiply in FP8, and keep their inputs in it."""

@@ -155,7 +155,7 @@ def _chunk_activations(layout: Layout, stage: int, chunk: int) -> tuple[int, int
     The backward pass goes from the last layer on: when a unit is recomputed, what later layers kept has gone.
     """
     units, whole = layout.recompute.units(layout.layers(stage, chunk))
-    unit_input = layout.norm_tokens * layout.model.hidden_size * layout.bytes_per_value
+    unit_input = layout.state_bytes
     # The first norm keeps the unit's input, but for the reference one in bf16, which copies it into fp32.
     shared = unit_input if layout.transformer_engine or layout.bytes_per_value == _FP32 else 0
     sizes = {layer: _layer_bytes(layout, layer) for layer in set(layout.representatives)}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
+    from sparsecod_megatron.seams.residual import ResidualPath
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,43 @@ class RankShape:
 
     Attributes:
         tokens: that its dense matrix products see.
+        stream_tokens: that its norms and residual stream see: fewer with sequence parallelism.
         expert_rows: that all its routed experts of the layer get, if the load is even.
         tensor: tensor-parallel size.
         expert_tensor: tensor-parallel size of the experts.
         context: context-parallel size.
         seq_length: tokens of a whole sequence.
         value_bytes: of an activation.
+        norm_bytes: what a norm of the residual stream keeps of one token.
     """
 
     tokens: int
+    stream_tokens: int
     expert_rows: int
     tensor: int
     expert_tensor: int
     context: int
     seq_length: int
     value_bytes: int
+    norm_bytes: int
+
+    @property
+    def copy_bytes(self) -> int:
+        """What a value's copy in fp32 takes; nothing where it is fp32 itself."""
+        return 0 if self.value_bytes == 4 else 4
+
+
+@dataclass(frozen=True)
+class ResidualState:
+    """What a token's residual state is between layers.
+
+    Attributes:
+        columns: vectors of `hidden_size` numbers.
+        in_fp32: whether they are fp32 whatever the model computes in.
+    """
+
+    columns: int = 1
+    in_fp32: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +116,7 @@ class Module:
     Attributes:
         code: a file that imports torch and the standard library alone, with a function `extend(layer, settings, config,
             index)` that changes a `SparsecodLayer` as it is built; copied into the directory.
+        beside: other such files, from which it takes something.
         settings: what `extend` and an import get, as plain data; an import takes them for the section of YAML.
         tensors: of all layers.
         replaced: tensors of the plain model that it has not, by their names in a GPTModel.
@@ -102,6 +126,7 @@ class Module:
     settings: dict[str, Any] = field(default_factory=dict)
     tensors: tuple[ExportedTensor, ...] = ()
     replaced: frozenset[str] = frozenset()
+    beside: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +175,10 @@ class Mechanism:
     def parameters(self, model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
         """Parameters that it adds to layer `layer` (from 0)."""
         yield from ()
+
+    def end_parameters(self, model: ModelConfig) -> tuple[list[ParameterKind], list[ParameterKind]]:
+        """Parameters that it adds before the layers, and behind them."""
+        return [], []
 
     def made_of(self, kind: ParameterKind, model: ModelConfig, layer: int) -> tuple[ParameterKind, ...]:
         """The parameters that layer `layer` (from 0) has in place of a plain one: that itself, unless others do."""
@@ -207,6 +236,14 @@ class Mechanism:
     def transformer_fields(self, model: ModelConfig) -> dict[str, Any]:
         """Fields of Megatron-Core's TransformerConfig that it needs."""
         return {}
+
+    def residual_state(self, model: ModelConfig) -> ResidualState:
+        """What a token's residual state is."""
+        return ResidualState()
+
+    def residual_path(self, model: ModelConfig) -> ResidualPath | None:
+        """How its branches read and write the residual state; None leaves them as they are."""
+        return None
 
     def layer_spec(self, spec: ModuleSpec, site: LayerSite) -> ModuleSpec:
         """The spec of a layer with its own modules in Megatron-Core's places. Local."""
@@ -304,6 +341,12 @@ def token_halo(config: RunConfig) -> int | None:
     """Tokens before its own whose ids some layer of a run needs for a token; None: no layer reads ids."""
     halos = [mechanism.token_halo(config.model) for mechanism in configured(config)]
     return max((halo for halo in halos if halo is not None), default=None)
+
+
+def residual_state(config: RunConfig) -> ResidualState:
+    """What a token's residual state is in a run, whose mechanisms have one path of their own at most."""
+    states = [mechanism.residual_state(config.model) for mechanism in configured(config)]
+    return next((state for state in states if state != ResidualState()), ResidualState())
 
 
 def mixed(mixin: type, base: type) -> type:

@@ -3,6 +3,7 @@
 A parameter's group stands in the table of parameters. Under muP for AdamW, with r = `model.width_ratio`:
 
     norms, biases, embeddings     lr
+    residual (never decays)       lr
     hidden (all other matrices)   lr / r
     output, router                lr / r    (their input is wide, their output is not)
 
@@ -20,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.parameters import GROUPS, RATE_FALLS_WITH_WIDTH, ParameterTable
+from sparsecod_megatron.config.parameters import GROUPS, NEVER_DECAYS, RATE_FALLS_WITH_WIDTH, ParameterTable
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
@@ -42,7 +43,7 @@ def _is_in_group(table: ParameterTable, group: str, factor: float, parameter: Te
 
 
 def _decay(without: Sequence[str], group: str) -> dict[str, float]:
-    return {"wd_mult": 0.0} if group in without else {}
+    return {"wd_mult": 0.0} if group in (*without, NEVER_DECAYS) else {}
 
 
 def _rate(config: RunConfig, group: str, factor: float) -> dict[str, float]:

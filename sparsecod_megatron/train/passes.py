@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
+from sparsecod_megatron.parallel.messages import StateCommunicator
 from sparsecod_megatron.parallel.weights import gather_weights
-from sparsecod_megatron.seams.mechanism import token_halo
+from sparsecod_megatron.seams.mechanism import ResidualState, residual_state, token_halo
 from sparsecod_megatron.seams.plugin import StepContext, effective_weights, extra_losses
 from sparsecod_megatron.train.forward import Batch, ForwardStep, make_forward_step
 from sparsecod_megatron.train.setup import Trainer
@@ -73,6 +75,12 @@ def _scheduled(
     )
     size, length = config.train.micro_batch_size, config.data.seq_length
     packed = config.data.reset_attention_mask
+    messages: dict[str, Any] = {}
+    state = residual_state(config)
+    if state != ResidualState() and parallel.pipeline_model_parallel_size > 1:
+        groups, dtype = trainer.groups, torch.float32 if state.in_fp32 else None
+        communicator = StateCommunicator(groups.pp, get_model_config(models[0]), state.columns, dtype)
+        messages = {"p2p_communicator": communicator, "pg_collection": groups}
     reports: list[Any] = schedule(
         forward_step_func=forward_step,
         data_iterator=data,
@@ -81,6 +89,7 @@ def _scheduled(
         seq_length=size * length if packed else length,
         micro_batch_size=1 if packed else size,
         forward_only=forward_only,
+        **messages,
     )
     return reports
 

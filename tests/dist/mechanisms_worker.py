@@ -70,7 +70,9 @@ class LayoutCase(SpreadCase):
         )
 
 
-EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers", "product-keys")
+PATHS = ("depth-attention", "streams")
+"""Residual paths: one of slots and one of streams, whose wide state pipeline stages send each other."""
+EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers", "product-keys", *PATHS)
 """Runs that are tried in every layout; the others share their code, and are in one of each kind of split.
 Experts' neurons are the unit tests' matter."""
 ROUTERS = ("routers", "trees")

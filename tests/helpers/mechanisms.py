@@ -19,6 +19,8 @@ class Case:
         dense: whether it has an effect in a model without experts.
         finished: overrides with which a run is over after one step, where only then it can be exported.
         example: overrides with which its example trains on a small model.
+        wrong: tensor of its export, of layer 1, that the parity gate must find where it is wrong; empty: its second.
+        named: what that gate says of it, if not the tensor.
     """
 
     settings: tuple[str, ...]
@@ -30,6 +32,17 @@ class Case:
     dense: bool = True
     finished: tuple[str, ...] = ()
     example: tuple[str, ...] = ()
+    wrong: str = ""
+    named: str = ""
+
+
+def _join(tensor: str, branch: str = "attention") -> dict[str, str]:
+    """`wrong` and `named` of a residual path whose joins have such a tensor."""
+    at = f"{branch}_residual.write"
+    return {
+        "wrong": f"model.layers.1.{at}.{tensor}",
+        "named": f"how {branch} joins the residual state: a tensor of {at}",
+    }
 
 
 def _set(name: str, *settings: str) -> tuple[str, ...]:
@@ -148,6 +161,28 @@ CASES: dict[str, Case] = {
         (*_set("monet", "experts=8", "heads=2", "k=3", "momentum=0.5"), "model.activation=relu2"),
     ),
     "stem": Case(_set("stem", "layers=[1,3]")),
+    "attention_residuals": Case(
+        _set("attention_residuals", "block_layers=1"),
+        experts=True,
+        wrong="model.layers.1.attention_residual.read.query",
+        named="how attention reads the residual state: a tensor of attention_residual.read",
+    ),
+    "delta": Case(_set("delta", "beta=0.5"), example=("optimizer.lr=3e-3",), **_join("gate_bias")),
+    "dense_average": Case(_set("dense_average", "dilation=2"), **_join("weights", "mlp")),
+    "hyper_connections": Case(
+        _set("hyper_connections", "streams=3", "scale=1"), experts=True, **_join("static_mixing")
+    ),
+    "keel": Case(("mechanisms.keel={}",), experts=True, **_join("weight")),
+    "manifold_hyper_connections": Case(
+        _set("manifold_hyper_connections", "streams=3", "mixing=permutations", "scale=1"), **_join("weight")
+    ),
+    "multi_gate": Case(_set("multi_gate", "streams=3"), **_join("bias")),
+    "scaled": Case(
+        _set("scaled", "branch=0.5", "learn=channel", "skip=0.9"),
+        neutral=("mechanisms.scaled={}",),
+        **_join("factor"),
+    ),
+    "siamese_norm": Case(("mechanisms.siamese_norm={}",), **_join("weight")),
     "s2_attention": Case(
         _set("s2_attention", "block_size=2", "local_blocks=1", "stride=2"),
         neutral=_set("s2_attention", "stride=1"),
@@ -170,6 +205,15 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "routers": ("random_groups", "moe_router_topk_schedule", "moe_x"),
     "trees": ("comet",),
     "product-keys": ("monet",),
+    "depth-attention": ("attention_residuals",),
+    "dense-averages": ("dense_average",),
+    "deltas": ("delta",),
+    "highways": ("keel",),
+    "manifolds": ("manifold_hyper_connections",),
+    "scales": ("scaled",),
+    "stream-gates": ("multi_gate",),
+    "streams": ("hyper_connections",),
+    "twins": ("siamese_norm",),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 APART = ("marks", "windows", "groups")

@@ -217,7 +217,7 @@ def test_every_mechanism_and_compression_method_has_a_row() -> None:
     """A mechanism's names settings of its own alone."""
     rows = [re.match(r"`(\w+): \{([^}]*)\}`", row[0]) for row in table("MODEL.md", "Mechanisms")]
     settings = {row[1]: set(re.findall(r"(\w+):", row[2])) for row in rows if row is not None}
-    pages = ("WEIGHT_SPARSITY.md", "TOKEN_MEMORY.md")
+    pages = ("WEIGHT_SPARSITY.md", "TOKEN_MEMORY.md", "RESIDUAL.md")
     of_pages = [row[0].strip("`") for page in pages for row in table(page, "Methods")]
     assert sorted([*settings, *of_pages]) == sorted(MECHANISMS.names)
     for name, shown in settings.items():

@@ -1,0 +1,1 @@
+"""Mechanisms that change the residual path: what a branch reads, and how it is joined."""

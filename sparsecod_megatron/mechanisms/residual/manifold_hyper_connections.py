@@ -1,0 +1,94 @@
+"""Hyper-connections whose mixing is doubly stochastic: x ← M x + H_post f, a branch reads Σ_s H_pre,s x_s.
+
+With u the whole state over its RMS: H_pre = σ(scale · W u + b), H_post = 2σ(…), and M from logits by Sinkhorn's
+iteration (columns exact, rows off by up to 3 %) or as a mean of permutations, which is exact. As columns sum to one,
+the mean of the streams moves as the plain residual stream does, whatever M: this does not stop its variance from
+growing.
+
+Three public codes begin in three ways: M = I (`mix_init: identity`), all streams equal after one layer (`mean`,
+Megatron-LM's), and 0.475 on the diagonal (lucidrains'). The first two are here.
+
+Source: Xie et al., mHC (arXiv 2512.24880); mHC-lite (arXiv 2601.05732) for permutations. W begins at 0 here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.config.fields import at_least, choice
+from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
+from sparsecod_megatron.seams.mechanism import RankShape, ResidualState
+
+MAX_PERMUTED_STREAMS = 4
+"""Five streams have 120 permutations, each a row of the projection."""
+
+
+@dataclass
+class ManifoldHyperConnections(ResidualMechanism):
+    """Settings of the mechanism."""
+
+    name: ClassVar[str] = "manifold_hyper_connections"
+
+    streams: int = at_least(2, 4)
+    """Residual streams, n."""
+    mixing: str = choice("sinkhorn", "permutations")
+    """How a doubly stochastic matrix is made of logits."""
+    mix_init: str = choice("identity", "mean")
+    """What it begins as."""
+    sinkhorn_steps: int = at_least(1, 20)
+    """How often rows and columns are each divided by their sums."""
+    scale: float = at_least(0, 0.01)
+    """What the scales of the parts that depend on the token begin at."""
+
+    def residual_state(self, model: ModelConfig) -> ResidualState:
+        """The streams."""
+        return ResidualState(self.streams)
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """Too many permutations."""
+        yield from super().problems(config)
+        if self.mixing == "permutations" and self.streams > MAX_PERMUTED_STREAMS:
+            yield (
+                f"mechanisms.{self.name}.streams: {self.streams} have {math.factorial(self.streams)} permutations; "
+                f"give at most {MAX_PERMUTED_STREAMS}, or mixing=sinkhorn"
+            )
+
+    def reads(self, model: ModelConfig, sublayer: int) -> tuple[StreamParameter, ...]:
+        """Gates; none for the mean at the end."""
+        if sublayer == 2 * model.num_layers:
+            return ()
+        return (
+            StreamParameter("weight", (self.streams, self.streams * model.hidden_size)),
+            StreamParameter("bias", (self.streams,)),
+            StreamParameter("scale", (1,)),
+        )
+
+    def joins(self, model: ModelConfig, sublayer: int) -> tuple[StreamParameter, ...]:
+        """Gates and mixing logits."""
+        streams = self.streams
+        logits = streams**2 if self.mixing == "sinkhorn" else math.factorial(streams)
+        return (
+            StreamParameter("weight", (streams + logits, streams * model.hidden_size)),
+            StreamParameter("write_bias", (streams,)),
+            StreamParameter("mixing_bias", (logits,)),
+            StreamParameter("scales", (2,)),
+        )
+
+    def kept_by_read(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
+        """The state, and what the gates are made of; the mean at the end keeps nothing."""
+        if sublayer == 2 * model.num_layers:
+            return 0
+        return self.streams * (model.hidden_size * (rank.value_bytes + rank.copy_bytes) + 3 * 4)
+
+    def kept_by_join(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
+        """The branch, a wide copy of the state, logits, and every matrix of Sinkhorn's iteration with its sums."""
+        streams = self.streams
+        copied = streams * rank.copy_bytes + rank.value_bytes
+        numbers = 4 * streams + 2 + (3 * math.factorial(streams) + streams**2)
+        if self.mixing == "sinkhorn":
+            numbers = 4 * streams + 2 + 3 * streams**2 + 2 * self.sinkhorn_steps * (streams**2 + streams)
+        return copied * model.hidden_size + numbers * 4

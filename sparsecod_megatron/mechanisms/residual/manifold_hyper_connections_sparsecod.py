@@ -1,0 +1,111 @@
+"""Manifold-constrained hyper-connections: n residual streams whose mixing matrices are doubly stochastic."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .streams_sparsecod import ManyStreams, StreamMean, extension, mixed_and_written, projected, weighted_sum
+
+IDENTITY_LOGIT = 8.0
+"""By how much the identity's logits lead at the beginning: what else is mixed in is below 3e-4 each."""
+
+
+class Path(ManyStreams):
+    """n streams, [..., n · H], all of which begin as the embedding."""
+
+    def read(self, sublayer: int) -> nn.Module:
+        """Gated streams, summed; at the end the mean."""
+        if sublayer == self.branches:
+            return StreamMean(self.columns)
+        return GatedRead(self.columns, self.hidden_size, self.settings["scale"], self.eps)
+
+    def join(self, sublayer: int) -> nn.Module:
+        """Mixed streams, and a gated share of the branch in each."""
+        return ManifoldJoin(self.hidden_size, self.eps, self.settings)
+
+
+class GatedRead(nn.Module):
+    """Σ_s σ(scale · (W u)_s + bias_s) x_s, u the whole state over its RMS.
+
+    Args:
+        streams: n.
+        hidden_size: H.
+        scale: what the scale begins at.
+        eps: of the RMS.
+    """
+
+    def __init__(self, streams: int, hidden_size: int, scale: float, eps: float) -> None:
+        super().__init__()
+        self.streams, self.eps = streams, eps
+        self.weight = nn.Parameter(torch.zeros(streams, streams * hidden_size))
+        self.bias = nn.Parameter(torch.zeros(streams))
+        self.scale = nn.Parameter(torch.full((1,), scale))
+
+    def forward(self, state: Tensor) -> Tensor:
+        """[..., n · H] → [..., H]."""
+        x = state.unflatten(-1, (self.streams, -1))
+        gates = torch.sigmoid(self.scale * projected(state, self.weight, self.eps) + self.bias)
+        return weighted_sum(gates, x)
+
+
+class ManifoldJoin(nn.Module):
+    """x ← M x + 2σ(scale · W_w u + bias_w) f, M of logits scale · W_m u + bias_m.
+
+    With `mixing: sinkhorn` M is exp(logits) made doubly stochastic, with `permutations` Σ_k softmax(logits)_k P_k over
+    all n! of them.
+
+    Args:
+        hidden_size: H.
+        eps: of the RMS.
+        settings: of the mechanism.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.streams = streams = settings["streams"]
+        self.eps, self.steps, self.is_sinkhorn = eps, settings["sinkhorn_steps"], settings["mixing"] == "sinkhorn"
+        self.orders = [] if self.is_sinkhorn else list(itertools.permutations(range(streams)))  # the identity first
+        logits = torch.eye(streams).flatten() if self.is_sinkhorn else torch.eye(len(self.orders))[0]
+        lead = IDENTITY_LOGIT if settings["mix_init"] == "identity" else 0.0
+        self.weight = nn.Parameter(torch.zeros(streams + len(logits), streams * hidden_size))
+        self.write_bias = nn.Parameter(torch.zeros(streams))
+        self.mixing_bias = nn.Parameter(lead * logits)
+        self.scales = nn.Parameter(torch.full((2,), settings["scale"]))
+        self.observe: Any = None
+
+    def forward(self, branch: Tensor, state: Tensor) -> Tensor:
+        """[..., H] and [..., n · H] → [..., n · H]."""
+        logits = projected(state, self.weight, self.eps)
+        write = 2 * torch.sigmoid(self.scales[0] * logits[..., : self.streams] + self.write_bias)
+        mixing = self.matrix(self.scales[1] * logits[..., self.streams :] + self.mixing_bias)
+        if self.observe is not None:
+            self.observe(mixing, write)
+        return mixed_and_written(mixing, write, state.unflatten(-1, (self.streams, -1)), branch)
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        """Logits [..., n² or n!] → M [..., to, from]."""
+        if self.is_sinkhorn:
+            return sinkhorn(logits.unflatten(-1, (self.streams, self.streams)), self.steps)
+        permutations = F.one_hot(torch.tensor(self.orders, device=logits.device), self.streams).to(logits.dtype)
+        return F.linear(torch.softmax(logits, dim=-1), permutations.flatten(start_dim=1).T).unflatten(
+            -1, (self.streams, self.streams)
+        )
+
+
+def sinkhorn(logits: Tensor, steps: int) -> Tensor:
+    """exp(logits) with rows and columns divided by their sums in turns, columns last, by logarithms.
+
+    Columns say how a stream is spread, so that their sums, which are exact, keep the mean of all streams.
+    """
+    for _ in range(steps):
+        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
+        logits = logits - logits.logsumexp(dim=-2, keepdim=True)
+    return logits.exp()
+
+
+extend = extension(Path)

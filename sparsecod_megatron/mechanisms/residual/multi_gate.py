@@ -1,0 +1,59 @@
+"""Multi-gate residuals: n streams; a branch reads Σ_s a_s x_s, and x_s ← (1 - β_s) x_s + β_s f.
+
+a = softmax_s(w · RMS(x_s) / √H), β_s = σ(w' · RMS(x_s) / √H + b_s), with w = w' = 0 at first. Every stream stays
+within the largest branch, so nothing grows with depth. A bias b = -ln(√(L/21) (1 + e³) - 1), L branches, makes shares
+fall with √L. Streams with equal biases stay equal forever, whatever is learned: n of them would be one, so biases
+are spread.
+
+Source: Multi-Gate Residuals (arXiv 2605.23259), formulas by the documentation of a public implementation. That prints
+the bias with another sign, which would open the gates: the one here is derived from what it is said to do; the spread
+of biases is ours, as the paper's way could not be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.config.fields import at_least
+from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
+from sparsecod_megatron.seams.mechanism import RankShape, ResidualState
+
+
+@dataclass
+class MultiGate(ResidualMechanism):
+    """Settings of the mechanism."""
+
+    name: ClassVar[str] = "multi_gate"
+
+    streams: int = at_least(1, 4)
+    """Residual streams, n."""
+    gate_bias: float | None = field(default=None)
+    """Mean of what the gates' biases begin at; None: by depth, as above."""
+    spread: float = at_least(0, 2.0)
+    """Difference of the last stream's bias and the first one's at the beginning."""
+
+    def residual_state(self, model: ModelConfig) -> ResidualState:
+        """The streams."""
+        return ResidualState(self.streams)
+
+    def reads(self, model: ModelConfig, sublayer: int) -> tuple[StreamParameter, ...]:
+        """The query."""
+        products = 2 * self.streams * model.hidden_size
+        return (StreamParameter("query", (model.hidden_size,), products=products),)
+
+    def joins(self, model: ModelConfig, sublayer: int) -> tuple[StreamParameter, ...]:
+        """Query and biases of the gates."""
+        products = 2 * self.streams * model.hidden_size
+        return StreamParameter("query", (model.hidden_size,), products=products), StreamParameter(
+            "bias", (self.streams,)
+        )
+
+    def kept_by_read(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
+        """The state, and of each stream its RMS, score and weight."""
+        return self.streams * (model.hidden_size * (rank.value_bytes + rank.copy_bytes) + 3 * 4)
+
+    def kept_by_join(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
+        """The branch, a wide copy of the state, and of each stream its RMS, score and gate."""
+        return self.streams * (model.hidden_size * rank.copy_bytes + 3 * 4) + model.hidden_size * rank.value_bytes
