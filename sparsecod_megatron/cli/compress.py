@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, default=1, metavar="N", help="processes on this machine that share sequences and matrices"
     )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="have one block in memory at a time, read from safetensors, with the same results (pruning without gblm)",
+    )
     add_model_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model directory")
 
@@ -111,7 +116,10 @@ def _compress(args: argparse.Namespace, methods: list[str], processes: Processes
         scores=tuple(names(args.scores)),
         keep=args.keep == "all",
         overwrite=args.overwrite,
+        stream=args.stream,
     )
+    if args.stream:
+        _check_streams(request, cells)
     if len(cells) > 1 or request.scores or not request.keep:
         _tabulate(request, cells, args.command_line, processes)
         return
@@ -147,6 +155,14 @@ def _check_number(models: list[Path], name: str) -> None:
         raise ConfigError(f"--model: {len(models)} given, and --method {name} takes one; give one")
     if len(models) == 1 and several:
         raise ConfigError(f"--model: one given, and --method {name} takes several; give more")
+
+
+def _check_streams(request: Request, cells: list[Cell]) -> None:
+    whole = next((cell.method.name for cell in cells if cell.method.needs.whole_model), None)
+    if whole is not None:
+        raise ConfigError(f"--stream: --method {whole} needs the whole model at once; leave --stream out")
+    if request.scores:
+        raise ConfigError(f"--stream: --scores {','.join(request.scores)} needs the whole model at once; leave one out")
 
 
 def _print(compression: Compression, report: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ class MatrixChange:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Squared Frobenius norms of one matrix's change and old values, and of its outputs'."""
+    """Squared Frobenius norms of one matrix's change and old values, and of its outputs'; its number of zeros."""
 
     change: float
     size: float
+    num_zeros: int
     outputs: tuple[float, float] | None
 
 
@@ -65,12 +67,15 @@ class Changes:
     """Writes what a method makes of a model's weights into the model, in place, and measures it.
 
     Args:
-        model: as it is before the method.
+        residency: of the model as it is before the method. What is written to must be in memory.
+
+    Attributes:
+        residency: the same.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._shapes = {name: tuple(weight.shape) for name, weight in eligible(model)}
+    def __init__(self, residency: Residency) -> None:
+        self.residency, self._model = residency, residency.model
+        self._shapes = {name: tuple(weight.shape) for name, weight in eligible(self._model)}
         self._rows: dict[str, MatrixChange] = {}
         self._pieces: dict[str, list[_Piece]] = {}
 
@@ -99,6 +104,7 @@ class Changes:
             return
         self._record(name, [weight], relative_error(old, weight), output_error=output_error)
         old.copy_(weight)
+        self.residency.changed(name)
 
     @property
     def has_begun(self) -> bool:
@@ -120,9 +126,11 @@ class Changes:
         """
         self._require_finite(name, new)
         values = new.to(old.dtype)
-        change = float((values.float() - old.float()).square().sum())
-        self._pieces.setdefault(name, []).append(_Piece(change, float(old.float().square().sum()), outputs))
+        change, size = (float(part.square().sum()) for part in (values.float() - old.float(), old.float()))
+        num_zeros = values.numel() - int(torch.count_nonzero(values))
+        self._pieces.setdefault(name, []).append(_Piece(change, size, num_zeros, outputs))
         old.copy_(values)
+        self.residency.changed(name)
 
     @torch.no_grad()
     def exchange(
@@ -156,7 +164,10 @@ class Changes:
         Args:
             reason: of a method, why it leaves a matrix of this module as it is.
         """
-        return [self._rows.get(name) or self._pieced(name) or self._left(name, reason) for name in self._shapes]
+        found = {name: self._rows.get(name) or self._pieced(name) for name in self._shapes}
+        left = [name for name, row in found.items() if row is None]
+        rows = found | {name: self._left(name, reason) for name in self.residency.in_turn(left)}
+        return [row for row in rows.values() if row is not None]
 
     def _pieced(self, name: str) -> MatrixChange | None:
         pieces = self._pieces.get(name)
@@ -165,8 +176,8 @@ class Changes:
         weight, outputs = self._model.get_parameter(name), [piece.outputs for piece in pieces if piece.outputs]
         error = _root_ratio([(piece.change, piece.size) for piece in pieces])
         output_error = _root_ratio(outputs) if outputs else None
-        numbers = {"stored": weight.numel(), "zeros": zeros([weight]), "relative_error": error}
-        return MatrixChange(name, self._shapes[name], True, "", **numbers, output_error=output_error)
+        share, stored = sum(piece.num_zeros for piece in pieces) / weight.numel(), weight.numel()
+        return MatrixChange(name, self._shapes[name], True, "", stored, share, error, output_error=output_error)
 
     def _left(self, name: str, reason: Callable[[nn.Module, Tensor], str]) -> MatrixChange:
         weight = self._model.get_parameter(name)

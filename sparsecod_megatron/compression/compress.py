@@ -19,6 +19,7 @@ from sparsecod_megatron.compression.own_class import CompressedConfig
 from sparsecod_megatron.compression.progress import Progress
 from sparsecod_megatron.compression.registry import METHODS, method_class
 from sparsecod_megatron.errors import CheckpointError, ConversionError, SparsecodError
+from sparsecod_megatron.hf.residency import Residency
 from sparsecod_megatron.parallel.processes import Processes
 
 
@@ -33,6 +34,7 @@ class Compression:
         matrices: what happened to each matrix.
         num_parameters: before and after.
         warnings: what a user should know before trusting the result.
+        residency: where the weights of `model` are.
     """
 
     method: Method
@@ -41,11 +43,17 @@ class Compression:
     matrices: list[MatrixChange]
     num_parameters: tuple[int, int]
     warnings: list[str]
+    residency: Residency
 
     @property
     def scored(self) -> PreTrainedModel:
         """The model whose loss shows what the compression costs."""
         return self.outcome.simulated or self.model
+
+    @property
+    def scored_residency(self) -> Residency:
+        """The same, with where its weights are."""
+        return self.residency if self.scored is self.model else Residency(self.scored)
 
 
 def compress(
@@ -57,6 +65,7 @@ def compress(
     others: Iterable[PreTrainedModel] = (),
     processes: Processes | None = None,
     work: Path | None = None,
+    residency: Residency | None = None,
 ) -> Compression:
     """Compress a model, in place.
 
@@ -69,22 +78,26 @@ def compress(
         processes: those that do the same work together, each with the same arguments; None is this one alone.
         work: folder for what is done already, of this model, method and data alone; None keeps nothing. A call that
             finds something there continues from it.
+        residency: where the model's weights are; None has all of them in memory. A method that needs the whole model
+            takes no other, and others need `work`.
 
     Raises:
         ConversionError: a model that the method cannot take, or nothing in it was compressed.
     """
-    before, changes = model.eval().num_parameters(), Changes(model)
+    residency, together = residency or Residency(model), processes or Processes()
+    assert residency.is_whole or not method.needs.whole_model, f"{method.name} needs the whole model"
+    before, changes = model.eval().num_parameters(), Changes(residency)
+    residency.begin(work and work / "changed", together)
     calibration = sequences if method.needs.calibration else None
     with torch.set_grad_enabled(method.needs.gradients), _refusing(model, method):
-        together, progress = processes or Processes(), Progress(work)
-        material = Material(model, changes, iter(others), calibration, batch_size, together, progress)
+        material = Material(model, changes, iter(others), calibration, batch_size, together, Progress(work))
         outcome = method.compress(material)
     rows = changes.rows(method.reason)
     if not any(row.compressed for row in rows):
         reasons = sorted({row.reason for row in rows}) or ["the model has no matrices but embeddings and output layer"]
         raise ConversionError(f"--method {method.name}: no linear layer was compressed: {'; '.join(reasons)}")
     warnings = [*_warnings(rows), *outcome.warnings]
-    return Compression(method, model, outcome, rows, (before, model.num_parameters()), warnings)
+    return Compression(method, model, outcome, rows, (before, model.num_parameters()), warnings, residency)
 
 
 @contextlib.contextmanager
@@ -112,7 +125,7 @@ def write_model(compression: Compression, tokenizer: PreTrainedTokenizerBase, so
         folder: existing directory to fill.
     """
     method, outcome = compression.method, compression.outcome
-    compression.model.save_pretrained(folder)
+    compression.residency.save(folder)
     if outcome.structure is not None:
         CompressedConfig.of(compression.model, method.name, outcome.structure).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -29,6 +29,7 @@ from sparsecod_megatron.compression.progress import Progress
 from sparsecod_megatron.config.fields import bound_problems
 from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.errors import CheckpointError, ConfigError
+from sparsecod_megatron.hf.residency import Residency
 from sparsecod_megatron.parallel.processes import Processes
 
 
@@ -41,12 +42,14 @@ class Needs:
         gradients: autograd; without it a method runs as under `torch.no_grad`.
         several_models: two models or more, of one architecture.
         modelopt: NVIDIA ModelOpt, installed.
+        whole_model: every weight in memory. A method without this need asks `Material.residency` for what it looks at.
     """
 
     calibration: bool = False
     gradients: bool = False
     several_models: bool = False
     modelopt: bool = False
+    whole_model: bool = True
 
 
 @dataclass
@@ -76,6 +79,11 @@ class Material:
     batch_size: int
     processes: Processes = Processes()
     progress: Progress = Progress()
+
+    @property
+    def residency(self) -> Residency:
+        """Where the weights of `model` are."""
+        return self.changes.residency
 
     def part(self) -> Tensor:
         """This process's calibration sequences, int64 `[sequences, tokens]`, at least one.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +26,8 @@ from sparsecod_megatron.compression.scores import Evidence, gradient_norms
 from sparsecod_megatron.compression.statistics import InputStatistics
 from sparsecod_megatron.compression.watching import Slot, Watcher, slots_of, stages_of, statistics_for
 from sparsecod_megatron.hf.blocks import Layers, find_layers
-from sparsecod_megatron.hf.calls import Call, Replay, Trace, same_calls
+from sparsecod_megatron.hf.calls import Replay
+from sparsecod_megatron.hf.residual_stream import ResidualStream
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,8 @@ def prune_by_weights(material: Material, plan: Plan, taken: Sequence[str]) -> No
         taken: names of parameters.
     """
     pruner = _Pruner(material, plan, {}, 0)
-    for name in taken:
-        module, weight = holder(material.model, name), material.model.get_parameter(name).detach()
-        if is_fused(module):
-            slots = [Slot(name, index, module, entry) for index, entry in enumerate(weight)]
-        else:
-            slots = [Slot(name, None, module, weight.T if isinstance(module, Conv1D) else weight)]
-        for slot in slots:
-            pruner.write(slot, *pruner.pruned(slot, None, plan.rule.pattern))
+    for name in material.residency.in_turn(taken):
+        pruner.by_weights(name)
 
 
 @torch.no_grad()
@@ -122,22 +117,15 @@ def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Not
     if plan.rule.needs_gradients:
         weights = {name: model.get_parameter(name) for name in taken}
         gradients = gradient_norms(model, material.sequences, weights, processes)
-    stream = _Stream(Replay(model, layers), own)
+    stream = ResidualStream(Replay(model, layers), material.residency, own)
     patterns = _patterns(material, plan, layers, taken, stream)
     pruner = _Pruner(material, plan, gradients, len(material.sequences))
-    for layer, block in enumerate(tqdm(layers.blocks, desc="blocks", unit="block", disable=processes.no_progress)):
-        is_done = processes.from_first(partial(material.progress.has, layer))
-        outputs = stream.run(layer) if is_done and plan.inputs == "dense" else []
-        with separate_experts(block):
-            slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
-            if is_done:
-                pruner.put(slots, material.progress.load(layer))
-            elif slots:
-                outputs, done = pruner.block(layer, slots, stream, patterns[layer])
-                if processes.is_first:
-                    material.progress.save(layer, done)
-        if layer + 1 < len(layers):
-            stream.hidden = outputs if plan.inputs == "dense" and slots else stream.run(layer)
+    for layer in tqdm(range(len(layers)), desc="blocks", unit="block", disable=processes.no_progress):
+        name = f"{layers.name}.{layer}"
+        with material.residency.holding(name):
+            outputs = pruner.by_inputs(name, layer, layers.blocks[layer], set(taken), stream, patterns[layer])
+            if layer + 1 < len(layers):
+                stream.hidden = outputs or stream.run(layer)
     return pruner.notes
 
 
@@ -158,12 +146,12 @@ def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> 
         ConfigError: more processes than sequences.
     """
     layers, own = _own_batches(material)
-    stream = _Stream(Replay(material.model, layers), own)
+    stream = ResidualStream(Replay(material.model, layers), material.residency, own)
     no_progress = material.processes.no_progress
     for layer, block in enumerate(tqdm(layers.blocks, desc="blocks", unit="block", disable=no_progress)):
         slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
         watcher = Watcher(slots, gram=True)
-        stream.hidden = stream.run(layer, watcher)
+        stream.hidden = stream.run(layer, watcher.watching)
         found, seen = watcher.totals(material.processes), []
         for slot in slots:
             statistics, is_pooled = statistics_for(slot, slots, found)
@@ -184,58 +172,27 @@ def _own_batches(material: Material) -> tuple[Layers, Sequence[Tensor]]:
     return find_layers(material.model), own
 
 
-class _Stream:
-    """The residual stream of this process's calibration sequences before one block.
-
-    Attributes:
-        hidden: of each micro-batch, [B, T, d] on the CPU.
-    """
-
-    def __init__(self, replay: Replay, batches: Sequence[Tensor]) -> None:
-        self._replay = replay
-        self._traces: list[Trace] = []
-        self.hidden: list[Tensor] = []
-        whole = [replay.trace(batch, batch) for batch in batches[:1]]
-        skims = all(same_calls(replay.skim(trace.tokens, trace).calls, trace.calls) for trace in whole)
-        known: dict[torch.Size, list[Call]] = {}
-        for batch in batches:
-            trace = replay.skim(batch, whole[0]) if skims else replay.trace(batch, batch)
-            calls = known.setdefault(batch.shape, trace.calls)
-            kept = calls if same_calls(calls, trace.calls) else trace.calls
-            self._traces.append(Trace(trace.tokens, trace.labels, [], kept))
-            self.hidden.append(trace.hidden[0].cpu())
-
-    def run(self, layer: int, watcher: Watcher | None = None) -> list[Tensor]:
-        """Block `layer` as it is now on the stream: what comes after it, [B, T, d] on the CPU for each micro-batch."""
-        outputs = []
-        for trace, hidden in zip(self._traces, self.hidden, strict=True):
-            given = hidden.to(self._replay.model.device)
-            if watcher is None:
-                outputs.append(self._replay.run_block(trace, layer, given).cpu())
-            else:
-                with watcher.watching():
-                    outputs.append(self._replay.run_block(trace, layer, given).cpu())
-        return outputs
-
-    def turns(self) -> Tensor:
-        """Σ over tokens of the angle over π by which each dense block turns the stream, and the tokens: [L + 1]."""
-        start, sums = self.hidden, torch.zeros(len(self._replay.layers) + 1, dtype=torch.float64)
-        for layer in range(len(self._replay.layers)):
-            after = self.run(layer)
-            for before, then in zip(self.hidden, after, strict=True):
-                sums[layer] += angles(before, then).sum()
-            self.hidden = after
-        self.hidden = start
-        sums[-1] = sum(hidden[..., 0].numel() for hidden in start)
-        return sums
+def _turns(stream: ResidualStream, num_layers: int) -> Tensor:
+    """Σ over tokens of the angle over π by which each dense block turns the stream, and the tokens: [L + 1]."""
+    start, sums = stream.hidden, torch.zeros(num_layers + 1, dtype=torch.float64)
+    for layer in range(num_layers):
+        after = stream.run(layer)
+        for before, then in zip(stream.hidden, after, strict=True):
+            sums[layer] += angles(before, then).sum()
+        stream.hidden = after
+    stream.hidden = start
+    sums[-1] = sum(hidden[..., 0].numel() for hidden in start)
+    return sums
 
 
-def _patterns(material: Material, plan: Plan, layers: Layers, taken: Sequence[str], stream: _Stream) -> list[Pattern]:
+def _patterns(
+    material: Material, plan: Plan, layers: Layers, taken: Sequence[str], stream: ResidualStream
+) -> list[Pattern]:
     """The pattern of each block."""
     pattern = plan.rule.pattern
     if plan.spread is None:
         return [pattern] * len(layers)
-    sums = material.processes.total(stream.turns())
+    sums = material.processes.total(_turns(stream, len(layers)))
     sizes = [
         sum(material.model.get_parameter(name).numel() for name in taken if name.startswith(f"{layers.name}.{layer}."))
         for layer in range(len(layers))
@@ -252,12 +209,42 @@ class _Pruner:
         self._num_sequences = num_sequences
         self.notes = Notes()
 
-    def block(self, layer: int, slots: list[Slot], stream: _Stream, pattern: Pattern) -> tuple[list[Tensor], DoneBlock]:
-        """Prune the matrices of a block, in place.
+    def by_weights(self, name: str) -> None:
+        """Prune the matrices of a parameter, in place."""
+        model = self._material.model
+        module, weight = holder(model, name), model.get_parameter(name).detach()
+        if is_fused(module):
+            slots = [Slot(name, index, module, entry) for index, entry in enumerate(weight)]
+        else:
+            slots = [Slot(name, None, module, weight.T if isinstance(module, Conv1D) else weight)]
+        for slot in slots:
+            self.write(slot, *self.pruned(slot, None, self._plan.rule.pattern))
+
+    def by_inputs(
+        self, name: str, layer: int, block: nn.Module, taken: set[str], stream: ResidualStream, pattern: Pattern
+    ) -> list[Tensor]:
+        """Prune the matrices of a block, in place, or take them from an earlier run.
 
         Returns:
-            The dense block's outputs for the stream, and what became of the matrices.
+            What comes after the dense block, where the next one is to see that; otherwise nothing.
         """
+        processes, progress, is_dense = self._material.processes, self._material.progress, self._plan.inputs == "dense"
+        is_done = processes.from_first(partial(progress.has, layer))
+        outputs = stream.run(layer) if is_done and is_dense else []
+        with separate_experts(block):
+            slots = slots_of(block, name, taken)
+            if is_done:
+                self.put(slots, progress.load(layer))
+            elif slots:
+                outputs, done = self._block(layer, slots, stream, pattern)
+                if processes.is_first:
+                    progress.save(layer, done)
+        return outputs if is_dense else []
+
+    def _block(
+        self, layer: int, slots: list[Slot], stream: ResidualStream, pattern: Pattern
+    ) -> tuple[list[Tensor], DoneBlock]:
+        """The dense block's outputs for the stream, and what became of the matrices."""
         processes, done = self._material.processes, DoneBlock({}, [], [])
         gram = self._plan.rule.needs_gram or self._plan.output_error
         found, outputs = self._watch(layer, slots, stream, gram)
@@ -271,9 +258,12 @@ class _Pruner:
                 made = [self.pruned(slot, known[slot.key], pattern) for slot in part]
                 return made if processes.size == 1 else [(weight.cpu(), outputs) for weight, outputs in made]
 
-            made = dict(zip([slot.key for slot in stage], processes.distribute(stage, work), strict=True))
-            self.put(stage, DoneBlock(made, [], []))
-            done.matrices.update(made)
+            # One matrix for each process at a time, so that a second block's worth of weights never comes together.
+            for start in range(0, len(stage), processes.size):
+                part = stage[start : start + processes.size]
+                made = dict(zip([slot.key for slot in part], processes.distribute(part, work), strict=True))
+                self.put(part, DoneBlock(made, [], []))
+                done.matrices.update({slot.key: (slot.weight, made[slot.key][1]) for slot in part})
         self.notes.pooled += done.pooled
         self.notes.unreached += done.unreached
         return outputs, done
@@ -287,10 +277,10 @@ class _Pruner:
         self.notes.unreached += done.unreached
 
     def _watch(
-        self, layer: int, slots: list[Slot], stream: _Stream, gram: bool
+        self, layer: int, slots: list[Slot], stream: ResidualStream, gram: bool
     ) -> tuple[dict[str, InputStatistics], list[Tensor]]:
         watcher = Watcher(slots, gram=gram)
-        outputs = stream.run(layer, watcher)
+        outputs = stream.run(layer, watcher.watching)
         return watcher.totals(self._material.processes), outputs
 
     def _statistics(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,6 +14,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sparsecod_megatron.errors import CheckpointError, ConfigError, DataError
+from sparsecod_megatron.hf.blocks import find_layers
+from sparsecod_megatron.hf.calls import Replay
+from sparsecod_megatron.hf.residency import Residency
+from sparsecod_megatron.hf.residual_stream import ResidualStream
 from sparsecod_megatron.parallel.processes import Processes
 
 if TYPE_CHECKING:
@@ -105,6 +110,7 @@ def score_windows(
     stride: int | None = None,
     batch_size: int = 8,
     processes: Processes | None = None,
+    residency: Residency | None = None,
 ) -> ScoredWindows:
     """Score a token stream window by window. Collective over the processes.
 
@@ -115,6 +121,8 @@ def score_windows(
         stride: distance between windows' starts; None means `seq_length`, windows that do not overlap.
         batch_size: windows of a forward pass.
         processes: those that share the work; None is this one alone. Their number does not change the result.
+        residency: where the model's weights are. Where a block is in memory at a time, all windows pass through it
+            before the next one is there, with the same result; None has all of them in memory.
 
     Raises:
         DataError: fewer than two tokens, or a token id outside the model's vocabulary.
@@ -126,7 +134,7 @@ def score_windows(
         raise ConfigError(f"--stride {stride}: must be 1 to --seq-length {seq_length}, or tokens would go unscored")
     _check_tokens(tokens, model.config.get_text_config().vocab_size)
     windows = plan_windows(len(tokens), seq_length, stride)
-    sums = _score(model, tokens, windows, batch_size, processes or Processes())
+    sums = _score(residency or Residency(model), tokens, windows, batch_size, processes or Processes())
     if not np.isfinite(sums).all():
         window = windows[int(np.flatnonzero(~np.isfinite(sums))[0])]
         where = f"tokens {window.first} to {window.end}"
@@ -179,7 +187,7 @@ def _check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
 
 
 def _score(
-    model: PreTrainedModel, tokens: torch.Tensor, windows: list[Window], batch_size: int, processes: Processes
+    residency: Residency, tokens: torch.Tensor, windows: list[Window], batch_size: int, processes: Processes
 ) -> np.ndarray:
     """Σ loss of each window in nats, float64 `[windows]`.
 
@@ -191,20 +199,41 @@ def _score(
         batches.append(windows[num_full:])
 
     def work(own: Sequence[list[Window]]) -> list[list[float]]:
-        bar = tqdm(own, desc="perplexity", unit="batch", disable=processes.no_progress)
-        return [_score_batch(model, tokens, batch) for batch in bar]
+        inputs = [torch.stack([tokens[window.start : window.end] for window in batch]) for batch in own]
+        logits = _logits if residency.is_whole else _logits_by_blocks
+        # `map`, because a name for the logits of one batch would keep them while the next ones are made.
+        return list(map(partial(_sum_losses, tokens), logits(residency, inputs, processes.no_progress), own))
 
     return np.array([loss for losses in processes.distribute(batches, work) for loss in losses], dtype=np.float64)
 
 
 @torch.inference_mode()
-def _score_batch(model: PreTrainedModel, tokens: torch.Tensor, batch: list[Window]) -> list[float]:
-    """Σ loss of each window of one forward pass."""
-    inputs = torch.stack([tokens[window.start : window.end] for window in batch]).to(model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits
+def _logits(residency: Residency, inputs: list[torch.Tensor], no_progress: bool | None) -> Iterator[torch.Tensor]:
+    """Of each batch of token ids, [B, T, V]."""
+    for batch in tqdm(inputs, desc="perplexity", unit="batch", disable=no_progress):
+        yield residency.model(input_ids=batch.to(residency.model.device), use_cache=False).logits
+
+
+@torch.no_grad()
+def _logits_by_blocks(
+    residency: Residency, inputs: list[torch.Tensor], no_progress: bool | None
+) -> Iterator[torch.Tensor]:
+    """The same, all batches through a block before the next one."""
+    if not inputs:
+        return
+    replay = Replay(residency.model, find_layers(residency.model))
+    stream = ResidualStream(replay, residency, inputs)
+    for layer in tqdm(range(len(replay.layers)), desc="perplexity", unit="block", disable=no_progress):
+        stream.hidden = stream.run(layer)
+    yield from stream.logits()
+
+
+@torch.no_grad()
+def _sum_losses(tokens: torch.Tensor, logits: torch.Tensor, batch: list[Window]) -> list[float]:
+    """Σ loss of each window of a batch."""
     losses = []
     for row, window in zip(logits, batch, strict=True):  # row by row: a float32 copy of the batch's logits can be huge
-        targets = tokens[window.first : window.end + 1].to(model.device)
+        targets = tokens[window.first : window.end + 1].to(logits.device)
         scored = row[window.first - window.start - 1 :].float()
         losses.append(F.cross_entropy(scored, targets, reduction="none").double().sum())
     return torch.stack(losses).tolist()

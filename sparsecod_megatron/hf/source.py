@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def open_source(directory: Path) -> HFSource:
         ConversionError: no such directory, an unreadable or unknown configuration, a feature that ours has not, or
             weight files that are missing or damaged.
     """
-    config, path = _load_config(directory), directory / "config.json"
+    config, path = read_config(directory), directory / "config.json"
     family = next((family for family in FAMILIES if type(config) is family.config_class), None)
     if family is None:
         known = ", ".join(family.architecture for family in FAMILIES)
@@ -160,6 +161,16 @@ class SafetensorsFiles(Mapping[str, Tensor]):
             raise ConversionError(f"{path}: {name} holds NaN or infinity, so the file is damaged; get it again")
         return tensor
 
+    @contextmanager
+    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Tensors by name that are read when they are sliced, as long as the `with` block runs."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        with ExitStack() as stack:
+            files = {filename: stack.enter_context(_opened(self.directory / filename)) for filename in by_file}
+            yield {name: files[filename].get_slice(name) for filename, held in by_file.items() for name in held}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -167,7 +178,12 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def _load_config(directory: Path) -> PreTrainedConfig:
+def read_config(directory: Path) -> PreTrainedConfig:
+    """A directory's configuration, without anybody's code.
+
+    Raises:
+        ConversionError: none, or one that transformers cannot read.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise ConversionError(f"{directory}: has no config.json; give a HuggingFace model directory")
@@ -191,7 +207,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         return dict.fromkeys(_names(directory / SINGLE_FILE), SINGLE_FILE)
     if not index.is_file():
         raise ConversionError(
-            f"{directory}: has no {SINGLE_FILE}; only safetensors import, save the model in that format"
+            f"{directory}: has no {SINGLE_FILE}; only safetensors are read here, save the model in that format"
         )
     try:
         listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])

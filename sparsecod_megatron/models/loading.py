@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import sparsecod_megatron.compression.own_class  # noqa: F401  (registers our architectures)
 from sparsecod_megatron.errors import CheckpointError, ConfigError
+from sparsecod_megatron.hf.residency import Residency
+from sparsecod_megatron.hf.streaming import Streamed
 from sparsecod_megatron.mechanisms.exports import know_extensions
 
 
@@ -28,12 +30,7 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
             and the folder lacks (transformers would fill them with random numbers), or ModelOpt's quantised weights
             (transformers would take them without their scales).
     """
-    check_model_directory(directory)
-    if _for_engines(directory):
-        raise CheckpointError(
-            f"{directory}: 8-bit weights for inference engines, whose scales transformers leaves out; give the folder "
-            "above, which `sparsecod compress` wrote"
-        )
+    _check(directory)
     know_extensions()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -51,6 +48,18 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
             f"{directory}: the weight files lack {len(missing)} tensors, the first {missing[0]}; export it again"
         )
     return model.to(device)  # in evaluation mode since `from_pretrained`
+
+
+def stream_model(directory: Path, *, dtype: str, device: str) -> Residency:
+    """As `load_model`, but a block is in memory only while it is needed.
+
+    Raises:
+        CheckpointError: as `load_model`, where weights are missing once their block is needed.
+        ConversionError: weights that are not in safetensors, or a model that cannot be taken apart like this.
+    """
+    _check(directory)
+    know_extensions()
+    return Streamed(directory, dtype=getattr(torch, dtype), device=device)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -95,6 +104,15 @@ def check_model_directory(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"--model {directory}: has no config.json; give a HuggingFace model directory, as `sparsecod export` writes"
+        )
+
+
+def _check(directory: Path) -> None:
+    check_model_directory(directory)
+    if _for_engines(directory):
+        raise CheckpointError(
+            f"{directory}: 8-bit weights for inference engines, whose scales transformers leaves out; give the folder "
+            "above, which `sparsecod compress` wrote"
         )
 
 

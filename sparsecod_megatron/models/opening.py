@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsecod_megatron.compression.compress import restore, sidecar_of
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.files import MODEL_CONFIG_FILE
-from sparsecod_megatron.models.loading import load_model, load_tokenizer, usable_device
+from sparsecod_megatron.hf.residency import Residency
+from sparsecod_megatron.models.loading import load_model, load_tokenizer, stream_model, usable_device
 from sparsecod_megatron.parallel.processes import Processes
 
 logger = logging.getLogger("sparsecod")
@@ -43,13 +44,13 @@ class Opened:
         self,
         directory: Path,
         tokenizer: PreTrainedTokenizerBase | None,
-        load: Callable[[], PreTrainedModel],
+        load: Callable[[], Residency],
         processes: Processes,
         export: contextlib.ExitStack,
     ) -> None:
         self.directory, self._tokenizer = directory, tokenizer
         self._load, self._processes, self._export = load, processes, export
-        self._model: PreTrainedModel | None = None
+        self._residency: Residency | None = None
         self._is_open = True
 
     @property
@@ -66,10 +67,21 @@ class Opened:
             CheckpointError: weights that cannot be read, or lack tensors.
             ConfigError: what a compressed directory needs is not installed.
         """
+        return self.residency.model
+
+    @property
+    def residency(self) -> Residency:
+        """The same, with where its weights are.
+
+        Raises:
+            CheckpointError: as `model`.
+            ConfigError: as `model`.
+            ConversionError: a model whose blocks cannot be read one at a time, where it was opened for that.
+        """
         assert self._is_open, "asked for the model after it was closed"
-        if self._model is None:
-            self._model = self._load()
-        return self._model
+        if self._residency is None:
+            self._residency = self._load()
+        return self._residency
 
     def close(self) -> None:
         """Let model and export go, once every process has come here. Collective over the processes; repeatable."""
@@ -78,7 +90,7 @@ class Opened:
             self._leave()
 
     def _leave(self) -> None:
-        self._is_open, self._model = False, None
+        self._is_open, self._residency = False, None
         gc.collect()  # models are full of cycles, and the next one needs the memory
         self._export.close()
 
@@ -100,6 +112,7 @@ def open_model(
     verify: bool = True,
     restored: bool = True,
     reads_text: bool = True,
+    streams: bool = False,
     processes: Processes | None = None,
 ) -> Opened:
     """Find a model, make it a HuggingFace directory where it is not one, and read its tokenizer. Collective.
@@ -113,6 +126,7 @@ def open_model(
             a quantised model rounds what enters its layers. Without it the model keeps its derivatives, and a warning
             says what it lacks.
         reads_text: whether the tokenizer is needed; a model without one is refused before its weights are loaded.
+        streams: have a block in memory only while it is needed.
         processes: those that open it together; the first exports, for all of them. None is this one alone.
 
     Raises:
@@ -125,18 +139,21 @@ def open_model(
     with contextlib.ExitStack() as export:
         directory = processes.from_first(lambda: export.enter_context(_huggingface_directory(path, verify=verify)))
         tokenizer = load_tokenizer(directory) if reads_text else None
-        load = partial(_load, directory, dtype=dtype, device=device, restored=restored)
+        load = partial(_load, directory, dtype=dtype, device=device, restored=restored, streams=streams)
         return Opened(directory, tokenizer, load, processes, export.pop_all())
 
 
-def _load(directory: Path, *, dtype: str, device: str, restored: bool) -> PreTrainedModel:
-    model = load_model(directory, dtype=dtype, device=device)
+def _load(directory: Path, *, dtype: str, device: str, restored: bool, streams: bool) -> Residency:
+    if streams:
+        residency = stream_model(directory, dtype=dtype, device=device)
+    else:
+        residency = Residency(load_model(directory, dtype=dtype, device=device))
     sidecar = sidecar_of(directory)
     if sidecar is not None and restored:
-        restore(model, sidecar)
+        restore(residency.model, sidecar)
     elif sidecar is not None:
         logger.warning("%s: its weights alone, without %s, which `sparsecod eval` applies", directory, sidecar.name)
-    return model
+    return residency
 
 
 @contextlib.contextmanager

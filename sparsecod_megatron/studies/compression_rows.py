@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from sparsecod_megatron.compression.compress import Compression
 from sparsecod_megatron.compression.modelopt import modelopt_version
 from sparsecod_megatron.evaluation.perplexity import PerplexityResult, ScoredWindows
 from sparsecod_megatron.evaluation.result import ModelResult, differences
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from sparsecod_megatron.hf.residency import Residency
 
 
 def compression_row(
@@ -39,7 +37,7 @@ def compression_row(
         "pattern": pattern,
         "settings": asdict(compression.method.settings),
         "warnings": compression.warnings,
-        **measured(compression.model, after),
+        **measured(compression.residency, after),
         "zeros": _zeros(compression),
         "compressed_fraction": compressed_fraction(compression.matrices),
         "loss_change": changes["loss"].value if "loss" in changes else None,
@@ -49,16 +47,16 @@ def compression_row(
     }
 
 
-def measured(model: PreTrainedModel, result: ModelResult) -> dict[str, Any]:
+def measured(residency: Residency, result: ModelResult) -> dict[str, Any]:
     """What every row has: loss of each window, and the size of the model."""
     assert result.perplexity is not None and result.windows is not None
     windows = {"sums": result.windows.sums.tolist(), "counts": result.windows.counts.tolist()}
-    weights = list(model.parameters())
+    weights = list(residency.model.parameters())
     return {
         "perplexity": asdict(result.perplexity),
         "windows": windows,
         "num_parameters": sum(weight.numel() for weight in weights),
-        "nonzero_parameters": sum(int(torch.count_nonzero(weight)) for weight in weights),
+        "nonzero_parameters": sum(int(torch.count_nonzero(weight)) for _, weight in residency.named_parameters()),
         "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
     }
 

@@ -28,6 +28,7 @@ from sparsecod_megatron.evaluation.corpus import read_corpus
 from sparsecod_megatron.evaluation.perplexity import score_windows, summary
 from sparsecod_megatron.evaluation.result import ModelResult
 from sparsecod_megatron.files import making_output, write_text
+from sparsecod_megatron.hf.residency import Residency
 from sparsecod_megatron.models.opening import Opened, open_model
 from sparsecod_megatron.parallel.processes import Processes
 from sparsecod_megatron.studies.compression_rows import compression_row, measured, report_of, scored_result
@@ -40,6 +41,8 @@ DENSE = "dense"
 """Name of the first row, the model as it was."""
 _WEIGHTS = ("*.safetensors", "*.distcp", "*.bin")
 """Files of models and of checkpoints."""
+_NOT_OF_A_ROW = ("output", "keep", "overwrite", "stream")
+"""Fields of a request that change nothing in a row."""
 MAX_SCORED = 64
 """Sequences of the depth scores, at most as many as for perplexity."""
 
@@ -63,6 +66,7 @@ class Request:
         scores: depth scores to measure before and after.
         keep: whether models are written.
         overwrite: whether model directories that are there may be replaced.
+        stream: whether a block is in memory only while it is needed, with the same results.
     """
 
     models: tuple[Path, ...]
@@ -79,10 +83,11 @@ class Request:
     scores: tuple[str, ...] = ()
     keep: bool = True
     overwrite: bool = False
+    stream: bool = False
 
     def open(self, path: Path, processes: Processes) -> Opened:
         """A model with derivatives. Collective."""
-        options = {"dtype": self.dtype, "device": self.device, "verify": self.verify}
+        options = {"dtype": self.dtype, "device": self.device, "verify": self.verify, "streams": self.stream}
         return open_model(path, restored=False, processes=processes, **options)  # type: ignore[arg-type]
 
     def settings(self) -> dict[str, Any]:
@@ -100,7 +105,7 @@ class Request:
 
     def digest(self, cell: Cell | None) -> str:
         """What stands for everything that a row depends on; files count by size and time of change."""
-        common = {key: value for key, value in asdict(self).items() if key not in ("output", "keep", "overwrite")}
+        common = {key: value for key, value in asdict(self).items() if key not in _NOT_OF_A_ROW}
         own = None if cell is None else (cell.method.name, asdict(cell.method.settings))
         text = json.dumps([common, self._files, own, __version__], default=str, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -169,9 +174,9 @@ def compress_once(request: Request, cell: Cell, processes: Processes) -> tuple[C
     work = request.output.absolute().with_name(f".{request.output.name}.work")
     with request.open(request.models[0], processes) as opened, _making(request, request.output, processes) as folder:
         text = _text(request, opened)
-        before = _scored(request, "before", opened.model, text, processes)
+        before = _scored(request, "before", opened.residency, text, processes)
         compression, _ = _compressed(request, cell, opened, text, work, processes)
-        after = _scored(request, "after", compression.scored, text, processes)
+        after = _scored(request, "after", compression.scored_residency, text, processes)
         report = report_of(compression, request.settings(), before, after)
         if folder is not None:
             _write(compression, opened, folder, report)
@@ -212,10 +217,10 @@ def _dense_row(
     request: Request, directory: Path, text_of: Callable[[Opened], Text], processes: Processes
 ) -> dict[str, Any]:
     with request.open(directory, processes) as opened:
-        model, text = opened.model, text_of(opened)
-        result = _scored(request, DENSE, model, text, processes)
-        row = {"method": DENSE, "pattern": "", "warnings": [], **measured(model, result)}
-        _analyzed(request, DENSE, model, text, processes)
+        residency, text = opened.residency, text_of(opened)
+        result = _scored(request, DENSE, residency, text, processes)
+        row = {"method": DENSE, "pattern": "", "warnings": [], **measured(residency, result)}
+        _analyzed(request, DENSE, residency.model, text, processes)
     _keep(request, None, DENSE, row, processes)
     return row
 
@@ -232,7 +237,7 @@ def _row(
     with request.open(directory, processes) as opened, _making(request, folder_name, processes) as folder:
         text = text_of(opened)
         compression, cost = _compressed(request, cell, opened, text, request.output / ".work" / cell.name, processes)
-        after = _scored(request, cell.name, compression.scored, text, processes)
+        after = _scored(request, cell.name, compression.scored_residency, text, processes)
         _analyzed(request, cell.name, compression.scored, text, processes)
         row = compression_row(compression, cell.pattern, before, after, cost)
         if folder is not None:
@@ -256,9 +261,15 @@ def _text(request: Request, opened: Opened) -> Text:
     )
 
 
-def _scored(request: Request, name: str, model: PreTrainedModel, text: Text, processes: Processes) -> ModelResult:
-    how = {"seq_length": request.seq_length, "batch_size": request.batch_size}
-    windows = score_windows(model, text.held_out, processes=processes, **how)
+def _scored(request: Request, name: str, residency: Residency, text: Text, processes: Processes) -> ModelResult:
+    windows = score_windows(
+        residency.model,
+        text.held_out,
+        seq_length=request.seq_length,
+        batch_size=request.batch_size,
+        processes=processes,
+        residency=residency,
+    )
     return ModelResult(name, perplexity=summary(windows, seed=request.seed), windows=windows)
 
 
@@ -281,6 +292,7 @@ def _compressed(
             others=(further(path) for path in request.models[1:]),
             processes=processes,
             work=work / request.digest(cell),
+            residency=opened.residency,
         )
     cost = {"seconds": time.perf_counter() - start, "peak_memory_bytes": max(processes.gather([peak.num_bytes]))}
     return compression, cost

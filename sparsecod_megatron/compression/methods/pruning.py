@@ -76,7 +76,7 @@ class Pruning(Method):
             raise ConfigError(f"--method {name}: order=true has no meaning with inputs=dense; leave one of them out")
         if settings.allocation == "influence" and self.pattern.of:
             raise ConfigError(f"--method {name}: {settings.pattern} leaves no share to allocate; give pattern=0.5")
-        self.needs = Needs(calibration=True, gradients=rule.needs_gradients)
+        self.needs = Needs(calibration=True, gradients=rule.needs_gradients, whole_model=rule.needs_gradients)
         alpha = settings.alpha if settings.alpha is not None else 100.0 if settings.compat else 1.0
         self._plan = Plan(
             rule,
