@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sparsecod_megatron.cli.main import main
 from tests.helpers.cli import sparsecod_ranks
@@ -19,16 +21,23 @@ pytestmark = pytest.mark.e2e
 def test_two_processes_prune_what_one_prunes(tmp_path: Path) -> None:
     model = save_with_words(tiny("mixtral"), tmp_path / "model")
     text = write_words(tmp_path / "text.txt", VOCAB_SIZE, 3000)
-    command = ["compress", "--model", str(model), "--data", str(text), "--device", "cpu", "--scores", "causal"]
-    command += ["--samples", "7", "--held-out", "5", "--seq-length", "16"]
-    command += ["--method", "gblm,sparsegpt+cg,neurons,slicegpt", "--set", "allocation=influence"]
+    common = ["compress", "--model", str(model), "--data", str(text), "--device", "cpu"]
+    common += ["--samples", "7", "--held-out", "5", "--seq-length", "16", "--set", "allocation=influence"]
+    command = [*common, "--method", "gblm,sparsegpt+cg,neurons,slicegpt", "--scores", "causal"]
     sparsecod_ranks(*command, "--output", tmp_path / "two", nproc=2)
+    sparsecod_ranks(*common, "--method", "sparsegpt+cg", "--stream", "--output", tmp_path / "streamed", nproc=2)
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "table.json").read_text()) for name in ("one", "two"))
     for first, second in zip(one["rows"], two["rows"], strict=True):
         assert second["perplexity"]["perplexity"] == pytest.approx(first["perplexity"]["perplexity"], rel=1e-4)
         assert second["warnings"] == first["warnings"]
-    for name in ("gblm_0.5", "sparsegpt+cg_0.5"):
-        ours, theirs = (load_file(tmp_path / number / name / "model.safetensors") for number in ("one", "two"))
+    pairs = [(tmp_path / "one" / name, tmp_path / "two" / name) for name in ("gblm_0.5", "sparsegpt+cg_0.5")]
+    for first, second in (*pairs, (tmp_path / "two" / "sparsegpt+cg_0.5", tmp_path / "streamed")):
+        ours, theirs = weights(first), weights(second)
         same = sum(int(((ours[key] == 0) == (theirs[key] == 0)).sum()) for key in ours)
         assert same >= 0.9999 * sum(weight.numel() for weight in ours.values())
+    assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items()), "streamed by two as held by two"
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
