@@ -123,12 +123,13 @@ def resolve(name: str) -> Any:
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])
     for count, part in enumerate(parts[1:], start=2):
-        if not hasattr(found, part):
-            try:
-                importlib.import_module(".".join(parts[:count]))
-            except ImportError:
-                raise LookupError(".".join(parts[:count])) from None
-        found = getattr(found, part)
+        if hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        try:  # lazy packages do not show every module as an attribute, imported or not
+            found = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            raise LookupError(".".join(parts[:count])) from None
     return found
 
 

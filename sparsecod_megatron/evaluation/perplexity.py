@@ -209,7 +209,7 @@ def _score(
 
 @torch.inference_mode()
 def _logits(residency: Residency, inputs: list[torch.Tensor], no_progress: bool | None) -> Iterator[torch.Tensor]:
-    """Of each batch of token ids, [B, T, V]."""
+    """Logits of each batch of token ids, [B, T, V]."""
     for batch in tqdm(inputs, desc="perplexity", unit="batch", disable=no_progress):
         yield residency.model(input_ids=batch.to(residency.model.device), use_cache=False).logits
 

@@ -74,7 +74,7 @@ class Streamed(Residency):
         device: where it computes.
 
     Raises:
-        ConversionError: files that are no safetensors, or a model that cannot be taken apart like this.
+        ConversionError: files other than safetensors, or a model that cannot be taken apart like this.
         CheckpointError: tensors that the model needs and the files lack.
     """
 
