@@ -29,6 +29,7 @@ BRANCHES: tuple[tuple[str, Literal["--", ":"], str], ...] = (
     ("mlp_var", ":", "MLP branch"),
 )
 STEPS_SHOWN = 4
+DPI = 220
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -60,9 +61,14 @@ def plot_variance_by_depth(runs: Sequence[Run], output: Path) -> None:
     """
     with matplotlib.rc_context(STYLE):
         figure = variance_by_depth(runs)
-        dates: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         with replacing_output(output) as temporary:
-            figure.savefig(temporary, dpi=220, metadata=dates[output.suffix])
+            figure.savefig(temporary, dpi=DPI, metadata=without_date(output))
+
+
+def without_date(output: Path) -> dict[str, Any]:
+    """Metadata of a figure's file that are the same on every day."""
+    dates: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    return dates[output.suffix]
 
 
 def variance_by_depth(runs: Sequence[Run]) -> Figure:

@@ -1,4 +1,4 @@
-"""`sparsecod report`: one HTML page of what runs and analyses measured, or one figure of runs."""
+"""`sparsecod report`: one HTML page of what runs, analyses and compressions measured, or a figure of one kind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from sparsecod_megatron.errors import ConfigError
 
 HELP = (
-    "Show training runs and analyses in an HTML page that works offline (.html), or draw runs' variance by depth "
-    "(.png, .svg, .pdf)."
+    "Show training runs, analyses and tables of compressions in an HTML page that works offline (.html), or draw runs' "
+    "variance by depth, or compressions' depth scores by sparsity (.png, .svg, .pdf)."
 )
 EXAMPLE = "sparsecod report runs/dense runs/moe analysis/dense --output report.html"
 
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directories",
         type=Path,
         nargs="+",
-        metavar="RUN_OR_ANALYSIS",
-        help="what `sparsecod train` and `sparsecod analyze` wrote, in the order of the page's legend",
+        metavar="DIR",
+        help="what `sparsecod train`, `analyze` and `compress` (a table) wrote, in the order of the page's legend",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="FILE.html, FILE.png, FILE.svg or FILE.pdf; replaced"
@@ -38,26 +38,40 @@ def run(args: argparse.Namespace) -> None:
 
     check_output(args.output, (".html", ".png", ".svg", ".pdf"))  # before reading gigabytes of runs
 
+    from sparsecod_megatron.analysis.compressions import is_compressions, load_compressions
     from sparsecod_megatron.analysis.directory import is_analysis, load_analyses
     from sparsecod_megatron.analysis.runs import load_runs
 
-    is_page = args.output.suffix == ".html"
     analysed = [path for path in args.directories if is_analysis(path)]
-    if analysed and not is_page:
-        raise ConfigError(
-            f"--output {args.output}: the figure shows training runs, but {analysed[0]} is an analysis; "
-            f"give FILE.html, or take the pictures in {analysed[0] / 'plots'}"
-        )
-    runs = load_runs([path for path in args.directories if path not in analysed])
-    analyses = load_analyses(analysed)
-    if is_page:
+    compressed = [path for path in args.directories if is_compressions(path) and path not in analysed]
+    trained = [path for path in args.directories if path not in analysed and path not in compressed]
+    if args.output.suffix != ".html":
+        _check_figure(args.output, trained, analysed, compressed)
+    runs, analyses, tables = load_runs(trained), load_analyses(analysed), load_compressions(compressed)
+    if args.output.suffix == ".html":
         from sparsecod_megatron.analysis.report import write_report
 
-        write_report(runs, args.output, analyses=analyses)
+        write_report(runs, args.output, analyses=analyses, compressions=tables)
+    elif tables:
+        from sparsecod_megatron.analysis.compression_plot import plot_scores_by_sparsity
+
+        plot_scores_by_sparsity(tables, args.output)
     else:
         from sparsecod_megatron.analysis.depth_plot import plot_variance_by_depth
 
         plot_variance_by_depth(runs, args.output)
-    names = [*(run.name for run in runs), *(analysis.name for analysis in analyses)]
     size_mib = args.output.stat().st_size / 2**20
-    print(f"wrote {args.output} ({size_mib:.1f} MiB): {', '.join(names)}")
+    print(f"wrote {args.output} ({size_mib:.1f} MiB): {', '.join(each.name for each in (*runs, *analyses, *tables))}")
+
+
+def _check_figure(output: Path, trained: list[Path], analysed: list[Path], compressed: list[Path]) -> None:
+    if analysed:
+        raise ConfigError(
+            f"--output {output}: the figure shows training runs, but {analysed[0]} is an analysis; "
+            f"give FILE.html, or take the pictures in {analysed[0] / 'plots'}"
+        )
+    if trained and compressed:
+        raise ConfigError(
+            f"--output {output}: a figure shows runs or compressions, but {trained[0]} is a run and {compressed[0]} a "
+            "table of compressions; give FILE.html, or one kind"
+        )

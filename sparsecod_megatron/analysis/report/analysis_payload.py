@@ -50,14 +50,14 @@ def analyses_payload(analyses: Sequence[AnalysisDirectory]) -> list[dict[str, An
                 for score, result in analysis.scores.items()
                 for text in result["warnings"]
             ],
-            "figures": [_rounded(figure) for result in analysis.scores.values() for figure in result["figures"]],
+            "figures": [rounded(figure) for result in analysis.scores.values() for figure in result["figures"]],
         }
         for analysis in analyses
     ]
 
 
 def _interval(value: Any) -> dict[str, Any]:
-    ends: dict[str, Any] = _rounded(value if isinstance(value, dict) else {"value": value})
+    ends: dict[str, Any] = rounded(value if isinstance(value, dict) else {"value": value})
     return {"value": ends.get("value"), "low": ends.get("low"), "high": ends.get("high")}
 
 
@@ -69,12 +69,12 @@ def _text(key: str, value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """The same with fewer digits, and None for non-finite numbers."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sparsecod_megatron.analysis.compressions import CompressionTable
 from sparsecod_megatron.analysis.directory import AnalysisDirectory
 from sparsecod_megatron.analysis.report.payload import report_payload
 from sparsecod_megatron.analysis.runs import Run
@@ -38,36 +39,46 @@ SCRIPTS = (
     "router_view.js",
     "training_view.js",
     "scores_view.js",
+    "compressions_view.js",
     "app.js",
 )
 MAX_NAMES = 3
 
 
-def write_report(runs: Sequence[Run], output: Path, *, analyses: Sequence[AnalysisDirectory] = ()) -> None:
-    """Write the page of one or more runs and analyses.
+def write_report(
+    runs: Sequence[Run],
+    output: Path,
+    *,
+    analyses: Sequence[AnalysisDirectory] = (),
+    compressions: Sequence[CompressionTable] = (),
+) -> None:
+    """Write the page of one or more runs, analyses and tables of compressions.
 
     Args:
         runs: in the order of the page.
         analyses: likewise.
+        compressions: likewise.
         output: the HTML file; replaced whole.
 
     Raises:
         ConfigError: `output` cannot be written.
     """
-    page = report_page(runs, analyses)
+    page = report_page(runs, analyses, compressions)
     with replacing_output(output) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
-def report_page(runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = ()) -> str:
-    """The page's text; the same runs and analyses always give the same text."""
+def report_page(
+    runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = (), compressions: Sequence[CompressionTable] = ()
+) -> str:
+    """The page's text; the same directories always give the same text."""
     script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS) + "})();"
     style = "\n".join(_asset(name) for name in STYLES)
     parts = {
-        "title": html.escape(_title([*(run.name for run in runs), *(analysis.name for analysis in analyses)])),
+        "title": html.escape(_title([each.name for each in (*runs, *analyses, *compressions)])),
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}",
         "style": style,
-        "data": embedded_json(report_payload(runs, analyses)),
+        "data": embedded_json(report_payload(runs, analyses, compressions)),
         "script": script,
     }
     page = _asset("page.html")

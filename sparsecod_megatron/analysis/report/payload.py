@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsecod_megatron.analysis.compressions import CompressionTable
 from sparsecod_megatron.analysis.directory import AnalysisDirectory
 from sparsecod_megatron.analysis.report.analysis_payload import analyses_payload
+from sparsecod_megatron.analysis.report.compressions_payload import compressions_payload
 from sparsecod_megatron.analysis.report.decimate import evenly_spaced, kept_points
 from sparsecod_megatron.analysis.report.facts import run_facts
 from sparsecod_megatron.analysis.report.fields import (
@@ -26,19 +28,22 @@ LAYER_NUMBERS = 360_000
 VECTOR_NUMBERS = 100_000
 
 
-def report_payload(runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = ()) -> dict[str, Any]:
+def report_payload(
+    runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = (), compressions: Sequence[CompressionTable] = ()
+) -> dict[str, Any]:
     """Everything the page shows.
 
     Args:
         runs: in the order of the page; names differ.
         analyses: likewise.
+        compressions: likewise.
 
     Returns:
         `fields` and `metrics`: what is known of each name, in the page's order.
         `runs`: each with `name`, `kind`, `facts`, `notes`, and series by name in `metrics`, `layers`, `vectors`.
         A series is `steps` and `tokens` [points], `total` points before thinning, and `values`: [points] of a metric,
         [layers, points] of a layer statistic, [points, layers, entries] of a vector; null where a number is non-finite.
-        `analyses`: see `analyses_payload`.
+        `analyses`: see `analyses_payload`; `compressions`: see `compressions_payload`.
     """
     layer_rows = sum(series.values.shape[1] for run in runs for series in run.layers.values())
     vector_rows = sum(series.values[0].size for run in runs for series in run.vectors.values())
@@ -62,6 +67,7 @@ def report_payload(runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = 
             for run in runs
         ],
         "analyses": analyses_payload(analyses),
+        "compressions": compressions_payload(compressions),
     }
 
 

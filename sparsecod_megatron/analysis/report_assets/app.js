@@ -202,6 +202,7 @@ function rebuild() {
 fillHeader();
 fillRunToggles();
 fillStatistics();
+fillCompressions();
 fillPosition();
 fillViewTools();
 rebuild();
