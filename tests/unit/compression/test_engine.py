@@ -8,9 +8,14 @@ from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from sparsecod_megatron.compression.allocate import shares
+from sparsecod_megatron.compression.changes import eligible
 from sparsecod_megatron.compression.compress import Compression, compress
+from sparsecod_megatron.compression.experts import separate_experts
 from sparsecod_megatron.compression.registry import find_method
+from sparsecod_megatron.compression.watching import Watcher, slots_of
 from sparsecod_megatron.errors import ConfigError, ConversionError
+from sparsecod_megatron.hf.blocks import find_layers
+from sparsecod_megatron.parallel.processes import Processes
 from tests.helpers.decoders import VOCAB_SIZE, tiny_decoder
 from tests.unit.compression.models import sequences, tiny
 
@@ -155,6 +160,33 @@ def test_experts_have_counts_of_their_own_and_share_where_those_are_few() -> Non
         assert torch.equal(result.model.get_parameter(name)[expert] != 0, kept.flatten(-2)), expert
     said = [warning for warning in result.warnings if "matrices of experts had fewer inputs" in warning]
     assert len(said) == 1 and f"the first {name}[4]" in said[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_that_are_given_one_tensor_share_one_count(family: str) -> None:
+    """Found from the calls alone: entries of attention together, gate and up together, others by themselves."""
+    model = tiny_decoder(family)
+    layers = find_layers(model)
+    block, name = layers.blocks[-1], f"{layers.name}.{len(layers) - 1}"
+    with separate_experts(block), torch.no_grad():
+        slots = slots_of(block, name, {key for key, weight in eligible(model) if weight.ndim > 1})
+        watcher = Watcher(slots, gram=False)
+        with watcher.watching():
+            model(torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0)))
+        found = watcher.totals(Processes())
+    given: dict[int, list[str]] = {}
+    for key, statistics in found.items():
+        given.setdefault(id(statistics), []).append(key.removeprefix(f"{name}.").removesuffix(".weight"))
+    expected = {
+        "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]],
+        "gpt_neox": [],  # one matrix for queries, keys and values
+        "gpt2": [],
+        "qwen3_moe": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]],
+        "deepseek_v3": [["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"]],
+    }[family]
+    shared = [keys for keys in given.values() if len(keys) > 1 and not any("shared" in key for key in keys)]
+    assert shared == expected
+    assert all(statistics.count > 0 for statistics in found.values()) and len(given) >= 4
 
 
 def test_groups_stay_or_go_whole() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,6 +113,54 @@ def test_conjugate_gradients_find_the_exact_optimum_and_never_lose() -> None:
             before, after = (row_errors(values - weight, damped) for values in (start, early))
             assert bool((after <= before).all()) and float(after.sum()) < float(before.sum())
             assert bool((optimum <= before.double() * (1 + 1e-5)).all())
+
+
+def test_rules_come_as_near_to_the_best_of_all_masks_as_they_did() -> None:
+    """2:4 of 8 columns: the error over that of the best of 36 masks with its exact values, geometric mean of 100 rows.
+
+    Measured with another program: SparseGPT 2.9, Wanda with the sweep 3.2, Wanda 4.4, magnitude 5.3.
+    """
+    pairs = list(itertools.combinations(range(4), 2))
+    masks = torch.zeros(36, 8, dtype=torch.bool)
+    for mask, (first, second) in zip(masks, itertools.product(pairs, pairs), strict=True):
+        mask[[*first, *(4 + column for column in second)]] = True
+    pattern, logs = parse_pattern("2:4", None), dict[str, list[float]]()
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(64, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
+        weight, hessian = torch.randn(1, 8, generator=generator), inputs.T @ inputs
+        every = weight.expand(36, 8)
+        best = float(row_errors(exact(every, masks, hessian) - every.double(), hessian.double()).min())
+        by_norm, by_size = (pattern.keep(weight.abs() * scale) for scale in (inputs.norm(dim=0), torch.ones(8)))
+        swept, mask = sweep(weight, hessian, pattern, damping=1e-6)
+        found = {
+            "sparsegpt": swept,
+            "wanda+update": sweep(weight, hessian, by_norm, damping=1e-6)[0],
+            "wanda": weight * by_norm,
+            "magnitude": weight * by_size,
+            "wanda+cg": conjugate_gradients(weight, hessian, by_norm, weight * by_norm, damping=1e-6, steps=40),
+            "sparsegpt+cg": conjugate_gradients(weight, hessian, mask, swept, damping=1e-6, steps=40),
+        }
+        for rule, values in found.items():
+            error = float(row_errors((values - weight).double(), hessian.double()))
+            assert error > best * (1 - 1e-4), f"{rule} is better than the best"
+            logs.setdefault(rule, []).append(math.log(error / best))
+    means = {rule: math.exp(sum(values) / len(values)) for rule, values in logs.items()}
+    published = {"sparsegpt": 2.9, "wanda+update": 3.2, "wanda": 4.4, "magnitude": 5.3}
+    assert {rule: means[rule] for rule in published} == pytest.approx(published, rel=0.03)
+    assert 1 < means["wanda+cg"] < 1.8 and 1 < means["sparsegpt+cg"] < 1.8
+
+
+def test_the_sweep_is_between_the_mask_alone_and_the_optimum_on_real_sizes() -> None:
+    """On single narrow rows it can be worse than the mask alone; over 64 rows of 128 it was not in 40 of 40."""
+    for seed in range(40):
+        weight, hessian, damped = case(64, 128, seed)
+        mask = parse_pattern("0.5", "row").keep(weight.abs() * hessian.diagonal().sqrt())
+        alone = weight * mask
+        swept = sweep(weight, hessian, mask, damping=DAMPING)[0]
+        best = conjugate_gradients(weight, hessian, mask, swept, damping=DAMPING, steps=40)
+        errors = [float(row_errors(values - weight, damped).sum()) for values in (best, swept, alone)]
+        assert errors[0] < errors[1] < errors[2]
 
 
 def test_sparsegpt_beats_magnitude_on_real_sizes_and_its_error_is_the_gram_form() -> None:
