@@ -13,6 +13,7 @@ import pytest
 
 from sparsecod_megatron.analysis.compression_plot import NORMAL_95, scores_by_sparsity
 from sparsecod_megatron.analysis.compressions import load_compressions
+from sparsecod_megatron.analysis.depth_left import shares_left, usefulness_left
 from sparsecod_megatron.cli.main import main
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.analysis.run_files import write_run
@@ -39,7 +40,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--keep",
         "none",
     ]
-    command += ["--samples", "6", "--held-out", "5", "--seq-length", "12", "--device", "cpu", "--scores", "causal"]
+    command += ["--samples", "6", "--held-out", "5", "--seq-length", "12", "--device", "cpu"]
+    command += ["--scores", "causal,usefulness"]
     assert main([*command, "--method", ",".join(METHODS), "--pattern", ",".join(PATTERNS)]) == 0
     return folder / "tiny"
 
@@ -67,7 +69,7 @@ def test_page_holds_the_tables_numbers(table: Path, tmp_path: Path) -> None:
         if row["method"] == "dense":
             assert cells["zeros"] is None and cells["causal: causal"] is None and cells["seconds"] is None
             continue
-        (score,) = row["scores"]
+        score = row["scores"][0]
         assert cells["zeros"]["value"] == pytest.approx(row["zeros"], rel=1e-5)
         assert cells["causal: causal"]["value"] == pytest.approx(score["second"], rel=1e-5)
         change = [score[key] for key in ("difference", "low", "high")]
@@ -78,7 +80,7 @@ def test_page_holds_the_tables_numbers(table: Path, tmp_path: Path) -> None:
 def test_figure_has_a_line_for_each_method_through_its_shares(table: Path, tmp_path: Path) -> None:
     (read,) = load_compressions([table])
     figure = scores_by_sparsity([read])
-    loss, causal = (axes for axes in figure.axes if axes.has_data())
+    loss, causal, mean_log, left = figure.axes
     compressed = [row for row in rows_of(table) if row["method"] != "dense"]
     for axes, key in ((loss, None), (causal, "causal")):
         drawn = {bars.get_label(): bars for bars in axes.containers}
@@ -97,6 +99,7 @@ def test_figure_has_a_line_for_each_method_through_its_shares(table: Path, tmp_p
                 ends = [(row["scores"][0]["low"], row["scores"][0]["high"]) for row in rows]
             assert np.allclose(line.get_ydata(), values)
             assert np.allclose([segment[:, 1] for segment in intervals.get_segments()], ends)
+    assert "mean_log_usefulness" in mean_log.get_title(loc="left") and len(left.containers) == 2 * len(drawn)
     output = tmp_path / "figure.png"
     assert main(["report", str(table), "--output", str(output)]) == 0
     picture = matplotlib.image.imread(output)
@@ -107,8 +110,35 @@ def test_several_tables_have_a_row_each(table: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "table.json").write_bytes((table / "table.json").read_bytes())
-    titles = [axes.get_title(loc="left") for axes in scores_by_sparsity(load_compressions([table, other])).axes]
-    assert titles == [f"{name}: change of {what}" for name in ("tiny", "other") for what in ("loss, nats", "causal")]
+    axes = scores_by_sparsity(load_compressions([table, other])).axes
+    assert [each.get_ylabel() for each in axes if each.get_ylabel()] == ["tiny", "other"]
+    titles = [each.get_title(loc="left") for each in axes]
+    assert titles[:3] == titles[4:7] and titles[3].startswith("log usefulness left"), "other has no analyses beside it"
+    assert len(axes) == 8 and not axes[7].axison
+
+
+def test_the_usefulness_left_is_that_of_the_blocks_themselves(table: Path) -> None:
+    """Of the command's own analyses, by hand; and on planted numbers, where the used half stays and the other goes."""
+    (read,) = load_compressions([table])
+    found = usefulness_left(read)
+    assert set(found) == {(method, pattern) for method in METHODS for pattern in PATTERNS}
+
+    def logs(name: str) -> list[float]:
+        scores = json.loads((table / "analysis" / name / "scores.json").read_text(encoding="utf-8"))["scores"]
+        return [math.log(row["usefulness"]) for row in scores["usefulness"]["tables"]["usefulness"]]
+
+    dense, pruned = logs("dense"), logs("wanda+cg_2-4")
+    least, most = sorted(range(2), key=lambda block: dense[block])
+    halves = found["wanda+cg", "2:4"]
+    assert halves["least"] == pytest.approx((pruned[least] / dense[least],) * 3)
+    assert halves["most"] == pytest.approx((pruned[most] / dense[most],) * 3)
+    generator = np.random.default_rng(0)
+    dense, order = [*np.linspace(0.1, 0.2, 20), *np.linspace(1, 2, 20)], generator.permutation(40)
+    pruned = [0.2 * value if value < 0.5 else 0.9 * value for value in dense] + generator.normal(0, 0.005, 40)
+    halves = shares_left([dense[block] for block in order], [pruned[block] for block in order])
+    for half, planted in (("least", 0.2), ("most", 0.9)):
+        value, low, high = halves[half]
+        assert low < value < high < low + 0.1 and value == pytest.approx(planted, abs=0.03)
 
 
 @pytest.mark.parametrize(
