@@ -110,7 +110,8 @@ def _panels(table: CompressionTable) -> list[_Panel]:
 def _draw(axes: Axes, table: CompressionTable, methods: Sequence[str], panel: _Panel) -> None:
     for number, method in enumerate(methods):
         of_method = [row for row in table.compressed if row["method"] == method]
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "capsize": 2, "lw": 1}
+        style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "capsize": 2, "lw": 1}
+        style["marker"] = MARKERS[number % len(MARKERS)]
         for line, points in panel.lines.items():
             for apart in (False, True):
                 chosen = [row for row in of_method if (":" in row["pattern"]) == apart and _key(row) in points]
@@ -119,9 +120,9 @@ def _draw(axes: Axes, table: CompressionTable, methods: Sequence[str], panel: _P
                 at = sorted((row["zeros"], *points[_key(row)]) for row in chosen)
                 zeros, values = [each[0] for each in at], [each[1] for each in at]
                 ends = [[value - low for _, value, low, _ in at], [high - value for _, value, _, high in at]]
-                filled = {"markerfacecolor": "none"} if apart or line != "-" else {}
+                style["markerfacecolor"] = "none" if apart or line != "-" else None
                 label = f"{method}, n:m" if apart else method
-                bars = axes.errorbar(zeros, values, yerr=ends, linestyle="none" if apart else line, **style, **filled)
+                bars = axes.errorbar(zeros, values, yerr=ends, linestyle="none" if apart else line, **style)
                 bars.set_label(label if line == "-" else "")
     axes.axhline(panel.neutral, color="grey", lw=0.7)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

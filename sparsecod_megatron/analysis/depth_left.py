@@ -1,7 +1,7 @@
 """Which depth a compression takes: how much usefulness is left in the blocks that the dense model uses least, and most.
 
-log U of a block is the log of the loss with the block made affine over the loss (docs/DEPTH_SCORES.md). Of each half of
-the blocks, split by the dense model's, the share left is Σ log U compressed ÷ Σ log U dense.
+log U of a block is the log of the loss with the block made affine over the loss (docs/DEPTH_SCORES.md). The blocks are
+split into halves by the dense model's; the share left of a half is Σ log U compressed ÷ Σ log U dense.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def usefulness_left(table: CompressionTable) -> dict[tuple[str, str], dict[str, 
         table: as it was read.
 
     Returns:
-        Of (method, pattern): half → share left, with the interval over blocks drawn with replacement. Empty where the
+        (method, pattern) → half → share left, with the interval over blocks drawn with replacement. Empty where the
         dense model's blocks were not scored.
     """
     dense = _logs(table, DENSE)

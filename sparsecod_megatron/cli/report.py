@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> None:
         from sparsecod_megatron.analysis.depth_plot import plot_variance_by_depth
 
         plot_variance_by_depth(runs, args.output)
+    names = [*(run.name for run in runs), *(analysis.name for analysis in analyses), *(table.name for table in tables)]
     size_mib = args.output.stat().st_size / 2**20
-    print(f"wrote {args.output} ({size_mib:.1f} MiB): {', '.join(each.name for each in (*runs, *analyses, *tables))}")
+    print(f"wrote {args.output} ({size_mib:.1f} MiB): {', '.join(names)}")
 
 
 def _check_figure(output: Path, trained: list[Path], analysed: list[Path], compressed: list[Path]) -> None:

@@ -74,8 +74,13 @@ def report_page(
     """The page's text; the same directories always give the same text."""
     script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS) + "})();"
     style = "\n".join(_asset(name) for name in STYLES)
+    names = [
+        *(run.name for run in runs),
+        *(analysis.name for analysis in analyses),
+        *(table.name for table in compressions),
+    ]
     parts = {
-        "title": html.escape(_title([each.name for each in (*runs, *analyses, *compressions)])),
+        "title": html.escape(_title(names)),
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}",
         "style": style,
         "data": embedded_json(report_payload(runs, analyses, compressions)),
