@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsecod_megatron.analysis.scores.base import Bars, Result
+from sparsecod_megatron.analysis.sparsity.means import mean_row
 from sparsecod_megatron.analysis.sparsity.ranks import ranks
 from sparsecod_megatron.errors import ConversionError
 
@@ -117,16 +118,16 @@ def measure_update(
         raise ConversionError("update: the models have no tensor in common; give checkpoints of one architecture")
     rows = [_row(name, [model[name] for model in models]) for name in tqdm(names, desc=NAME, leave=False, disable=None)]
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
-    by_layer = [{"layer": layer, **_mean([row for row in rows if row["layer"] == layer])} for layer in layers]
+    by_layer = [{"layer": layer, **mean_row([row for row in rows if row["layer"] == layer])} for layer in layers]
     kinds = dict.fromkeys(row["kind"] for row in rows)
-    by_kind = [{"kind": kind, **_mean([row for row in rows if row["kind"] == kind])} for kind in kinds]
+    by_kind = [{"kind": kind, **mean_row([row for row in rows if row["kind"] == kind])} for kind in kinds]
     figures = tuple(
         Bars(f"{NAME}_{name}", title, [row[name] for row in by_layer], name)
         for name, title in (("unchanged_bf16", "Unchanged in bfloat16"), ("excess", "Unchanged beyond rounding"))
         if layers
     )
     return Result(
-        values=_mean(rows),
+        values=mean_row(rows),
         tables={NAME: rows, f"{NAME}_by_layer": by_layer, f"{NAME}_by_kind": by_kind},
         figures=figures,
         warnings=_warnings(left_out, rows),
@@ -180,18 +181,6 @@ def _place(name: str) -> tuple[int | None, str]:
     parts = name.split(".")
     at = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
     return (None, name) if at is None else (int(parts[at]), ".".join(parts[at + 1 :]))
-
-
-def _mean(rows: Sequence[Row]) -> Row:
-    """Means in which every value counts once; of ranks, every matrix."""
-    total = sum(row["elements"] for row in rows)
-    means: Row = {"elements": total}
-    for name in (name for name in rows[0] if name not in ("layer", "kind", "name", "elements")):
-        known = [row for row in rows if row[name] is not None]
-        weights = [1 if name.endswith("_rank") else row["elements"] for row in known]
-        found = sum(row[name] * weight for row, weight in zip(known, weights, strict=True))
-        means[name] = found / sum(weights) if known else None
-    return means
 
 
 def _warnings(left_out: set[str], rows: Sequence[Row]) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.analysis.sparsity.weights import aggregate, by_kind, initial_std, matrix_rows
+from sparsecod_megatron.analysis.sparsity.means import mean_row
+from sparsecod_megatron.analysis.sparsity.weights import by_kind, initial_std, matrix_rows
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.hf.blocks import find_layers
 from sparsecod_megatron.hf.matrices import find_matrices
@@ -37,7 +38,7 @@ def decay_rows(
     matrices = find_matrices(model, layers)
     rows = matrix_rows(matrices, initial_std(model.config))
     head = {"model": label, "weight_decay": weight_decay, "equilibrium_std": equilibrium_std(lr, weight_decay)}
-    return [{**head, **row} for row in ({"kind": "all", **aggregate(rows)}, *by_kind(rows))]
+    return [{**head, **row} for row in ({"kind": "all", **mean_row(rows)}, *by_kind(rows))]
 
 
 def equilibrium_std(lr: float | None, weight_decay: float | None) -> float | None:

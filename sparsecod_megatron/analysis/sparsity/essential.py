@@ -51,13 +51,15 @@ def find_essential(curve: LossCurve, *, seed: int) -> Essential:
         curve: curve of the model.
         seed: seed of the bootstrap.
     """
-    increases = [relative_increase(curve, sparsity) for sparsity in GRID]
+    dense = curve.losses(0.0)
+    increases = [relative_increase(curve.losses(sparsity), dense) for sparsity in GRID]
     last = max(index for index, increase in enumerate(increases) if increase <= INCREASE_ALLOWED)  # 0 % always is
     if last + 1 < len(GRID):
         low, high = GRID[last], GRID[last + 1]
         while high - low > RESOLUTION:
             middle = (low + high) / 2
-            low, high = (middle, high) if relative_increase(curve, middle) <= INCREASE_ALLOWED else (low, middle)
+            is_allowed = relative_increase(curve.losses(middle), dense) <= INCREASE_ALLOWED
+            low, high = (middle, high) if is_allowed else (low, middle)
     points = curve.sparsities
     losses = np.stack([curve.losses(sparsity).numpy() for sparsity in points], axis=1)
 
@@ -68,10 +70,14 @@ def find_essential(curve: LossCurve, *, seed: int) -> Essential:
     return Essential(bootstrap(crossing, len(losses), seed=seed).at(), knee(GRID, increases))
 
 
-def relative_increase(curve: LossCurve, sparsity: float) -> float:
-    """ΔL/L at a sparsity."""
-    dense = float(curve.losses(0.0).mean())
-    return float(curve.losses(sparsity).mean()) / dense - 1
+def relative_increase(losses: Tensor, dense: Tensor) -> float:
+    """ΔL/L.
+
+    Args:
+        losses: of each sequence, [sequences].
+        dense: the same of the model as it is.
+    """
+    return float(losses.mean()) / float(dense.mean()) - 1
 
 
 def knee(x: tuple[float, ...], y: list[float]) -> float:

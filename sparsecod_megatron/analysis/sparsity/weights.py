@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from sparsecod_megatron.analysis.scores.base import Bars, Lines, Result
@@ -23,6 +24,7 @@ from sparsecod_megatron.analysis.sparsity.essential import (
     relative_increase,
 )
 from sparsecod_megatron.analysis.sparsity.magnitudes import gini, hoyer, share_below
+from sparsecod_megatron.analysis.sparsity.means import mean_row
 from sparsecod_megatron.analysis.sparsity.pruning import PruningCurve
 from sparsecod_megatron.analysis.sparsity.ranks import ranks
 from sparsecod_megatron.hf.matrices import KINDS, Matrix, find_matrices, unmeasured_share
@@ -59,10 +61,7 @@ class Weights:
         curve = PruningCurve(context, matrices, cuts_by(self._score, context, matrices))
         curve.evaluate(GRID)
         essential = find_essential(curve, seed=context.seed)
-        points = [
-            {"sparsity": s, "loss": float(curve.losses(s).mean()), "loss_increase": relative_increase(curve, s)}
-            for s in curve.sparsities
-        ]
+        points = [_point(curve, s, curve.losses(s)) for s in curve.sparsities]
         sparsity = essential.sparsity.as_dict()
         # Under names of their own, so that nobody compares two curves of different scores.
         suffix = "" if self._score == "magnitude" else f"_{self._score}"
@@ -70,7 +69,7 @@ class Weights:
             values={
                 "unmeasured_share": left_out,
                 "init_std": init_std,
-                **aggregate(rows),
+                **mean_row(rows),
                 f"essential_sparsity{suffix}": sparsity,
                 f"essential_share{suffix}": None if sparsity["value"] is None else 1 - sparsity["value"],
                 f"pruning_knee{suffix}": essential.knee,
@@ -92,18 +91,16 @@ class Weights:
         )
 
     def _pattern_rows(self, curve: PruningCurve) -> list[Row]:
-        dense, rows = float(curve.losses(0.0).mean()), []
-        for kept, of in self._patterns:
-            loss = float(curve.pattern_losses(kept, of).mean())
-            rows.append(
-                {
-                    "pattern": f"{kept}:{of}",
-                    "sparsity": 1 - kept / of,
-                    "loss": loss,
-                    "loss_increase": loss / dense - 1,
-                }
-            )
-        return rows
+        return [
+            {"pattern": f"{kept}:{of}", **_point(curve, 1 - kept / of, curve.pattern_losses(kept, of))}
+            for kept, of in self._patterns
+        ]
+
+
+def _point(curve: PruningCurve, sparsity: float, losses: Tensor) -> Row:
+    """A point of a table of losses."""
+    increase = relative_increase(losses, curve.losses(0.0))
+    return {"sparsity": sparsity, "loss": float(losses.mean()), "loss_increase": increase}
 
 
 def initial_std(config: Any) -> float | None:
@@ -146,25 +143,10 @@ def matrix_rows(matrices: Sequence[Matrix], init_std: float | None, no_bar: bool
     return rows
 
 
-def aggregate(rows: Sequence[Row]) -> Row:
-    """Means of all numeric columns, every weight counting once.
-
-    Args:
-        rows: rows of `matrix_rows`, at least one.
-    """
-    total = sum(row["elements"] for row in rows)
-    measured = [name for name in rows[0] if name not in ("layer", "kind", "name", "elements")]
-    means: Row = {"elements": total}
-    for name in measured:
-        known = all(row[name] is not None for row in rows)
-        means[name] = sum(row[name] * row["elements"] for row in rows) / total if known else None
-    return means
-
-
 def by_kind(rows: Sequence[Row]) -> list[Row]:
-    """`aggregate` of each kind of matrix."""
+    """`mean_row` of each kind of matrix."""
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
-    return [{"kind": kind, **aggregate([row for row in rows if row["kind"] == kind])} for kind in kinds]
+    return [{"kind": kind, **mean_row([row for row in rows if row["kind"] == kind])} for kind in kinds]
 
 
 def _warnings(left_out: float, init_std: float | None) -> tuple[str, ...]:
@@ -181,7 +163,7 @@ def _warnings(left_out: float, init_std: float | None) -> tuple[str, ...]:
 
 def _figures(rows: Sequence[Row], points: Sequence[Row], num_layers: int, suffix: str) -> tuple[Bars | Lines, ...]:
     layers = [[row for row in rows if row["layer"] == layer] for layer in range(num_layers)]
-    gini_by_layer = [aggregate(found)["gini"] if found else None for found in layers]
+    gini_by_layer = [mean_row(found)["gini"] if found else None for found in layers]
     grid = [point for point in points if point["sparsity"] in GRID]
     return (
         Lines(
