@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.checkpoint.effective import EffectiveTensors, effective_config
 from sparsecod_megatron.checkpoint.exported_sparsity import write_sparsity
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
-from sparsecod_megatron.config import RunConfig
+from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
+from sparsecod_megatron.hf.dead_groups import Narrowed, without_dead_groups
 from sparsecod_megatron.hf.export import DEFAULT_SHARD_BYTES
+from sparsecod_megatron.hf.families import exported_modules
 from sparsecod_megatron.hf.verify import Verification, verify_directory
 from sparsecod_megatron.mechanisms.exports import know_extensions
 from sparsecod_megatron.seams.mechanism import configured
 
+logger = logging.getLogger("sparsecod")
 DEFAULT_SEED = 1234
 
 
@@ -34,6 +39,7 @@ def export_checkpoint(
     digests: bool = True,
     verify: bool = True,
     seed: int = DEFAULT_SEED,
+    remove_dead: bool = False,
 ) -> Verification | None:
     """Write a checkpoint's weights with its tokenizer. Local, no process group may be there; needs a selected backend.
 
@@ -47,6 +53,7 @@ def export_checkpoint(
         verify: compare the logits with Megatron-Core's before the directory takes its name, and write what that found
             into it as `parity.json`.
         seed: seed of the tokens that are compared.
+        remove_dead: leave neurons or heads out that the run's mechanisms have pruned, as far as the class can say it.
 
     Returns:
         What was found, or None without `verify`.
@@ -58,9 +65,12 @@ def export_checkpoint(
     found: list[Verification] = []
     with streamed_checkpoint(path, digests=digests) as source:
         tensors = EffectiveTensors(source.tensors, source.config, source.step_dir)
+        model = effective_config(source.config, source.step_dir).model
+        narrowed = _without_dead(source.config, model, tensors) if remove_dead else None
+        removed = narrowed.removed if narrowed else {}
 
         def check(folder: Path) -> None:
-            write_sparsity(source.config, tensors.context, folder)
+            write_sparsity(source.config, tensors.context, folder, removed=removed)
             if not verify:
                 return
             verification = verify_checkpoint(
@@ -70,6 +80,7 @@ def export_checkpoint(
                 exported_as=dtype,
                 seq_length=source.config.data.seq_length,
                 seed=seed,
+                is_narrower=bool(removed),
             )
             verification.publish(folder)
             found.append(verification)
@@ -77,8 +88,8 @@ def export_checkpoint(
         if not verify:
             _require_plain(source.config.megatron)
         export_model(
-            effective_config(source.config, source.step_dir).model,
-            tensors,
+            narrowed.model if narrowed else model,
+            narrowed.tensors if narrowed else tensors,
             output,
             mechanisms=configured(source.config),
             seq_length=source.config.data.seq_length,
@@ -99,6 +110,7 @@ def verify_checkpoint(
     exported_as: torch.dtype | None,
     seq_length: int,
     seed: int = DEFAULT_SEED,
+    is_narrower: bool = False,
 ) -> Verification:
     """A checkpoint, loaded by Megatron-Core, against a HuggingFace directory. Local, as `whole_model`.
 
@@ -109,6 +121,7 @@ def verify_checkpoint(
         exported_as: as `verify_directory`.
         seq_length: longest sequence, in tokens.
         seed: seed of the random tokens.
+        is_narrower: as `verify_directory`.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -123,7 +136,21 @@ def verify_checkpoint(
         exported_as=exported_as,
         seq_length=seq_length,
         generator=torch.Generator().manual_seed(seed),
+        is_narrower=is_narrower,
     )
+
+
+def _without_dead(config: RunConfig, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Narrowed | None:
+    """The model without what mechanisms have pruned whole; None if they prune nothing so, or more depends on widths."""
+    patterns = {pattern for mechanism in configured(config) if (pattern := mechanism.dead_groups()) is not None}
+    if not patterns:
+        return None
+    if modules := exported_modules(model, configured(config)):
+        logger.info("mechanisms.%s goes by the model's widths: dead groups stay as zeros", next(iter(modules)))
+        return None
+    narrowed = without_dead_groups(model, tensors, patterns)
+    logger.info("%s", narrowed.described())
+    return narrowed
 
 
 def _require_plain(megatron: Mapping[str, Any]) -> None:

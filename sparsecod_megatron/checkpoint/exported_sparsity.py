@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from sparsecod_megatron.seams.plugin import StepContext
 SPARSITY_FILE = "sparsity.json"
 
 
-def write_sparsity(config: RunConfig, context: StepContext, folder: Path) -> None:
+def write_sparsity(
+    config: RunConfig, context: StepContext, folder: Path, *, removed: Mapping[str, tuple[int, int]] | None = None
+) -> None:
     """Write `sparsity.json` beside the weights of a run whose mechanisms leave some out; else nothing.
 
     It has the settings of those mechanisms, the n:m pattern of the weights, and the share of live weights of every
@@ -31,6 +33,7 @@ def write_sparsity(config: RunConfig, context: StepContext, folder: Path) -> Non
         config: of the run.
         context: the step that is exported.
         folder: complete but for this.
+        removed: keys of `model:` whose number is smaller here than in the run, each with both.
 
     Raises:
         ConversionError: a matrix has more live weights in a group than its pattern allows.
@@ -61,6 +64,8 @@ def write_sparsity(config: RunConfig, context: StepContext, folder: Path) -> Non
         "pattern": ", ".join(sorted(found)) or "unstructured",
         "live_share": live,
     }
+    if removed:
+        content["removed"] = removed
     (folder / SPARSITY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare logits with Megatron's before publishing, and refuse what rounding does not explain, naming the "
         "layer and tensor (on by default; the result is parity.json beside the weights)",
     )
+    parser.add_argument(
+        "--remove-dead",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave neurons or heads out that a mechanism of the run has pruned, down to the most that live in any "
+        "layer, since the class has one width for all (on by default)",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="seed of the tokens that are compared")
 
 
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         digests=not args.no_digests,
         verify=args.verify,
         seed=args.seed,
+        remove_dead=args.remove_dead,
     )
     if verification is not None:
         print(verification.described())

@@ -14,6 +14,8 @@ from sparsecod_megatron.errors import ConversionError
 
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [tokens, hidden], chosen experts [tokens, k], their weights [tokens, k]) → [tokens, hidden]."""
+FUSED_MULTIPLE = 8
+"""Widths of fused experts must be multiples: torch's grouped products take rows of whole 16 bytes, in bf16 too."""
 
 
 def is_fused_experts(module: nn.Module) -> bool:

@@ -118,6 +118,11 @@ def first_difference(
     return None
 
 
+def outside_of_branches(outputs: Mapping[str, Tensor]) -> Outputs:
+    """Those whose channels are not neurons or heads: the same in a model with fewer of them."""
+    return {name: value for name, value in outputs.items() if ".".join(name.split(".")[2:]) not in _INSIDE}
+
+
 def by_channel(values: Tensor) -> Tensor:
     """Largest absolute value of each channel, [channels]."""
     return values.abs().amax((0, 1)).double()
@@ -268,6 +273,9 @@ def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -
         record(f"{at}.experts.{index}", F.linear(experts.act_fn(gate) * up, experts.down_proj[index]))
 
 
+_INSIDE = frozenset(f"self_attn.{name}_proj" for name in "qkvg") | {"self_attn"}
+_INSIDE |= {"mlp.gate_proj", "mlp.up_proj", "mlp.act"}
+"""Stages whose channels are heads' or neurons'."""
 _STAGES = (
     "expansion",
     "attention_residual.read",

@@ -209,6 +209,10 @@ class Mechanism:
         """Whether weights of what is exported may be zero because of it."""
         return self.dead_parameters(table) > 0
 
+    def dead_groups(self) -> str | None:
+        """What it prunes whole, `neuron` or `head`, so that an export may leave it out; None: weights one by one."""
+        return None
+
     def idle_products(self, table: ParameterTable, context: StepContext) -> float:
         """Products of a token with parameters that it holds at zero after a step, in a forward pass."""
         return 0.0

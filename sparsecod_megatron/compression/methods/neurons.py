@@ -29,6 +29,7 @@ from sparsecod_megatron.compression.narrowing import adopt, class_shapes, kept_w
 from sparsecod_megatron.compression.statistics import InputStatistics
 from sparsecod_megatron.config.fields import at_least, from_to_below
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.expert_modules import FUSED_MULTIPLE
 
 LAYOUTS = (
     (("gate_proj", "up_proj"), "down_proj"),
@@ -50,8 +51,6 @@ WIDTH_FIELDS = (
     "n_inner",
 )
 """Fields of configurations that set inner widths."""
-FUSED_MULTIPLE = 8
-"""Widths of fused experts must be multiples: torch's grouped products take rows of whole 16 bytes, in bf16 too."""
 
 
 @dataclass

@@ -2,9 +2,13 @@
 
 A group's saliency is the sum over its weights of (w ∂L/∂w)², averaged over steps with a decay: the Taylor expansion of
 the loss with the squared gradient in place of the Hessian. The number of dead groups grows linearly between two shares
-of the steps. Groups stay in the matrices as zeros.
+of the steps. While training, groups stay in the matrices as zeros; an export leaves them out as far as its class has
+widths for it (`hf/dead_groups.py`).
 
-The paper's second-order update of the weights that remain, and the removal of rows from memory, are not here.
+Not here is the paper's second-order update, by which weights that remain make up for those that are pruned. What was at
+hand (the abstract, notes of readers, and a repository that has no training code) says that it goes by a layer's own
+Hessian in place of the saliency's global diagonal, but not by which formula, over what inputs or gradients, how many
+steps or with what damping, so that nothing could be tested against it. Here the loss alone moves them.
 
 Source: Xing et al., EfficientLLM: Scalable Pruning-Aware Pretraining for Architecture-Agnostic Edge Language Models
 (arXiv 2502.06663); the saliency is Molchanov et al.'s, Importance Estimation for Neural Network Pruning (arXiv

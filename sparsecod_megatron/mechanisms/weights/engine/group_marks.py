@@ -50,6 +50,10 @@ class GroupMechanism(WeightMechanism):
             if self.scope == "matrix" and self.dead_of(count) == count:
                 yield f"{self.key('density')}: {self.density} leaves none of {count} {self.pattern}s alive; raise it"
 
+    def dead_groups(self) -> str:
+        """The pattern's."""
+        return self.pattern
+
     def marks(self, kind: ParameterKind) -> bool:
         """Matrices of the pattern."""
         return kind.init in PATTERN_KINDS[self.pattern] and kind.fp8 and kind.name != "attention_gate"
