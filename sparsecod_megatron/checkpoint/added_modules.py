@@ -15,7 +15,7 @@ from sparsecod_megatron.seams.mechanism import configured
 
 
 class AddedModules:
-    """The modules of a run's layers that a checkpoint cannot have, because its run had no such mechanism.
+    """Modules and parameters of a run's layers that a checkpoint cannot have: its run had no such mechanism.
 
     Args:
         saved: the run that saved it.
@@ -41,8 +41,8 @@ class AddedModules:
 
     def hold(self, key: str) -> bool:
         """Whether a key of a chunk's state belongs to them."""
-        found = re.match(r"decoder\.layers\.\d+\.(\w+)\.", key)
-        return found is not None and found[1] in self.names
+        found = re.match(r"decoder\.layers\.\d+\.(.+)", key)
+        return found is not None and any(part in self.names for part in found[1].split("."))
 
     def left_out(self, sharded: ShardedStateDict) -> ShardedStateDict:
         """A sharded state of models by chunk, without theirs. Local."""

@@ -62,6 +62,7 @@ MECHANISMS = Registry(
         "pgf": "weights.pgf:Pgf",
         "random_groups": "weights.random_groups:RandomGroups",
         "rigl": "weights.rigl:RigL",
+        "row_scaling": "weights.row_scaling:RowScaling",
         "s2_attention": "attention.s2_attention:S2Attention",
         "scaled": "residual.scaled:Scaled",
         "set": "weights.set:Set",

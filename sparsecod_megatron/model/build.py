@@ -86,7 +86,7 @@ def build_model(
 def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """Let Transformer Engine's layers add weight gradients to fp32 `main_grad` in the product that makes them. Local.
 
-    A weight that is not a parameter but computed from some has no `main_grad`.
+    A weight that is computed from parameters has no `main_grad`; a layer that computes its own says so.
 
     Megatron-Core's field for it also asks for apex's extension, for the output layer, which not everybody has.
 
@@ -94,7 +94,8 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         has_weight = any(name.startswith("weight") for name, _ in module.named_parameters(recurse=False))
-        if has_weight and hasattr(module, "fuse_wgrad_accumulation"):
+        may_fuse = getattr(module, "gradient_accumulation_fusion", True)
+        if has_weight and may_fuse and hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # torch types attributes as tensors
 
 

@@ -150,8 +150,9 @@ class Mechanism:
         name: in YAML.
         shapes_weights: whether weights that were trained with it mean another function without it, or the other way
             round, so that `checkpoint.init_from` refuses to switch it.
-        adds_modules: modules of a layer, by attribute, that hold all its weights, beside which the others mean what
-            they mean without it: `checkpoint.init_from` a model without it leaves its own as they are drawn.
+        adds_modules: modules and parameters inside a layer, by attribute, that hold all its weights, beside which the
+            others, as these are drawn, mean what they mean without it: `checkpoint.init_from` a model without it leaves
+            its own as they are drawn.
         weights_need_state: whether weights that were trained with it train otherwise without the state that its plugin
             keeps in a checkpoint, so that `checkpoint.init_from` takes both or is refused.
         unfused: branches (`attention`, `mlp`) whose normalised input it reads, so that no kernel may fuse the norm into

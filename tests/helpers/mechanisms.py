@@ -69,6 +69,7 @@ CASES: dict[str, Case] = {
         beside="qkv, attention_output",
         experts=True,
     ),
+    "row_scaling": Case(("mechanisms.row_scaling.groups=2",), experts=True),
     "sparse_ift": Case(("mechanisms.sparse_ift.sparsity=0.5",), beside="mlp_output", experts=True),
     "sparse_weights": Case(
         ("mechanisms.sparse_weights.density=0.4", "mechanisms.sparse_weights.distribution=erk"),
@@ -194,7 +195,7 @@ CASES: dict[str, Case] = {
     ),
 }
 TOGETHER: dict[str, tuple[str, ...]] = {
-    "gate-masks-topk": ("headwise_gate", "sparse_weights", "s2_attention", "topk_activation"),
+    "gate-masks-topk": ("headwise_gate", "sparse_weights", "s2_attention", "topk_activation", "row_scaling"),
     "factors": ("monarch", "sltrain", "sparse_ift"),
     "marks": ("rigl", "journey", "iss", "cast"),
     "windows": ("ste", "srste", "pgf", "set"),

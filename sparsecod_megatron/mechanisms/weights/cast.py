@@ -1,10 +1,12 @@
 """CAST's decay: a dense model whose weights outside an n:m mask are drawn to zero by L1, inside Adam's own scaling.
 
 Every few steps the mask is chosen again by magnitude; after each update what it leaves out moves towards zero by
-η λ_t / (√v̂ + ε), and stops there instead of changing its sign. λ_t rises linearly. The second moment is that of the
-loss alone, not of the sum with the decay as in the paper's AdamS. At the end what is left out is zero.
+η λ_t / (√v̂ + ε), and stops there instead of changing its sign. λ_t rises linearly. At the end what is left out is zero.
 
-The paper's scaling by rows is not here; its distillation from the dense model is `distillation` beside it.
+The paper's AdamS lets λ rise over the whole run (`rise: 1`) while the loss's own momentum of these weights fades by
+1 − t / T, and takes the second moment of the sum with the decay; here the loss moves them to the end, and the second
+moment is that of the loss alone. Its scales of rows are `row_scaling` beside this, its distillation from the dense
+model is `distillation`.
 
 Source: Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language
 Models (arXiv 2509.25996).

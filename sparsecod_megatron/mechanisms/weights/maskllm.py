@@ -51,6 +51,7 @@ class MaskLlm(WeightMechanism):
     """Settings of the mechanism."""
 
     name: ClassVar[str] = "maskllm"
+    holds_zeros: ClassVar[bool] = False
 
     rate: float = above(0, 10.0)
     """Factor on the run's learning rate for the logits."""

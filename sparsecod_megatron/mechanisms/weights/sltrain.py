@@ -117,16 +117,16 @@ class SparseShare:
     def collecting(self, sums: LayerAccumulator) -> Iterator[None]:
         """See the factors in the first forward pass inside the block, which has their values. Local."""
         for layer, linear in self._places:
-            linear.observe = partial(self._see, sums, layer, linear)
+            linear.observe_parts = partial(self._see, sums, layer, linear)
         try:
             yield
         finally:
             for _, linear in self._places:
-                linear.observe = None
+                linear.observe_parts = None
 
     @torch.no_grad()
     def _see(self, sums: LayerAccumulator, layer: int, linear: ComputedLinear, parts: Mapping[str, Tensor]) -> None:
-        linear.observe = None
+        linear.observe_parts = None
         out, into, numbers = (parts[name].float() for name in ("low_rank_out", "low_rank_in", "sparse"))
         sparse = numbers.square().sum()
         # ‖BA‖² = tr(BᵀB · AAᵀ): each rank's rows or columns give their part of it.

@@ -68,10 +68,11 @@ class ComputedLinear:
         assert tp_group is not None, "attention and MLPs say which ranks share a matrix"
         self.mechanism, self.model, self.matrix, self.sharing = mechanism, model, matrix, tp_group
         self.factors = mechanism.factors(matrix)
-        self.observe: Callable[[Mapping[str, Tensor]], None] | None = None
+        self.observe_parts: Callable[[Mapping[str, Tensor]], None] | None = None
         self.gradient_accumulation_fusion = False
         plain = self.weight
-        del self.weight
+        if not mechanism.keeps_matrix:
+            del self.weight
         module: Any = self
         for factor in self.factors:
             shape = list(factor.shape)
@@ -91,9 +92,9 @@ class ComputedLinear:
         parent: Any = super()
         if not self.factors:
             return parent.forward(*arguments, **options)
-        tensors = [getattr(self, factor.name) for factor in self.factors]
-        if self.observe is not None:
-            self.observe(self._parts(*tensors))
+        tensors = self._parameters_of_matrix()
+        if self.observe_parts is not None:
+            self.observe_parts(self._parts(*tensors))
         if not torch.is_grad_enabled():
             # As if it had a gradient, so that recomputed passes take the way that the first one took.
             with self._holding(self._composed(*tensors).requires_grad_()):
@@ -128,32 +129,45 @@ class ComputedLinear:
     def make_plain(self) -> None:
         """Take what the factors make as the weight, once for all."""
         module: Any = self
-        self.weight = torch.nn.Parameter(self._composed(*(getattr(self, factor.name) for factor in self.factors)))
+        self.weight = torch.nn.Parameter(self._composed(*self._parameters_of_matrix()))
         for factor in self.factors:
             delattr(module, factor.name)
             if factor.axis is not None:
                 delattr(module, factor.name + PLACES)
         self.factors = ()
 
+    def _parameters_of_matrix(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._names]
+
+    @property
+    def _names(self) -> list[str]:
+        """What the parameters are called that the matrix is computed from."""
+        own = ["weight"] if self.mechanism.keeps_matrix else []
+        return own + [factor.name for factor in self.factors]
+
     def _composed(self, *tensors: Tensor) -> Tensor:
         whole = {factor.name for factor in self.factors if factor.dimension is None}
-        parts = self._parts(*tensors)
-        summed = {name: SharedFactor.apply(part, self.sharing) for name, part in parts.items() if name in whole}
-        return self.mechanism.composed(self.matrix, {**parts, **summed})
+        parts, ranks = self._parts(*tensors), self.sharing
+        summed = {name: SharedFactor.apply(part, ranks) for name, part in parts.items() if name in whole}
+        used = {
+            name: self.mechanism.part_of_rank(self.matrix, part, ranks.rank(), ranks.size())
+            for name, part in summed.items()
+        }
+        return self.mechanism.composed(self.matrix, {**parts, **used})
 
     def _parts(self, *tensors: Tensor) -> dict[str, Tensor]:
-        parts = {factor.name: tensor for factor, tensor in zip(self.factors, tensors, strict=True)}
+        parts = dict(zip(self._names, tensors, strict=True))
         sparse = [factor.name + PLACES for factor in self.factors if factor.axis is not None]
         return parts | {name: getattr(self, name) for name in sparse}
 
     @contextlib.contextmanager
     def _holding(self, weight: Tensor) -> Iterator[None]:
-        """The weight where the layer looks for it."""
-        self.weight = weight
+        """The weight where the layer looks for it: before a parameter of that name, which stays where it is."""
+        vars(self)["weight"] = weight
         try:
             yield
         finally:
-            del self.weight
+            del vars(self)["weight"]
 
 
 class SharedFactor(torch.autograd.Function):

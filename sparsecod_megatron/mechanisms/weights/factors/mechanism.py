@@ -43,11 +43,16 @@ BRANCHES = {"qkv": "qkv", "attention_output": "attention_output"} | {
 
 @dataclass
 class Factored(Mechanism):
-    """What the mechanisms share; a subclass says which factors there are and how W is computed from them."""
+    """What the mechanisms share; a subclass says which factors there are and how W is computed from them.
+
+    Attributes:
+        sparse: names of factors that are sparse.
+        keeps_matrix: whether the matrix's own parameter stays, as `weight` among the parts.
+    """
 
     shapes_weights: ClassVar[bool] = True
     sparse: ClassVar[tuple[str, ...]] = ()
-    """Names of factors that are sparse."""
+    keeps_matrix: ClassVar[bool] = False
 
     kinds: list[str] = choices_of(*KINDS, among=KINDS)
     """Which matrices have factors."""
@@ -59,6 +64,17 @@ class Factored(Mechanism):
     def composed(self, kind: ParameterKind, parts: Mapping[str, Tensor]) -> Tensor:
         """A rank's part of the matrix, [out, in], from its parts of factors and places, by name."""
         raise NotImplementedError
+
+    def part_of_rank(self, kind: ParameterKind, factor: Tensor, rank: int, ranks: int) -> Tensor:
+        """What a rank's part of the matrix takes of a factor that every rank holds whole.
+
+        Args:
+            kind: the matrix.
+            factor: whole.
+            rank: of those that share the matrix.
+            ranks: their number.
+        """
+        return factor
 
     def drawn(self, kind: ParameterKind, factor: Factor, std: float, generator: torch.Generator) -> Tensor:
         """Fresh numbers of a whole factor, fp32 on the generator's device.
@@ -79,6 +95,10 @@ class Factored(Mechanism):
             ranks: over which it is split.
         """
         yield from ()
+
+    def goes_with(self, other: Mechanism) -> bool:
+        """Whether another mechanism may have the same matrices."""
+        return False
 
     def has_factors(self, kind: ParameterKind) -> bool:
         """Whether a row of the plain table is computed from factors."""
@@ -103,7 +123,7 @@ class Factored(Mechanism):
             yield f"{key}: {size}, but {name} needs 1 or tensor_model_parallel_size; set it to one of them"
         for other in config.mechanisms.values():
             same = [kind for kind in self.kinds if kind in getattr(other, "kinds", ())]
-            if other is not self and same:
+            if other is not self and same and not self.goes_with(other):
                 yield f"{self.key('kinds')}: {same[0]} has mechanisms.{other.name} too; name each kind in one of them"
         rows = {kind.name: kind for layer in range(model.num_layers) for kind in self._plain(model, layer)}
         for kind in rows.values():
@@ -111,12 +131,12 @@ class Factored(Mechanism):
             yield from self.size_problems(kind, ranks)
 
     def made_of(self, kind: ParameterKind, model: ModelConfig, layer: int) -> tuple[ParameterKind, ...]:
-        """A row for each factor; the first that is split multiplies for the matrix."""
+        """A row for each factor; the first that is split multiplies for the matrix, unless that stays."""
         if not self.has_factors(kind):
             return (kind,)
         factors = self.factors(kind)
-        first = next(factor for factor in factors if factor.dimension is not None)
-        return tuple(
+        first = None if self.keeps_matrix else next(factor for factor in factors if factor.dimension is not None)
+        rows = tuple(
             dataclasses.replace(
                 kind,
                 name=f"{kind.name}_{factor.name}",
@@ -130,6 +150,7 @@ class Factored(Mechanism):
             )
             for factor in factors
         )
+        return (kind, *rows) if self.keeps_matrix else rows
 
     def weight_bytes(self, kind: ParameterKind, value_bytes: int) -> int:
         """The places of a sparse factor's numbers."""
@@ -236,8 +257,9 @@ class PlainTensors(Mapping[str, Tensor]):
         for name in self._stored:
             layer, _, part = name.rpartition(".")
             matrix = f"{layer}.weight"
-            if matrix not in self._stored and self._has_part(matrix, part):
-                found.setdefault(matrix, {})[part] = name
+            if self._has_part(matrix, part):
+                kept = {"weight": matrix} if self._mechanism.keeps_matrix else {}
+                found.setdefault(matrix, kept)[part] = name
         return found
 
     def _has_part(self, matrix: str, part: str) -> bool:
