@@ -9,7 +9,8 @@ so that a product which skipped zeros would cost what the dense one does. Places
 column), and stay. W is computed from the factors and multiplied densely: real time is a dense layer's. Its entries
 start with the standard deviation that `model.init` gives a plain matrix.
 
-Source: Thangarasa et al., Sparse-IFT (arXiv 2303.11525), section 3, for linear layers; there places move (RigL).
+Source: Thangarasa et al., Sparse-IFT (arXiv 2303.11525), section 3, for linear layers. There places move (RigL), by
+gradients where a factor is zero, which no pass computes here; its `wide` form, whose matrix is stored, takes `rigl`.
 """
 
 from __future__ import annotations

@@ -288,6 +288,13 @@ def test_every_reader_of_a_run_knows_the_mechanisms() -> None:
             ["mechanisms.monarch.blocks=2", "mechanisms.sltrain={rank: 4, kinds: [mlp_input]}"],
             "mechanisms.monarch.kinds: mlp_input has mechanisms.sltrain too; name each kind in one",
         ),
+        *(
+            (
+                [f"mechanisms.sparse_ift={{form: {form}, kinds: [mlp_output]}}", f"mechanisms.{masks}={{}}"],
+                f"sparse_ift.kinds: mlp_output has mechanisms.{masks} too, which masks weights by their values",
+            )
+            for form, masks in (("factorized", "rigl"), ("doped", "set"), ("doped", "random_groups"))
+        ),
         (["mechanisms.monarch={blocks: 3, kinds: [mlp_input]}"], "blocks: 3 does not divide mlp_input [96, 32]"),
         (
             ["mechanisms.monarch={blocks: 2, kinds: [mlp_output]}", "parallel.tensor_model_parallel_size=4"],

@@ -149,7 +149,7 @@ def test_beside_cast_an_export_folds_the_scales_and_keeps_the_zeros(tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["mechanisms.ste={}"], "row_scaling.kinds: qkv has mechanisms.ste too; name each kind in one of them"),
+        (["mechanisms.ste={}"], "row_scaling.kinds: qkv has mechanisms.ste too, whose masks are made for each pass"),
         (["mechanisms.maskllm={}", "optimizer.weight_decay=0"], "row_scaling.kinds: qkv has mechanisms.maskllm too"),
         (["mechanisms.row_scaling.groups=3"], "row_scaling.groups: 3 does not divide the columns of qkv [64, 32]"),
         (["optimizer.optimizer=muon"], "optimizer.optimizer: muon orthogonalises whole matrices"),

@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import choices_of
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
-from sparsecod_megatron.mechanisms.weights.engine.settings import KINDS
+from sparsecod_megatron.mechanisms.weights.engine.settings import KINDS, WeightMechanism
 from sparsecod_megatron.mechanisms.weights.factors.computed_linear import computed_linears, computing
 from sparsecod_megatron.mechanisms.weights.factors.factors import PLACES, Factor, random_places
 from sparsecod_megatron.seams.mechanism import Folds, LayerSite, Mechanism
@@ -96,9 +96,13 @@ class Factored(Mechanism):
         """
         yield from ()
 
-    def goes_with(self, other: Mechanism) -> bool:
-        """Whether another mechanism may have the same matrices."""
-        return False
+    def reason_against(self, other: Mechanism) -> str | None:
+        """Why another mechanism may not have the same matrices, to stand behind its name; None: it may."""
+        if isinstance(other, WeightMechanism):
+            return (
+                ", which masks weights by their values (RigL by gradients too), and these are not stored"
+            )
+        return ""
 
     def has_factors(self, kind: ParameterKind) -> bool:
         """Whether a row of the plain table is computed from factors."""
@@ -122,9 +126,10 @@ class Factored(Mechanism):
             key, size = "parallel.expert_tensor_parallel_size", parallel.expert_tensor_size
             yield f"{key}: {size}, but {name} needs 1 or tensor_model_parallel_size; set it to one of them"
         for other in config.mechanisms.values():
-            same = [kind for kind in self.kinds if kind in getattr(other, "kinds", ())]
-            if other is not self and same and not self.goes_with(other):
-                yield f"{self.key('kinds')}: {same[0]} has mechanisms.{other.name} too; name each kind in one of them"
+            same, why = self._shared_kinds(other, model), self.reason_against(other)
+            if other is not self and same and why is not None:
+                what = f"{same[0]} has mechanisms.{other.name} too{why}"
+                yield f"{self.key('kinds')}: {what}; name each kind in one of them"
         rows = {kind.name: kind for layer in range(model.num_layers) for kind in self._plain(model, layer)}
         for kind in rows.values():
             ranks = parallel.expert_tensor_size if kind.split == "expert" else parallel.tensor_model_parallel_size
@@ -217,6 +222,13 @@ class Factored(Mechanism):
     def export(self, model: ModelConfig) -> Folds:
         """The matrices that the factors make."""
         return Folds()
+
+    def _shared_kinds(self, other: Mechanism, model: ModelConfig) -> list[str]:
+        """Kinds of matrices that another mechanism has too."""
+        if isinstance(other, WeightMechanism):
+            rows = ((kind, layer) for layer in range(model.num_layers) for kind in self._plain(model, layer))
+            return [BRANCHES[kind.name] for kind, layer in rows if other.has_mask(kind, layer)]
+        return [kind for kind in self.kinds if kind in getattr(other, "kinds", ())]
 
     def _plain(self, model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
         """Rows of the matrices that have factors."""
