@@ -46,6 +46,19 @@ class LayerAccumulator:
         row[0] += value
         row[1] += count
 
+    def add_layers(self, layers: Sequence[int], name: str, values: torch.Tensor, counts: torch.Tensor) -> None:
+        """Add to the sums of several layers, of which one may be there several times. Local, as `add`.
+
+        Args:
+            layers: 0-based indices in the whole model.
+            name: one of the names.
+            values: one sum for each, [layers].
+            counts: one number of terms for each, [layers].
+        """
+        rows = self._sums[:, self._index[name]]
+        for layer, pair in zip(layers, torch.stack((values.double(), counts.double()), dim=1), strict=True):
+            rows[layer] += pair
+
     def add_many(self, layer: int, names: Sequence[str], values: torch.Tensor, count: int) -> None:
         """Add a vector to neighbouring sums, without a loop over them. Local, without waiting for the device.
 
