@@ -2,9 +2,10 @@
 
     python -m benchmarks.mechanisms [--steps 30] [--experts 8] [--threads 1] [NAME ...]
 
-One process trains a model of 10M parameters on 2,048 tokens a step with each mechanism and without; all take turns,
-step by step. Printed is processor time, which other work on the machine changes least; `update` is a step at which
-masks change, and `amortised` what the mechanism costs at its own interval.
+One process trains a model of 10M parameters on 2,048 tokens a step with each mechanism and without, otherwise the same
+model: with experts, or another activation, where the mechanism is of these. All take turns, step by step. Printed is
+processor time, which other work on the machine changes least; `update` is a step at which masks change, and
+`amortised` what the mechanism costs at its own interval.
 """
 
 from __future__ import annotations
@@ -23,9 +24,35 @@ from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
 
 DENSE = "dense"
-MEASURED = ("sparse_weights", "rigl", "journey", "iss", "srste", "ste", "pgf", "cast")
-UPDATES = {"rigl": "interval", "journey": "interval", "iss": "interval", "cast": "interval"}
-"""Setting that says how often masks change, of mechanisms whose masks do."""
+SETTINGS = {
+    "distillation": "{teacher: ':fresh:'}",
+    "efficient_llm": "{start: 0}",
+    "frozen_masks": "{prune: '2:4'}",
+    "journey": "{start: 0, unit: steps}",
+    "mask_sparsity": "{start: 0}",
+    "moe_router_topk_schedule": "{topk: 1}",
+    "monet": "{experts: 32, heads: 4, k: 4}",
+    "pgf": "{dense_until: 0}",
+    "s2_attention": "{stride: 2}",
+    "sltrain": "{rank: 64}",
+    "topk_activation": "{k: 64}",
+}
+"""Where a mechanism has no defaults for this model, or does nothing in its first steps by them."""
+SHAPES = {
+    "comet": ("model.moe_aux_loss_coeff=0.01",),
+    "maskllm": ("optimizer.weight_decay=0",),
+    "moe_router_topk_schedule": ("model.moe_router_pre_softmax=true",),
+    "moe_x": ("model.activation=relu", "model.moe_aux_loss_coeff=0.01"),
+    "monet": ("model.activation=relu2",),
+    "topk_activation": ("model.activation=relu",),
+}
+"""What else it needs, which the run without it has too."""
+EXPERTS = ("comet", "moe_router_topk_schedule", "moe_x")
+"""Mechanisms that are of experts."""
+NUM_EXPERTS = 8
+"""Of each layer, where a mechanism needs some and none were asked for."""
+UPDATES = ("rigl", "set", "journey", "iss", "cast", "efficient_llm")
+"""Mechanisms whose masks change every `interval` steps."""
 MODEL = (
     "model.num_layers=8",
     "model.hidden_size=256",
@@ -44,27 +71,24 @@ NEVER = 1_000_000
 """Steps between changes of masks that a measurement never reaches."""
 
 
-def run_config(name: str, *, experts: int, interval: int | None = None) -> RunConfig:
-    """The run with a mechanism, or without.
+def run_config(name: str, *, experts: int, is_on: bool = True, interval: int | None = None) -> RunConfig:
+    """The run with a mechanism, or what it is compared with.
 
     Args:
-        name: of the mechanism, or `dense`.
+        name: of the mechanism.
         experts: of each layer.
+        is_on: whether it has the mechanism.
         interval: steps from one change of the masks to the next; None is the mechanism's own.
     """
-    shape = [*MODEL, f"precision.dtype={'bf16' if torch.cuda.is_available() else 'fp32'}"]
+    shape = [*MODEL, *SHAPES.get(name, ()), f"precision.dtype={'bf16' if torch.cuda.is_available() else 'fp32'}"]
     # So long that no schedule of a mechanism ends while it is measured.
     shape.append(f"train.train_steps={100 * NEVER if name == 'iss' else NEVER}")
-    if experts:
+    if experts := experts or (NUM_EXPERTS if name in EXPERTS else 0):
         shape += [f"model.num_moe_experts={experts}", "model.moe_ffn_hidden_size=352"]
-    if name != DENSE:
-        shape.append(f"mechanisms.{name}={{}}")
-    if name == "journey":
-        shape += ["mechanisms.journey.start=0", "mechanisms.journey.unit=steps"]
-    if name == "pgf":
-        shape += ["mechanisms.pgf.dense_until=0"]
-    if interval is not None:
-        shape.append(f"mechanisms.{name}.{UPDATES[name]}={interval}")
+    if is_on:
+        shape.append(f"mechanisms.{name}={SETTINGS.get(name, '{}')}")
+    if is_on and interval is not None:
+        shape.append(f"mechanisms.{name}.interval={interval}")
     return load_config(None, shape, mechanisms=MECHANISMS)
 
 
@@ -112,7 +136,7 @@ def measure(configs: dict[str, RunConfig], backend: Backend, *, steps: int) -> d
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"mechanisms (default {' '.join(MEASURED)})")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mechanisms (default: all)")
     parser.add_argument("--steps", type=int, default=30, help="steps of each (default 30)")
     parser.add_argument("--experts", type=int, default=0, help="experts of each layer (default 0: dense)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
@@ -120,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     backend = select_backend()
-    for name in args.names or MEASURED:
-        configs = {DENSE: run_config(DENSE, experts=args.experts)}
+    for name in args.names or MECHANISMS.names:
+        configs = {DENSE: run_config(name, experts=args.experts, is_on=False)}
         if name in UPDATES:
             configs["step"] = run_config(name, experts=args.experts, interval=NEVER)
             configs["update"] = run_config(name, experts=args.experts, interval=1)
@@ -129,12 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             configs["step"] = run_config(name, experts=args.experts)
         median = measure(configs, backend, steps=args.steps)
         step = median["step"] / median[DENSE]
-        line = f"{name:>14}: {step:.3f} x dense ({1000 * median[DENSE]:.0f} ms)"
+        line = f"{name:>24}: {step:.3f} x dense ({1000 * median[DENSE]:.0f} ms)"
         if name in UPDATES:
             update = median["update"] / median[DENSE]
-            own = getattr(MECHANISMS.settings_class(name)(), UPDATES[name])
+            own = run_config(name, experts=args.experts).mechanisms[name].interval
             line += f"; update {update:.3f}, amortised over {own}: {step + (update - step) / own:.3f}"
-        print(line)
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,11 @@ def training_flops_per_token(config: RunConfig, *, is_effective: bool = False) -
     flops = sum(numbers) / len(numbers)
     if not is_effective:
         return flops
-    idle = sum(mechanism.idle_products(table, step) for mechanism in table.mechanisms for step in steps)
+    idle = sum(
+        mechanism.idle_products(replace(table, model=model), step)
+        for mechanism in table.mechanisms
+        for model, step in zip(models, steps, strict=True)
+    )
     return flops - BACKWARD_FACTOR * 2.0 * idle / len(steps)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.mechanisms import UPDATES, run_config
+from sparsecod_megatron.mechanisms import MECHANISMS
 
 ROOT = Path(__file__).resolve().parents[2]
 START = """
@@ -24,6 +28,15 @@ for way, file in itertools.product(("script", "module"), sorted((root / "benchma
     started = runpy.run_module(f"benchmarks.{file.stem}") if way == "module" else runpy.run_path(str(file))
     assert callable(started["main"]), (way, file)
 """
+
+
+@pytest.mark.parametrize("name", MECHANISMS.names)
+def test_every_mechanism_can_be_measured(name: str) -> None:
+    """With a run that is the same but for it; that all of them run takes minutes."""
+    on, off = (run_config(name, experts=0, is_on=is_on) for is_on in (True, False))
+    assert list(on.mechanisms) == [name] and not off.mechanisms
+    assert dataclasses.replace(on, mechanisms={}) == off
+    assert name not in UPDATES or run_config(name, experts=0, interval=3).mechanisms[name].interval == 3
 
 
 @pytest.mark.slow

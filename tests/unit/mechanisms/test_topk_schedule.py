@@ -17,7 +17,9 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.seams.mechanism import model_at
 from sparsecod_megatron.seams.plugin import StepContext
+from tests.helpers.cli import read_jsonl, sparsecod
 from tests.helpers.megatron import SMALL
+from tests.helpers.text import write_corpus
 from tests.helpers.training import small_trainer, trainer_batches
 
 select_backend()
@@ -28,6 +30,8 @@ EXPERTS = (
     "model.moe_router_topk_per_layer=[3,2,2]",
 )
 LATER = "[1,1,2]"
+EXPERT_FLOPS = 3 * 32 * 24 * 2 * 3
+"""Three matrices, a product and a sum a number, forward and twice backward."""
 SCHEDULE = f"mechanisms.moe_router_topk_schedule={{at: 2, topk_per_layer: {LATER}}}"
 
 
@@ -110,8 +114,47 @@ def test_operations_follow() -> None:
     schedule = SCHEDULE.replace("at: 2", "at: 0.5")
     config = load_config(None, [*SMALL, *EXPERTS, schedule], mechanisms=MECHANISMS)
     before = flops_per_token(ParameterTable.of(config), 16)
-    expert = 3 * 32 * 24 * 2 * 3
-    assert training_flops_per_token(config) == pytest.approx(before - 0.5 * 3 * expert)
+    assert training_flops_per_token(config) == pytest.approx(before - 0.5 * 3 * EXPERT_FLOPS)
+
+
+def test_the_line_of_metrics_has_the_operations_of_its_step(tmp_path: Path) -> None:
+    """TFLOP/s over tokens/s: three experts' products fewer, forward and backward, from the step after the switch on."""
+    from sparsecod_megatron.train import run_training
+
+    write_corpus(tmp_path / "text", documents=16)
+    prefix = tmp_path / "data" / "corpus"
+    sparsecod("data", "--input", tmp_path / "text", "--tokenizer", "train:300", "--output", prefix, "--workers", "1")
+    data = (f"data.prefix={prefix}", "data.seq_length=16", "model.vocab_size=null", "train.train_steps=4")
+    run = (
+        f"logging.run_dir={tmp_path / 'run'}",
+        "logging.log_interval=1",
+        "schedule.lr_warmup_steps=0",
+        "train.eval_interval=0",
+    )
+    config = load_config(None, [*SMALL, *EXPERTS, SCHEDULE, *data, *run], mechanisms=MECHANISMS)
+    run_training(config, select_backend())
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    numbers = [record["tflops"] * 1e12 / record["tokens_per_s"] for record in records]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert numbers[:2] == pytest.approx([numbers[0]] * 2) and numbers[2:] == pytest.approx([numbers[3]] * 2)
+    assert numbers[0] - numbers[3] == pytest.approx(3 * EXPERT_FLOPS, rel=1e-6)
+
+
+@pytest.mark.parametrize("masks", ["sparse_weights={density: 0.5}", "ste={}"])
+def test_effective_operations_follow_too(masks: str) -> None:
+    """Of each expert's products half: of a step by what the run reports, of a run by what studies match."""
+    from sparsecod_megatron.studies.budget import training_flops_per_token
+
+    kinds = f"mechanisms.{masks.split('=')[0]}.kinds=[mlp_input,mlp_output]"
+    overrides = (*EXPERTS, SCHEDULE.replace("at: 2", "at: 0.5"), f"mechanisms.{masks}", kinds, "train.train_steps=4")
+    with small_trainer(*overrides) as trainer:
+        plugin = trainer.plugins[-1]
+        numbers = [plugin.metrics(trainer.context(step))["effective_flops_per_token"] for step in (1, 2, 3, 4)]
+        config = trainer.config
+    assert numbers[0] == numbers[1] and numbers[2] == numbers[3]
+    assert numbers[0] - numbers[3] == pytest.approx(3 * EXPERT_FLOPS / 2, rel=1e-6)
+    real, idle = training_flops_per_token(config), 5.5 * EXPERT_FLOPS / 2
+    assert real - training_flops_per_token(config, is_effective=True) == pytest.approx(idle, rel=1e-6)
 
 
 @pytest.mark.parametrize(

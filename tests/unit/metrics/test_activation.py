@@ -131,6 +131,33 @@ def test_equals_numpy(name: str) -> None:
         assert set(layer) - set(expected) == ({"gate_mean", "gate_small"} if name == "swiglu" else set())
 
 
+class Alone:
+    """A group of one rank."""
+
+    size, rank = staticmethod(lambda: 1), staticmethod(lambda: 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_counts_of_two_experts_by_pieces(dtype: torch.dtype) -> None:
+    """Without a zero; then with some, with values whose squares are none, and with rows that are padding."""
+    from sparsecod_megatron.metrics import activation
+
+    units = activation.Units(0, torch.nn.Identity(), 2, Alone(), Alone(), is_expert=True)  # type: ignore[arg-type]
+    generator, counts, scratch = torch.Generator().manual_seed(0), {}, activation._Scratch()
+    expected = np.zeros((2, 26))
+    for step, sizes in enumerate(([600, 5], [3, 530], [0, 8])):
+        values = torch.randn(sum(sizes), 24, generator=generator) * torch.rand(24, generator=generator) ** 8
+        if step == 1:
+            values[:2, 3], values[7:9], values[20, 4] = 0, 0, 1e-30
+        values = values.to(dtype)
+        assert bool((values != 0).all()) is (step != 1)
+        activation._count_units(units, counts, 0, scratch, values, sizes)
+        for expert, part in enumerate(np.split(values.double().numpy(), [sizes[0]])):
+            on = np.square(part) > 1e-4 * np.square(part).mean(1, keepdims=True)
+            expected[expert] += [*on.sum(0), (part != 0).sum(), part.any(1).sum()]
+    assert counts[0].numbers.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("gate", ["model.attention_output_gate=elementwise", "mechanisms.headwise_gate={}"])
 def test_a_gate_without_weights_is_half_open(gate: str) -> None:
     with small_trainer(*QUIET, ACTIVATION, gate, "optimizer.lr=0") as trainer:

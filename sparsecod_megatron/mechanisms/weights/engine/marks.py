@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places, effective_flops_per_token
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
 from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin, StepContext, StepParts
 
@@ -46,7 +46,7 @@ class Marks(Plugin):
     def __init__(self, settings: WeightMechanism, parts: StepParts) -> None:
         self.name, self.settings = settings.name, settings
         self.places = Places(parts, settings.has_mask, settings.marks)
-        self.table, self._seq_length = ParameterTable.of(parts.config), parts.config.data.seq_length
+        self.table = ParameterTable.of(parts.config)
         self.seed = parts.config.train.seed
         self.live: list[float] = [matrix.size for matrix in self.places.matrices]
         self.has_zeros = False
@@ -130,7 +130,7 @@ class Marks(Plugin):
         found = {
             "live_share": sum(self.live) / total,
             "mean_live_parameters": others - total + self._live_steps / max(self._steps, 1),
-            "effective_flops_per_token": effective_flops_per_token(self.table, self._seq_length, matrices, self.live),
+            "effective_flops_per_token": self.places.effective_flops_per_token(context, self.live),
         }
         return found if self.flips is None else {**found, "mask_flips": self.flips.item() / total}
 

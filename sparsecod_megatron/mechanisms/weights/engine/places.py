@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
-from sparsecod_megatron.seams.plugin import StepParts
+from sparsecod_megatron.seams.mechanism import model_at
+from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 if TYPE_CHECKING:
     from sparsecod_megatron.model.matrices import Shard
@@ -115,6 +116,7 @@ class Places:
         from sparsecod_megatron.parallel.owned_slices import held_slices, working_parts
 
         table = ParameterTable.of(parts.config)
+        self._config, self._has_mask = parts.config, has_mask
         self.matrices = marked_matrices(table, has_mask)
         numbers: dict[tuple[int, str], int] = {}  # of the first matrix of each kind and layer
         for index, matrix in enumerate(self.matrices):
@@ -160,27 +162,30 @@ class Places:
             if group.rank() == 0:
                 yield shard
 
+    def effective_flops_per_token(self, context: StepContext, live: Sequence[float]) -> float:
+        """FLOPs of a token, forward and backward, without the products of dead weights, of the model of a step. Local.
+
+        Args:
+            context: the step.
+            live: number of weights of each matrix that the model computes with.
+        """
+        config = self._config
+        table = replace(ParameterTable.of(config), model=model_at(config, context))
+        idle = idle_products(marked_matrices(table, self._has_mask), live)
+        return flops_per_token(table, config.data.seq_length) - BACKWARD_FACTOR * 2.0 * idle
+
     def counts(self, numbers: Sequence[int]) -> Tensor:
         """One number a row, as `selection.largest` takes them."""
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
-def effective_flops_per_token(
-    table: ParameterTable, seq_length: int, matrices: Sequence[MarkedMatrix], live: Sequence[float]
-) -> float:
-    """FLOPs of a token, forward and backward, without the products of dead weights.
+def idle_products(matrices: Sequence[MarkedMatrix], live: Sequence[float]) -> float:
+    """Products of a token with dead weights in a forward pass.
 
     Args:
-        table: of the model's parameters.
-        seq_length: tokens of a sequence.
         matrices: that have marks.
         live: number of weights of each that the model computes with.
     """
-    return flops_per_token(table, seq_length) - BACKWARD_FACTOR * 2.0 * idle_products(matrices, live)
-
-
-def idle_products(matrices: Sequence[MarkedMatrix], live: Sequence[float]) -> float:
-    """Products of a token with dead weights in a forward pass; arguments as of `effective_flops_per_token`."""
     # A routed expert's products are of the tokens that it gets: its share of a token's.
     return sum(
         (1 - count / matrix.size) * matrix.row.multiplied / matrix.row.copies

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.patterns import smallest_of_each
-from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places, effective_flops_per_token
+from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
 from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
 
 
@@ -59,7 +59,7 @@ class MaskedWindow(Plugin):
     def __init__(self, settings: WindowSettings, parts: StepParts) -> None:
         self.name, self.settings = settings.name, settings
         self.places = Places(parts, settings.has_mask, settings.marks)
-        self.table, self._seq_length = ParameterTable.of(parts.config), parts.config.data.seq_length
+        self.table = ParameterTable.of(parts.config)
         self.masks: dict[torch.nn.Parameter, Tensor] = {}
         self.flips: list[tuple[int, Tensor, int]] = []
         self.is_observed = False
@@ -105,9 +105,9 @@ class MaskedWindow(Plugin):
 
     def metrics(self, context: StepContext) -> dict[str, float]:
         """Share of weights with a mask that the model computes with, and FLOPs without the others."""
-        matrices, live = self.places.matrices, self.settings.live_counts(self.table, context)
-        flops = effective_flops_per_token(self.table, self._seq_length, matrices, live)
-        total = sum(matrix.size for matrix in matrices)
+        live = self.settings.live_counts(self.table, context)
+        flops = self.places.effective_flops_per_token(context, live)
+        total = sum(matrix.size for matrix in self.places.matrices)
         return {"live_share": sum(live) / total, "effective_flops_per_token": flops}
 
     def _count_flips(self, before: dict[torch.nn.Parameter, Tensor]) -> None:

@@ -99,9 +99,7 @@ class Factored(Mechanism):
     def reason_against(self, other: Mechanism) -> str | None:
         """Why another mechanism may not have the same matrices, to stand behind its name; None: it may."""
         if isinstance(other, WeightMechanism):
-            return (
-                ", which masks weights by their values (RigL by gradients too), and these are not stored"
-            )
+            return ", which masks weights by their values (RigL by gradients too), and these are not stored"
         return ""
 
     def has_factors(self, kind: ParameterKind) -> bool:
