@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,19 @@ def test_scales_begin_at_one_and_change_no_bit() -> None:
     (plain, expected), (ours, gradients) = found
     assert torch.equal(ours, plain) and all(bool(grad.any()) for grad in expected.values())
     assert gradients.keys() == expected.keys() and all(torch.equal(gradients[key], expected[key]) for key in expected)
+
+
+def test_weight_gradients_are_not_fused_where_the_weight_is_computed() -> None:
+    """The parameter `weight` is there, but not what is multiplied: its gradient comes by autograd."""
+    from sparsecod_megatron.model.build import fuse_weight_gradients
+
+    with megatron_model("mechanisms.row_scaling.kinds=[qkv]") as built:
+        model: Any = built
+        for module in model.modules():
+            module.fuse_wgrad_accumulation = False  # as every linear layer of Transformer Engine has it
+        fuse_weight_gradients(model)
+        attention = model.decoder.layers[0].self_attention
+        assert not attention.linear_qkv.fuse_wgrad_accumulation and attention.linear_proj.fuse_wgrad_accumulation
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
