@@ -216,25 +216,18 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._flat = torch.empty(0)
-        self._ones = torch.empty(0)
-        self._pairs: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        self._found: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of the shape of `like`, in fp32, that hold anything."""
-        if (found := self._pairs.get(like.shape)) is not None:
+    def of(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Two tensors of the shape of `like` [rows, units], which hold anything, and ones, [rows]; all in fp32."""
+        if (found := self._found.get(like.shape)) is not None:
             return found
-        size = like.numel()
+        size, device = like.numel(), like.device
         if self._flat.numel() < 2 * size:
-            self._flat = torch.empty(2 * size, device=like.device)
-            self._pairs.clear()
+            self._flat = torch.empty(2 * size, device=device)
+            self._found.clear()
         pair = self._flat[:size].view(like.shape), self._flat[size : 2 * size].view(like.shape)
-        return self._pairs.setdefault(like.shape, pair)
-
-    def ones(self, count: int, device: torch.device) -> Tensor:
-        """[count], fp32."""
-        if len(self._ones) < count:
-            self._ones = torch.ones(count, device=device)
-        return self._ones[:count]
+        return self._found.setdefault(like.shape, (*pair, torch.ones(len(like), device=device)))
 
 
 def _count_units(
@@ -268,11 +261,11 @@ def _count_units(
         for start in range(first, end, piece):
             some = a[start : min(start + piece, end)]
             limit = _limits(units, some) if limits is None else limits[start : start + len(some)]
-            squares, on = scratch.pair(some)
+            squares, on, ones = scratch.of(some)
             torch.square(some.float(), out=squares)
             # As numbers, which torch adds in a fraction of the time that it takes to count.
-            torch.gt(squares, limit[:, None], out=on)
-            times += scratch.ones(len(some), a.device) @ on
+            torch.gt(squares, limit, out=on)
+            times += ones @ on
             # SiLU and GELU are hardly ever zero: the smallest square says so in a quarter of the time of counting.
             counted.has_zeros = counted.has_zeros or not on_cpu or not float(squares.amin()) > 0
             nonzero += torch.ne(some, 0, out=on).sum() if counted.has_zeros else some.numel()
@@ -282,13 +275,13 @@ def _count_units(
 
 
 def _limits(units: Units, a: Tensor) -> Tensor:
-    """Square of what is small of each row, [rows] fp32. Collective over `sharing`.
+    """Square of what is small of each row, [rows, 1] fp32. Collective over `sharing`.
 
     Args:
         units: the place.
         a: [rows, units of this rank].
     """
-    mean_square = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float32).square_()
+    mean_square = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=torch.float32).square_()
     if len(a) and units.sharing.size() > 1:
         all_reduce_sums(mean_square, units.sharing)
     mean_square /= a.shape[-1] * units.sharing.size()
