@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.foreign import running
+from sparsecod_megatron.hf.residual_state import ResidualState, residual_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ class Layers:
         final_norm: the module that takes the last block's output, or None where it goes straight to the head.
         head: hidden states → logits, before whatever the model scales or caps.
         hidden_size: width d of the residual stream, which may differ from the embeddings'.
+        state: how scores see what blocks keep of a token, which may be several such vectors.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Layers:
     final_norm: nn.Module | None
     head: nn.Module
     hidden_size: int
+    state: ResidualState = field(default_factory=ResidualState)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -85,8 +88,9 @@ def find_layers(model: PreTrainedModel) -> Layers:
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embed is None or head is None:
         raise ConversionError(f"{kind}: has no input embeddings or no output head; give a causal language model")
-    hidden_size = calls[chains[name][0]][0][0].shape[-1]
-    return Layers(name, chains[name], embed, _final_norm(model, chains[name], calls), head, hidden_size)
+    state = residual_state(chains[name][0])
+    hidden_size = calls[chains[name][0]][0][0].shape[-1] // state.columns
+    return Layers(name, chains[name], embed, _final_norm(model, chains[name], calls), head, hidden_size, state)
 
 
 _Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]

@@ -139,6 +139,13 @@ class Replay:
         assert after is not None
         return after
 
+    def step(self, trace: Trace, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What `run_block` gives, and what the block writes of it, [B, T, d]."""
+        state = self.layers.state
+        with state.watching(self.layers.blocks[layer]) as branches:
+            after = self.run_block(trace, layer, hidden)
+        return after, state.written(hidden, after, branches)
+
     def run_blocks(self, trace: Trace, order: Sequence[int], hidden: Tensor) -> Iterator[Tensor]:
         """Run blocks in the given order, yielding what each leaves, [B, T, d]."""
         for layer in order:

@@ -1,4 +1,4 @@
-"""A study's figures: each metric over the first axis, a line for every place on the others; variance by depth."""
+"""A study's figures: each metric over the first axis, variance by depth, and one metric by another."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from sparsecod_megatron.studies.table import Row, Table
 
 FIGURES_FOLDER = "figures"
 DPI = 160
+LOG_SPAN = 30
+"""Largest over smallest value from which an axis is logarithmic."""
 
 
 def draw_figures(study: Study, table: Table) -> list[Path]:
@@ -36,6 +38,10 @@ def draw_figures(study: Study, table: Table) -> list[Path]:
         if any(metric in row.metrics for row in table.rows):
             drawn.append(study.output / FIGURES_FOLDER / f"{metric.replace('/', '_')}.png")
             _draw(drawn[-1], metric, study, table)
+    for across, up in study.config.scatter:
+        if any(across in row.metrics and up in row.metrics for row in table.rows):
+            drawn.append(study.output / FIGURES_FOLDER / f"{up}_by_{across}.png".replace("/", "_"))
+            _draw_pairs(drawn[-1], across, up, study, table)
     variances = {labels: found for labels in table.results if (found := _mean_variances(study, labels, table))}
     if variances:
         drawn.append(study.output / FIGURES_FOLDER / "variance_by_depth.png")
@@ -73,6 +79,28 @@ def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], stu
         axes.set_ylabel("residual stream variance")
         axes.set_title(f"{study.config.name}: out_var after training", loc="left")
         axes.legend()
+
+
+def _draw_pairs(path: Path, across: str, up: str, study: Study, table: Table) -> None:
+    """Means of both metrics at every place, and its seeds; a colour per label of the first axis, a marker per rest."""
+    with _picture(path) as axes:
+        first = list(dict.fromkeys(row.labels[:1] for row in table.rows))
+        others = list(dict.fromkeys(row.labels[1:] for row in table.rows))
+        seen = []
+        for row in (row for row in table.rows if across in row.metrics and up in row.metrics):
+            color = COLORS[first.index(row.labels[:1]) % len(COLORS)]
+            marker = MARKERS[others.index(row.labels[1:]) % len(MARKERS)]
+            seeds = [found for found in table.results[row.labels].values() if across in found and up in found]
+            axes.plot([found[across] for found in seeds], [found[up] for found in seeds], ".", color=color, alpha=0.4)
+            x, y = row.metrics[across].value, row.metrics[up].value
+            axes.plot([x], [y], marker=marker, color=color, linestyle="", label=setting_name(row.labels))
+            seen += [x, *(found[across] for found in seeds)]
+        if min(seen) > 0 and max(seen) > LOG_SPAN * min(seen):
+            axes.set_xscale("log")
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.set_title(study.config.name, loc="left")
+        axes.legend(fontsize="x-small")
 
 
 def _draw(path: Path, metric: str, study: Study, table: Table) -> None:

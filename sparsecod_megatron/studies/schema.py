@@ -142,6 +142,8 @@ class StudyConfig:
         ]
     )
     """Metrics of the table and the figures, after parameters and tokens."""
+    scatter: list[list[str]] = field(default_factory=list)
+    """Pairs of metrics, [across, up], each with a figure of its own: a point for every place of the grid."""
     claims: list[ClaimConfig] = field(default_factory=list)
     verify: bool = True
     """Compare the logits of every cell's export with Megatron's before it is scored."""

@@ -34,16 +34,23 @@ class Causal:
         pairs = ratio_of_sums(change, size[:, None, :], seed=seed)
         upper = np.triu_indices(num_layers, k=1)
 
+        late = upper[0] >= num_layers // 2
+
         def mean_of_pairs(weights: Array) -> Array:
             below = weights @ size
             above = np.einsum("rn,nsl->rsl", weights, change)
-            return _mean_of_valid(_divide(above, below[:, None, :])[:, upper[0], upper[1]])
+            pairs = _divide(above, below[:, None, :])[:, upper[0], upper[1]]
+            return np.stack([_mean_of_valid(pairs), _mean_of_valid(pairs[:, late])], axis=1)
 
         overall = bootstrap(mean_of_pairs, len(size), seed=seed)
         of_sequence = _mean_of_valid(_divide(change, size[:, None, :])[:, upper[0], upper[1]])
         maximum = _maximum(largest)
         return Result(
-            values={"causal": overall.at().as_dict(), "causal_max": finite(float(_mean_of_valid(maximum[upper])))},
+            values={
+                "causal": overall.at(0).as_dict(),
+                "causal_second_half": overall.at(1).as_dict(),
+                "causal_max": finite(float(_mean_of_valid(maximum[upper]))),
+            },
             tables={self.name: _rows(pairs, maximum, upper)},
             per_sequence={"causal": [finite(value) for value in of_sequence.tolist()]},
             figures=(
@@ -63,21 +70,28 @@ def _effects(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
     The maximum leaves out tokens whose Δ is zero, and is NaN where all are.
     """
     num_layers, batch = len(trace.calls), len(trace.tokens)
-    deltas = [(trace.hidden[layer + 1] - trace.hidden[layer]).float() for layer in range(num_layers)]
+    deltas = [_written(replay, trace, layer) for layer in range(num_layers)]
     sizes = [delta.norm(dim=-1) for delta in deltas]
     change = torch.zeros(batch, num_layers, num_layers, dtype=torch.float64)
     largest = torch.full((batch, num_layers, num_layers), torch.nan, dtype=torch.float64)
     for skipped in range(num_layers - 1):
         before = trace.hidden[skipped]
-        later = range(skipped + 1, num_layers)
-        for layer, after in zip(later, replay.run_blocks(trace, later, before), strict=True):
-            moved = ((after - before).float() - deltas[layer]).norm(dim=-1)
+        for layer in range(skipped + 1, num_layers):
+            after, written = replay.step(trace, layer, before)
+            moved = (written.float() - deltas[layer]).norm(dim=-1)
             change[:, skipped, layer] = moved.double().sum(dim=1).cpu()
             relative = torch.where(sizes[layer] > 0, moved / sizes[layer], -torch.inf)
             highest = relative.amax(dim=1).double()
             largest[:, skipped, layer] = torch.where(highest >= 0, highest, torch.nan).cpu()
             before = after
     return change, torch.stack([size.double().sum(dim=1) for size in sizes], dim=1).cpu(), largest
+
+
+def _written(replay: Replay, trace: Trace, layer: int) -> Tensor:
+    """What a block writes in the unchanged model: the states say it, unless they hold more than the stream."""
+    if replay.layers.state.columns == 1:
+        return (trace.hidden[layer + 1] - trace.hidden[layer]).float()
+    return replay.step(trace, layer, trace.hidden[layer])[1].float()
 
 
 def _divide(above: Array, below: Array) -> Array:

@@ -103,7 +103,8 @@ class Context:
     @property
     def micro_batch(self) -> int:
         """Sequences of a pass whose hidden states, logits and block activations fit `memory_gib`."""
-        streams = (len(self.layers) + 1 + 16) * self.hidden_size  # every depth kept, and one block at work
+        width = self.hidden_size * self.layers.state.columns
+        streams = (len(self.layers) + 1 + 16) * width  # every depth kept, and one block at work
         logits = LOGIT_COPIES * self._text.vocab_size
         attention = getattr(self._text, "num_attention_heads", 1) * self.seq_length
         num_bytes = 4 * self.seq_length * (streams + logits + attention)

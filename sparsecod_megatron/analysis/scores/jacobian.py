@@ -21,6 +21,7 @@ from sparsecod_megatron.analysis.jacobians import (
 )
 from sparsecod_megatron.analysis.scores.base import Bars, Result
 from sparsecod_megatron.analysis.scores.context import Context
+from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.hf.calls import Trace
 
 TOKENS_PER_SEQUENCE = 8
@@ -54,7 +55,16 @@ class Jacobian:
         self.num_probes = num_probes
 
     def run(self, context: Context) -> Result:
-        """Compute the numbers of every block, as means over tokens."""
+        """Compute the numbers of every block, as means over tokens.
+
+        Raises:
+            ConfigError: blocks whose state is several vectors per token.
+        """
+        if (columns := context.layers.state.columns) > 1:
+            raise ConfigError(
+                f"--scores jacobian: blocks of this model keep {columns} vectors per token, so that 'unchanged' has no "
+                "one meaning; leave it out"
+            )
         exact = context.hidden_size <= MAX_EXACT_WIDTH if self.exact is None else self.exact
         num_tokens = context.num_sequences * context.seq_length
         size = context.hidden_size if context.reference else 0

@@ -68,11 +68,13 @@ def _curves(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
     """KL to the final prediction, top-5 overlap with it, cosine of `Δ_l` and `h_l` in one micro-batch, each [B, L]."""
     final = replay.logits(trace, trace.hidden[-1])
     divergences, overlaps, cosines = [], [], []
-    for before, after in pairwise(trace.hidden):
-        early = replay.logits(trace, after)
+    view = replay.layers.state.view
+    for state in trace.hidden[1:]:
+        early = replay.logits(trace, state)
         pairs = [_compare(row, last) for row, last in zip(early, final, strict=True)]
         divergences.append(torch.stack([pair[0] for pair in pairs]))
         overlaps.append(torch.stack([pair[1] for pair in pairs]))
+    for before, after in pairwise(map(view, trace.hidden)):
         cosines.append(F.cosine_similarity((after - before).float(), before.float(), dim=-1).double().mean(dim=1))
     kl, overlap, cosine = (torch.stack(column, dim=1).cpu() for column in (divergences, overlaps, cosines))
     return kl, overlap, cosine

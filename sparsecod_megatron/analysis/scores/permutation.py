@@ -118,5 +118,6 @@ def _swaps(replay: Replay, trace: Trace, pairs: list[tuple[int, int]]) -> tuple[
     losses = []
     for lower, upper in pairs:
         order = [upper, *range(lower + 1, upper), lower, *range(upper + 1, num_layers)]
-        losses.append(replay.losses_after(trace, order, trace.hidden[lower]))
+        with replay.layers.state.traded(replay.layers.blocks[lower], replay.layers.blocks[upper]):
+            losses.append(replay.losses_after(trace, order, trace.hidden[lower]))
     return replay.losses(trace), torch.stack(losses, dim=1)

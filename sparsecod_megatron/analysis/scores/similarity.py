@@ -69,7 +69,7 @@ def _collect(context: Context) -> tuple[Array, Tensor, Array]:
         batch = len(trace.tokens)
         groups = torch.arange(first, first + batch) % num_groups
         here = wanted[(wanted >= first * length) & (wanted < (first + batch) * length)] - first * length
-        for layer, hidden in enumerate(trace.hidden[1:]):
+        for layer, hidden in enumerate(map(context.layers.state.view, trace.hidden[1:])):
             sums[:, layer].index_add_(0, groups, hidden.double().sum(dim=1).cpu())
             kept[layer, filled : filled + len(here)] = hidden.flatten(0, 1)[here.to(hidden.device)].double().cpu()
         first, filled = first + batch, filled + len(here)

@@ -30,6 +30,7 @@ class Skip:
         losses = ratio_of_sums(change, base[:, None], seed=seed)
         turns = mean_interval(influence, seed=seed)
         mean_loss = ratio_of_sums(change.mean(axis=1), base, seed=seed)
+        late_loss = ratio_of_sums(change[:, change.shape[1] // 2 :].mean(axis=1), base, seed=seed)
         mean_turn = mean_interval(influence.mean(axis=1), seed=seed)
         rows = []
         for layer in range(len(context.layers)):
@@ -41,6 +42,7 @@ class Skip:
         return Result(
             values={
                 "skip_loss": mean_loss.at().as_dict(),
+                "skip_loss_second_half": late_loss.at().as_dict(),
                 "block_influence": mean_turn.at().as_dict(),
                 "loss": finite(base.mean()),
             },
@@ -94,6 +96,6 @@ def _skips(replay: Replay, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
     ]
     influence = [
         1 - F.cosine_similarity(before.float(), after.float(), dim=-1).double().mean(dim=1).cpu()
-        for before, after in pairwise(trace.hidden)
+        for before, after in pairwise(map(replay.layers.state.view, trace.hidden))
     ]
     return replay.losses(trace), torch.stack(skipped, dim=1), torch.stack(influence, dim=1)

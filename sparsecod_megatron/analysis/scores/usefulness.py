@@ -56,10 +56,20 @@ def _fits(context: Context) -> Iterator[AffineMap]:
         fits = {layer: AffineFit(size, context.device) for layer in layers}
         for trace in context.traces("fit", title="usefulness: fitting"):
             for layer, fit in fits.items():
-                fit.add(trace.hidden[layer], trace.hidden[layer + 1])
+                fit.add(*_seen(context.replay, trace, layer))
         for fit in fits.values():
             fit.reduce(context.processes)
             yield fit.solve()
+
+
+def _seen(replay: Replay, trace: Trace, layer: int) -> tuple[Tensor, Tensor]:
+    """What a block reads, and that with what it writes added: of a plain block its input and output."""
+    state, before = replay.layers.state, trace.hidden[layer]
+    if state.columns == 1:
+        return before, trace.hidden[layer + 1]
+    read = state.read(replay.layers.blocks[layer], before)
+    with torch.no_grad():
+        return read, read + replay.step(trace, layer, before)[1]
 
 
 def _replaced(context: Context, maps: list[AffineMap], trace: Trace) -> tuple[Tensor, ...]:
@@ -75,7 +85,10 @@ def _replaced(context: Context, maps: list[AffineMap], trace: Trace) -> tuple[Te
 
 def _loss_with(replay: Replay, trace: Trace, layer: int, affine: AffineMap) -> Tensor:
     """[B] losses with block `layer` replaced."""
-    return replay.losses_after(trace, range(layer + 1, len(trace.calls)), affine(trace.hidden[layer]))
+    state, block, before = replay.layers.state, replay.layers.blocks[layer], trace.hidden[layer]
+    with torch.no_grad():
+        after = state.replaced(block, before, affine(state.read(block, before)))
+    return replay.losses_after(trace, range(layer + 1, len(trace.calls)), after)
 
 
 def _result(name: str, context: Context, losses: _Losses) -> Result:
@@ -83,13 +96,15 @@ def _result(name: str, context: Context, losses: _Losses) -> Result:
     each = ratio_of_sums(losses.affine, base[:, None], seed=seed)
 
     def mean_log(weights: Array) -> Array:
-        mean: Array = np.log((weights @ losses.affine) / (weights @ base)[:, None]).mean(axis=1)
-        return mean
+        logs = np.log((weights @ losses.affine) / (weights @ base)[:, None])
+        return np.stack([logs.mean(axis=1), logs[:, logs.shape[1] // 2 :].mean(axis=1)], axis=1)
 
     useful = int((each.value > THRESHOLD).sum())
+    overall = bootstrap(mean_log, len(base), seed=seed)
     values: dict[str, Any] = {
         "useful_share": wilson(useful, len(context.layers)).as_dict(),
-        "mean_log_usefulness": bootstrap(mean_log, len(base), seed=seed).at().as_dict(),
+        "mean_log_usefulness": overall.at(0).as_dict(),
+        "mean_log_usefulness_second_half": overall.at(1).as_dict(),
         "loss": finite(base.mean()),
     }
     rows = _rows(each)

@@ -60,7 +60,7 @@ def test_what_is_left_to_do(half_done: Study) -> None:
 
 def test_figures(half_done: Study) -> None:
     drawn = draw_figures(half_done, make_table(half_done))
-    assert [path.name for path in drawn] == ["perplexity.png", "out_var_last.png"]
+    assert [path.name for path in drawn] == ["perplexity.png", "out_var_last.png", "perplexity_by_out_var_last.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 

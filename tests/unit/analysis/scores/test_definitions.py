@@ -36,6 +36,8 @@ def test_causal(family: str) -> None:
     assert column(result, "causal", "causal") == pytest.approx(effect[upper], rel=CLOSE)
     assert column(result, "causal", "max") == pytest.approx(largest[upper], rel=CLOSE)
     assert result.values["causal"]["value"] == pytest.approx(effect[upper].mean(), rel=CLOSE)
+    late = effect[upper][upper[0] >= NUM_LAYERS // 2]
+    assert result.values["causal_second_half"]["value"] == pytest.approx(late.mean(), rel=CLOSE)
     assert result.values["causal"]["low"] < effect[upper].mean() < result.values["causal"]["high"]
 
 
@@ -62,6 +64,8 @@ def test_usefulness(family: str) -> None:
         assert column(result, "usefulness", name) == pytest.approx(expected, rel=CLOSE)
         if not transposed:
             assert result.values["mean_log_usefulness"]["value"] == pytest.approx(np.log(expected).mean(), abs=CLOSE)
+            late = np.log(expected[NUM_LAYERS // 2 :]).mean()
+            assert result.values["mean_log_usefulness_second_half"]["value"] == pytest.approx(late, abs=CLOSE)
             assert result.values["useful_share"]["value"] == pytest.approx((expected > 1.1).mean())
     assert result.num_sequences == 8
 
@@ -85,6 +89,8 @@ def test_skip(family: str) -> None:
     assert column(result, "skip", "skip_loss") == pytest.approx(
         naive.skip_loss(given.model, given.layers.blocks, given.windows), abs=CLOSE
     )
+    late = column(result, "skip", "skip_loss")[NUM_LAYERS // 2 :].mean()
+    assert result.values["skip_loss_second_half"]["value"] == pytest.approx(late)
     hidden, _ = naive.run(given.model, given.layers.blocks, given.windows)
     turns = [1 - F.cosine_similarity(hidden[i], hidden[i + 1], dim=-1).mean() for i in range(NUM_LAYERS)]
     assert column(result, "skip", "block_influence") == pytest.approx(np.array(turns), abs=CLOSE)
