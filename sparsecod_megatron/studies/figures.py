@@ -38,7 +38,7 @@ def draw_figures(study: Study, table: Table) -> list[Path]:
         if any(metric in row.metrics for row in table.rows):
             drawn.append(study.output / FIGURES_FOLDER / f"{metric.replace('/', '_')}.png")
             _draw(drawn[-1], metric, study, table)
-    for across, up in study.config.scatter:
+    for across, up in ((pair.across, pair.up) for pair in study.config.scatter):
         if any(across in row.metrics and up in row.metrics for row in table.rows):
             drawn.append(study.output / FIGURES_FOLDER / f"{up}_by_{across}.png".replace("/", "_"))
             _draw_pairs(drawn[-1], across, up, study, table)

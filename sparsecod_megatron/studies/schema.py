@@ -113,6 +113,14 @@ class ClaimConfig:
 
 
 @dataclass
+class ScatterConfig:
+    """A figure of one metric by another: a point for every place of the grid."""
+
+    across: str = "???"
+    up: str = "???"
+
+
+@dataclass
 class StudyConfig:
     """One study."""
 
@@ -142,8 +150,7 @@ class StudyConfig:
         ]
     )
     """Metrics of the table and the figures, after parameters and tokens."""
-    scatter: list[list[str]] = field(default_factory=list)
-    """Pairs of metrics, [across, up], each with a figure of its own: a point for every place of the grid."""
+    scatter: list[ScatterConfig] = field(default_factory=list)
     claims: list[ClaimConfig] = field(default_factory=list)
     verify: bool = True
     """Compare the logits of every cell's export with Megatron's before it is scored."""

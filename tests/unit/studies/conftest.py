@@ -32,7 +32,7 @@ STUDY: dict[str, Any] = {
     "seeds": [1, 2, 3],
     "scores": {"seq_length": 8},
     "columns": ["perplexity", "out_var_last"],
-    "scatter": [["out_var_last", "perplexity"]],
+    "scatter": [{"across": "out_var_last", "up": "perplexity"}],
 }
 WriteStudy = Callable[..., Path]
 
