@@ -3,8 +3,8 @@
 A plain block reads h and writes Δ = h' − h. The state of the `sparsecod` architecture may hold several streams, or
 slots for earlier outputs, side by side (a mechanism's residual path). Differences of such states hold the mixing of
 streams too, and an affine map of one has n² times the numbers. So a score takes what the block's attention reads
-[B, T, d], the sum of what both branches hand to their joins [B, T, d], and one view of the state. Of a plain model all
-are the stream's own tensors.
+[B, T, d], the sum of what both branches hand to their joins [B, T, d], and one view of the state. For a plain
+model all are the stream's own tensors.
 """
 
 from __future__ import annotations

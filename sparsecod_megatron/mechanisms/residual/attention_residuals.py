@@ -11,14 +11,18 @@ against public descriptions of it and Megatron-LM's pull request #6840.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import at_least
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
+from sparsecod_megatron.mechanisms.residual.reports import StreamReports, depth_reports
 from sparsecod_megatron.seams.mechanism import RankShape, ResidualState
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.seams.plugin import Plugin
 
 MAX_FULL_LAYERS = 24
 """Layers beyond which each branch's own slot costs more memory than the rest of the model's activations."""
@@ -71,3 +75,9 @@ class AttentionResiduals(ResidualMechanism):
             return (columns - 1) * model.hidden_size * rank.value_bytes
         copied = sources * rank.copy_bytes or columns * rank.value_bytes
         return copied * model.hidden_size + 3 * sources * 4
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
+        """Weights of the sources, and their entropy."""
+        sources = 1 + -(-2 * models[0].config.num_layers // self.block_branches)
+        weights = tuple(f"depth_weight_{source}" for source in range(sources))
+        return StreamReports(models, ("depth_entropy", *weights), depth_reports, ("depth_weight",))

@@ -9,12 +9,17 @@ norm has no weight, which w_β can take over, and both projections begin at 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
+from sparsecod_megatron.mechanisms.residual.reports import StreamReports
 from sparsecod_megatron.seams.mechanism import RankShape
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.seams.plugin import Plugin
 
 
 @dataclass
@@ -40,3 +45,7 @@ class Delta(ResidualMechanism):
         """The branch and its direction, and the numbers beside them."""
         copies = 2 * model.hidden_size * 4 if rank.copy_bytes == 0 else 3 * model.hidden_size * 4
         return copies + 8 * 4
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
+        """How much of what lies along the branch is rewritten."""
+        return StreamReports(models, ("delta_beta",), lambda beta: {"delta_beta": beta})

@@ -12,13 +12,18 @@ the paper is said to let the projections decay, which could not be checked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.fields import at_least
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
+from sparsecod_megatron.mechanisms.residual.reports import STREAM_NAMES, StreamReports, mixing_reports
 from sparsecod_megatron.seams.mechanism import RankShape, ResidualState
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.seams.plugin import Plugin
 
 
 @dataclass
@@ -66,3 +71,7 @@ class HyperConnections(ResidualMechanism):
         """The branch, a wide copy of the state, and what matrix and shares are made of."""
         copied = self.streams * rank.copy_bytes + rank.value_bytes
         return copied * model.hidden_size + (3 * self.streams**2 + 4 * self.streams) * 4
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
+        """How far streams are mixed, and how alike they are."""
+        return StreamReports(models, STREAM_NAMES, mixing_reports)

@@ -78,7 +78,7 @@ class HyperJoin(nn.Module):
         mixing = (self.static_mixing + self.scales[0] * moved[..., :-1]).transpose(-1, -2)
         write = self.static_write + self.scales[1] * moved[..., -1]
         if self.observe is not None:
-            self.observe(mixing, write)
+            self.observe(mixing, write, x)
         return mixed_and_written(mixing, write, x, branch)
 
 

@@ -8,20 +8,30 @@ growing.
 Three public codes begin in three ways: M = I (`mix_init: identity`), all streams equal after one layer (`mean`,
 Megatron-LM's), and 0.475 on the diagonal (lucidrains'). The first two are here.
 
-Source: Xie et al., mHC (arXiv 2512.24880); mHC-lite (arXiv 2601.05732) for permutations. W begins at 0 here.
+Source: Xie et al., mHC (arXiv 2512.24880); mHC-lite (arXiv 2601.05732) for permutations.
+
+All streams begin equal, so W is drawn, by Glorot's rule as in Megatron-LM: at 0 they would stay equal, and n would be
+one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import at_least, choice
+from sparsecod_megatron.config.parameters import NEVER_DECAYS
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
+from sparsecod_megatron.mechanisms.residual.reports import STREAM_NAMES, StreamReports, mixing_reports
 from sparsecod_megatron.seams.mechanism import RankShape, ResidualState
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from sparsecod_megatron.seams.plugin import Plugin
 
 MAX_PERMUTED_STREAMS = 4
 """Five streams have 120 permutations, each a row of the projection."""
@@ -43,6 +53,18 @@ class ManifoldHyperConnections(ResidualMechanism):
     """How often rows and columns are each divided by their sums."""
     scale: float = at_least(0, 0.01)
     """What the scales of the parts that depend on the token begin at."""
+
+    def initialize(self, chunk: GPTModel, shards: Mapping[Any, Any], seed: int) -> None:
+        """Draw the projections: at 0 streams that begin equal would stay equal, whatever is learned."""
+        import torch
+
+        from sparsecod_megatron.model.matrices import named_generator
+
+        for parameter, shard in shards.items():
+            if shard.row.group == NEVER_DECAYS:
+                generator = named_generator(f"{seed} {shard.matrix.name}", parameter.device)
+                with torch.no_grad():
+                    torch.nn.init.xavier_normal_(parameter, generator=generator)
 
     def residual_state(self, model: ModelConfig) -> ResidualState:
         """The streams."""
@@ -92,3 +114,7 @@ class ManifoldHyperConnections(ResidualMechanism):
         if self.mixing == "sinkhorn":
             numbers = 4 * streams + 2 + 3 * streams**2 + 2 * self.sinkhorn_steps * (streams**2 + streams)
         return copied * model.hidden_size + numbers * 4
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
+        """How far streams are mixed, and how alike they are."""
+        return StreamReports(models, STREAM_NAMES, mixing_reports)

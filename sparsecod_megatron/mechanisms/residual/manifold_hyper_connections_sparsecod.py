@@ -83,9 +83,10 @@ class ManifoldJoin(nn.Module):
         logits = projected(state, self.weight, self.eps)
         write = 2 * torch.sigmoid(self.scales[0] * logits[..., : self.streams] + self.write_bias)
         mixing = self.matrix(self.scales[1] * logits[..., self.streams :] + self.mixing_bias)
+        x = state.unflatten(-1, (self.streams, -1))
         if self.observe is not None:
-            self.observe(mixing, write)
-        return mixed_and_written(mixing, write, state.unflatten(-1, (self.streams, -1)), branch)
+            self.observe(mixing, write, x)
+        return mixed_and_written(mixing, write, x, branch)
 
     def matrix(self, logits: Tensor) -> Tensor:
         """Logits [..., n² or n!] → M [..., to, from]."""

@@ -12,13 +12,18 @@ of biases is ours, as the paper's way could not be read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.fields import at_least
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
+from sparsecod_megatron.mechanisms.residual.reports import StreamReports, gate_reports
 from sparsecod_megatron.seams.mechanism import RankShape, ResidualState
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.seams.plugin import Plugin
 
 
 @dataclass
@@ -57,3 +62,7 @@ class MultiGate(ResidualMechanism):
     def kept_by_join(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
         """The branch, a wide copy of the state, and of each stream its RMS, score and gate."""
         return self.streams * (model.hidden_size * rank.copy_bytes + 3 * 4) + model.hidden_size * rank.value_bytes
+
+    def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
+        """How far streams move, and how alike they are."""
+        return StreamReports(models, ("stream_gate", "stream_shut", "stream_cosine"), gate_reports)

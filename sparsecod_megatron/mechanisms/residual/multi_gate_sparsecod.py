@@ -76,7 +76,7 @@ class GateJoin(nn.Module):
         scores = projected(x, self.query[None], self.eps).squeeze(-1) / math.sqrt(x.shape[-1])
         gates = torch.sigmoid(scores + self.bias)
         if self.observe is not None:
-            self.observe(gates)
+            self.observe(gates, x)
         return torch.lerp(x, branch.unsqueeze(-2).expand_as(x), gates.unsqueeze(-1).to(x.dtype)).flatten(start_dim=-2)
 
 

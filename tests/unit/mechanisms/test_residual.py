@@ -136,7 +136,11 @@ def test_begins_as_the_plain_model_bit_for_bit(setting: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["attention_residuals={block_layers: 0}", "attention_residuals={block_layers: 4}", "manifold_hyper_connections={}"],
+    [
+        "attention_residuals={block_layers: 0}",
+        "attention_residuals={block_layers: 4}",
+        "manifold_hyper_connections={scale: 0}",
+    ],
 )
 def test_begins_as_the_plain_model_up_to_the_epsilon_of_norms(setting: str) -> None:
     """A mean in place of a sum, and two gates of a half, vanish in the norm behind them."""
@@ -153,6 +157,33 @@ def test_a_siamese_model_without_its_post_norm_stream_is_plain() -> None:
         siamese = run_forward(model, TOKENS)
     with fresh_model("model.layernorm_epsilon=1e-12") as model, torch.no_grad():
         torch.testing.assert_close(siamese, run_forward(model, TOKENS), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hyper_connections", "manifold_hyper_connections", "multi_gate"])
+def test_streams_part(name: str) -> None:
+    """What begins as one stream n times over does not stay so."""
+    from tests.helpers.training import recorded_steps
+
+    settings = (f"mechanisms.{name}={{streams: 3}}", "statistics.mechanisms.interval=1", "optimizer.lr=1e-2")
+    with small_trainer("model.num_layers=4", *settings) as trainer:
+        steps = recorded_steps(trainer, trainer_batches(trainer), range(1, 5))["layers"]
+    cosines = [[layer["stream_cosine"] for layer in layers] for layers in steps]
+    assert min(cosines[-1]) < 1 - 1e-6 and min(cosines[-1]) < min(cosines[0])
+
+
+def test_depth_weights_are_those_of_the_reads() -> None:
+    """Half and half at first, and all of the source that a large query points at."""
+    from sparsecod_megatron.mechanisms.residual.reports import depth_reports
+
+    path = path_of("attention_residuals", block_layers=1)
+    read, found = path.read(2), []
+    read.observe = lambda weights: found.append(depth_reports(weights))
+    state = drawn((4, 2, path.columns * HIDDEN), 1)
+    read(state)
+    read.query.data = 50 * state[0, 0, HIDDEN : 2 * HIDDEN]
+    read(state[:1, :1])
+    assert float(found[0]["depth_weight_1"].mean()) == 0.5 and float(found[0]["depth_entropy"].mean()) == 1
+    assert float(found[1]["depth_weight_1"]) > 0.99 and float(found[1]["depth_entropy"]) < 0.1
 
 
 def test_an_unwritten_slot_is_no_source() -> None:
