@@ -61,9 +61,9 @@ def plot_scores_by_sparsity(tables: Sequence[CompressionTable], output: Path) ->
 def scores_by_sparsity(tables: Sequence[CompressionTable]) -> Figure:
     """The figure: a row for each table; in it the change of loss, then that of each depth score, with 95 % intervals.
 
-    Where the analyses of the rows lie beside a table, its last chart has the usefulness left in the half of the blocks
-    that the dense model uses most (lines), and in the other half (dashed). Patterns n:m have points without a line:
-    they lie beside the shares, not between them.
+    Where a table has the usefulness of each block, its last chart has what is left of it in the half of the blocks that
+    the dense model uses most (lines), and in the other half (dashed). Patterns n:m have points without a line: they lie
+    beside the shares, not between them.
 
     Raises:
         DataError: a table without depth scores.

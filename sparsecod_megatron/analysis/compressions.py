@@ -13,7 +13,9 @@ from sparsecod_megatron.errors import DataError
 
 TABLE_FILE = "table.json"
 DENSE = "dense"
-"""Method of the row of the model as it was."""
+"""Method of the first row, the model as it was."""
+USEFULNESS_BY_BLOCK = "usefulness_by_block"
+"""Key of the usefulness of each block, in rows that were scored by it."""
 
 
 @dataclass(frozen=True)

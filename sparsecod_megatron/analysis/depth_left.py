@@ -6,14 +6,13 @@ split into halves by the dense model's; the share left of a half is Σ log U com
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from sparsecod_megatron.analysis.compressions import DENSE, CompressionTable
-from sparsecod_megatron.analysis.directory import SCORES_FILE
+from sparsecod_megatron.analysis.compressions import USEFULNESS_BY_BLOCK, CompressionTable
 
 HALVES = ("least", "most")
 NUM_RESAMPLES = 1000
@@ -22,7 +21,7 @@ Interval = tuple[float, float, float]
 
 
 def usefulness_left(table: CompressionTable) -> dict[tuple[str, str], dict[str, Interval]]:
-    """The share left in each half, for each row of a table whose analyses lie beside it with the score `usefulness`.
+    """The share left in each half, for each row of a table that was made with the score `usefulness`.
 
     Args:
         table: as it was read.
@@ -31,16 +30,11 @@ def usefulness_left(table: CompressionTable) -> dict[tuple[str, str], dict[str, 
         (method, pattern) → half → share left, with the interval over blocks drawn with replacement. Empty where the
         dense model's blocks were not scored.
     """
-    dense = _logs(table, DENSE)
-    if dense is None:
+    if not table.rows or USEFULNESS_BY_BLOCK not in table.rows[0]:
         return {}
-    found = {}
-    for row in table.compressed:
-        method, pattern = row["method"], row["pattern"]
-        logs = _logs(table, f"{method}_{pattern.replace(':', '-')}" if pattern else method)
-        if logs is not None and len(logs) == len(dense):
-            found[method, pattern] = shares_left(dense, logs)
-    return found
+    dense = _logs(table.rows[0])
+    scored = [row for row in table.compressed if len(row.get(USEFULNESS_BY_BLOCK, [])) == len(dense)]
+    return {(row["method"], row["pattern"]): shares_left(dense, _logs(row)) for row in scored}
 
 
 def shares_left(dense: Sequence[float], compressed: Sequence[float]) -> dict[str, Interval]:
@@ -61,11 +55,5 @@ def shares_left(dense: Sequence[float], compressed: Sequence[float]) -> dict[str
     return shares
 
 
-def _logs(table: CompressionTable, name: str) -> list[float] | None:
-    path = table.path / "analysis" / name / SCORES_FILE
-    if not path.is_file():
-        return None
-    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-    if "usefulness" not in scores:
-        return None
-    return [math.log(row["usefulness"]) for row in scores["usefulness"]["tables"]["usefulness"]]
+def _logs(row: dict[str, Any]) -> list[float]:
+    return [math.log(usefulness) for usefulness in row[USEFULNESS_BY_BLOCK]]

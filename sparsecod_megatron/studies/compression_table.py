@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsecod_megatron.analysis.compressions import DENSE
 from sparsecod_megatron.files import write_text
-from sparsecod_megatron.studies.compressions import DENSE
 from sparsecod_megatron.studies.table import amount, markdown_grid
 
 SAME_SPARSITY = 1e-3

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sparsecod_megatron import __version__
 from sparsecod_megatron.analysis.analyze import analyze, write_analysis
 from sparsecod_megatron.analysis.compare import compare
+from sparsecod_megatron.analysis.compressions import DENSE, USEFULNESS_BY_BLOCK
 from sparsecod_megatron.analysis.scores.context import make_context
 from sparsecod_megatron.analysis.scores.registry import find_scores
 from sparsecod_megatron.compression.calibration import Text, split_text
@@ -37,8 +38,6 @@ from sparsecod_megatron.studies.peak_memory import peak_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DENSE = "dense"
-"""Name of the first row, the model as it was."""
 _WEIGHTS = ("*.safetensors", "*.distcp", "*.bin")
 """Files of models and of checkpoints."""
 _NOT_OF_A_ROW = ("output", "keep", "overwrite", "stream")
@@ -220,7 +219,7 @@ def _dense_row(
         residency, text = opened.residency, text_of(opened)
         result = _scored(request, DENSE, residency, text, processes)
         row = {"method": DENSE, "pattern": "", "warnings": [], **measured(residency, result)}
-        _analyzed(request, DENSE, residency.model, text, processes)
+        row |= _analyzed(request, DENSE, residency.model, text, processes)
     _keep(request, None, DENSE, row, processes)
     return row
 
@@ -238,8 +237,8 @@ def _row(
         text = text_of(opened)
         compression, cost = _compressed(request, cell, opened, text, request.output / ".work" / cell.name, processes)
         after = _scored(request, cell.name, compression.scored_residency, text, processes)
-        _analyzed(request, cell.name, compression.scored, text, processes)
-        row = compression_row(compression, cell.pattern, before, after, cost)
+        by_block = _analyzed(request, cell.name, compression.scored, text, processes)
+        row = compression_row(compression, cell.pattern, before, after, cost) | by_block
         if folder is not None:
             _write(compression, opened, folder, report_of(compression, request.settings(), before, after))
         if request.scores:
@@ -298,10 +297,12 @@ def _compressed(
     return compression, cost
 
 
-def _analyzed(request: Request, name: str, model: PreTrainedModel, text: Text, processes: Processes) -> None:
-    """Write the depth scores of a row's model as an analysis directory. Collective."""
+def _analyzed(
+    request: Request, name: str, model: PreTrainedModel, text: Text, processes: Processes
+) -> dict[str, list[float]]:
+    """Write the depth scores of a row's model as an analysis directory; the usefulness of each block. Collective."""
     if not request.scores:
-        return
+        return {}
     context = make_context(
         model,
         text.held_out,
@@ -315,6 +316,9 @@ def _analyzed(request: Request, name: str, model: PreTrainedModel, text: Text, p
     if processes.is_first:
         write_analysis(analysis, request.output / "analysis" / name)
     processes.wait()
+    if "usefulness" not in analysis.results:
+        return {}
+    return {USEFULNESS_BY_BLOCK: [row["usefulness"] for row in analysis.results["usefulness"].tables["usefulness"]]}
 
 
 @contextlib.contextmanager

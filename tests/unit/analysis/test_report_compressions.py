@@ -113,8 +113,7 @@ def test_several_tables_have_a_row_each(table: Path, tmp_path: Path) -> None:
     axes = scores_by_sparsity(load_compressions([table, other])).axes
     assert [each.get_ylabel() for each in axes if each.get_ylabel()] == ["tiny", "other"]
     titles = [each.get_title(loc="left") for each in axes]
-    assert titles[:3] == titles[4:7] and titles[3].startswith("log usefulness left"), "other has no analyses beside it"
-    assert len(axes) == 8 and not axes[7].axison
+    assert titles[:4] == titles[4:] and titles[3].startswith("log usefulness left")
 
 
 def test_the_usefulness_left_is_that_of_the_blocks_themselves(table: Path) -> None:
