@@ -8,10 +8,10 @@ growing.
 Three public codes begin in three ways: M = I (`mix_init: identity`), all streams equal after one layer (`mean`,
 Megatron-LM's), and 0.475 on the diagonal (lucidrains'). The first two are here.
 
-Source: Xie et al., mHC (arXiv 2512.24880); mHC-lite (arXiv 2601.05732) for permutations.
-
 All streams begin equal, so W is drawn, by Glorot's rule as in Megatron-LM: at 0 they would stay equal, and n would be
 one.
+
+Source: Xie et al., mHC (arXiv 2512.24880); mHC-lite (arXiv 2601.05732) for permutations.
 """
 
 from __future__ import annotations
