@@ -51,6 +51,7 @@ MECHANISMS = Registry(
         "iss": "weights.iss:Iss",
         "journey": "weights.journey:Journey",
         "keel": "residual.keel:Keel",
+        "layer_drop": "residual.layer_drop:LayerDrop",
         "manifold_hyper_connections": "residual.manifold_hyper_connections:ManifoldHyperConnections",
         "mask_sparsity": "weights.mask_sparsity:MaskSparsity",
         "maskllm": "weights.maskllm:MaskLlm",

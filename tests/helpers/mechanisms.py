@@ -173,6 +173,7 @@ CASES: dict[str, Case] = {
     "hyper_connections": Case(
         _set("hyper_connections", "streams=3", "scale=1"), experts=True, **_join("static_mixing")
     ),
+    "layer_drop": Case(_set("layer_drop", "rate=0.5", "by_depth=constant"), neutral=_set("layer_drop", "rate=0")),
     "keel": Case(("mechanisms.keel={}",), experts=True, **_join("weight")),
     "manifold_hyper_connections": Case(
         _set("manifold_hyper_connections", "streams=3", "mixing=permutations", "scale=1"), **_join("weight")
@@ -209,6 +210,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "depth-attention": ("attention_residuals",),
     "dense-averages": ("dense_average",),
     "deltas": ("delta",),
+    "drops": ("layer_drop",),
     "highways": ("keel",),
     "manifolds": ("manifold_hyper_connections",),
     "scales": ("scaled",),

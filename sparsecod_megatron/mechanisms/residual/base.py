@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.parameters import NEVER_DECAYS, ParameterKind
-from sparsecod_megatron.seams.mechanism import ExportedTensor, Mechanism, Module, RankShape
+from sparsecod_megatron.seams.mechanism import ExportedTensor, Folds, Mechanism, Module, RankShape
 from sparsecod_megatron.seams.residual import ResidualPath
 
 MAX_PACKED_SLOTS = 16
@@ -149,7 +149,7 @@ class ResidualMechanism(Mechanism):
         """The same of a join."""
         return 0
 
-    def export(self, model: ModelConfig) -> Module:
+    def export(self, model: ModelConfig) -> Folds | Module:
         """The same path in a model of our own class."""
         code = Path(importlib.import_module(type(self).__module__).__file__ or "")
         return Module(

@@ -231,11 +231,32 @@ def test_parameters_never_decay_and_are_marked(name: str) -> None:
             kind = kinds[parameter_name]
             assert kind.group in (NEVER_DECAYS, "norms") and not kind.is_orthogonalised or kind.group == "norms"
             assert hasattr(parameter, "sequence_parallel") and parameter.is_embedding_or_output_parameter
-        assert own or name == "scaled"
+        assert own or name in ("scaled", "layer_drop")
 
 
 def test_muon_leaves_mixing_matrices_to_adamw() -> None:
     assert all(map(math.isfinite, losses("mechanisms.manifold_hyper_connections={}", "optimizer.optimizer=muon")))
+
+
+def test_dropped_layers_are_those_of_the_step() -> None:
+    """A layer that a step leaves out hands its stream on; over many steps as often as it should; and none outside."""
+    from sparsecod_megatron.mechanisms.residual.layer_drop import LayerDrop
+    from sparsecod_megatron.seams.plugin import StepContext
+
+    drop = LayerDrop(rate=0.4)
+    with small_trainer("model.num_layers=3", "mechanisms.layer_drop.rate=0.4") as trainer:
+        model, (plugin,) = trainer.config.model, trainer.plugins
+        factors = [[drop.factor(model, layer, step) for layer in range(3)] for step in range(1, 2001)]
+        shares = [sum(found[layer] == 0 for found in factors) / 2000 for layer in range(3)]
+        assert shares == pytest.approx([0, 0.2, 0.4], abs=0.04)
+        means = [sum(found[layer] for found in factors) / 2000 for layer in range(3)]
+        assert means == pytest.approx([1, 1, 1], abs=0.06)
+        step = next(step for step in range(1, 99) if drop.factor(model, 2, step) == 0)
+        layer = trainer.models[0].module.decoder.layers[2]
+        branch, x = drawn((4, 2, 32), 1), drawn((4, 2, 32), 2)
+        with plugin.extra_loss(StepContext(step, 99), 1):
+            assert torch.equal(layer.mlp_bda(True, False)((branch, None), x, 0.0), x)
+        assert torch.equal(layer.mlp_bda(True, False)((branch, None), x, 0.0), x + branch)
 
 
 def test_deepnorm_is_a_scaled_post_norm() -> None:
