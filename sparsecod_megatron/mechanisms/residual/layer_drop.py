@@ -48,7 +48,7 @@ class LayerDrop(ResidualMechanism):
     """Which layers are drawn."""
 
     def probability(self, model: ModelConfig, layer: int) -> float:
-        """Of leaving a layer (from 0) out of a step."""
+        """How often a layer (from 0) is left out of a step."""
         depth = layer / max(model.num_layers - 1, 1)
         return self.rate * {"linear": depth, "exponential": 2**depth - 1, "constant": 1.0}[self.by_depth]
 
