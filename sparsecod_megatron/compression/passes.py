@@ -5,7 +5,7 @@ At any time it holds the residual stream of the calibration sequences, and the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -92,7 +92,7 @@ def prune_by_weights(material: Material, plan: Plan, taken: Sequence[str]) -> No
         plan: with a rule that needs no inputs.
         taken: names of parameters.
     """
-    pruner = _Pruner(material, plan, {}, 0)
+    pruner = Pruner(material, plan)
     for name in material.residency.in_turn(taken):
         pruner.by_weights(name)
 
@@ -112,14 +112,14 @@ def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Not
     """
     model, processes = material.model, material.processes
     assert material.sequences is not None
-    layers, own = _own_batches(material)
+    layers = find_layers(model)
     gradients: dict[str, Tensor] = {}
     if plan.rule.needs_gradients:
         weights = {name: model.get_parameter(name) for name in taken}
         gradients = gradient_norms(model, material.sequences, weights, processes)
-    stream = ResidualStream(Replay(model, layers), material.residency, own)
+    stream = calibration_stream(material, layers)
     patterns = _patterns(material, plan, layers, taken, stream)
-    pruner = _Pruner(material, plan, gradients, len(material.sequences))
+    pruner = Pruner(material, plan, gradients)
     for layer in tqdm(range(len(layers)), desc="blocks", unit="block", disable=processes.no_progress):
         name = f"{layers.name}.{layer}"
         with material.residency.holding(name):
@@ -145,8 +145,8 @@ def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> 
         ConversionError: a model whose blocks cannot be run by themselves.
         ConfigError: more processes than sequences.
     """
-    layers, own = _own_batches(material)
-    stream = ResidualStream(Replay(material.model, layers), material.residency, own)
+    layers = find_layers(material.model)
+    stream = calibration_stream(material, layers)
     no_progress = material.processes.no_progress
     for layer, block in enumerate(tqdm(layers.blocks, desc="blocks", unit="block", disable=no_progress)):
         slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
@@ -166,10 +166,15 @@ def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> 
         yield seen
 
 
-def _own_batches(material: Material) -> tuple[Layers, Sequence[Tensor]]:
-    """The model's blocks, and this process's part of the sequences in batches `[B, T]`."""
+def calibration_stream(material: Material, layers: Layers) -> ResidualStream:
+    """The residual stream of this process's part of the sequences before the first of the model's blocks.
+
+    Raises:
+        ConversionError: a model whose blocks cannot be run by themselves.
+        ConfigError: more processes than sequences.
+    """
     own = material.part().split(material.batch_size)
-    return find_layers(material.model), own
+    return ResidualStream(Replay(material.model, layers), material.residency, own)
 
 
 def _turns(stream: ResidualStream, num_layers: int) -> Tensor:
@@ -201,12 +206,20 @@ def _patterns(
     return [pattern.with_share(share) for share in allocated]
 
 
-class _Pruner:
-    """Prunes matrices and notes what became of them."""
+class Pruner:
+    """Prunes matrices.
 
-    def __init__(self, material: Material, plan: Plan, gradients: dict[str, Tensor], num_sequences: int) -> None:
-        self._material, self._plan, self._gradients = material, plan, gradients
-        self._num_sequences = num_sequences
+    Args:
+        material: the model and its calibration sequences.
+        plan: what to do.
+        gradients: `Evidence.gradients` of each parameter, where the rule needs them.
+
+    Attributes:
+        notes: what became of them.
+    """
+
+    def __init__(self, material: Material, plan: Plan, gradients: Mapping[str, Tensor] | None = None) -> None:
+        self._material, self._plan, self._gradients = material, plan, gradients or {}
         self.notes = Notes()
 
     def by_weights(self, name: str) -> None:
@@ -304,7 +317,7 @@ class _Pruner:
             weight=weight,
             statistics=statistics,
             gradients=self._gradient(slot),
-            num_sequences=self._num_sequences,
+            num_sequences=0 if self._material.sequences is None else len(self._material.sequences),
             damping=plan.rule.options.damping,
             alpha=plan.alpha,
             compat=plan.compat,

@@ -46,6 +46,9 @@ METHODS = {
     "neurons": Registered(f"{_METHODS}.neurons:Neurons", "whole inner channels of feed-forward layers go"),
     "soups": Registered(f"{_METHODS}.soups:Soups", "the mean of models with the same zeros"),
     "slicegpt": Registered(f"{_METHODS}.slicegpt:SliceGPT", "a rotated and narrower residual stream"),
+    "sparse_expansion": Registered(
+        f"{_METHODS}.sparse_expansion:SparseExpansion", "feed-forward layers pruned once for each cluster of inputs"
+    ),
     "fp8": Registered(f"{_METHODS}.fp8:FP8", "weights and layer inputs in E4M3", sidecar="input_ranges.json"),
     "int8": Registered(f"{_METHODS}.int8:INT8", "weights and layer inputs in 8-bit integers", "input_ranges.json"),
 }

@@ -41,3 +41,26 @@ def test_two_processes_prune_what_one_prunes(tmp_path: Path) -> None:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_two_processes_make_the_modules_that_one_makes(tmp_path: Path) -> None:
+    """Clusters and ranks are found from all sequences together, and matrices are dealt out."""
+    model = save_with_words(tiny("qwen2_moe"), tmp_path / "model")
+    text = write_words(tmp_path / "text.txt", VOCAB_SIZE, 3000)
+    command = ["compress", "--model", str(model), "--data", str(text), "--device", "cpu"]
+    command += ["--samples", "7", "--held-out", "5", "--seq-length", "16", "--method", "sparse_expansion,welore"]
+    command += ["--set", "clusters=2", "by=outputs", "saved=0.05"]
+    sparsecod_ranks(*command, "--output", tmp_path / "two", nproc=2)
+    assert main([*command, "--output", str(tmp_path / "one")]) == 0
+    for name in ("sparse_expansion_0.5", "welore"):
+        one, two = (tmp_path / number / name for number in ("one", "two"))
+        told = [json.loads((folder / "config.json").read_text())["structure"] for folder in (one, two)]
+        assert told[0] == told[1]
+        ours, theirs = weights(one), weights(two)
+        assert ours.keys() == theirs.keys()
+        same = sum(int(((ours[key] == 0) == (theirs[key] == 0)).sum()) for key in ours)
+        assert same >= 0.9999 * sum(weight.numel() for weight in ours.values())
+    rows = [json.loads((tmp_path / name / "table.json").read_text())["rows"] for name in ("one", "two")]
+    for first, second in zip(*rows, strict=True):
+        assert second["perplexity"]["perplexity"] == pytest.approx(first["perplexity"]["perplexity"], rel=1e-4)
+        assert second["warnings"] == first["warnings"]

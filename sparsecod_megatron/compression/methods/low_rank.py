@@ -8,7 +8,7 @@ Source: C. Eckart, G. Young, "The approximation of one matrix by another of lowe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -89,12 +89,7 @@ class Factoring(Method):
     @classmethod
     def build(cls, model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
         """Exchange the layers that `structure["ranks"]` names."""
-        try:
-            for name, rank in dict(structure["ranks"]).items():
-                module = model.get_submodule(name)
-                model.set_submodule(name, FactoredLinear(*features(module), int(rank), bias=module.bias is not None))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"config.json: ranks that do not fit {type(model).__name__}: {error}") from error
+        exchange_layers(model, structure, "ranks", FactoredLinear)
 
 
 class LowRank(Factoring):
@@ -134,6 +129,28 @@ class LowRank(Factoring):
     def _rank(self, inputs: int, outputs: int) -> int:
         share = self.settings.share
         return self.settings.rank or max(1, int(share * inputs * outputs / (inputs + outputs)))
+
+
+def exchange_layers(
+    model: PreTrainedModel, structure: Mapping[str, Any], key: str, kind: Callable[..., nn.Module]
+) -> None:
+    """Put modules of another kind in the places of linear layers, without weights.
+
+    Args:
+        model: as its class makes it.
+        structure: of the method.
+        key: of what it says of the layers, a number for each name.
+        kind: makes a module of (in, out), that number, and whether there is a bias.
+
+    Raises:
+        CheckpointError: a structure that does not fit the model.
+    """
+    try:
+        for name, number in dict(structure[key]).items():
+            module: Any = model.get_submodule(name)
+            model.set_submodule(name, kind(*features(module), int(number), bias=module.bias is not None))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"config.json: {key} that do not fit {type(model).__name__}: {error}") from error
 
 
 def features(module: Any) -> tuple[int, int]:

@@ -14,7 +14,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsecod_megatron.compression.calibration import feeder
 from sparsecod_megatron.compression.changes import Changes
-from sparsecod_megatron.compression.experts import SeparateExperts, is_fused, separate_experts
+from sparsecod_megatron.compression.experts import SeparateExperts, separate_experts
+from sparsecod_megatron.compression.feed_forward import FeedForward, feed_forwards
 from sparsecod_megatron.compression.method import Material, Method, Needs, Outcome
 from sparsecod_megatron.compression.narrowing import adopt, class_shapes, kept_width
 from sparsecod_megatron.compression.statistics import InputStatistics
@@ -31,15 +31,6 @@ from sparsecod_megatron.config.fields import at_least, from_to_below
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.expert_modules import FUSED_MULTIPLE
 
-LAYOUTS = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("up_proj",), "down_proj"),
-    (("c_fc",), "c_proj"),
-    (("fc1",), "fc2"),
-    (("fc_in",), "fc_out"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
-)
-"""Names of a feed-forward layer's linear layers: those whose outputs are its inner channels, and the one they enter."""
 WIDTH_FIELDS = (
     "intermediate_size",
     "moe_intermediate_size",
@@ -61,53 +52,6 @@ class NeuronsSettings:
     """Share of every layer's inner channels to remove."""
     multiple: int = at_least(1, 8)
     """Widths become the nearest multiple of this."""
-
-
-@dataclass(frozen=True, eq=False)
-class FeedForward:
-    """One feed-forward layer, or the fused experts of a layer.
-
-    Attributes:
-        name: of the module in the model.
-        module: it.
-        entries: names of its linear layers whose outputs are the inner channels, or of the fused parameter.
-        exit: name of the one that they enter.
-    """
-
-    name: str
-    module: Any
-    entries: tuple[str, ...]
-    exit: str
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether weights are `[experts, out, in]`."""
-        return is_fused(self.module)
-
-    @property
-    def exit_name(self) -> str:
-        """Name of the parameter behind the inner channels."""
-        return f"{self.name}.{self.exit}" if self.is_fused else f"{self.name}.{self.exit}.weight"
-
-    @property
-    def exit_weights(self) -> list[Tensor]:
-        """`[out, inner]`, of each expert, or of the one layer."""
-        if self.is_fused:
-            return list(self.module.get_parameter(self.exit).detach())
-        layer = self.module.get_submodule(self.exit)
-        weight = layer.weight.detach()
-        return [weight.T if isinstance(layer, Conv1D) else weight]
-
-    @property
-    def width(self) -> int:
-        """Inner channels."""
-        return self.exit_weights[0].shape[1]
-
-    def width_in(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Inner channels in a model with these axes."""
-        axes = shapes[self.exit_name]
-        is_transposed = not self.is_fused and isinstance(self.module.get_submodule(self.exit), Conv1D)
-        return axes[0] if is_transposed else axes[-1]
 
 
 class Neurons(Method):
@@ -170,21 +114,6 @@ class Neurons(Method):
                     f"multiple of {FUSED_MULTIPLE}; give multiple={FUSED_MULTIPLE}"
                 )
         return widths, new
-
-
-def feed_forwards(model: nn.Module) -> list[FeedForward]:
-    """Every feed-forward layer of a known layout, in the model's order."""
-    found = []
-    for name, module in model.named_modules():
-        if is_fused(module):
-            found.append(FeedForward(name, module, ("gate_up_proj" if module.has_gate else "up_proj",), "down_proj"))
-            continue
-        for entries, leaving in LAYOUTS:
-            layers = [getattr(module, part, None) for part in (*entries, leaving)]
-            if all(isinstance(layer, nn.Linear | Conv1D) for layer in layers):
-                found.append(FeedForward(name, module, entries, leaving))
-                break
-    return found
 
 
 def _scores(seen: InputStatistics, weight: Tensor) -> Tensor:

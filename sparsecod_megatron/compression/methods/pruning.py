@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsecod_megatron.compression.changes import eligible, holder
@@ -78,7 +79,7 @@ class Pruning(Method):
             raise ConfigError(f"--method {name}: {settings.pattern} leaves no share to allocate; give pattern=0.5")
         self.needs = Needs(calibration=True, gradients=rule.needs_gradients, whole_model=rule.needs_gradients)
         alpha = settings.alpha if settings.alpha is not None else 100.0 if settings.compat else 1.0
-        self._plan = Plan(
+        self.plan = Plan(
             rule,
             inputs=settings.inputs,
             order=settings.order,
@@ -96,12 +97,7 @@ class Pruning(Method):
 
     def compress(self, material: Material) -> Outcome:
         """Prune every matrix that `reason` has nothing against."""
-        taken = [
-            name
-            for name, weight in eligible(material.model)
-            if not self._obstacle(holder(material.model, name), weight)
-        ]
-        plan = self._plan
+        taken, plan = self.taken(material.model), self.plan
         runs = plan.rule.needs_inputs or plan.spread is not None
         has_text = material.sequences is not None and len(material.sequences) > 0
         if not runs and not (plan.output_error and has_text):
@@ -116,11 +112,16 @@ class Pruning(Method):
             return Outcome(warnings=[f"output errors are not measured: {error}"])
         return Outcome(warnings=notes.warnings("magnitude"))
 
+    def taken(self, model: PreTrainedModel) -> list[str]:
+        """Names of the parameters that `obstacle` has nothing against."""
+        return [name for name, weight in eligible(model) if not self.obstacle(holder(model, name), weight)]
+
     def reason(self, module: nn.Module, weight: Tensor) -> str:
         """Routers, convolutions, gates of one output, and rows that the pattern does not divide are kept."""
-        return self._obstacle(module, weight) or "it lies outside the model's blocks"
+        return self.obstacle(module, weight) or "it lies outside the model's blocks"
 
-    def _obstacle(self, module: nn.Module, weight: Tensor) -> str:
+    def obstacle(self, module: nn.Module, weight: Tensor) -> str:
+        """Why a matrix cannot follow the pattern, or nothing."""
         if not (isinstance(module, nn.Linear | Conv1D) or is_fused(module)):
             return "routers, convolutions and other weights outside linear layers"
         rows, columns = weight.shape[-2:] if not isinstance(module, Conv1D) else reversed(weight.shape)

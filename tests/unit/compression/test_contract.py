@@ -21,11 +21,11 @@ from sparsecod_megatron.models.opening import open_model
 from tests.helpers.words import save_with_words
 from tests.unit.compression.models import MODELS, sequences, tiny
 
-SETTINGS = {"low_rank": ["share=0.4"], "neurons": ["share=0.5"]}
+SETTINGS = {"low_rank": ["share=0.4"], "neurons": ["share=0.5"], "sparse_expansion": ["clusters=3"]}
 """Of methods whose own defaults are refused, or take nothing from models as small as these."""
-REFUSED = {("slicegpt", "gpt2")}
+REFUSED = {("slicegpt", "gpt2"), ("sparse_expansion", "mixtral"), ("sparse_expansion", "sparsecod")}
 """Models that a method cannot take, as its own test checks."""
-OWN_CLASS = {"low_rank", "welore"}
+OWN_CLASS = {"low_rank", "welore", "sparse_expansion"}
 WITHOUT_MODELOPT = importlib.util.find_spec("modelopt") is None
 
 
