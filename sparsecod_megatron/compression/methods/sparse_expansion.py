@@ -2,8 +2,8 @@
 
 What enters a linear layer is clustered, and SparseGPT prunes a copy of the layer for each cluster, by that cluster's
 Σ x·xᵀ. A token takes the copy of the nearest centroid, so a pass multiplies by as much as one pruned layer; the files
-hold all copies, in our own class (`compression/own_class.py`). What is no feed-forward layer is pruned once by
-SparseGPT, or stays.
+hold all copies, in our own class (`compression/own_class.py`). All other matrices are pruned once by SparseGPT, or
+stay.
 
 Source: arXiv 2405.15756. Its code leaves attention dense, clusters along 1/32 of the width as principal axes, and keeps
 none of the copies. Here the axes are at least 16, and Σ x·xᵀ of a cluster is drawn towards that of all inputs. All
@@ -42,7 +42,7 @@ class SparseExpansionSettings:
     clusters: int = at_least(1, 16)
     """Copies of each expanded layer."""
     pattern: str = "0.5"
-    """Of zeros in every copy, as pruning rules take it."""
+    """Where zeros are in every copy, as pruning rules take it."""
     per: str | None = field(default=None, metadata={"choices": ("matrix", "row")})
     """What a share refers to; None is `matrix`, as for sparsegpt."""
     layers: str = "*"
