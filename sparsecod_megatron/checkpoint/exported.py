@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def export_checkpoint(
     verify: bool = True,
     seed: int = DEFAULT_SEED,
     remove_dead: bool = False,
+    tell: Callable[[str], None] = logger.info,
 ) -> Verification | None:
     """Write a checkpoint's weights with its tokenizer. Local, no process group may be there; needs a selected backend.
 
@@ -54,6 +55,7 @@ def export_checkpoint(
             into it as `parity.json`.
         seed: seed of the tokens that are compared.
         remove_dead: leave neurons or heads out that the run's mechanisms have pruned, as far as the class can say it.
+        tell: called with a line that says what was left out, and what stays as zeros.
 
     Returns:
         What was found, or None without `verify`.
@@ -66,7 +68,7 @@ def export_checkpoint(
     with streamed_checkpoint(path, digests=digests) as source:
         tensors = EffectiveTensors(source.tensors, source.config, source.step_dir)
         model = effective_config(source.config, source.step_dir).model
-        narrowed = _without_dead(source.config, model, tensors) if remove_dead else None
+        narrowed = _without_dead(source.config, model, tensors, tell) if remove_dead else None
         removed = narrowed.removed if narrowed else {}
 
         def check(folder: Path) -> None:
@@ -140,16 +142,18 @@ def verify_checkpoint(
     )
 
 
-def _without_dead(config: RunConfig, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Narrowed | None:
+def _without_dead(
+    config: RunConfig, model: ModelConfig, tensors: Mapping[str, Tensor], tell: Callable[[str], None]
+) -> Narrowed | None:
     """The model without what mechanisms have pruned whole; None if they prune nothing so, or more depends on widths."""
     patterns = {pattern for mechanism in configured(config) if (pattern := mechanism.dead_groups()) is not None}
     if not patterns:
         return None
     if modules := exported_modules(model, configured(config)):
-        logger.info("mechanisms.%s goes by the model's widths: dead groups stay as zeros", next(iter(modules)))
+        tell(f"mechanisms.{next(iter(modules))} goes by the model's widths: dead groups stay as zeros")
         return None
     narrowed = without_dead_groups(model, tensors, patterns)
-    logger.info("%s", narrowed.described())
+    tell(narrowed.described())
     return narrowed
 
 

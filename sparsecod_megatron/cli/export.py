@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         verify=args.verify,
         seed=args.seed,
         remove_dead=args.remove_dead,
+        tell=print,
     )
     if verification is not None:
         print(verification.described())

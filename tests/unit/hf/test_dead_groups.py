@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,11 +116,7 @@ def test_a_stock_class_is_not_given_up_for_a_width() -> None:
     ],
 )
 def test_an_export_is_smaller_and_verified(
-    settings: list[str],
-    removed: dict[str, list[int]],
-    class_name: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    settings: list[str], removed: dict[str, list[int]], class_name: str, tmp_path: Path
 ) -> None:
     from sparsecod_megatron.checkpoint.exported import export_checkpoint
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
@@ -133,13 +128,13 @@ def test_an_export_is_smaller_and_verified(
     with small_trainer(f"mechanisms.{settings[0]}", *settings[1:], "model.init_method_std=0.2") as trainer:
         train_step(trainer, trainer_batches(trainer))
         saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=1, optimizer_steps=1))
-    with caplog.at_level(logging.INFO, "sparsecod"):
-        assert export_checkpoint(saved, tmp_path / "small", remove_dead=True) is not None
+    told: list[str] = []
+    assert export_checkpoint(saved, tmp_path / "small", remove_dead=True, tell=told.append) is not None
     assert export_checkpoint(saved, tmp_path / "whole") is not None
     assert json.loads((tmp_path / "small/config.json").read_text())["architectures"] == [class_name]
     assert json.loads((tmp_path / "small/sparsity.json").read_text())["removed"] == removed
     assert "removed" not in json.loads((tmp_path / "whole/sparsity.json").read_text())
-    assert "dead groups removed: model." in caplog.text
+    assert len(told) == 1 and told[0].startswith("dead groups removed: model.")
     small, whole = (load_file(tmp_path / of / "model.safetensors") for of in ("small", "whole"))
     assert sum(tensor.numel() for tensor in small.values()) < sum(tensor.numel() for tensor in whole.values())
     imported = run_config(open_source(tmp_path / "small"), None).model
@@ -169,14 +164,14 @@ def test_a_wrong_column_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         exported.export_checkpoint(saved, tmp_path / "hf", remove_dead=True)
 
 
-def test_what_else_goes_by_widths_keeps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_else_goes_by_widths_keeps_them(tmp_path: Path) -> None:
     from sparsecod_megatron.checkpoint.exported import export_checkpoint
     from sparsecod_megatron.checkpoint.saver import save_checkpoint
     from sparsecod_megatron.checkpoint.state import TrainState
 
     with small_trainer("mechanisms.random_groups={}", "mechanisms.headwise_gate={}") as trainer:
         saved = save_checkpoint(tmp_path, trainer, state=TrainState(step=1))
-    with caplog.at_level(logging.INFO, "sparsecod"):
-        export_checkpoint(saved, tmp_path / "hf", verify=False, remove_dead=True)
-    assert "mechanisms.headwise_gate goes by the model's widths: dead groups stay as zeros" in caplog.text
+    told: list[str] = []
+    export_checkpoint(saved, tmp_path / "hf", verify=False, remove_dead=True, tell=told.append)
+    assert told == ["mechanisms.headwise_gate goes by the model's widths: dead groups stay as zeros"]
     assert json.loads((tmp_path / "hf/config.json").read_text())["intermediate_size"] == 48
