@@ -77,6 +77,8 @@ EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers", "prod
 Experts' neurons are the unit tests' matter."""
 ROUTERS = ("routers", "trees")
 """Runs whose mechanisms need experts, and which have every layout of theirs."""
+MASKS_OF_EXPERTS = ("tp2-sp-ep2", "gate-masks-topk")
+"""Where tensor-parallel ranks hold different experts, whose masks one threshold decides."""
 KINDS_OF_SPLIT = ("dp2", "tp2-sp", "pp2-vpp2", "ep2")
 LAYOUT_CASES = [
     LayoutCase(model, group, layout)
@@ -84,7 +86,7 @@ LAYOUT_CASES = [
     for layout in layouts
     for group, names in TOGETHER.items()
     if any(CASES[name].dense if model == "dense" else CASES[name].experts for name in names)
-    if layout in ("ep2", "tp2-sp") or model == "dense" or group in ROUTERS
+    if layout in ("ep2", "tp2-sp") or model == "dense" or group in ROUTERS or (layout, group) == MASKS_OF_EXPERTS
     if group in (*EVERYWHERE, *ROUTERS) or (layout in KINDS_OF_SPLIT and (model, group) != ("moe", "groups"))
 ]
 RESUMED = {"dense": ("dp2", "pp2-vpp2"), "moe": ("tp2-sp",)}
