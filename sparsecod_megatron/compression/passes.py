@@ -15,8 +15,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from sparsecod_megatron.compression.allocate import angles, shares
-from sparsecod_megatron.compression.changes import holder
-from sparsecod_megatron.compression.experts import is_fused, separate_experts
+from sparsecod_megatron.compression.experts import separate_experts
 from sparsecod_megatron.compression.method import Material
 from sparsecod_megatron.compression.patterns import Pattern
 from sparsecod_megatron.compression.progress import DoneBlock, Outputs
@@ -24,7 +23,14 @@ from sparsecod_megatron.compression.reconstruct import row_errors
 from sparsecod_megatron.compression.rules import Rule
 from sparsecod_megatron.compression.scores import Evidence, gradient_norms
 from sparsecod_megatron.compression.statistics import InputStatistics
-from sparsecod_megatron.compression.watching import Slot, Watcher, slots_of, stages_of, statistics_for
+from sparsecod_megatron.compression.watching import (
+    Slot,
+    Watcher,
+    slots_of,
+    slots_of_parameter,
+    stages_of,
+    statistics_for,
+)
 from sparsecod_megatron.hf.blocks import Layers, find_layers
 from sparsecod_megatron.hf.calls import Replay
 from sparsecod_megatron.hf.residual_stream import ResidualStream
@@ -135,7 +141,7 @@ def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> 
 
     Args:
         material: the model and its calibration sequences.
-        taken: names of parameters of linear layers; those outside the blocks are passed over.
+        taken: names of parameters of linear layers and fused experts; those outside the blocks are passed over.
         notes: is told where inputs were few or none.
 
     Yields:
@@ -149,9 +155,10 @@ def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> 
     stream = calibration_stream(material, layers)
     no_progress = material.processes.no_progress
     for layer, block in enumerate(tqdm(layers.blocks, desc="blocks", unit="block", disable=no_progress)):
-        slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
-        watcher = Watcher(slots, gram=True)
-        stream.hidden = stream.run(layer, watcher.watching)
+        with separate_experts(block):
+            slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
+            watcher = Watcher(slots, gram=True)
+            stream.hidden = stream.run(layer, watcher.watching)
         found, seen = watcher.totals(material.processes), []
         for slot in slots:
             statistics, is_pooled = statistics_for(slot, slots, found)
@@ -224,13 +231,7 @@ class Pruner:
 
     def by_weights(self, name: str) -> None:
         """Prune the matrices of a parameter, in place."""
-        model = self._material.model
-        module, weight = holder(model, name), model.get_parameter(name).detach()
-        if is_fused(module):
-            slots = [Slot(name, index, module, entry) for index, entry in enumerate(weight)]
-        else:
-            slots = [Slot(name, None, module, weight.T if isinstance(module, Conv1D) else weight)]
-        for slot in slots:
+        for slot in slots_of_parameter(self._material.model, name):
             self.write(slot, *self.pruned(slot, None, self._plan.rule.pattern))
 
     def by_inputs(

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsecod_megatron.compression.experts import SeparateExperts
+from sparsecod_megatron.compression.changes import holder
+from sparsecod_megatron.compression.experts import SeparateExperts, is_fused
 from sparsecod_megatron.compression.statistics import InputStatistics, pooled
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.parallel.processes import Processes
@@ -68,6 +69,14 @@ def slots_of(block: nn.Module, prefix: str, taken: set[str]) -> list[Slot]:
             weight = module.get_parameter("weight").detach()
             found.append(Slot(name, None, module, weight.T if isinstance(module, Conv1D) else weight))
     return found
+
+
+def slots_of_parameter(model: nn.Module, name: str) -> list[Slot]:
+    """The matrices of a parameter, of linear layers and of fused experts as they are."""
+    module, weight = holder(model, name), model.get_parameter(name).detach()
+    if is_fused(module):
+        return [Slot(name, index, module, entry) for index, entry in enumerate(weight)]
+    return [Slot(name, None, module, weight.T if isinstance(module, Conv1D) else weight)]
 
 
 def _expert(name: str, index: int, linear: nn.Module) -> Slot:

@@ -13,16 +13,21 @@ matrix of a rank above half of its width is larger as two.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from sparsecod_megatron.compression.changes import Changes, eligible, holder
+from sparsecod_megatron.compression.experts import is_fused
 from sparsecod_megatron.compression.method import Material, Needs, Outcome
-from sparsecod_megatron.compression.methods.low_rank import Factoring, matrix_of, put_factors
+from sparsecod_megatron.compression.methods.low_rank import LINEAR, Factoring, put_factors
 from sparsecod_megatron.compression.passes import Notes, dense_statistics
+from sparsecod_megatron.compression.watching import Slot, slots_of_parameter
 from sparsecod_megatron.config.fields import choice
 from sparsecod_megatron.errors import ConversionError
 
@@ -80,51 +85,77 @@ class WeLore(Factoring):
     def __init__(self, settings: WeLoreSettings) -> None:
         super().__init__(settings)
         self.needs = Needs(calibration=settings.by == "outputs")
-        self._left: dict[nn.Module, str] = {}
+        self._left: dict[Tensor, str] = {}
 
     def compress(self, material: Material) -> Outcome:
         """Factorise the matrices that the threshold makes smaller."""
-        notes, layers, dense = Notes(), dict(self.linear_layers(material.model)), self.settings.store == "dense"
-        spectra = dict(self._spectra(material, layers, notes))
+        notes, model, dense = Notes(), material.model, self.settings.store == "dense"
+        slots = {name: slots_of_parameter(model, name) for name in self._taken(model)}
+        spectra = dict(self._spectra(material, slots, notes))
         ranks = ranks_for(spectra, self.settings.saved)
-        for layer, module in layers.items():
-            if layer not in spectra:
-                self._left[module] = "it lies outside the model's blocks"
-            elif layer not in ranks:
-                self._left[module] = "at the threshold two thin matrices would store as many weights or more"
+        for name, matrices in slots.items():
+            if any(slot.key in ranks for slot in matrices):
+                for slot in matrices:
+                    self._put(material.changes, slot, spectra[slot.key], ranks.get(slot.key), notes)
+            elif matrices[0].key in spectra:
+                reason = "at the threshold two thin matrices would store as many weights or more"
+                self._left[model.get_parameter(name)] = reason
             else:
-                left = spectra[layer].left[:, : ranks[layer]].to(module.weight.device)
-                error = self._output_error(layer, spectra[layer].values, ranks[layer], notes)
-                put_factors(material.changes, layer, module, left, dense=dense, output_error=error)
+                self._left[model.get_parameter(name)] = "it lies outside the model's blocks"
         warnings = notes.warnings("their weights alone")
         if dense:
             saved, total = _saved(spectra, ranks), sum(each.weights for each in spectra.values())
             share = f"{saved / total:.2%}" if total else "none"
             warnings.append(f"store=dense writes products; factors would store {share} of these weights less")
-        return Outcome(structure=None if dense else {"ranks": ranks}, warnings=warnings)
+            return Outcome(warnings=warnings)
+        return Outcome(
+            structure={"ranks": {key.removesuffix(".weight"): rank for key, rank in ranks.items()}}, warnings=warnings
+        )
 
     def reason(self, module: nn.Module, weight: Tensor) -> str:
-        """Only linear layers are taken, and only where the threshold leaves two thin matrices smaller than one."""
-        return self._left.get(module) or super().reason(module, weight)
+        """Weights outside linear layers, without a place for factors, or no smaller by them."""
+        if weight in self._left:
+            return self._left[weight]
+        if is_fused(module) and self.settings.store == "factors":
+            return "experts in one tensor, which has no place for factors; store=dense writes their products"
+        return f"not among layers={self.settings.layers}" if is_fused(module) else super().reason(module, weight)
 
-    def _output_error(self, layer: str, values: Tensor, rank: int, notes: Notes) -> float | None:
-        squares = values.square()
-        if self.settings.by == "weights" or f"{layer}.weight" in notes.unreached or not squares.sum():
-            return None
-        return float((squares[rank:].sum() / squares.sum()).sqrt())
+    def _taken(self, model: PreTrainedModel) -> list[str]:
+        """Names of the parameters among `layers` that can be written as products."""
+        dense = self.settings.store == "dense"
+        found = [name for name, _ in eligible(model) if fnmatchcase(name.removesuffix(".weight"), self.settings.layers)]
+        modules = {name: holder(model, name) for name in found}
+        return [name for name, each in modules.items() if isinstance(each, LINEAR) or (dense and is_fused(each))]
 
-    def _spectra(self, material: Material, layers: dict[str, Any], notes: Notes) -> Iterator[tuple[str, Spectrum]]:
-        for part in self._parts(material, layers, notes):
-            found = material.processes.distribute(part, _spectra_of)
-            yield from zip([each.layer for each in part], found, strict=True)
-
-    def _parts(self, material: Material, layers: dict[str, Any], notes: Notes) -> Iterator[list[_Matrix]]:
-        """All matrices at once, or a block's as soon as its inputs are known, for no more Grams are held."""
-        if self.settings.by == "weights":
-            yield [_Matrix(layer, module, None) for layer, module in layers.items()]
+    def _put(self, changes: Changes, slot: Slot, spectrum: Spectrum, rank: int | None, notes: Notes) -> None:
+        """Write a matrix of a certain rank; None leaves it, among experts that do not all become smaller."""
+        squares, measured = spectrum.values.square(), self.settings.by == "outputs" and slot.key not in notes.unreached
+        lost = float(squares[rank:].sum()) if rank is not None else 0.0
+        left = spectrum.left[:, :rank].to(slot.weight.device)
+        if slot.expert is not None:
+            old = slot.weight.float()
+            outputs = (lost, float(squares.sum())) if measured else None
+            changes.put_piece(slot.name, slot.weight, old if rank is None else left @ (left.T @ old), outputs)
             return
-        for seen in dense_statistics(material, [f"{layer}.weight" for layer in layers], notes):
-            yield [_Matrix(slot.name.removesuffix(".weight"), slot.module, gram) for slot, gram in seen]
+        error = math.sqrt(lost / float(squares.sum())) if measured and squares.sum() else None
+        layer, dense = slot.name.removesuffix(".weight"), self.settings.store == "dense"
+        put_factors(changes, layer, slot.module, left, dense=dense, output_error=error)
+
+    def _spectra(
+        self, material: Material, slots: Mapping[str, list[Slot]], notes: Notes
+    ) -> Iterator[tuple[str, Spectrum]]:
+        for part in self._parts(material, slots, notes):
+            found = material.processes.distribute(part, _spectra_of)
+            yield from zip([slot.key for slot, _ in part], found, strict=True)
+
+    def _parts(
+        self, material: Material, slots: Mapping[str, list[Slot]], notes: Notes
+    ) -> Iterator[Sequence[tuple[Slot, Tensor | None]]]:
+        """All matrices at once, or a block's as soon as its inputs are known, for no more Grams are held."""
+        if self.settings.by == "outputs":
+            yield from dense_statistics(material, list(slots), notes)
+        else:
+            yield [(slot, None) for matrices in slots.values() for slot in matrices]
 
 
 def ranks_for(spectra: Mapping[str, Spectrum], saved: float) -> dict[str, int]:
@@ -160,16 +191,8 @@ def _saved(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> int:
     return sum(spectra[name].weights - rank * sum(spectra[name].shape) for name, rank in ranks.items())
 
 
-class _Matrix(NamedTuple):
-    """A linear layer, and Σ x·xᵀ over its inputs where those count."""
-
-    layer: str
-    module: Any
-    gram: Tensor | None
-
-
-def _spectra_of(part: Sequence[_Matrix]) -> list[Spectrum]:
-    return [spectrum_of(matrix_of(each.module), each.gram) for each in part]
+def _spectra_of(part: Sequence[tuple[Slot, Tensor | None]]) -> list[Spectrum]:
+    return [spectrum_of(slot.weight.float(), gram) for slot, gram in part]
 
 
 def spectrum_of(matrix: Tensor, gram: Tensor | None) -> Spectrum:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.compression.compress import Compression, compress
+from sparsecod_megatron.compression.experts import separate_experts
 from sparsecod_megatron.compression.methods.low_rank import FactoredLinear
 from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import ConversionError
@@ -120,3 +121,67 @@ def test_layers_that_are_not_named_stay_and_a_share_out_of_reach_is_one_line() -
     assert {row.reason for row in result.matrices if ".self_attn." in row.name} == {"not among layers=*.mlp.*"}
     with pytest.raises(ConversionError, match=r"rank 1 everywhere saves 9\d\.\d\d%; lower saved=0.99"):
         welore(tiny("llama"), "saved=0.99")
+
+
+def test_experts_in_one_tensor_become_products_by_the_same_threshold() -> None:
+    """Every expert its own rank; against the SVD of each at the threshold that the ranks of the other matrices tell."""
+    result, dense = welore(tiny("mixtral"), "saved=0.3", "store=dense"), tiny("mixtral")
+    assert type(result.model).__name__ == "MixtralForCausalLM" and result.outcome.structure is None
+    pieces = {}
+    for row in result.matrices:
+        old, new = (model.get_parameter(row.name).detach() for model in (dense, result.model))
+        if row.name.endswith("gate.weight"):
+            continue
+        matrices = (each.view(-1, *each.shape[-2:]).double() for each in (old, new))
+        for index, (before, after) in enumerate(zip(*matrices, strict=True)):
+            pieces[row.name, index] = (before, after)
+    dropped, kept, saved = 0.0, 1.0, 0
+    for before, after in pieces.values():
+        relative, rank = relative_values(before), int(torch.linalg.matrix_rank(after, rtol=1e-5))
+        if rank < min(before.shape):
+            left, scale, right = torch.linalg.svd(before, full_matrices=False)
+            assert torch.allclose(after, (left[:, :rank] * scale[:rank]) @ right[:rank], atol=1e-4)
+            dropped, kept = max(dropped, float(relative[rank])), min(kept, float(relative[rank - 1]))
+            saved += before.numel() - rank * sum(before.shape)
+    assert dropped < kept and sum("experts" in name for name, _ in pieces) == 20
+    total = sum(before.numel() for before, _ in pieces.values())
+    assert saved >= 0.3 * total
+    share = f"{saved / total:.2%}"
+    assert result.warnings[-1] == f"store=dense writes products; factors would store {share} of these weights less"
+    left = {row.reason for row in welore(tiny("mixtral"), "saved=0.1").matrices if "experts" in row.name}
+    assert left == {"experts in one tensor, which has no place for factors; store=dense writes their products"}
+
+
+def test_experts_lose_by_their_own_outputs() -> None:
+    dense, seen = tiny("mixtral"), dict[int, Tensor]()
+    with separate_experts(dense), torch.no_grad():
+        experts = dense.model.layers[0].mlp.experts
+        for index, entry in enumerate(experts.entries):
+            entry.register_forward_pre_hook(lambda _m, args, index=index: seen.update({index: args[0].double()}))
+        dense(sequences(16))
+    result, dense = welore(tiny("mixtral"), "saved=0.4", "store=dense", "by=outputs"), tiny("mixtral")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    change = size = 0.0
+    for index, weight in enumerate(dense.get_parameter(name).detach().double()):
+        new = result.model.get_parameter(name).detach()[index].double()
+        # The last expert is reached by no token, and takes the inputs of all.
+        inputs = seen[index] if index in seen else torch.cat([seen[one] for one in sorted(seen)])
+        values, rank = torch.linalg.svdvals(inputs @ weight.T), int(torch.linalg.matrix_rank(new, rtol=1e-5))
+        lost = float((inputs @ (new - weight).T).square().sum())
+        if rank < 32:
+            assert lost == pytest.approx(float(values[rank:].square().sum()), rel=1e-3)
+        change, size = change + lost, size + float(values.square().sum())
+    error = {row.name: row.output_error for row in result.matrices}[name]
+    assert change > 0 and error == pytest.approx((change / size) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("by", ["weights", "outputs"])
+def test_bf16_has_the_ranks_of_float32_and_nearly_its_products(by: str) -> None:
+    rounded = tiny("llama").to(torch.bfloat16)
+    exact = welore(tiny("llama").to(torch.bfloat16).float(), f"by={by}", "saved=0.3")
+    found = welore(rounded, f"by={by}", "saved=0.3")
+    assert {weight.dtype for weight in found.model.parameters()} == {torch.bfloat16}
+    if by == "weights":  # inputs differ in bf16
+        assert found.outcome.structure == exact.outcome.structure
+    wanted = logits(exact.model)
+    assert (logits(found.model).float() - wanted).norm() < 0.1 * wanted.norm()
