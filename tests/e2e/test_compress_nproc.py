@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from sparsecod_megatron.cli.main import main
 from tests.helpers.cli import sparsecod_ranks
+from tests.helpers.streaming import tensors
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.compression.models import VOCAB_SIZE, tiny
 
@@ -33,14 +32,10 @@ def test_two_processes_prune_what_one_prunes(tmp_path: Path) -> None:
         assert second["warnings"] == first["warnings"]
     pairs = [(tmp_path / "one" / name, tmp_path / "two" / name) for name in ("gblm_0.5", "sparsegpt+cg_0.5")]
     for first, second in (*pairs, (tmp_path / "two" / "sparsegpt+cg_0.5", tmp_path / "streamed")):
-        ours, theirs = weights(first), weights(second)
+        ours, theirs = tensors(first), tensors(second)
         same = sum(int(((ours[key] == 0) == (theirs[key] == 0)).sum()) for key in ours)
         assert same >= 0.9999 * sum(weight.numel() for weight in ours.values())
     assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items()), "streamed by two as held by two"
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def test_two_processes_make_the_modules_that_one_makes(tmp_path: Path) -> None:
@@ -56,7 +51,7 @@ def test_two_processes_make_the_modules_that_one_makes(tmp_path: Path) -> None:
         one, two = (tmp_path / number / name for number in ("one", "two"))
         told = [json.loads((folder / "config.json").read_text())["structure"] for folder in (one, two)]
         assert told[0] == told[1]
-        ours, theirs = weights(one), weights(two)
+        ours, theirs = tensors(one), tensors(two)
         assert ours.keys() == theirs.keys()
         same = sum(int(((ours[key] == 0) == (theirs[key] == 0)).sum()) for key in ours)
         assert same >= 0.9999 * sum(weight.numel() for weight in ours.values())

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.cli.main import main
@@ -22,6 +21,7 @@ from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.models.loading import stream_model
 from tests.helpers.decoders import VOCAB_SIZE, tiny_decoder
+from tests.helpers.streaming import streaming_outcome, tensors
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.compression.models import sequences, tiny
 
@@ -50,10 +50,6 @@ def run(model: Path, text: Path, output: Path, *extra: str) -> None:
     method = [] if "--method" in extra else ["--method", "sparsegpt+cg"]
     command = ["compress", "--model", str(model), "--data", str(text), "--output", str(output), *SIZES, *method, *extra]
     assert main(command) == 0
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def check_same_files(whole: Path, streamed: Path) -> None:
@@ -176,6 +172,16 @@ def test_what_cannot_stream_is_refused_in_one_line(
     assert main([*command, "--stream", *extra]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("jamba", ""), ("bloom", ""), ("zamba", "is tied to another weight, so its block is not on its own")],
+)
+def test_other_structures_stream_as_whole_or_are_refused(family: str, said: str, tmp_path: Path) -> None:
+    """Blocks with states, and blocks that share weights. All families: tools/sweep_decoders.py --stream."""
+    found = streaming_outcome(family, tmp_path)
+    assert found is not None and said in found and bool(said) == bool(found)
 
 
 def test_directories_that_cannot_be_taken_apart_are_refused(llama: Path, tmp_path: Path) -> None:
