@@ -65,12 +65,21 @@ class EffectiveTensors(Mapping[str, Tensor]):
         return len(self._stored)
 
 
+def folded_tensors(tensors: Mapping[str, Tensor], config: RunConfig) -> Mapping[str, Tensor]:
+    """What a model computes with, as an export of it holds that."""
+    for mechanism in configured(config):
+        tensors = mechanism.folded(ParameterTable.of(config), tensors)
+    return tensors
+
+
 @torch.no_grad()
 def make_effective(model: GPTModel, config: RunConfig, step_dir: Path) -> None:
-    """Give the parameters of a single-process model, which hold a checkpoint's, what the run computes with. Local."""
+    """Give the parameters of a single-process model, which hold a checkpoint's, what its export holds. Local."""
     for mechanism in configured(config):
         mechanism.make_plain(model)
     parameters = dict(model.named_parameters())
-    for name, weight in EffectiveTensors(parameters, config, step_dir).items():
+    for name, weight in folded_tensors(EffectiveTensors(parameters, config, step_dir), config).items():
         if weight is not parameters[name]:
             parameters[name].copy_(weight)
+    for mechanism in configured(config):
+        mechanism.fold(config.model, model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.backend import select_backend
-from sparsecod_megatron.checkpoint.effective import EffectiveTensors, effective_config
+from sparsecod_megatron.checkpoint.effective import EffectiveTensors, effective_config, folded_tensors
 from sparsecod_megatron.checkpoint.exported_sparsity import write_sparsity
 from sparsecod_megatron.checkpoint.stream import streamed_checkpoint
 from sparsecod_megatron.checkpoint.whole import shape_only, whole_model
@@ -66,13 +66,14 @@ def export_checkpoint(
     """
     found: list[Verification] = []
     with streamed_checkpoint(path, digests=digests) as source:
-        tensors = EffectiveTensors(source.tensors, source.config, source.step_dir)
+        effective = EffectiveTensors(source.tensors, source.config, source.step_dir)
+        tensors = folded_tensors(effective, source.config)
         model = effective_config(source.config, source.step_dir).model
         narrowed = _without_dead(source.config, model, tensors, tell) if remove_dead else None
         removed = narrowed.removed if narrowed else {}
 
         def check(folder: Path) -> None:
-            write_sparsity(source.config, tensors.context, folder, removed=removed)
+            write_sparsity(source.config, effective.context, folder, removed=removed)
             if not verify:
                 return
             verification = verify_checkpoint(

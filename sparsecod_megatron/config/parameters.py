@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsecod_megatron.config.model_schema import ModelConfig
 from sparsecod_megatron.config.schema import RunConfig
@@ -23,6 +23,20 @@ NEVER_DECAYS = "residual"
 """The group of what reads and joins the residual path: factors, gates and mixing matrices that mean something at 0."""
 RATE_FALLS_WITH_WIDTH = ("hidden", "output", "router")
 """Groups whose learning rate muP divides by `model.width_ratio`."""
+
+
+class StepFactors(NamedTuple):
+    """What a parameter's step is multiplied by.
+
+    Attributes:
+        rate: on the learning rate.
+        decay: on the weight decay.
+        epsilon: on Adam's ε.
+    """
+
+    rate: float
+    decay: float
+    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,8 @@ class ParameterKind:
         fp8: whether Transformer Engine multiplies it in FP8 under an FP8 recipe.
         looked_up: whether a token takes a row of it, which multiplies nothing.
         rate: factor on the learning rate.
+        decay: factor on the weight decay.
+        epsilon: factor on Adam's ε.
         rows_read: rows of a table that a token takes, where the others do not count as its active parameters.
         products: numbers of one copy that a token's vector is multiplied by, where they are not the parameter's own: of
             a matrix that is computed from several parameters, all for one of them; None elsewhere.
@@ -64,6 +80,8 @@ class ParameterKind:
     fp8: bool = False
     looked_up: bool = False
     rate: float = 1.0
+    decay: float = 1.0
+    epsilon: float = 1.0
     rows_read: int | None = None
     products: int | None = None
     channels: str = ""
@@ -85,6 +103,11 @@ class ParameterKind:
         if self.products is not None:
             return self.products * self.used
         return self.active if len(self.shape) == 2 and not self.looked_up else 0
+
+    @property
+    def step_factors(self) -> StepFactors:
+        """What its step is multiplied by."""
+        return StepFactors(self.rate, self.decay, self.epsilon)
 
     @property
     def is_orthogonalised(self) -> bool:
@@ -146,6 +169,9 @@ class ParameterTable:
 
     def first(self) -> Iterator[ParameterKind]:
         """What stands before the layers; the vocabulary is known."""
+        yield from self._stepped(self._first(), None)
+
+    def _first(self) -> Iterator[ParameterKind]:
         model = self.model
         assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
         shape = (model.vocab_size, model.hidden_size)
@@ -162,6 +188,9 @@ class ParameterTable:
         Args:
             shares_embedding: whether the embedding is at hand, so that a tied output layer adds nothing.
         """
+        yield from self._stepped(self._last(shares_embedding=shares_embedding), None)
+
+    def _last(self, *, shares_embedding: bool) -> Iterator[ParameterKind]:
         model = self.model
         assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
         if model.final_norm:
@@ -177,6 +206,9 @@ class ParameterTable:
 
     def layer(self, layer: int) -> Iterator[ParameterKind]:
         """Parameters of layer `layer` (from 0)."""
+        yield from self._stepped(self._layer(layer), layer)
+
+    def _layer(self, layer: int) -> Iterator[ParameterKind]:
         for kind in self.plain_layer(layer):
             held = (kind,)
             for mechanism in self.mechanisms:
@@ -196,9 +228,16 @@ class ParameterTable:
             names = r"mlp\.linear_fc{}\.weight"
             yield from _mlp(model, "mlp", model.ffn_hidden_size, names, channels="model.ffn_hidden_size")
 
-    def rates(self, group: str) -> list[float]:
-        """Factors on the learning rates of a group's parameters, each once, in ascending order."""
-        return sorted({kind.rate for kind in self._kinds if kind.group == group})
+    def _stepped(self, kinds: Iterable[ParameterKind], layer: int | None) -> Iterator[ParameterKind]:
+        """With the factors that mechanisms put on their steps; `layer` is None at the ends of the model."""
+        for kind in kinds:
+            for mechanism in self.mechanisms:
+                kind = mechanism.stepped(kind, self.model, layer)
+            yield kind
+
+    def step_factors(self, group: str) -> list[StepFactors]:
+        """What the steps of a group's parameters are multiplied by, each once, in ascending order."""
+        return sorted({kind.step_factors for kind in self._kinds if kind.group == group})
 
     def find(self, name: str) -> ParameterKind:
         """The kind of a parameter by its name in a GPTModel, wrapped or not; of one layer, where layers differ.
@@ -236,8 +275,9 @@ class ParameterTable:
         """One row for each pattern; of a matrix that is computed from others too, after them."""
         layers = range(self.model.num_layers)
         own, plain = ([kind for layer in layers for kind in of(layer)] for of in (self.layer, self.plain_layer))
-        rows = (*self.first(), *self.last(shares_embedding=False), *own, *plain)
-        return list({kind.pattern: kind for kind in rows}.values())
+        rows = {kind.pattern: kind for kind in (*self.first(), *self.last(shares_embedding=False), *own)}
+        replaced = {kind.pattern: kind for kind in plain if kind.pattern not in rows}
+        return [*rows.values(), *replaced.values()]
 
 
 def _norm(name: str, channels: int, pattern: str) -> ParameterKind:

@@ -40,6 +40,7 @@ MECHANISMS = Registry(
         "attention_residuals": "residual.attention_residuals:AttentionResiduals",
         "cast": "weights.cast:Cast",
         "comet": "experts.comet:Comet",
+        "complete_p": "residual.complete_p:CompleteP",
         "delta": "residual.delta:Delta",
         "dense_average": "residual.dense_average:DenseAverageResiduals",
         "distillation": "distillation.distillation:Distillation",

@@ -185,6 +185,16 @@ class Mechanism:
         """The parameters that layer `layer` (from 0) has in place of a plain one: that itself, unless others do."""
         return (kind,)
 
+    def stepped(self, kind: ParameterKind, model: ModelConfig, layer: int | None) -> ParameterKind:
+        """A parameter with its factors on learning rate, weight decay and Adam's ε.
+
+        Args:
+            kind: any mechanism's, too.
+            model: of the run.
+            layer: from 0; None at the ends of the model.
+        """
+        return kind
+
     def initialize(self, chunk: GPTModel, shards: Mapping[Any, Any], seed: int) -> None:
         """Give what it has in a model chunk, parameters and buffers, fresh values that no row of the table says. Local.
 
@@ -284,6 +294,18 @@ class Mechanism:
 
     def make_plain(self, model: GPTModel) -> None:
         """Give a whole model, in place, such matrices as its parameters. Local."""
+
+    def folded(self, table: ParameterTable, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is exported, with what it computes beside matrices made a part of them; lazily.
+
+        Args:
+            table: of the run.
+            tensors: what the model computes with, under their names in a single-process GPTModel.
+        """
+        return tensors
+
+    def fold(self, model: ModelConfig, whole: GPTModel) -> None:
+        """Let a whole model, whose parameters are `folded` ones, not compute that again. Local."""
 
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> Any:
         """Its `metrics.group.StatisticsGroup`, or None.

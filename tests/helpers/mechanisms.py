@@ -168,6 +168,12 @@ CASES: dict[str, Case] = {
         wrong="model.layers.1.attention_residual.read.query",
         named="how attention reads the residual state: a tensor of attention_residual.read",
     ),
+    "complete_p": Case(
+        (*_set("complete_p", "base_num_layers=2", "alpha=0.5"), "model.mup_base_hidden_size=16"),
+        neutral=_set("complete_p", "base_num_layers=4"),
+        experts=True,
+        example=_set("complete_p", "base_num_layers=1"),
+    ),
     "delta": Case(_set("delta", "beta=0.5"), example=("optimizer.lr=3e-3",), **_join("gate_bias")),
     "dense_average": Case(_set("dense_average", "dilation=2"), **_join("weights", "mlp")),
     "hyper_connections": Case(
@@ -214,6 +220,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "highways": ("keel",),
     "manifolds": ("manifold_hyper_connections",),
     "scales": ("scaled",),
+    "depths": ("complete_p",),
     "stream-gates": ("multi_gate",),
     "streams": ("hyper_connections",),
     "twins": ("siamese_norm",),

@@ -12,17 +12,28 @@ LayerScale (arXiv 2103.17239); Wang et al., DeepNorm (arXiv 2203.00555), whose s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import above, at_least, choice
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
-from sparsecod_megatron.seams.mechanism import RankShape
+from sparsecod_megatron.seams.mechanism import Folds, Module, RankShape
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
 
 DEEP_INITS = ("scaled", "mitchell", "small_init")
 """Values of `model.init` that make output projections smaller with depth."""
+_FACTOR = ".write.factor"
+_JOINS = {"attention_output": "self_attn_bda", "mlp_output": "mlp_bda"}
+"""Kind of output projection → the join behind it."""
+_FOLDABLE = ("pre", "post", "mix")
+"""`model.norm_placement` under which no norm stands between an output projection and the join."""
 
 
 @dataclass
@@ -60,3 +71,56 @@ class Scaled(ResidualMechanism):
     def kept_by_join(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
         """The branch, by which a learned factor has its gradient."""
         return 0 if self.learn == "none" else model.hidden_size * rank.value_bytes
+
+    def folds(self, model: ModelConfig) -> bool:
+        """Whether the factor can be a part of the output projections."""
+        return self.skip == 1 and model.norm_placement in _FOLDABLE
+
+    def folded(self, table: ParameterTable, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the factors in the rows of the output projections."""
+        return FoldedTensors(self.branch, table, tensors) if self.folds(table.model) else tensors
+
+    def fold(self, model: ModelConfig, whole: GPTModel) -> None:
+        """Leave joins with a factor of 1."""
+        joins = [getattr(layer, join) for layer in whole.decoder.layers for join in _JOINS.values()]
+        for join in joins if self.folds(model) else ():
+            del join.write.factor
+            join.write.factor = 1.0
+
+    def export(self, model: ModelConfig) -> Module | Folds:
+        """A stock class, or the same path in a model of our own class."""
+        return Folds() if self.folds(model) else super().export(model)
+
+
+class FoldedTensors(Mapping[str, "Tensor"]):
+    """Tensors by name, without factors, and with output projections whose rows are multiplied by them.
+
+    Args:
+        constant: factor of joins without a learned one.
+        table: of the run.
+        tensors: under their names in a single-process GPTModel.
+    """
+
+    def __init__(self, constant: float, table: ParameterTable, tensors: Mapping[str, Tensor]) -> None:
+        self._constant, self._table, self._tensors = constant, table, tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        """On the stored tensors' device; output projections in fp32, exact where factors are powers of two."""
+        tensor = self._tensors[name]
+        layer = re.match(r"(?:module\.)*decoder\.layers\.\d+\.", name)
+        if layer is None or tensor.dim() < 2:
+            return tensor
+        kind = self._table.find(name)
+        if kind.init not in _JOINS:
+            return tensor
+        assert tensor.shape[0] == self._table.model.hidden_size, f"{name} has no row for each channel of the stream"
+        factor = f"{layer[0]}{_JOINS[kind.init]}{_FACTOR}"
+        if factor in self._tensors:
+            return tensor.float() * self._tensors[factor].float().unsqueeze(-1)
+        return tensor.float() * self._constant
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._tensors if not name.endswith(_FACTOR))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
