@@ -114,6 +114,10 @@ class Streamed(Residency):
         try:
             self._take(unit)
             yield
+        except BaseException:
+            # Half a change is none, and other processes may not come to write it.
+            unit.is_changed = False
+            raise
         finally:
             self._leave(unit)
 

@@ -20,6 +20,7 @@ from sparsecod_megatron.compression.compress import compress
 from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.models.loading import stream_model
+from sparsecod_megatron.parallel.processes import Processes
 from tests.helpers.decoders import VOCAB_SIZE, tiny_decoder
 from tests.helpers.streaming import streaming_outcome, tensors
 from tests.helpers.words import save_with_words, write_words
@@ -155,6 +156,29 @@ def test_a_killed_run_continues_and_leaves_nothing_half(
     run(model, text, output, "--stream")
     check_same_files(tmp_path / "whole", output)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_block_is_written_once_its_change_is_whole(llama: Path, tmp_path: Path) -> None:
+    where = stream_model(llama, dtype="float32", device="cpu")
+    where.begin(tmp_path / "changed", Processes())
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def change(fails: bool) -> None:
+        with torch.no_grad(), where.holding(name):
+            where.model.get_parameter(name).zero_()
+            where.changed(name)
+            assert not fails, "the method fails"
+
+    with pytest.raises(AssertionError, match="the method fails"):
+        change(True)
+    assert not list(tmp_path.iterdir())
+    with where.holding(name):
+        assert bool(where.model.get_parameter(name).any())
+    change(False)
+    assert [path.name for path in (tmp_path / "changed").iterdir()] == ["model.layers.1"]
+    with where.holding(name):
+        assert not bool(where.model.get_parameter(name).any())
+        assert bool(where.model.get_parameter("model.layers.1.mlp.gate_proj.weight").any())
 
 
 @pytest.mark.parametrize(
