@@ -25,16 +25,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparsecod import SparsecodConfig
 from .extensions_sparsecod import EXTENSIONS
 from .moe_sparsecod import SparsecodMLP, SparsecodMoE
+from .rotary_sparsecod import Rotation, SparsecodRotaryEmbedding, rotate
 from .tokens_sparsecod import token_inputs
-
-Rotation = tuple[Tensor, Tensor]
 
 # transformers 5.24 renamed `past_key_values`; an export is loaded by whichever version its user has.
 _OUTPUTS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
@@ -52,41 +50,6 @@ class SparsecodRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
         return self.scale * F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class SparsecodRotaryEmbedding(nn.Module):
-    """Cosines and sines of the positions, frequencies by transformers' rules for `rope_parameters`.
-
-    Frequencies are made when they are used: a buffer that no file holds would be lost where models load on `meta`.
-    """
-
-    def __init__(self, config: SparsecodConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """[batch, seq] → two of [batch, seq, rotated], as transformers' own models hand them to blocks."""
-        frequencies, factor = self._frequencies(positions.device)
-        angles = positions[:, :, None].float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return (factor * angles.cos()).to(dtype), (factor * angles.sin()).to(dtype)
-
-    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
-        parameters = self.config.rope_parameters
-        if parameters["rope_type"] != "default":
-            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
-        rotated = int(self.config.head_dim * parameters.get("partial_rotary_factor", 1.0))
-        pairs = torch.arange(0, rotated, 2, dtype=torch.float, device=device)
-        return parameters["rope_theta"] ** (-pairs / rotated), 1.0
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn channel i with channel i + rotated / 2, the first `rotated` ones; [batch, heads, seq, head_dim]."""
-    cos, sin = (part.unsqueeze(1) for part in rotation)
-    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 
 def eager_attention(
@@ -128,14 +91,23 @@ class SparsecodAttention(nn.Module):
         self.g_proj = nn.Linear(hidden, width, bias=False) if has_gate else None
         self.q_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.value_mix: nn.Module | None = None  # of a mechanism: what becomes of values and the first layer's
 
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: Cache | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        first_values: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, seq, hidden] → the same, and attention weights where the implementation has them."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.value_mix is not None:
+            value = self.value_mix(value, first_values)
         query = rotate(self.q_norm(query).transpose(1, 2), rotation)
         key, value = rotate(self.k_norm(key).transpose(1, 2), rotation), value.transpose(1, 2)
         if cache is not None:
@@ -190,6 +162,8 @@ class SparsecodLayer(nn.Module):
         # of, None: it reads no ids.
         self.memory: nn.Module | None = None
         self.token_halo: int | None = None
+        # Whether all layers get the values of this one, the first.
+        self.shares_values = False
         # A mechanism's path, with what stands before the first layer and behind the last.
         self.attention_residual, self.mlp_residual = SparsecodConnection(None, None), SparsecodConnection(None, None)
         self.path: Any = None
@@ -232,6 +206,12 @@ class SparsecodLayer(nn.Module):
 
         x = self._joined(x, attention, self.attention_residual, self.input_layernorm, self.attention_join_norm)
         return self._joined(x, mlp, self.mlp_residual, self.post_attention_layernorm, self.mlp_join_norm)
+
+    def values(self, state: Tensor) -> Tensor:
+        """What its attention computes of a state as values, [batch, seq, key_value_heads, head_dim]."""
+        x = self.attention_residual(state)
+        x = x if self.input_layernorm is None else self.input_layernorm(x)
+        return self.self_attn.v_proj(x).unflatten(-1, (-1, self.self_attn.head_dim))
 
     def _joined(
         self,
@@ -309,9 +289,12 @@ class SparsecodModel(SparsecodPreTrainedModel):
         tokens = self._tokens(input_ids, attention_mask, cache, position_ids)
         rotation = self.rotary_emb(position_ids, embedded.dtype)
         x, streams = self._first(self.embedding_norm(embedded)), []
+        # Apart from the first layer's own pass, so that a layer has one output, and is a function of what it is given.
+        first: Any = self.layers[0]
+        shared = {"first_values": first.values(x)} if first.shares_values else {}
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             streams.append(x)
-            x = layer(x, rotation, masks[kind], cache, **tokens)
+            x = layer(x, rotation, masks[kind], cache, **tokens, **shared)
         x = self.norm(self._last(x))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(

@@ -77,6 +77,7 @@ MECHANISMS = Registry(
         "ste": "weights.ste:Ste",
         "stem": "tokens.stem:Stem",
         "topk_activation": "activations.topk_activation:TopKActivation",
+        "value_residual": "attention.value_residual:ValueResidual",
         "wgsef": "weights.wgsef:Wgsef",
     },
     former_keys={("attention_output_gate", "headwise"): "headwise_gate"},

@@ -138,6 +138,7 @@ class Layout:
             seq_length=self.config.data.seq_length,
             value_bytes=self.bytes_per_value,
             norm_bytes=self.norm_bytes(1, self.model.hidden_size),
+            is_reference=not self.transformer_engine,
         )
         saved: dict[str, int] = {}
         for mechanism in configured(self.config):

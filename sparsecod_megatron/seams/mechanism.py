@@ -56,6 +56,7 @@ class RankShape:
         seq_length: tokens of a whole sequence.
         value_bytes: of an activation.
         norm_bytes: what a norm of the residual stream keeps of one token.
+        is_reference: whether modules are plain PyTorch's, and not Transformer Engine's.
     """
 
     tokens: int
@@ -67,6 +68,7 @@ class RankShape:
     seq_length: int
     value_bytes: int
     norm_bytes: int
+    is_reference: bool = False
 
     @property
     def copy_bytes(self) -> int:

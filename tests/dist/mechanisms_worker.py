@@ -18,7 +18,7 @@ from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.dist.layouts import BUCKETS, CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, SpreadCase
-from tests.helpers.mechanisms import CASES, TOGETHER, settings
+from tests.helpers.mechanisms import CASES, ONE_STAGE, TOGETHER, settings
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 
@@ -47,6 +47,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp2-full-recompute": (PP2, *FULL_RECOMPUTE),
     "pp2-vpp2": (PP2, VPP2, *BUCKETS),
     "cp2": (CP2, *BUCKETS),
+    "tp2-sp-full-recompute": (TP2, SP, *FULL_RECOMPUTE),
 }
 EXPERT_LAYOUTS: dict[str, tuple[str, ...]] = {
     "ep2": (EP2,),
@@ -80,17 +81,33 @@ ROUTERS = ("routers", "trees")
 MASKS_OF_EXPERTS = ("tp2-sp-ep2", "gate-masks-topk")
 """Where tensor-parallel ranks hold different experts, whose masks one threshold decides."""
 KINDS_OF_SPLIT = ("dp2", "tp2-sp", "pp2-vpp2", "ep2")
+RECOMPUTE_OF_ONE_STAGE = "tp2-sp-full-recompute"
+"""For runs that no pipeline can have; the others recompute in theirs."""
+
+
+def is_tried(model: str, group: str, layout: str) -> bool:
+    """Whether a run is in a layout: enough of them to see each mechanism's own code in each kind of split."""
+    names, is_dense = TOGETHER[group], model == "dense"
+    if not any(CASES[name].dense if is_dense else CASES[name].experts for name in names):
+        return False
+    if group in ONE_STAGE:
+        return not layout.startswith("pp2")
+    if layout == RECOMPUTE_OF_ONE_STAGE:
+        return False
+    if not (layout in ("ep2", "tp2-sp") or is_dense or group in ROUTERS or (layout, group) == MASKS_OF_EXPERTS):
+        return False
+    return group in (*EVERYWHERE, *ROUTERS) or (layout in KINDS_OF_SPLIT and (model, group) != ("moe", "groups"))
+
+
 LAYOUT_CASES = [
     LayoutCase(model, group, layout)
     for model, layouts in (("dense", LAYOUTS), ("moe", EXPERT_LAYOUTS))
     for layout in layouts
-    for group, names in TOGETHER.items()
-    if any(CASES[name].dense if model == "dense" else CASES[name].experts for name in names)
-    if layout in ("ep2", "tp2-sp") or model == "dense" or group in ROUTERS or (layout, group) == MASKS_OF_EXPERTS
-    if group in (*EVERYWHERE, *ROUTERS) or (layout in KINDS_OF_SPLIT and (model, group) != ("moe", "groups"))
+    for group in TOGETHER
+    if is_tried(model, group, layout)
 ]
 RESUMED = {"dense": ("dp2", "pp2-vpp2"), "moe": ("tp2-sp",)}
-"""Layouts in which each continues from the checkpoint of `SAVES`."""
+"""Layouts in which each that has them continues from the checkpoint of `SAVES`."""
 
 
 def train(

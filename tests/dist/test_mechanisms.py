@@ -76,7 +76,7 @@ def test_a_checkpoint_continues_under_other_layouts(
 ) -> None:
     """Saved by two processes after two steps; the third in another layout of two, and in one process."""
     theirs = single[model, group]
-    for layout in RESUMED[model]:
+    for layout in (layout for layout in RESUMED[model] if LayoutCase(model, group, layout) in LAYOUT_CASES):
         assert_same(spread[f"{model}-{group}-{layout}-resumed"], theirs, slice(2, 3))
     assert_same(single[model, f"{group}-resumed"], theirs, slice(2, 3))
 

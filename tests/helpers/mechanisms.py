@@ -195,6 +195,11 @@ CASES: dict[str, Case] = {
         _set("s2_attention", "block_size=2", "local_blocks=1", "stride=2"),
         neutral=_set("s2_attention", "stride=1"),
     ),
+    "value_residual": Case(
+        _set("value_residual", "own=0.75", "first=0.5", "learn=true"),
+        neutral=_set("value_residual", "own=1", "first=0"),
+        wrong="model.layers.1.self_attn.value_mix.weight",
+    ),
     "topk_activation": Case(
         ("mechanisms.topk_activation.k_per_layer=[4,10,20,4]", "model.activation=relu"),
         neutral=("mechanisms.topk_activation.k=48",),
@@ -224,8 +229,11 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "stream-gates": ("multi_gate",),
     "streams": ("hyper_connections",),
     "twins": ("siamese_norm",),
+    "one-stage": ("value_residual",),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
+ONE_STAGE = ("one-stage",)
+"""Runs whose mechanisms no pipeline can have."""
 APART = ("marks", "windows", "groups")
 """Runs whose mechanisms each have a layer of their own."""
 

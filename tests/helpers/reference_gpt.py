@@ -77,12 +77,12 @@ def forward(
         router_inputs: receives what each layer's router reads, `[batch, seq, hidden]`.
     """
     tied = "embedding.word_embeddings.weight"
-    x, blocks = weights[tied][tokens], []
+    x, blocks, first_values = weights[tied][tokens], list[Tensor](), dict[int, Tensor]()
     if model.has_embedding_norm:
         x = _rms_norm(x, weights["embedding_norm.weight"], model)
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}"
-        attention = partial(_attention, model, weights, layer, document_ids=document_ids)
+        attention = partial(_attention, model, weights, layer, first_values, document_ids=document_ids)
         x = _sublayer(model, weights, layer, x, attention, f"{at}.input_layernorm", f"{at}.self_attn_bda")
         mlp = partial(_mlp, model, weights, layer, router_inputs)
         x = _sublayer(model, weights, layer, x, mlp, f"{at}.pre_mlp_layernorm", f"{at}.mlp_bda")
@@ -180,7 +180,13 @@ def _mask(model: ModelConfig, layer: int, length: int, document_ids: Tensor | No
 
 
 def _attention(
-    model: ModelConfig, weights: Mapping[str, Tensor], layer: int, x: Tensor, *, document_ids: Tensor | None
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    layer: int,
+    first_values: dict[int, Tensor],
+    x: Tensor,
+    *,
+    document_ids: Tensor | None,
 ) -> Tensor:
     at, size = f"decoder.layers.{layer}.self_attention", model.head_dim
     per_group = model.num_attention_heads // model.query_groups
@@ -197,6 +203,9 @@ def _attention(
     for head in range(model.num_attention_heads):
         first, within = head // per_group * slots, head % per_group
         query, key, value = slot(first + within), slot(first + slots - 2), slot(first + slots - 1)
+        first_value = first_values.setdefault(first, value)  # of the first layer
+        if (factors := weights.get(f"{at}.value_mix.weight")) is not None:
+            value = factors[0] * value + factors[1] * first_value
         if model.qk_norm:
             query = _rms_norm(query, weights[f"{at}.q_layernorm.weight"], model)
             key = _rms_norm(key, weights[f"{at}.k_layernorm.weight"], model)

@@ -1,0 +1,47 @@
+"""Rotary position embedding of the `sparsecod` architecture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_sparsecod import SparsecodConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, [batch, seq, rotated]."""
+
+
+class SparsecodRotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions, frequencies by transformers' rules for `rope_parameters`.
+
+    Frequencies are made when they are used: a buffer that no file holds would be lost where models load on `meta`.
+    """
+
+    def __init__(self, config: SparsecodConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """[batch, seq] → two of [batch, seq, rotated], as transformers' own models hand them to blocks."""
+        frequencies, factor = self._frequencies(positions.device)
+        angles = positions[:, :, None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (factor * angles.cos()).to(dtype), (factor * angles.sin()).to(dtype)
+
+    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        parameters = self.config.rope_parameters
+        if parameters["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
+        rotated = int(self.config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        pairs = torch.arange(0, rotated, 2, dtype=torch.float, device=device)
+        return parameters["rope_theta"] ** (-pairs / rotated), 1.0
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn channel i with channel i + rotated / 2, the first `rotated` ones; [batch, heads, seq, head_dim]."""
+    cos, sin = (part.unsqueeze(1) for part in rotation)
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
