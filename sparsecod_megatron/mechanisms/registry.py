@@ -44,6 +44,7 @@ MECHANISMS = Registry(
         "delta": "residual.delta:Delta",
         "dense_average": "residual.dense_average:DenseAverageResiduals",
         "distillation": "distillation.distillation:Distillation",
+        "early_exit": "residual.early_exit:EarlyExit",
         "efficient_llm": "weights.efficient_llm:EfficientLlm",
         "engram": "tokens.engram:Engram",
         "frozen_masks": "weights.frozen_masks:FrozenMasks",

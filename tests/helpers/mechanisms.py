@@ -180,6 +180,7 @@ CASES: dict[str, Case] = {
         _set("hyper_connections", "streams=3", "scale=1"), experts=True, **_join("static_mixing")
     ),
     "layer_drop": Case(_set("layer_drop", "rate=0.5", "by_depth=constant"), neutral=_set("layer_drop", "rate=0")),
+    "early_exit": Case(_set("early_exit", "scale=0.5", "rotation=2"), neutral=_set("early_exit", "scale=0")),
     "keel": Case(("mechanisms.keel={}",), experts=True, **_join("weight")),
     "manifold_hyper_connections": Case(
         _set("manifold_hyper_connections", "streams=3", "mixing=permutations", "scale=1"), **_join("weight")
@@ -229,7 +230,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "stream-gates": ("multi_gate",),
     "streams": ("hyper_connections",),
     "twins": ("siamese_norm",),
-    "one-stage": ("value_residual",),
+    "one-stage": ("value_residual", "early_exit"),
 }
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 ONE_STAGE = ("one-stage",)
