@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "write a training checkpoint as a HuggingFace model directory",
     "import": "make a run directory at step 0 from a HuggingFace model directory",
     "merge": "the weighted mean of a run's checkpoints, in place of a decay of its learning rate",
+    "grow": "a deeper run whose new layers are copies of a checkpoint's, to continue",
     "eval": "perplexity and lm-eval tasks of one model or several side by side",
     "compress": "prune, round or factorise a trained model, and score it before and after",
     "analyze": "how a trained model uses its depth; --compare of two models",
