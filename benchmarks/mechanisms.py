@@ -5,7 +5,8 @@
 One process trains a model of 10M parameters on 2,048 tokens a step with each mechanism and without, otherwise the same
 model: with experts, or another activation, where the mechanism is of these. All take turns, step by step. Printed is
 processor time, which other work on the machine changes least; `update` is a step at which masks change, and
-`amortised` what the mechanism costs at its own interval.
+`amortised` what the mechanism costs at its own interval. `keeps` is what the forward pass leaves for the backward pass,
+by `sparsecod plan`, over the dense one's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
+from sparsecod_megatron.planning.layout import layout_of
+from sparsecod_megatron.planning.memory import rank_memory
 
 DENSE = "dense"
 SETTINGS = {
@@ -133,6 +136,11 @@ def measure(configs: dict[str, RunConfig], backend: Backend, *, steps: int) -> d
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def activations(config: RunConfig) -> int:
+    """Bytes that a step's micro-batch keeps, as planned for this machine."""
+    return rank_memory(layout_of(config, 1, transformer_engine=torch.cuda.is_available()), 0).activations
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             configs["step"] = run_config(name, experts=args.experts)
         median = measure(configs, backend, steps=args.steps)
         step = median["step"] / median[DENSE]
-        line = f"{name:>24}: {step:.3f} x dense ({1000 * median[DENSE]:.0f} ms)"
+        kept = activations(configs["step"]) / activations(configs[DENSE])
+        line = f"{name:>26}: {step:.3f} x dense ({1000 * median[DENSE]:.0f} ms), keeps {kept:.2f} x"
         if name in UPDATES:
             update = median["update"] / median[DENSE]
             own = run_config(name, experts=args.experts).mechanisms[name].interval
