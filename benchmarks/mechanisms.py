@@ -28,6 +28,7 @@ from sparsecod_megatron.planning.memory import rank_memory
 
 DENSE = "dense"
 SETTINGS = {
+    "complete_p": "{base_num_layers: 4}",
     "distillation": "{teacher: ':fresh:'}",
     "efficient_llm": "{start: 0}",
     "frozen_masks": "{prune: '2:4'}",

@@ -59,15 +59,17 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], steps: slice = sli
             for name, value in ((name, want[name]) for name in layer):
                 # An update of the size of rounding noise is a share of the noise.
                 rtol = 1e-3 if name == "update_ratio" else 2e-5
-                np.testing.assert_allclose(layer[name], value, rtol=rtol, err_msg=name)
+                # Rows of a mean of permutations are off by rounding alone.
+                atol = 1e-6 if name == "mix_row_error" else 0
+                np.testing.assert_allclose(layer[name], value, rtol=rtol, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
 def test_equals_one_process(case: LayoutCase, spread: dict[str, Any], single: dict[tuple[str, str], Any]) -> None:
     theirs = single[case.model, case.subject]
     assert_same(spread[case.name], theirs)
-    values = [value for layers in theirs["layers"] for layer in layers for value in layer.values()]
-    assert values and np.isfinite(values).all()
+    values = [np.ravel(value) for layers in theirs["layers"] for layer in layers for value in layer.values()]
+    assert values and np.isfinite(np.concatenate(values)).all()
 
 
 @pytest.mark.parametrize(("model", "group"), dict.fromkeys((case.model, case.subject) for case in LAYOUT_CASES))
