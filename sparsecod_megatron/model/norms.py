@@ -46,4 +46,5 @@ class ScaledRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S_local, B, H] → [S_local, B, H]."""
-        return self.scale * super().forward(x)
+        normed = super().forward(x)
+        return normed if self.scale == 1.0 else self.scale * normed

@@ -75,7 +75,7 @@ def placement_on_path(plain: Placement, path: ResidualPath, megatron: Transforme
     join = ModuleSpec(BranchJoin, params={"config": megatron, **where})
     if isinstance(plain.join, ModuleSpec):
         join = ModuleSpec(plain.join.module, params={**plain.join.params, **where})
-    if path.columns == 1 and not path.state_in_fp32:
+    if not _has_reads(path):
         return replace(plain, join=join)
     own = plain.input_norm.params if isinstance(plain.input_norm, ModuleSpec) else {}
     return Placement(ModuleSpec(ReadNorm, params={**where, **own}), join, fusible=False)
@@ -85,7 +85,12 @@ def final_norm(
     model: ModelConfig, provider: BackendSpecProvider, path: ResidualPath | None
 ) -> ModuleSpec | type | None:
     """What stands behind the layers; None: nothing."""
-    if path is None or (path.columns == 1 and not path.state_in_fp32):
+    if path is None or not _has_reads(path):
         return provider.layer_norm(rms_norm=True) if model.final_norm else None
     last = {"path": path, "sublayer": 2 * model.num_layers}
     return ModuleSpec(ReadNorm if model.final_norm else BareRead, params=last)
+
+
+def _has_reads(path: ResidualPath) -> bool:
+    """Whether a norm gets something else than the state."""
+    return path.columns > 1 or path.state_in_fp32

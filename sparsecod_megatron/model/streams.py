@@ -12,12 +12,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sparsecod_megatron.model.norms import RMSNorm
+from sparsecod_megatron.model.norms import ScaledRMSNorm
 from sparsecod_megatron.model.residual import owned
 from sparsecod_megatron.seams.residual import ResidualPath
 
 
-class ReadNorm(RMSNorm):
+class ReadNorm(ScaledRMSNorm):
     """scale · RMSNorm(read(state)).
 
     Args:
@@ -39,14 +39,12 @@ class ReadNorm(RMSNorm):
         sublayer: int,
         scale: float = 1.0,
     ) -> None:
-        super().__init__(config, hidden_size, eps)
-        self.scale = scale
+        super().__init__(config, hidden_size, eps, scale=scale)
         self.read = _read(path, sublayer, config)
 
     def forward(self, state: Tensor) -> Tensor:
         """[S_local, B, columns · H] → [S_local, B, H]."""
-        normed = super().forward(self.read(state).to(self.weight.dtype))
-        return normed if self.scale == 1.0 else self.scale * normed
+        return super().forward(self.read(state).to(self.weight.dtype))
 
 
 class BareRead(torch.nn.Module):

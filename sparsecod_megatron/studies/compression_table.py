@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsecod_megatron.analysis.compressions import DENSE
+from sparsecod_megatron.analysis.compressions import DENSE, TABLE_FILE
 from sparsecod_megatron.files import write_text
 from sparsecod_megatron.studies.table import amount, markdown_grid
 
@@ -50,7 +50,7 @@ def write_table(output: Path, rows: Sequence[dict[str, Any]], command: str) -> s
     write_text(output / "table.md", text)
     write_text(output / "table.csv", _csv(rows))
     content = {"command": command, "rows": list(rows), "warnings": warnings}
-    write_text(output / "table.json", json.dumps(content, indent=1) + "\n")
+    write_text(output / TABLE_FILE, json.dumps(content, indent=1) + "\n")
     return text
 
 

@@ -217,3 +217,15 @@ def _attention(
             output = output * torch.sigmoid(x @ gates[head])[..., None]
         outputs.append(output)
     return torch.cat(outputs, dim=-1) @ weights[f"{at}.linear_proj.weight"].T
+
+
+def assert_same_gradients(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], ours: torch.Tensor, theirs: torch.Tensor
+) -> None:
+    """Gradients of the mean square of logits, by the model and by weights of the same names; none is all zero."""
+    for logits in (ours, theirs):
+        logits.square().mean().backward()
+    for name, weight in model.named_parameters():
+        expected = weights[name].grad
+        assert expected is not None and bool(expected.any()), name
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)

@@ -42,9 +42,13 @@ class AttentionResiduals(ResidualMechanism):
         """Branches of a block."""
         return 2 * self.block_layers or 1
 
+    def sources(self, sublayer: int) -> int:
+        """What a sub-layer reads: the embedding, and the blocks that have a sum by then."""
+        return 1 + -(-sublayer // self.block_branches)
+
     def residual_state(self, model: ModelConfig) -> ResidualState:
         """The embedding, and each block's sum."""
-        return ResidualState(1 + -(-2 * model.num_layers // self.block_branches))
+        return ResidualState(self.sources(2 * model.num_layers))
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """More sources than are worth their memory."""
@@ -60,7 +64,7 @@ class AttentionResiduals(ResidualMechanism):
         """Query, and gain of the keys."""
         if sublayer == 0:
             return ()
-        sources = 1 + -(-sublayer // self.block_branches)
+        sources = self.sources(sublayer)
         shape = (model.hidden_size,)
         return StreamParameter("query", shape, products=sources * model.hidden_size), StreamParameter("key_gain", shape)
 
@@ -70,7 +74,7 @@ class AttentionResiduals(ResidualMechanism):
 
     def kept_by_read(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
         """The state, and of each source its RMS, score and weight; the first read keeps the slots beside its own."""
-        sources, columns = 1 + -(-sublayer // self.block_branches), self.residual_state(model).columns
+        sources, columns = self.sources(sublayer), self.residual_state(model).columns
         if sublayer == 0:
             return (columns - 1) * model.hidden_size * rank.value_bytes
         copied = sources * rank.copy_bytes or columns * rank.value_bytes
@@ -78,6 +82,6 @@ class AttentionResiduals(ResidualMechanism):
 
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
         """Weights of the sources, and their entropy."""
-        sources = 1 + -(-2 * models[0].config.num_layers // self.block_branches)
+        sources = self.sources(2 * models[0].config.num_layers)
         weights = tuple(f"depth_weight_{source}" for source in range(sources))
         return StreamReports(models, ("depth_entropy", *weights), depth_reports, ("depth_weight",))

@@ -21,7 +21,7 @@ class Path(StreamPath):
     def __init__(self, settings: dict[str, Any], *, hidden_size: int, num_layers: int, eps: float) -> None:
         super().__init__(settings, hidden_size=hidden_size, num_layers=num_layers, eps=eps)
         self.size = 2 * settings["block_layers"] or 1
-        self.columns = 1 + -(-self.branches // self.size)
+        self.columns = self.sources(self.branches)
 
     def sources(self, sublayer: int) -> int:
         """Slots that have been written when a sub-layer reads."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .streams_sparsecod import StreamPath, extension
+from .streams_sparsecod import StreamNorm, StreamPath, extension
 
 
 class Path(StreamPath):
@@ -24,7 +22,7 @@ class Path(StreamPath):
         return KeelJoin(self.alpha, self.hidden_size, self.eps)
 
 
-class KeelJoin(nn.Module):
+class KeelJoin(StreamNorm):
     """N(α · x + f).
 
     Args:
@@ -34,14 +32,12 @@ class KeelJoin(nn.Module):
     """
 
     def __init__(self, alpha: float, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.alpha, self.eps = alpha, eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        super().__init__(hidden_size, eps)
+        self.alpha = alpha
 
     def forward(self, branch: Tensor, state: Tensor) -> Tensor:
         """Both [..., H] → [..., H], in the state's type."""
-        x = self.alpha * state + branch
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return self.norm(self.alpha * state + branch)
 
 
 extend = extension(Path)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .streams_sparsecod import StreamPath, extension
+from .streams_sparsecod import StreamNorm, StreamPath, extension
 
 
 class Path(StreamPath):
@@ -33,47 +32,24 @@ class Path(StreamPath):
         return state[..., self.hidden_size :]
 
 
-def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-class Pair(nn.Module):
-    """(N(embedding), embedding).
-
-    Args:
-        hidden_size: H.
-        eps: of the norm.
-    """
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(hidden_size))
+class Pair(StreamNorm):
+    """(N(embedding), embedding)."""
 
     def forward(self, embedded: Tensor) -> Tensor:
         """[..., H] → [..., 2 · H]."""
-        return torch.cat((normed(embedded, self.weight, self.eps), embedded), dim=-1)
+        return torch.cat((self.norm(embedded), embedded), dim=-1)
 
 
-class SiameseRead(nn.Module):
-    """x + N(y).
-
-    Args:
-        hidden_size: H.
-        eps: of the norm.
-    """
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(hidden_size))
+class SiameseRead(StreamNorm):
+    """x + N(y)."""
 
     def forward(self, state: Tensor) -> Tensor:
         """[..., 2 · H] → [..., H]."""
         x, y = state.chunk(2, dim=-1)
-        return x + normed(y, self.weight, self.eps)
+        return x + self.norm(y)
 
 
-class SiameseJoin(nn.Module):
+class SiameseJoin(StreamNorm):
     """x ← N(x + f / c), y ← y + f.
 
     Args:
@@ -83,13 +59,13 @@ class SiameseJoin(nn.Module):
     """
 
     def __init__(self, hidden_size: int, eps: float, divisor: float) -> None:
-        super().__init__()
-        self.eps, self.divisor, self.weight = eps, divisor, nn.Parameter(torch.ones(hidden_size))
+        super().__init__(hidden_size, eps)
+        self.divisor = divisor
 
     def forward(self, branch: Tensor, state: Tensor) -> Tensor:
         """[..., H] and [..., 2 · H] → [..., 2 · H]."""
         x, y = state.chunk(2, dim=-1)
-        return torch.cat((normed(x + branch / self.divisor, self.weight, self.eps), y + branch), dim=-1)
+        return torch.cat((self.norm(x + branch / self.divisor), y + branch), dim=-1)
 
 
 extend = extension(Path)

@@ -96,6 +96,23 @@ class FirstColumn(nn.Module):
         return state[..., : self.hidden_size]
 
 
+class StreamNorm(nn.Module):
+    """Base of reads and joins with an RMSNorm.
+
+    Args:
+        hidden_size: H.
+        eps: of the norm.
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(hidden_size))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """RMSNorm over the last axis, in the type of x."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
 def widened(x: Tensor) -> Tensor:
     """In fp32, or fp64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -16,7 +16,7 @@ from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.mechanisms.activations.topk_activation import keep_largest
 from sparsecod_megatron.mechanisms.weights.distribution import erk, uniform
 from tests.helpers.megatron import SMALL, megatron_model, run_forward
-from tests.helpers.reference_gpt import forward
+from tests.helpers.reference_gpt import assert_same_gradients, forward
 from tests.helpers.training import collected_steps, small_trainer, trainer_batches
 
 select_backend()
@@ -33,12 +33,7 @@ def test_headwise_gate() -> None:
         weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
         ours, (theirs, _) = run_forward(model, tokens), forward(config.model, weights, tokens)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        for logits in (ours, theirs):
-            logits.square().mean().backward()
-        for name, weight in model.named_parameters():
-            expected = weights[name].grad
-            assert expected is not None and bool(expected.any()), name
-            torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
+        assert_same_gradients(model, weights, ours, theirs)
 
 
 @settings(max_examples=30, deadline=None)

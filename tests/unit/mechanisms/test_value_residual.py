@@ -15,7 +15,7 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.dist.layouts import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE
 from tests.helpers.megatron import SMALL, megatron_model, run_forward
-from tests.helpers.reference_gpt import forward
+from tests.helpers.reference_gpt import assert_same_gradients, forward
 from tests.helpers.training import small_trainer, trainer_batches
 
 select_backend()
@@ -46,12 +46,7 @@ def test_logits_and_every_gradient_of_a_plain_model(overrides: tuple[str, ...]) 
             constant = {"decoder.layers.2.self_attention.value_mix.weight": torch.tensor([0.0, 2.0])}
         ours, (theirs, _) = run_forward(model, TOKENS), forward(config.model, weights | constant, TOKENS)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
-        for logits in (ours, theirs):
-            logits.square().mean().backward()
-        for name, weight in model.named_parameters():
-            expected = weights[name].grad
-            assert expected is not None and bool(expected.any()), name
-            torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
+        assert_same_gradients(model, weights, ours, theirs)
 
 
 def test_factors_never_decay_and_are_adams() -> None:
