@@ -14,6 +14,7 @@ def model_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
     yield from _norm_problems(model)
     yield from _attention_problems(model)
+    yield from _bias_problems(model)
     yield from _document_problems(config)
     yield from _init_problems(model)
     if model.is_moe:
@@ -47,10 +48,14 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
             f"model.window_attn_skip_freq: {model.window_attn_skip_freq} needs a window; set model.sliding_window or "
             "remove it"
         )
-    original = model.rope_original_max_position_embeddings
-    if model.rope_scaling == "llama3" and original != 8192:
-        key = "model.rope_original_max_position_embeddings"
-        yield f"{key}: {original}, but llama3 scaling is defined for 8192; use that"
+
+
+def _bias_problems(model: ModelConfig) -> Iterator[str]:
+    """Biases that Megatron-Core's modules have only with others, or not at all."""
+    if model.attention_output_bias and not model.qkv_bias:
+        yield "model.attention_output_bias: true, but model.qkv_bias is false; set both, or qkv_bias alone"
+    if model.mlp_bias and model.is_moe:
+        yield f"model.mlp_bias: true, but the {model.num_moe_experts} experts of a layer have none; set it to false"
 
 
 def _partial_rotation_problems(model: ModelConfig) -> Iterator[str]:

@@ -16,7 +16,6 @@ Kind = type | tuple[str, ...]
 """bool, int, float, str, list (entries of one or several of these), or the strings to choose among."""
 
 FUNCTION_FIELDS: dict[str, Kind] = {
-    "add_qkv_bias": bool,
     "glu_linear_offset": float,
     "no_rope_freq": list,
     "rotary_interleaved": bool,
@@ -217,6 +216,8 @@ KEYS_OF_FIELDS: dict[str, str] = {
         )
     },
     "activation_func": "model.activation",
+    "add_bias_linear": "model.mlp_bias",
+    "add_qkv_bias": "model.qkv_bias",
     "embedding_init_method": "model.init",
     "embedding_init_method_std": "model.init_std.embedding",
     "gated_linear_unit": "model.activation",

@@ -54,7 +54,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "use_mamba_mem_eff_path",
         "v_head_dim",
     ),
-    "models here have no biases but those of megatron.add_qkv_bias": ("add_bias_linear",),
     "attention is PyTorch's or Transformer Engine's, whose softmax is fp32 and fused already": (
         "apply_query_key_layer_scaling",
         "attention_softmax_in_fp32",

@@ -74,15 +74,20 @@ class ModelConfig:
     """How positions beyond the original length are reached; the factor and length below belong to it."""
     rope_scaling_factor: float = at_least(1, 8.0)
     rope_original_max_position_embeddings: int = at_least(1, 8192)
-    """Sequence length before scaling (`yarn`; `llama3` is defined for 8192)."""
+    """Sequence length before scaling (`llama3`, `yarn`)."""
     sliding_window: int | None = at_least(1, None)
     """Keys that a query sees, itself included; None: all before it."""
     window_attn_skip_freq: int | None = at_least(2, None)
     """Every n-th layer attends without the window; None: all layers have it."""
     attention_output_gate: str = choice("none", "elementwise")
     """Attention output times sigmoid of a projection of the layer's input, one value per channel."""
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections (and of the gate's)."""
+    attention_output_bias: bool = False
 
     activation: str = choice("swiglu", "geglu", "gelu", "relu", "relu2")
+    mlp_bias: bool = False
+    """Biases of both matrices of dense MLPs."""
 
     num_moe_experts: int | None = at_least(1, None)
     """None is a dense model; the keys below then have no effect."""

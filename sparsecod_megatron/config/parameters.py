@@ -155,17 +155,15 @@ class ParameterTable:
     Attributes:
         model: its shape.
         mechanisms: `seams.mechanism.Mechanism`s, which add kinds of their own.
-        qkv_bias: whether `megatron.add_qkv_bias` gives queries, keys and values a bias.
     """
 
     model: ModelConfig
     mechanisms: tuple[Any, ...] = field(default=())
-    qkv_bias: bool = False
 
     @classmethod
     def of(cls, config: RunConfig) -> ParameterTable:
         """The table of a run."""
-        return cls(config.model, tuple(config.mechanisms.values()), config.qkv_bias)
+        return cls(config.model, tuple(config.mechanisms.values()))
 
     def first(self) -> Iterator[ParameterKind]:
         """What stands before the layers; the vocabulary is known."""
@@ -221,12 +219,14 @@ class ParameterTable:
         """Those of Megatron-Core's own layer."""
         model = self.model
         yield from _norms(model, layer)
-        yield from _attention(model, qkv_bias=self.qkv_bias)
+        yield from _attention(model)
         if model.is_moe_layer(layer):
             yield from _experts(model, layer)
         else:
             names = r"mlp\.linear_fc{}\.weight"
             yield from _mlp(model, "mlp", model.ffn_hidden_size, names, channels="model.ffn_hidden_size")
+            if model.mlp_bias:
+                yield from _mlp_biases(model)
 
     def _stepped(self, kinds: Iterable[ParameterKind], layer: int | None) -> Iterator[ParameterKind]:
         """With the factors that mechanisms put on their steps; `layer` is None at the ends of the model."""
@@ -304,7 +304,7 @@ NORM_RENAMES = {
 """Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
 
 
-def _attention(model: ModelConfig, *, qkv_bias: bool) -> Iterator[ParameterKind]:
+def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
     hidden, heads, width = model.hidden_size, model.num_attention_heads, model.head_dim
     queries = 2 * heads if model.attention_output_gate == "elementwise" else heads
     channels, at = (queries + 2 * model.query_groups) * width, r"self_attention\."
@@ -318,7 +318,7 @@ def _attention(model: ModelConfig, *, qkv_bias: bool) -> Iterator[ParameterKind]
         fp8=True,
         channels="model.num_query_groups: query, key and value channels",
     )
-    if qkv_bias:
+    if model.qkv_bias:
         yield ParameterKind("qkv_bias", (channels,), rf"{at}linear_qkv\.bias", "biases", None, "tensor", 0)
     yield ParameterKind(
         "attention_output",
@@ -330,6 +330,8 @@ def _attention(model: ModelConfig, *, qkv_bias: bool) -> Iterator[ParameterKind]
         fp8=True,
         channels="model.num_attention_heads × head channels",
     )
+    if model.attention_output_bias:
+        yield _output_bias(model, "attention", rf"{at}linear_proj\.bias")
     if model.qk_norm:
         yield _norm("query_norm", width, rf"{at}q_layernorm\.weight")
         yield _norm("key_norm", width, rf"{at}k_layernorm\.weight")
@@ -353,6 +355,18 @@ def _mlp(
     yield ParameterKind(f"{prefix}_input", shape, name, init="mlp_input", dimension=0, stacked=stacked, **shared)
     shape, name = (model.hidden_size, width), names.replace("{}", "2")
     yield ParameterKind(f"{prefix}_output", shape, name, init="mlp_output", dimension=1, **shared)
+
+
+def _mlp_biases(model: ModelConfig) -> Iterator[ParameterKind]:
+    stacked = 2 if model.is_gated else 1
+    shape, name = (stacked * model.ffn_hidden_size,), r"mlp\.linear_fc1\.bias"
+    yield ParameterKind("mlp_input_bias", shape, name, "biases", split="tensor", dimension=0, stacked=stacked)
+    yield _output_bias(model, "mlp", r"mlp\.linear_fc2\.bias")
+
+
+def _output_bias(model: ModelConfig, branch: str, pattern: str) -> ParameterKind:
+    """Added once to the sum over tensor-parallel ranks, so each holds it whole."""
+    return ParameterKind(f"{branch}_output_bias", (model.hidden_size,), pattern, "biases")
 
 
 def _experts(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:

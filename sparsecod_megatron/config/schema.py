@@ -295,11 +295,6 @@ class RunConfig:
     """Any other field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by its own name."""
 
     @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
-        return bool(self.megatron.get("add_qkv_bias"))
-
-    @property
     def decay_steps(self) -> int:
         """Step at which the learning rate reaches its minimum; follows `train.train_steps` unless set."""
         return self.schedule.lr_decay_steps or self.train.train_steps

@@ -50,6 +50,9 @@ class SparsecodConfig(PreTrainedConfig):
     final_norm: bool = True
     qk_norm: bool = False
     attention_output_gate: str = "none"
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
     mechanisms: Any = None
     sliding_window: int | None = None
     window_attn_skip_freq: int | None = None

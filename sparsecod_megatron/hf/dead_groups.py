@@ -109,6 +109,8 @@ class _Cut(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._stored[name]
         found = re.fullmatch(r"(.*\.)(linear_fc1|linear_fc2|linear_qkv|linear_proj)\.(weight|bias)", name)
+        if found is not None and found[2] not in EXITS and found[3] == "bias":
+            return tensor  # of the stream's channels
         exit_name = f"{found[1]}{EXITS.get(found[2], found[2])}.weight" if found else ""
         if found is None or exit_name not in self._kept:
             return tensor

@@ -83,12 +83,12 @@ class SparsecodAttention(nn.Module):
         self.scaling, self.is_causal = config.head_dim**-0.5, True
         self.sliding_window = config.sliding_window if config.is_windowed(layer_idx) else None
         hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, width, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(width, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, hidden, bias=config.attention_output_bias)
         has_gate = config.attention_output_gate == "elementwise"
-        self.g_proj = nn.Linear(hidden, width, bias=False) if has_gate else None
+        self.g_proj = nn.Linear(hidden, width, bias=config.qkv_bias) if has_gate else None
         self.q_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.value_mix: nn.Module | None = None  # of a mechanism: what becomes of values and the first layer's

@@ -34,12 +34,11 @@ class SparsecodMLP(nn.Module):
 
     def __init__(self, config: SparsecodConfig, width: int) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.activation]
-        self.gate_proj = (
-            nn.Linear(config.hidden_size, width, bias=False) if config.activation in ACTIVATIONS_WITH_GATE else None
-        )
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act, hidden, bias = ACTIVATIONS[config.activation], config.hidden_size, config.mlp_bias
+        has_gate = config.activation in ACTIVATIONS_WITH_GATE
+        self.gate_proj = nn.Linear(hidden, width, bias=bias) if has_gate else None
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] → [..., hidden]."""

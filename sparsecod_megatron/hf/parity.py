@@ -197,8 +197,11 @@ def compare_loaded(found: Recorded, model: Any, hf_dir: Path, *, by_module: Watc
     )
     if by_module is None or (name is None and report.passed):
         return report
-    tensor = "the output layer: lm_head.weight" if name is None else described(name)
-    return replace(report, first_differing_tensor=tensor)
+    if name is None:
+        return replace(report, first_differing_tensor="the output layer: lm_head.weight")
+    module = dict(model.get_decoder().named_modules()).get(name)
+    has_bias = getattr(module, "bias", None) is not None
+    return replace(report, first_differing_tensor=described(name, has_bias=has_bias))
 
 
 @dataclass(frozen=True)

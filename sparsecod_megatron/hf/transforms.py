@@ -68,10 +68,13 @@ def folded(shape: Shape, factor: float) -> Transform:
 
 
 def gate_up(shape: Shape) -> Transform:
-    """Megatron's gated `linear_fc1` `[2·ffn, hidden]`, gate rows above up rows, against gate and up `[ffn, hidden]`."""
+    """Megatron's gated `linear_fc1` `[2·ffn, hidden]`, gate rows above up rows, against gate and up `[ffn, hidden]`.
+
+    Or their biases, `[2·ffn]` against `[ffn]`.
+    """
     return Transform(
         (shape,),
-        ((shape[0] // 2, shape[1]),) * 2,
+        ((shape[0] // 2, *shape[1:]),) * 2,
         to_hf=lambda tensors: tensors[0].chunk(2, dim=0),
         to_megatron=lambda tensors: (torch.cat(tuple(tensors), dim=0),),
     )
@@ -84,7 +87,7 @@ def query_key_value(shape: Shape, heads: int, groups: int, *, gated: bool = Fals
     `i` with channel `i + head_dim / 2`.
 
     Args:
-        shape: of `linear_qkv`, `[heads of all three · channels of a head, hidden]`.
+        shape: of `linear_qkv`, `[heads of all three · channels of a head, hidden]`, or of its bias, without `hidden`.
         heads: query heads.
         groups: key and value heads.
         gated: each group holds the output gates of its heads after its queries; HuggingFace's gate follows v.
@@ -93,18 +96,18 @@ def query_key_value(shape: Shape, heads: int, groups: int, *, gated: bool = Fals
     """
     per_group = heads // groups
     slots = [per_group, *([per_group] if gated else []), 1, 1]
-    hidden, head_dim = shape[1], shape[0] // (groups * sum(slots))
+    hidden, head_dim = shape[1:], shape[0] // (groups * sum(slots))
 
     def split(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        grouped = tensors[0].reshape(groups, sum(slots), head_dim, hidden)
-        query, *gate, key, value = (part.reshape(-1, hidden) for part in grouped.split(slots, dim=1))
+        grouped = tensors[0].reshape(groups, sum(slots), head_dim, *hidden)
+        query, *gate, key, value = (part.reshape(-1, *hidden) for part in grouped.split(slots, dim=1))
         return [query, key, value, *gate]
 
     def merge(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        query, key, value, *gate = (tensor.reshape(groups, -1, head_dim, hidden) for tensor in tensors)
-        return (torch.cat([query, *gate, key, value], dim=1).reshape(-1, hidden),)
+        query, key, value, *gate = (tensor.reshape(groups, -1, head_dim, *hidden) for tensor in tensors)
+        return (torch.cat([query, *gate, key, value], dim=1).reshape(-1, *hidden),)
 
-    query, key = (heads * head_dim, hidden), (groups * head_dim, hidden)
+    query, key = (heads * head_dim, *hidden), (groups * head_dim, *hidden)
     parts = (query, key, key, query) if gated else (query, key, key)
     return Transform((shape,), parts, to_hf=split, to_megatron=merge)
 

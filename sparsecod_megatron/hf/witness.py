@@ -137,15 +137,21 @@ def _is_residual_stream(name: str) -> bool:
     return name.startswith("layers.") and name.count(".") == 1
 
 
-def described(name: str) -> str:
-    """`layer 3: model.layers.3.self_attn.q_proj.weight`, or what it is that no tensor decides."""
+def described(name: str, *, has_bias: bool = False) -> str:
+    """`layer 3: model.layers.3.self_attn.q_proj.weight`, or what it is that no tensor decides.
+
+    Args:
+        name: of the module that differs.
+        has_bias: whether it adds one, which may be what is wrong.
+    """
     prefix = name.split(".")
     if name == "embed_tokens":
         return "the embeddings: model.embed_tokens.weight"
     if name == "norm":
         return "after the last layer: model.norm.weight"
     inside = ".".join(prefix[2:])
-    what = CAUSES_WITHOUT_TENSOR.get(inside, f"model.{name}.weight" if inside else "the sum of its branches")
+    tensor = f"model.{name}.weight{' or bias' if has_bias else ''}"
+    what = CAUSES_WITHOUT_TENSOR.get(inside, tensor if inside else "the sum of its branches")
     return f"layer {prefix[1]}: {what}"
 
 
@@ -164,11 +170,13 @@ class Hooks:
             self.with_output(module, lambda output: self.record(name, output))
 
     def with_output(self, module: nn.Module | None, use: Callable[[Tensor], None]) -> None:
-        """Call with a module's output, the first of several."""
+        """Call with a module's output, the first of several, and with the bias that it leaves to what follows."""
         if module is not None and any(True for _ in module.parameters()):
 
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                use(output[0] if isinstance(output, tuple) else output)
+                first = output[0] if isinstance(output, tuple) else output
+                left = output[1] if getattr(module, "skip_bias_add", False) else None
+                use(first if left is None else first + left)
 
             self._handles.append(module.register_forward_hook(hook))
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -74,6 +75,8 @@ def build_model(
             vp_stage=vp_stage,
             **_rotary(config.model),
         ).to(device)
+        if config.model.rope_scaling == "llama3":
+            scale_as_llama3(model.rotary_pos_emb, config.model)
         mark_sharded(model, table, groups)
         initialize(model, table, groups, seed=config.train.seed)
         model.vp_stage, model.token_halo = vp_stage, token_halo(config)
@@ -99,14 +102,23 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # torch types attributes as tensors
 
 
+def scale_as_llama3(embedding: RotaryEmbedding, model: ModelConfig) -> None:
+    """Give a rotary embedding Llama 3's frequencies; GPTModel's argument for it knows 8,192 positions alone. Local.
+
+    Source: Megatron-Core models/common/embeddings/rotary_pos_embedding.py, `_apply_scaling`.
+    """
+    original = model.rope_original_max_position_embeddings
+    embedding.inv_freq = embedding._apply_scaling(
+        embedding.inv_freq, factor=model.rope_scaling_factor, original_max_position_embeddings=original
+    )
+
+
 def _rotary(model: ModelConfig) -> dict[str, Any]:
     """GPTModel's arguments for the rotary embedding; YaRN's numbers go through TransformerConfig."""
     return {
         "position_embedding_type": "yarn" if model.rope_scaling == "yarn" else "rope",
         "rotary_base": model.rotary_base,
         "rotary_percent": model.rotary_percent,
-        "rope_scaling": model.rope_scaling == "llama3",
-        "rope_scaling_factor": model.rope_scaling_factor,
         "seq_len_interpolation_factor": model.rope_scaling_factor if model.rope_scaling == "linear" else None,
     }
 

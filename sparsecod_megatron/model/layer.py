@@ -1,34 +1,37 @@
-"""A transformer layer with its own values of some configuration fields, such as the experts per token."""
+"""A transformer layer or its attention with own values of some configuration fields, such as the experts per token."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
-class VariedLayer(TransformerLayer):
-    """Megatron's layer, built from a copy of the model's configuration with `changes` applied.
+class Varied:
+    """Mixed into a module of Megatron-Core's, which then gets a copy of the model's configuration with `changes`.
 
     Args:
         config: the model's.
-        submodules: the layer's.
-        changes: TransformerConfig fields and their values in this layer.
-        **arguments: TransformerLayer's others.
+        *arguments: the module's others.
+        changes: TransformerConfig fields and their values in this module.
+        **options: the module's others.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: TransformerLayerSubmodules,
-        *,
-        changes: dict[str, Any],
-        **arguments: Any,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *arguments: Any, changes: dict[str, Any], **options: Any) -> None:
         own = copy.copy(config)
         for name, value in changes.items():
             assert hasattr(own, name), f"TransformerConfig has no field {name}"
             setattr(own, name, value)
-        super().__init__(own, submodules, **arguments)
+        parent: Any = super()
+        parent.__init__(own, *arguments, **options)
+
+
+class VariedLayer(Varied, TransformerLayer):
+    """Megatron's layer."""
+
+
+class VariedAttention(Varied, SelfAttention):
+    """Megatron's attention."""

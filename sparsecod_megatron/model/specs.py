@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
-from sparsecod_megatron.model.layer import VariedLayer
+from sparsecod_megatron.model.layer import VariedAttention, VariedLayer
 from sparsecod_megatron.model.norms import RMSNorm
 from sparsecod_megatron.model.placement import Placement, final_norm, placement, placement_on_path
 from sparsecod_megatron.model.router import StepRouter
@@ -150,8 +150,11 @@ def _attention(model: ModelConfig, provider: BackendSpecProvider, *, fuse: bool)
         "q_layernorm": head_norm,
         "k_layernorm": head_norm,
     }
-    causal = {"attn_mask_type": AttnMaskType.causal}
-    return ModuleSpec(module=SelfAttention, params=causal, submodules=SelfAttentionSubmodules(**places))
+    params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
+    module: type = SelfAttention
+    if model.attention_output_bias != model.mlp_bias:  # Megatron-Core has one field for both
+        module, params["changes"] = VariedAttention, {"add_bias_linear": model.attention_output_bias}
+    return ModuleSpec(module=module, params=params, submodules=SelfAttentionSubmodules(**places))
 
 
 def _mlp(provider: BackendSpecProvider, *, fuse: bool) -> ModuleSpec:

@@ -23,7 +23,6 @@ from sparsecod_megatron.model.precision import precision_fields, torch_dtype
 from sparsecod_megatron.seams.mechanism import configured
 
 FIXED_FIELDS: dict[str, Any] = {
-    "add_bias_linear": False,
     # `init.py` draws every matrix. Without `perform_initialization` Megatron would not mark which are sharded.
     "init_method": leave_as_is,
     "output_layer_init_method": leave_as_is,
@@ -119,6 +118,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
     return {
         "qk_layernorm": model.qk_norm,
         "attention_output_gate": model.attention_output_gate != "none",
+        "add_qkv_bias": model.qkv_bias,
         # Megatron counts the keys to the left, without the query's own.
         "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
         "window_attn_skip_freq": model.window_attn_skip_freq,
@@ -155,7 +155,12 @@ _ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.rel
 
 
 def _activation(model: ModelConfig) -> dict[str, Any]:
-    return {"gated_linear_unit": model.is_gated, "activation_func": _ACTIVATIONS[model.activation]}
+    return {
+        "gated_linear_unit": model.is_gated,
+        "activation_func": _ACTIVATIONS[model.activation],
+        # Attention reads it too, from a copy of its own where that differs (`specs.py`).
+        "add_bias_linear": model.mlp_bias,
+    }
 
 
 def _experts(model: ModelConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ RUN = (
     "optimizer.adam_eps=1e-3",
     "model.init_method_std=0.2",
     # Split over tensor-parallel ranks as few vectors are: each rank's part counts in the gradient norm.
-    "megatron.add_qkv_bias=true",
+    "model.qkv_bias=true",
     "statistics.variance.interval=1",
     "statistics.norms.interval=1",
     "statistics.mechanisms.interval=1",

@@ -110,7 +110,7 @@ def test_weights_start_a_run_that_computes_something_else_with_them(
         ("model.qk_norm=true", "k_layernorm.weight is absent there and [2, 8] here (model.qk_norm is False there"),
         ("model.ffn_hidden_size=32", "[2, 48, 16] there and [2, 64, 16] here (model.ffn_hidden_size is 24 there"),
         ("model.untie_embeddings_and_output_weights=false", "output_layer.weight is [384, 16] there and absent"),
-        ("megatron.add_qkv_bias=true", "linear_qkv.bias is absent there"),
+        ("model.qkv_bias=true", "linear_qkv.bias is absent there"),
     ],
 )
 def test_other_weights_start_no_run(config: Path, trained: Path, tmp_path: Path, override: str, said: str) -> None:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsecod_megatron.config import ModelConfig
-from tests.helpers.reference_mlp import dense, mixture
+from tests.helpers.reference_mlp import dense, linear, mixture
 
 
 def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
@@ -36,6 +36,10 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
         tensors[f"{at}.input_layernorm.weight"] = norm()
         tensors[f"{at}.self_attention.linear_qkv.weight"] = matrix((heads + 2 * groups) * head_dim, hidden)
         tensors[f"{at}.self_attention.linear_proj.weight"] = matrix(hidden, heads * head_dim)
+        biases = {"qkv": model.qkv_bias, "proj": model.attention_output_bias}
+        for part in (part for part, there in biases.items() if there):
+            rows = len(tensors[f"{at}.self_attention.linear_{part}.weight"])
+            tensors[f"{at}.self_attention.linear_{part}.bias"] = norm(rows) - 1
         if model.qk_norm:
             tensors |= {f"{at}.self_attention.{part}_layernorm.weight": norm(head_dim) for part in "qk"}
         tensors[f"{at}.pre_mlp_layernorm.weight"] = norm()
@@ -53,6 +57,8 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
         for name, width in mlps.items():
             tensors[f"{name}.linear_fc1.weight"] = matrix(2 * width, hidden)
             tensors[f"{name}.linear_fc2.weight"] = matrix(hidden, width)
+            if model.mlp_bias:
+                tensors[f"{name}.linear_fc1.bias"], tensors[f"{name}.linear_fc2.bias"] = norm(2 * width) - 1, norm() - 1
     tensors["decoder.final_layernorm.weight"] = norm()
     if model.untie_embeddings_and_output_weights:
         tensors["output_layer.weight"] = matrix(model.vocab_size or 0, hidden)
@@ -191,7 +197,7 @@ def _attention(
     at, size = f"decoder.layers.{layer}.self_attention", model.head_dim
     per_group = model.num_attention_heads // model.query_groups
     elementwise = model.attention_output_gate == "elementwise"
-    projected = x @ weights[f"{at}.linear_qkv.weight"].T
+    projected = linear(weights, f"{at}.linear_qkv", x)
     slots = per_group * (2 if elementwise else 1) + 2
     rotation = _rotation(model, torch.arange(x.shape[1]))
     hidden_keys = torch.where(_mask(model, layer, x.shape[1], document_ids), 0.0, float("-inf"))
@@ -216,7 +222,7 @@ def _attention(
         if (gates := weights.get(f"{at}.linear_gate.weight")) is not None:
             output = output * torch.sigmoid(x @ gates[head])[..., None]
         outputs.append(output)
-    return torch.cat(outputs, dim=-1) @ weights[f"{at}.linear_proj.weight"].T
+    return linear(weights, f"{at}.linear_proj", torch.cat(outputs, dim=-1))
 
 
 def assert_same_gradients(

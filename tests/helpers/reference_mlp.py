@@ -21,13 +21,19 @@ ACTIVATIONS = {
 
 
 def dense(model: ModelConfig, weights: Mapping[str, Tensor], at: str, x: Tensor) -> Tensor:
-    """down(act(gate(x)) · up(x)), or down(act(up(x)))."""
-    joined, down = weights[f"{at}.linear_fc1.weight"], weights[f"{at}.linear_fc2.weight"]
-    act = ACTIVATIONS[model.activation]
-    if model.activation not in ("swiglu", "geglu"):
-        return act(x @ joined.T) @ down.T
-    width = joined.shape[0] // 2
-    return (act(x @ joined[:width].T) * (x @ joined[width:].T)) @ down.T
+    """down(act(gate(x)) · up(x)), or down(act(up(x))), with biases if there are."""
+    act, inner = ACTIVATIONS[model.activation], linear(weights, f"{at}.linear_fc1", x)
+    if model.activation in ("swiglu", "geglu"):
+        width = inner.shape[-1] // 2
+        return linear(weights, f"{at}.linear_fc2", act(inner[..., :width]) * inner[..., width:])
+    return linear(weights, f"{at}.linear_fc2", act(inner))
+
+
+def linear(weights: Mapping[str, Tensor], at: str, x: Tensor) -> Tensor:
+    """x Wᵀ + b, the bias if there is one."""
+    bias = weights.get(f"{at}.bias")
+    product = x @ weights[f"{at}.weight"].T
+    return product if bias is None else product + bias
 
 
 def mixture(model: ModelConfig, weights: Mapping[str, Tensor], at: str, x: Tensor, *, layer: int) -> Tensor:

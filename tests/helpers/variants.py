@@ -18,7 +18,11 @@ DENSE: dict[str, tuple[str, ...]] = {
     "wide-heads": ("model.kv_channels=16",),
     "tied": ("model.untie_embeddings_and_output_weights=false",),
     "rope-linear": ("model.rope_scaling=linear", "model.rope_scaling_factor=4"),
-    "rope-llama3": ("model.rope_scaling=llama3", "model.rotary_base=100"),
+    "rope-llama3": (
+        "model.rope_scaling=llama3",
+        "model.rotary_base=100",
+        "model.rope_original_max_position_embeddings=64",
+    ),
     "rope-yarn": (
         "model.rope_scaling=yarn",
         "model.rope_scaling_factor=4",
@@ -28,6 +32,8 @@ DENSE: dict[str, tuple[str, ...]] = {
     "window": ("model.sliding_window=5",),
     "window-skip": ("model.sliding_window=5", "model.window_attn_skip_freq=2"),
     "gate-elementwise": ("model.attention_output_gate=elementwise",),
+    "qkv-bias": ("model.qkv_bias=true",),
+    "biases": ("model.qkv_bias=true", "model.attention_output_bias=true", "model.mlp_bias=true"),
     "geglu": ("model.activation=geglu",),
     "gelu": ("model.activation=gelu",),
     "relu": ("model.activation=relu",),

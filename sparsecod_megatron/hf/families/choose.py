@@ -10,14 +10,14 @@ from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
-from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN3
+from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
 from sparsecod_megatron.hf.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from sparsecod_megatron.hf.families.sparsecod import SPARSECOD
 from sparsecod_megatron.hf.table import NameTable
 from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
-FAMILIES = (LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SPARSECOD)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SPARSECOD)
 """In order of preference: the most widely supported class first, our own last."""
 
 SHAPE_KEYS = frozenset(
@@ -53,6 +53,9 @@ FEATURES: dict[str, tuple[object, ...]] = {
     "sliding_window": (None,),
     "window_attn_skip_freq": (None,),
     "attention_output_gate": ("none",),
+    "qkv_bias": (False,),
+    "attention_output_bias": (False,),
+    "mlp_bias": (False,),
     "moe_router_topk_per_layer": (None,),
     "moe_first_k_dense_layers": (0,),
     "moe_shared_expert_gate": (False,),

@@ -41,11 +41,11 @@ class LayerTensors:
         rows = {row.name: row for row in ParameterTable(model).layer(layer)}
         return cls(model, layer, rows, f"decoder.layers.{layer}", f"model.layers.{layer}")
 
-    @property
-    def query_key_value(self) -> Transform:
-        """How the fused projection is stored."""
+    def query_key_value(self, kind: str = "qkv") -> Transform:
+        """How the fused projection is stored, or its bias (`qkv_bias`)."""
         model, gated = self.model, self.model.attention_output_gate == "elementwise"
-        return query_key_value(self.rows["qkv"].shape, model.num_attention_heads, model.query_groups, gated=gated)
+        shape = self.rows["qkv"].shape if kind == "qkv" else self.rows["qkv"].shape[:1]
+        return query_key_value(shape, model.num_attention_heads, model.query_groups, gated=gated)
 
 
 def outer_entries(model: ModelConfig) -> tuple[list[Entry], list[Entry]]:
@@ -87,13 +87,17 @@ def layer_entries(tensors: LayerTensors, *, norm_factor: float) -> Iterator[Entr
 
 def _attention_entries(tensors: LayerTensors) -> Iterator[Entry]:
     rows, ours, theirs = tensors.rows, f"{tensors.ours}.self_attention", f"{tensors.theirs}.self_attn"
-    fused = tensors.query_key_value
-    parts = "qkvg"[: len(fused.hf_shapes)]
-    yield Entry((f"{ours}.linear_qkv.weight",), tuple(f"{theirs}.{part}_proj.weight" for part in parts), fused)
+    for kind, end in (("qkv", "weight"), ("qkv_bias", "bias")):
+        if kind in rows:
+            fused = tensors.query_key_value(kind)
+            parts = "qkvg"[: len(fused.hf_shapes)]
+            yield Entry((f"{ours}.linear_qkv.{end}",), tuple(f"{theirs}.{part}_proj.{end}" for part in parts), fused)
     for part, name in (("q", "query_norm"), ("k", "key_norm")):
         if (row := rows.get(name)) is not None:
             yield _plain(row, f"{ours}.{part}_layernorm.weight", f"{theirs}.{part}_norm.weight")
     yield _plain(rows["attention_output"], f"{ours}.linear_proj.weight", f"{theirs}.o_proj.weight")
+    if (row := rows.get("attention_output_bias")) is not None:
+        yield _plain(row, f"{ours}.linear_proj.bias", f"{theirs}.o_proj.bias")
 
 
 def mlp_entries(
@@ -105,7 +109,7 @@ def mlp_entries(
     hf_names: tuple[str, str, str] = PROJECTIONS,
     down_factor: float = 1.0,
 ) -> Iterator[Entry]:
-    """The matrices of one MLP.
+    """The matrices of one MLP, and their biases.
 
     Args:
         tensors: of the layer.
@@ -116,11 +120,19 @@ def mlp_entries(
         down_factor: power of two folded into the down projection.
     """
     inward, outward = tensors.rows[f"{kind}_input"], tensors.rows[f"{kind}_output"]
-    gate, up, down = (f"{hf}.{name}.weight" for name in hf_names)
-    is_gated = inward.stacked == 2
-    into = ((gate, up), gate_up(inward.shape)) if is_gated else ((up,), same(inward.shape))
-    yield Entry((f"{megatron}.linear_fc1.weight",), *into)
-    yield Entry((f"{megatron}.linear_fc2.weight",), (down,), scaled(outward.shape, down_factor))
+    yield _inward(inward, f"{megatron}.linear_fc1.weight", [f"{hf}.{name}.weight" for name in hf_names[:2]])
+    down = f"{hf}.{hf_names[2]}"
+    yield Entry((f"{megatron}.linear_fc2.weight",), (f"{down}.weight",), scaled(outward.shape, down_factor))
+    if (bias := tensors.rows.get(f"{kind}_input_bias")) is not None:
+        yield _inward(bias, f"{megatron}.linear_fc1.bias", [f"{hf}.{name}.bias" for name in hf_names[:2]])
+        yield _plain(tensors.rows[f"{kind}_output_bias"], f"{megatron}.linear_fc2.bias", f"{down}.bias")
+
+
+def _inward(row: ParameterKind, ours: str, gate_and_up: list[str]) -> Entry:
+    """Weight or bias of an input projection; without a gate there is the second alone."""
+    if row.stacked == 1:
+        return Entry((ours,), (gate_and_up[1],), same(row.shape))
+    return Entry((ours,), tuple(gate_and_up), gate_up(row.shape))
 
 
 def dense_entries(tensors: LayerTensors) -> Iterator[Entry]:

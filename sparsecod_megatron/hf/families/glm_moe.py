@@ -56,7 +56,7 @@ def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
     return {
-        "attention_bias": False,
+        "attention_bias": model.qkv_bias,
         "use_qk_norm": model.qk_norm,
         "partial_rotary_factor": model.rotary_percent,  # the class's default is a half
         "moe_intermediate_size": model.expert_ffn_hidden_size,
@@ -77,6 +77,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ConversionError("config.json: n_shared_experts 0 has no counterpart; the class has at least one")
     has_groups = fields["n_group"] > 1
     return {
+        "qkv_bias": fields["attention_bias"],
         "qk_norm": fields["use_qk_norm"],
         "moe_ffn_hidden_size": fields["moe_intermediate_size"],
         "moe_router_topk": fields["num_experts_per_tok"],
@@ -97,6 +98,7 @@ GLM4_MOE = Family(
     Glm4MoeConfig,
     PRE_NORM
     | {
+        "qkv_bias",
         "qk_norm",
         "rotary_percent",
         "moe_first_k_dense_layers",

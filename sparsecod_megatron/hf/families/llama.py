@@ -1,11 +1,11 @@
-"""Dense models: Llama; Mistral for windows and head sizes that Llama refuses; Qwen3 for QK-norm."""
+"""Dense models: Llama; Mistral for windows and head sizes that Llama refuses; Qwen2 for biases; Qwen3 for QK-norm."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
@@ -24,15 +24,37 @@ def _llama_obstacle(model: ModelConfig) -> str | None:
         return (
             f"model.hidden_size={model.hidden_size} not a multiple of num_attention_heads={model.num_attention_heads}"
         )
-    return _dense_obstacle(model)
+    return _dense_obstacle(model) or one_attention_bias(model)
+
+
+def one_attention_bias(model: ModelConfig) -> str | None:
+    """The obstacle of classes whose `attention_bias` is of all four projections."""
+    if model.qkv_bias == model.attention_output_bias:
+        return None
+    return f"model.qkv_bias={str(model.qkv_bias).lower()} with another attention_output_bias"
+
+
+def _qwen2_obstacle(model: ModelConfig) -> str | None:
+    return _dense_obstacle(model) if model.qkv_bias else "model.qkv_bias=false"
 
 
 def _qwen3_obstacle(model: ModelConfig) -> str | None:
-    return _dense_obstacle(model) if model.qk_norm else "model.qk_norm=false"
+    if not model.qk_norm:
+        return "model.qk_norm=false"
+    return _dense_obstacle(model) or one_attention_bias(model)
 
 
 def _llama_fields(model: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": False, "mlp_bias": False}
+    return {"attention_bias": model.qkv_bias, "mlp_bias": model.mlp_bias}
+
+
+def _read_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return read_attention_bias(fields) | {"mlp_bias": fields["mlp_bias"]}
+
+
+def read_attention_bias(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys of one `attention_bias` of all four projections."""
+    return {"qkv_bias": fields["attention_bias"], "attention_output_bias": fields["attention_bias"]}
 
 
 def _mistral_fields(model: ModelConfig) -> dict[str, Any]:
@@ -43,13 +65,13 @@ def _read_window(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": fields.get("sliding_window")}
 
 
-def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
+def _window_fields(model: ModelConfig) -> dict[str, Any]:
+    """Windows as Qwen2 and Qwen3 have them, which name the kind of every layer."""
     skip = model.window_attn_skip_freq
     windowed = [
         model.sliding_window is not None and not (skip and (layer + 1) % skip == 0) for layer in range(model.num_layers)
     ]
     return {
-        "attention_bias": False,
         "use_sliding_window": model.sliding_window is not None,
         "sliding_window": model.sliding_window,
         "max_window_layers": 0,
@@ -57,17 +79,38 @@ def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
+def read_layer_types(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys of a window, and of layers by kind."""
     full = [layer for layer, kind in enumerate(fields["layer_types"]) if kind == "full_attention"]
     if len(full) == len(fields["layer_types"]):
-        return {"qk_norm": True}
+        return {}
     # The first layer without a window tells the period; whether all others follow is seen by writing it again.
     skip = full[0] + 1 if full else None
-    return {"qk_norm": True, "sliding_window": fields["sliding_window"], "window_attn_skip_freq": skip}
+    return {"sliding_window": fields["sliding_window"], "window_attn_skip_freq": skip}
 
 
+def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": True} | read_layer_types(fields)
+
+
+def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": model.qkv_bias} | _window_fields(model)
+
+
+def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qk_norm": True} | read_attention_bias(fields) | read_layer_types(fields)
+
+
+ATTENTION_BIASES = frozenset({"qkv_bias", "attention_output_bias"})
+"""Keys of one `attention_bias`."""
 LLAMA = Family(
-    "LlamaForCausalLM", LlamaConfig, PRE_NORM, _llama_obstacle, dense_entries, _llama_fields, lambda fields: {}
+    "LlamaForCausalLM",
+    LlamaConfig,
+    PRE_NORM | ATTENTION_BIASES | {"mlp_bias"},
+    _llama_obstacle,
+    dense_entries,
+    _llama_fields,
+    _read_llama,
 )
 MISTRAL = Family(
     "MistralForCausalLM",
@@ -78,10 +121,19 @@ MISTRAL = Family(
     _mistral_fields,
     _read_window,
 )
+QWEN2 = Family(
+    "Qwen2ForCausalLM",
+    Qwen2Config,
+    PRE_NORM | {"qkv_bias", "sliding_window", "window_attn_skip_freq"},
+    _qwen2_obstacle,
+    dense_entries,
+    _window_fields,
+    _read_qwen2,
+)
 QWEN3 = Family(
     "Qwen3ForCausalLM",
     Qwen3Config,
-    PRE_NORM | {"qk_norm", "sliding_window", "window_attn_skip_freq"},
+    PRE_NORM | ATTENTION_BIASES | {"qk_norm", "sliding_window", "window_attn_skip_freq"},
     _qwen3_obstacle,
     dense_entries,
     _qwen3_fields,

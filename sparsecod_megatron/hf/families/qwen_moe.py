@@ -5,8 +5,8 @@ Qwen2-MoE has three features that ours may lack; each is then set so that it com
 - The shared expert is multiplied by `sigmoid(w · x)`. `w = 0` makes that 0.5 everywhere, and doubling the down
   projection takes it back: both are exact in binary floating point.
 - A shared expert is always there. Ours without one gets a narrow one of zeros.
-- q, k and v have biases: zeros. `qkv_bias` could switch them off, but readers of the format that do not know it would
-  leave the absent biases uninitialised.
+- q, k and v have biases: zeros where ours have none. The class's `qkv_bias` could switch them off, but readers of the
+  format that do not know it would leave the absent biases uninitialised.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sparsecod_megatron.hf.families.entries import (
     routed_entries,
     shared_entries,
 )
-from sparsecod_megatron.hf.families.llama import PRE_NORM
+from sparsecod_megatron.hf.families.llama import ATTENTION_BIASES, PRE_NORM, one_attention_bias, read_attention_bias
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.transforms import zeros
 
@@ -47,11 +47,12 @@ def _qwen3_obstacle(model: ModelConfig) -> str | None:
         return "model.qk_norm=false"
     if model.moe_shared_expert_intermediate_size is not None:
         return f"model.moe_shared_expert_intermediate_size={model.moe_shared_expert_intermediate_size}"
-    return None
+    return one_attention_bias(model)
 
 
 def _qwen2_entries(tensors: LayerTensors) -> Iterator[Entry]:
-    yield _zero_biases(tensors)
+    if not tensors.model.qkv_bias:
+        yield _zero_biases(tensors)
     yield from _qwen3_entries(tensors)
     if "router" in tensors.rows:
         yield from _shared_entries(tensors)
@@ -62,8 +63,12 @@ def _qwen3_entries(tensors: LayerTensors) -> Iterator[Entry]:
 
 
 def _zero_biases(tensors: LayerTensors) -> Entry:
-    shapes = [shape[:1] for shape in tensors.query_key_value.hf_shapes]
-    return Entry((), tuple(f"{tensors.theirs}.self_attn.{part}_proj.bias" for part in "qkv"), zeros(*shapes))
+    shapes = tensors.query_key_value("qkv_bias").hf_shapes
+    return Entry((), tuple(_bias_names(tensors.layer)), zeros(*shapes))
+
+
+def _bias_names(layer: int) -> list[str]:
+    return [f"model.layers.{layer}.self_attn.{part}_proj.bias" for part in "qkv"]
 
 
 def _shared_entries(tensors: LayerTensors) -> Iterator[Entry]:
@@ -117,13 +122,17 @@ def _qwen2_fields(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
     return _read_routed(fields) | {
+        "qkv_bias": True,
         "moe_shared_expert_intermediate_size": fields["shared_expert_intermediate_size"],
         "moe_shared_expert_gate": True,
     }
 
 
 def _without_placeholders(model: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """Without a gate that is 0.5 everywhere, and without a shared expert that no step could bring to life."""
+    """Without biases that are all zero, a gate that is 0.5 everywhere, and a shared expert that stays at zero."""
+    biases = [name for layer in range(model.num_layers) for name in _bias_names(layer)]
+    if all(name in tensors and not bool(tensors[name].any()) for name in biases):
+        model = replace(model, qkv_bias=False)
     mixtures = [f"model.layers.{layer}.mlp" for layer in range(model.num_layers) if model.is_moe_layer(layer)]
 
     def is_zero(part: str) -> bool:
@@ -140,17 +149,18 @@ def _without_placeholders(model: ModelConfig, tensors: Mapping[str, Tensor]) -> 
 
 def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
     window = {"use_sliding_window": model.sliding_window is not None, "sliding_window": model.sliding_window}
-    return _routed_fields(model) | window | {"attention_bias": False}
+    return _routed_fields(model) | window | {"attention_bias": model.qkv_bias}
 
 
 def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return _read_routed(fields) | {"qk_norm": True, "sliding_window": fields.get("sliding_window")}
+    window = {"sliding_window": fields.get("sliding_window")}
+    return _read_routed(fields) | window | read_attention_bias(fields) | {"qk_norm": True}
 
 
 QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",
     Qwen2MoeConfig,
-    PRE_NORM | {"moe_shared_expert_gate", "moe_first_k_dense_layers"},
+    PRE_NORM | {"qkv_bias", "moe_shared_expert_gate", "moe_first_k_dense_layers"},
     _qwen2_obstacle,
     _qwen2_entries,
     _qwen2_fields,
@@ -160,7 +170,7 @@ QWEN2_MOE = Family(
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
     Qwen3MoeConfig,
-    PRE_NORM | {"qk_norm", "sliding_window", "moe_first_k_dense_layers"},
+    PRE_NORM | ATTENTION_BIASES | {"qk_norm", "sliding_window", "moe_first_k_dense_layers"},
     _qwen3_obstacle,
     _qwen3_entries,
     _qwen3_fields,

@@ -96,6 +96,8 @@ class Monet(Mechanism):
         name, model, tensor = f"mechanisms.{self.name}", config.model, config.parallel.tensor_model_parallel_size
         if model.is_moe:
             yield f"model.num_moe_experts: {model.num_moe_experts}, but {name} is for dense MLPs; remove one of them"
+        if model.mlp_bias:
+            yield f"model.mlp_bias: true, but experts of {name} have biases of their own; remove it"
         if model.activation not in ACTIVATIONS:
             yield f"model.activation: {model.activation}, but experts of {name} have no gate; use relu2 or relu"
         if self.k > self.experts:

@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 DEEP_INITS = ("scaled", "mitchell", "small_init")
 """Values of `model.init` that make output projections smaller with depth."""
 _FACTOR = ".write.factor"
-_JOINS = {"attention_output": "self_attn_bda", "mlp_output": "mlp_bda"}
-"""Kind of output projection → the join behind it."""
+_JOINS = {
+    **dict.fromkeys(("attention_output", "attention_output_bias"), "self_attn_bda"),
+    **dict.fromkeys(("mlp_output", "mlp_output_bias"), "mlp_bda"),
+}
+"""Kind of output projection, or of its bias → the join behind it."""
 _FOLDABLE = ("pre", "post", "mix")
 """`model.norm_placement` under which no norm stands between an output projection and the join."""
 
@@ -82,7 +85,7 @@ class Scaled(ResidualMechanism):
 
     def fold(self, model: ModelConfig, whole: GPTModel) -> None:
         """Leave joins with a factor of 1."""
-        joins = [getattr(layer, join) for layer in whole.decoder.layers for join in _JOINS.values()]
+        joins = [getattr(layer, join) for layer in whole.decoder.layers for join in set(_JOINS.values())]
         for join in joins if self.folds(model) else ():
             del join.write.factor
             join.write.factor = 1.0
@@ -93,7 +96,7 @@ class Scaled(ResidualMechanism):
 
 
 class FoldedTensors(Mapping[str, "Tensor"]):
-    """Tensors by name, without factors, and with output projections whose rows are multiplied by them.
+    """Tensors by name, without factors, and with output projections (weight and bias) whose rows they multiply.
 
     Args:
         constant: factor of joins without a learned one.
@@ -108,15 +111,16 @@ class FoldedTensors(Mapping[str, "Tensor"]):
         """On the stored tensors' device; output projections in fp32, exact where factors are powers of two."""
         tensor = self._tensors[name]
         layer = re.match(r"(?:module\.)*decoder\.layers\.\d+\.", name)
-        if layer is None or tensor.dim() < 2:
+        if layer is None or name.endswith(_FACTOR):
             return tensor
         kind = self._table.find(name)
-        if kind.init not in _JOINS:
+        if (join := _JOINS.get(kind.init or kind.name)) is None:
             return tensor
         assert tensor.shape[0] == self._table.model.hidden_size, f"{name} has no row for each channel of the stream"
-        factor = f"{layer[0]}{_JOINS[kind.init]}{_FACTOR}"
+        factor = f"{layer[0]}{join}{_FACTOR}"
         if factor in self._tensors:
-            return tensor.float() * self._tensors[factor].float().unsqueeze(-1)
+            rows = self._tensors[factor].float()
+            return tensor.float() * (rows if tensor.dim() == 1 else rows.unsqueeze(-1))
         return tensor.float() * self._constant
 
     def __iter__(self) -> Iterator[str]:

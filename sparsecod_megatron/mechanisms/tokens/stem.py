@@ -62,6 +62,8 @@ class Stem(Mechanism):
         yield from token_problems(self, config, layers)
         if not model.is_gated:
             yield f"model.activation: {model.activation} has no up projection for mechanisms.stem; use swiglu or geglu"
+        if model.mlp_bias:
+            yield "model.mlp_bias: true, but the tables of mechanisms.stem have none; remove it"
         for layer in (layer for layer in layers if 0 <= layer < model.num_layers and model.is_moe_layer(layer)):
             yield f"{self.key('layers')}: {layer} is a mixture of experts, but tables are for dense MLPs; leave it out"
         for other in config.mechanisms.values():

@@ -86,7 +86,7 @@ def test_what_a_device_lacks_is_said() -> None:
 def test_megatron_fields_stay_where_they_mean_something() -> None:
     """Those of the architecture; not those that rows choose, nor those that the device lacks; each where it is read."""
     fields = (
-        "megatron.add_qkv_bias=true",
+        "megatron.rotary_interleaved=true",
         "megatron.bucket_size=1000000",
         "megatron.recompute_granularity=selective",
         "megatron.moe_token_dispatcher_type=flex",
@@ -99,7 +99,7 @@ def test_megatron_fields_stay_where_they_mean_something() -> None:
     assert all(f"megatron.{name} is left out" in said for name in ("bucket_size", "recompute_granularity"))
     assert "megatron.attention_backend is left out: it needs Transformer Engine" in said
     megatron = {row.name: row.config(on_cuda.config).megatron for row in plan_rows(on_cuda.config, nproc=2).rows}
-    assert megatron["1 process"] == {"add_qkv_bias": True, "attention_backend": "flash"}
+    assert megatron["1 process"] == {"rotary_interleaved": True, "attention_backend": "flash"}
     flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
     assert megatron["ep2"] == megatron["1 process"] | flex
 

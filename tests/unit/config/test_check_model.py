@@ -23,10 +23,8 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
         (("model.final_norm=false",), ["model.final_norm: false", "norm_placement=pre"]),
         (("model.norm_placement=before",), ["model.norm_placement: 'before'", "sandwich"]),
         (("model.window_attn_skip_freq=2",), ["model.window_attn_skip_freq: 2", "sliding_window"]),
-        (
-            ("model.rope_scaling=llama3", "model.rope_original_max_position_embeddings=4096"),
-            ["rope_original_max_position_embeddings: 4096", "8192"],
-        ),
+        (("model.attention_output_bias=true",), ["model.attention_output_bias: true", "qkv_bias is false"]),
+        ((*MOE_SHAPE, "model.mlp_bias=true"), ["model.mlp_bias: true", "8 experts"]),
         (DOCUMENTS[:1], ["data.reset_position_ids: false", "both or neither"]),
         (
             (*DOCUMENTS, "parallel.context_parallel_size=2"),

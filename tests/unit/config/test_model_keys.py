@@ -29,7 +29,7 @@ def test_the_lists_name_keys_that_exist() -> None:
         ((), ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "optimizer.lr=1")),
         ((), ("model.moe_router_topk=5", "model.moe_router_dtype=fp64")),
         ((), ("model.rope_scaling_factor=4", "model.mix_post_fraction=0.5", "model.embedding_norm=false")),
-        ((), ("megatron.add_qkv_bias=false", "megatron.overlap_grad_reduce=true")),
+        ((), ("megatron.rotary_interleaved=false", "megatron.overlap_grad_reduce=true")),
         (EXPERTS, ("model.moe_aux_loss_coeff=1", "model.ffn_hidden_size=100", "model.moe_router_bias_update_rate=1")),
     ],
 )
@@ -45,7 +45,7 @@ def test_changes_that_no_trained_model_notices(base: tuple[str, ...], changes: t
         ((), "model.rotary_base=50000"),
         ((), "model.layernorm_epsilon=1e-6"),
         ((), "megatron.softmax_scale=0.5"),
-        ((), "megatron.add_qkv_bias=true"),
+        ((), "model.qkv_bias=true"),
         (EXPERTS, "model.moe_router_topk=3"),
         (EXPERTS, "model.moe_expert_capacity_factor=2.0"),
     ],

@@ -18,7 +18,6 @@ from tests.helpers.meta import meta_model
 from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
 
 VARIANTS = {**{f"dense-{name}": keys for name, keys in DENSE.items()}}
-VARIANTS["dense-qkv-bias"] = ("megatron.add_qkv_bias=true",)
 VARIANTS |= {f"moe-{name}": (*MOE_SHAPE, *keys) for name, keys in MOE.items()}
 
 KEYS: dict[str, list[Any]] = {
@@ -34,6 +33,9 @@ KEYS: dict[str, list[Any]] = {
     "activation": ["swiglu", "geglu", "gelu", "relu", "relu2"],
     "untie_embeddings_and_output_weights": [True, False],
     "sliding_window": [None, 5],
+    "qkv_bias": [False, True],
+    "attention_output_bias": [False, True],
+    "mlp_bias": [False, True],
     "num_moe_experts": [None, 2, 8],
     "moe_ffn_hidden_size": [16, 20],
     "moe_first_k_dense_layers": [0, 1, 2],

@@ -43,7 +43,7 @@ def shapes(tensors: dict[str, Tensor], part: str) -> Iterator[tuple[int, ...]]:
     return (tuple(tensor.shape) for name, tensor in tensors.items() if part in name)
 
 
-@pytest.mark.parametrize("name", ["pre", "mqa", "wide-heads", "tied"])
+@pytest.mark.parametrize("name", ["pre", "mqa", "wide-heads", "tied", "qkv-bias"])
 def test_neurons_and_heads_of_a_dense_model(name: str) -> None:
     """As wide as the layer with the most that live; of others as many dead ones stay as that needs."""
     model = load_config(None, [*SMALL, "model.num_attention_heads=8", "model.num_query_groups=4", *DENSE[name]]).model
@@ -63,6 +63,17 @@ def test_neurons_and_heads_of_a_dense_model(name: str) -> None:
     expected, ours = forward(model, tensors, TOKENS)[0], forward(found.model, narrow, TOKENS)[0]
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert "\n" not in found.described() and "model.ffn_hidden_size 48 → 45" in found.described()
+
+
+def test_biases_of_neurons_go_with_them_and_those_of_the_stream_stay() -> None:
+    model = load_config(None, [*SMALL, *DENSE["biases"]]).model
+    tensors = random_tensors(model)
+    for layer in range(3):
+        kill(tensors, f"decoder.layers.{layer}.mlp.linear_fc2.weight", [0, 5, 47], 48)
+    found = without_dead_groups(model, tensors, ["neuron"])
+    assert set(shapes(dict(found.tensors), "mlp.linear_fc1.bias")) == {(90,)}
+    expected, ours = forward(model, tensors, TOKENS)[0], forward(found.model, dict(found.tensors), TOKENS)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_stay_a_multiple_of_what_grouped_products_take() -> None:

@@ -28,11 +28,14 @@ EXPECTED = {
     "tied": "LlamaForCausalLM",
     "wide heads": "LlamaForCausalLM",
     "heads that do not divide": "MistralForCausalLM",
+    "biases": "LlamaForCausalLM",
+    "qkv biases": "Qwen2ForCausalLM",
     "moe": "MixtralForCausalLM",
     "moe wide heads": "MixtralForCausalLM",
     "moe tied": "MixtralForCausalLM",
     "moe top-1": "Qwen2MoeForCausalLM",
     "moe shared": "Qwen2MoeForCausalLM",
+    "moe biases": "Qwen2MoeForCausalLM",
     "moe pre-softmax": "Qwen2MoeForCausalLM",
     "moe pre-softmax wide heads": "Qwen2MoeForCausalLM",
     "moe pre-softmax shared": "Qwen2MoeForCausalLM",
@@ -47,7 +50,7 @@ def saved_by_transformers(model: ModelConfig, folder: Path) -> dict[str, Tensor]
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
             absent = model.moe_shared_expert_intermediate_size is None and ".shared_expert." in name
-            zero = absent or "shared_expert_gate" in name or name.endswith("_proj.bias")
+            zero = absent or "shared_expert_gate" in name or (name.endswith("_proj.bias") and not model.qkv_bias)
             parameter.copy_(torch.zeros_like(parameter) if zero else torch.randn_like(parameter))
     hf.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
@@ -86,6 +89,10 @@ def test_our_tensors_survive_the_way_to_huggingface_and_back(name: str) -> None:
 IDENTITY = MODELS | {
     "window": tiny(sliding_window=5),
     "qk-norm": tiny(qk_norm=True),
+    "qk-norm biases": tiny(qk_norm=True, qkv_bias=True, attention_output_bias=True),
+    "qk-norm experts biases": moe(qk_norm=True, qkv_bias=True, attention_output_bias=True),
+    "ling biases": moe(**LING | {"qkv_bias": True}),
+    "own class biases": tiny(activation="gelu", qkv_bias=True, attention_output_gate="elementwise", mlp_bias=True),
     "qk-norm window": tiny(qk_norm=True, sliding_window=5, window_attn_skip_freq=2),
     "qk-norm experts": moe(qk_norm=True, moe_first_k_dense_layers=1),
     "gated shared expert": moe(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True),
@@ -108,6 +115,7 @@ def test_import_of_an_export_is_the_model(name: str, tmp_path: Path) -> None:
         derived["moe_ffn_hidden_size"] = model.expert_ffn_hidden_size
     # Nothing has that width where all layers are mixtures.
     unused = {"ffn_hidden_size"} if model.is_moe and not model.moe_first_k_dense_layers else set()
+    unused |= set() if model.is_moe else {"moe_ffn_hidden_size"}
     for key in (SHAPE_KEYS | FEATURES.keys()) - unused:
         expected = derived.get(key, getattr(model, key))
         neutral = FEATURES.get(key, ())
@@ -169,7 +177,7 @@ def test_a_feature_the_families_have_not_heard_of_is_refused() -> None:
 
 
 def test_what_stands_in_the_way_of_each_candidate_is_told() -> None:
-    llama, _, _, mixtral, *_ = FAMILIES
+    llama, _, _, _, mixtral, *_ = FAMILIES
     model = moe(moe_shared_expert_intermediate_size=28)
     with pytest.raises(ConversionError, match=r"Llama.*num_moe_experts=5; Mixtral.*shared_expert_intermediate_size=28"):
         choose_family(model, families=(llama, mixtral))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -49,29 +50,43 @@ GLM = {
     "use_qk_norm": True,
     "num_mtp_layers": 0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama-yarn": LlamaConfig(**SIZES, rope_parameters=YARN),
+    "llama-3": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral-window": MistralConfig(**SIZES, sliding_window=5),
-    "qwen3": Qwen3Config(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2-window": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=0, tie_word_embeddings=True
+    ),
+    "qwen3": Qwen3Config(**SIZES, attention_bias=True),
     "qwen3-window": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=0),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[0]),
-    "glm4-moe": Glm4MoeConfig(**SIZES, **GLM),
-    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),
+    "glm4-moe": Glm4MoeConfig(**SIZES, **GLM, attention_bias=True),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0], attention_bias=True),
 }
 
 
-def save(config: PreTrainedConfig, folder: Path, **options: object) -> Path:
-    """A random model, its norms away from 1 and its biases zero."""
+def save(config: PreTrainedConfig, folder: Path, *, bias: float = 0.1, **options: object) -> Path:
+    """A random model, its norms away from 1, and biases of that size."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                parameter.zero_()
+                parameter.copy_(bias * torch.randn_like(parameter))
             elif parameter.dim() == 1:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             else:
@@ -113,9 +128,9 @@ def test_the_import_computes_what_transformers_computes(name: str, tmp_path: Pat
 
 
 REFUSED = {
-    "attention_bias True": LlamaConfig(**SIZES, attention_bias=True),
+    "qkv_bias False": Qwen2MoeConfig(**SIZES, **EXPERTS, qkv_bias=False),
     "hidden_act 'gelu'": LlamaConfig(**SIZES, hidden_act="gelu"),
-    "has no name table": Qwen2Config(**{key: SIZES[key] for key in SIZES if key != "head_dim"}),
+    "has no name table": GPT2Config(),
     "rope_type 'dynamic'": LlamaConfig(**SIZES, rope_parameters=YARN | {"rope_type": "dynamic"}),
     "rope_theta 0.5": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 0.5}),
     "mlp_only_layers \\[1\\]": Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]),
@@ -193,11 +208,13 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         open_source(folder)
 
 
-def test_biases_with_values_are_refused(tmp_path: Path) -> None:
-    folder = save(CONFIGS["qwen2-moe"], tmp_path / "m")
+def test_biases_that_are_all_zero_are_left_out(tmp_path: Path) -> None:
+    folder = save(CONFIGS["qwen2-moe"], tmp_path / "m", bias=0)
+    assert not open_source(folder).model.qkv_bias
     rewrite(lambda tensors: tensors["model.layers.2.self_attn.k_proj.bias"].fill_(0.1))(folder)
-    with pytest.raises(ConversionError, match="layer 2: .*bias.*: holds values other than zero"):
-        dict(open_source(folder).tensors())
+    source = open_source(folder)
+    assert source.model.qkv_bias
+    assert any(bool(tensor.any()) for name, tensor in source.tensors() if name.endswith("linear_qkv.bias"))
 
 
 def theirs_and_ours(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

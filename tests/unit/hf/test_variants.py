@@ -27,6 +27,8 @@ STOCK = {
     "dense-pre": "LlamaForCausalLM",
     "dense-lns": "LlamaForCausalLM",
     "dense-qk-norm": "Qwen3ForCausalLM",
+    "dense-qkv-bias": "Qwen2ForCausalLM",
+    "dense-biases": "LlamaForCausalLM",
     "dense-mqa": "LlamaForCausalLM",
     "dense-mha": "LlamaForCausalLM",
     "dense-wide-heads": "LlamaForCausalLM",

@@ -23,7 +23,7 @@ from tests.helpers.training import small_trainer, trainer_batches
 select_backend()
 
 EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=24", "model.moe_first_k_dense_layers=1")
-VECTORS = ("model.qk_norm=true", "megatron.add_qkv_bias=true", "model.embedding_norm=true")
+VECTORS = ("model.qk_norm=true", "model.qkv_bias=true", "model.embedding_norm=true")
 DEEP = ("model.num_layers=4", "model.mup_base_hidden_size=8")
 WIDTH, DEPTH = 4.0, 2.0
 
@@ -181,6 +181,7 @@ def saved_with_logits(folder: Path, tokens: Tensor, *overrides: str) -> tuple[Pa
 HALF, CHANNELS = "mechanisms.scaled.branch=0.5", "mechanisms.scaled={branch: 0.5, learn: channel}"
 OTHERS = {
     "plain": (),
+    "biases": ("model.qkv_bias=true", "model.attention_output_bias=true", "model.mlp_bias=true"),
     "post": ("model.norm_placement=post",),
     "mix": ("model.norm_placement=mix", "model.num_layers=4"),
     "experts": (*EXPERTS, "model.moe_shared_expert_intermediate_size=24", "model.moe_shared_expert_gate=true"),
@@ -193,7 +194,10 @@ OTHERS = {
 
 @pytest.mark.parametrize(
     ("other", "factor"),
-    [*((other, HALF) for other in OTHERS), *((other, CHANNELS) for other in ("mix", "experts", "sltrain", "ste"))],
+    [
+        *((other, HALF) for other in OTHERS),
+        *((other, CHANNELS) for other in ("biases", "mix", "experts", "sltrain", "ste")),
+    ],
 )
 def test_folded_factors_leave_the_function(other: str, factor: str, tmp_path: Path) -> None:
     """Bit for bit, where they are powers of two."""

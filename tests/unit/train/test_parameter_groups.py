@@ -19,7 +19,7 @@ from tests.helpers.training import small_trainer, trainer_batches
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 arithmetic on the CPU")
 
-DENSE = ("model.qk_norm=true", "model.norm_placement=peri", "megatron.add_qkv_bias=true")
+DENSE = ("model.qk_norm=true", "model.norm_placement=peri", "model.qkv_bias=true")
 MOE = (
     "model.num_moe_experts=4",
     "model.moe_ffn_hidden_size=24",
