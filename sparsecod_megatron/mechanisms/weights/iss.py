@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsecod_megatron.config.fields import at_least
+from sparsecod_megatron.mechanisms.weights.engine import masking
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
 from sparsecod_megatron.mechanisms.weights.engine.schedules import is_choice, step_of_share
@@ -77,4 +78,4 @@ class SoftMasks(ZeroedWeights):
         if self.settings.is_zeroing(context):
             super().change_weights(piece, marks, context)
         else:
-            piece.master.mul_(1 - (1 - self.settings.factor) * marks)
+            masking.scale_(piece.master, marks, self.settings.factor)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import above, choice
+from sparsecod_megatron.mechanisms.weights.engine import masking
 from sparsecod_megatron.mechanisms.weights.engine.patterns import parsed_pattern
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
 from sparsecod_megatron.mechanisms.weights.engine.window import MaskedWindow
@@ -101,4 +102,4 @@ class FadingWindow(MaskedWindow):
     def change_gradient(self, piece: Piece, dead: Tensor, context: StepContext) -> None:
         """g ⊙ (m + (1 − m) β)."""
         if self.settings.gradient == "chain":
-            piece.gradient.mul_(1 - (1 - self.settings.dead_factor(context)) * dead)
+            masking.scale_(piece.gradient, dead, self.settings.dead_factor(context))

@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsecod_megatron.config.fields import at_least
+from sparsecod_megatron.mechanisms.weights.engine import masking
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
 from sparsecod_megatron.mechanisms.weights.engine.window import MaskedWindow
 from sparsecod_megatron.mechanisms.weights.ste import Ste
@@ -50,4 +51,4 @@ class PulledWindow(MaskedWindow):
 
     def change_gradient(self, piece: Piece, dead: Tensor, context: StepContext) -> None:
         """g + λ (1 − m) W."""
-        piece.gradient.add_(piece.master * dead, alpha=self._decay)
+        masking.add_(piece.gradient, dead, piece.master, self._decay)

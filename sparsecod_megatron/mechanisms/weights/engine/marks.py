@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.mechanisms.weights.engine import masking
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
 from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin, StepContext, StepParts
@@ -83,10 +84,10 @@ class Marks(Plugin):
             for piece in self.places.pieces:
                 marks = drawn[piece.shard.parameter]
                 piece.marked = torch.zeros_like(piece.marked) if marks is None else piece.slice_of(marks).clone()
-                piece.master.masked_fill_(piece.marked, 0.0)
+                masking.zero_(piece.master, piece.marked)
             for parameter, marks in drawn.items():
                 if marks is not None:
-                    parameter.masked_fill_(marks, 0.0)
+                    masking.zero_(parameter.data, marks)
             self.has_zeros = any(marks is not None for marks in drawn.values())
 
     @torch.no_grad()
@@ -186,13 +187,13 @@ class ZeroedWeights(Marks):
     def change_gradient(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """None for what is dead before or after the step, so that neither norm nor moments see it."""
         if self.has_zeros or self.settings.is_zeroing(context):
-            piece.gradient.masked_fill_(self._touched(piece, marks), 0.0)
+            masking.zero_(piece.gradient, self._touched(piece, marks))
 
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """Only where marks change: without gradient and moments, AdamW leaves a zero where it is."""
         if marks is not piece.marked and self.settings.is_zeroing(context):
             for values in (piece.master, *piece.moments):
-                values.masked_fill_(self._touched(piece, marks), 0.0)
+                masking.zero_(values, self._touched(piece, marks))
 
     def _touched(self, piece: Piece, marks: Tensor) -> Tensor:
         return marks | piece.marked if self.has_zeros and marks is not piece.marked else marks

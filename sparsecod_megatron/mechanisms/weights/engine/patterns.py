@@ -30,14 +30,19 @@ def smallest_of_each(weight: Tensor, n: int, m: int) -> Tensor:
         m: neighbours along `in`.
     """
     # One tensor for each place in the groups: passes over long rows, where a group's own few would be slow to walk.
-    places = [place.contiguous() for place in weight.detach().abs().unflatten(-1, (-1, m)).unbind(-1)]
-    larger = [torch.zeros(places[0].shape, dtype=torch.uint8, device=weight.device) for _ in range(m)]
+    places = [place.abs() for place in weight.detach().unflatten(-1, (-1, m)).unbind(-1)]
+    # How many of its group are larger: all later ones, until one loses.
+    counts = torch.int8 if m <= 128 else torch.int16
+    larger = [torch.full_like(place, m - 1 - at, dtype=counts) for at, place in enumerate(places)]
     for first in range(m):
         for second in range(first + 1, m):
-            wins = places[first] >= places[second]
+            wins = (places[first] >= places[second]).view(torch.int8)
             larger[second] += wins
-            larger[first] += ~wins
-    return torch.stack([count >= n for count in larger], dim=-1).flatten(start_dim=-2)
+            larger[first] -= wins
+    dead = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    for count, place in zip(larger, dead.unflatten(-1, (-1, m)).unbind(-1), strict=True):
+        torch.ge(count, n, out=place)
+    return dead
 
 
 def exceeding_groups(weight: Tensor, n: int, m: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.mechanisms.weights.engine import masking
 from sparsecod_megatron.mechanisms.weights.engine.patterns import smallest_of_each
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places
 from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts
@@ -120,7 +121,11 @@ class MaskedWindow(Plugin):
 
 def masked(weight: Tensor, dead: Tensor, factor: float) -> Tensor:
     """The weight with what is dead multiplied by a factor."""
-    return torch.where(dead, weight * factor, weight) if factor else weight.masked_fill(dead, 0.0)
+    if not factor:
+        return masking.zeroed(weight, dead)
+    result = weight.clone()
+    masking.scale_(result, dead, factor)
+    return result
 
 
 class FlipShare:
