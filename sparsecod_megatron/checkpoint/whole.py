@@ -96,7 +96,8 @@ def write_weights(
     """
     config = single_process(config)
     with unsharded(config, backend) as (models, groups):
-        own = {**dict(unwrap(models[0]).named_parameters()), **dict(unwrap(models[0]).named_buffers())}
+        whole = unwrap(models[0])
+        own = {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers())}
         with torch.no_grad():
             for name, tensor in tensors:
                 own[name].copy_(tensor)

@@ -137,7 +137,7 @@ class ParameterCount:
         embedding: number in the embedding and the output layer, shared ones once.
         live: without those that a mechanism holds at zero.
         by_kind: total by kind.
-        by_layer: total by layer.
+        by_layer: total by layer; nothing in one that computes with another's.
     """
 
     total: int
@@ -202,8 +202,14 @@ class ParameterTable:
             shape = (model.vocab_size, model.hidden_size)
             yield ParameterKind("output", shape, r"output_layer\.weight", group, init, "tensor", 0)
 
+    def owner(self, layer: int) -> int:
+        """The layer (from 0) that holds what layer `layer` computes with: itself, unless they share parameters."""
+        for mechanism in self.mechanisms:
+            layer = mechanism.owner(self.model, layer)
+        return layer
+
     def layer(self, layer: int) -> Iterator[ParameterKind]:
-        """Parameters of layer `layer` (from 0)."""
+        """Parameters that layer `layer` (from 0) computes with."""
         yield from self._stepped(self._layer(layer), layer)
 
     def _layer(self, layer: int) -> Iterator[ParameterKind]:
@@ -254,7 +260,7 @@ class ParameterTable:
 
     def count(self) -> ParameterCount:
         """Count a model whose vocabulary is known; buffers, such as the selection bias of experts, are none."""
-        layers = [list(self.layer(layer)) for layer in range(self.model.num_layers)]
+        layers = [[*self.layer(at)] if self.owner(at) == at else [] for at in range(self.model.num_layers)]
         ends = [*self.first(), *self.last(shares_embedding=True)]
         kinds = [*ends, *(kind for layer in layers for kind in layer)]
         by_kind: dict[str, int] = {}
@@ -267,7 +273,7 @@ class ParameterTable:
             embedding=by_kind["embedding"] + by_kind.get("output", 0),
             live=total - sum(mechanism.dead_parameters(self) for mechanism in self.mechanisms),
             by_kind=by_kind,
-            by_layer=[_total(layer) for layer in layers],
+            by_layer=[sum(kind.total for kind in layer) for layer in layers],
         )
 
     @cached_property
@@ -390,7 +396,3 @@ def _experts(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
         if model.moe_shared_expert_gate:
             name = r"mlp\.shared_experts\.gate_weight"
             yield ParameterKind("shared_expert_gate", (1, hidden), name, init="router")
-
-
-def _total(kinds: Iterable[ParameterKind]) -> int:
-    return sum(kind.total for kind in kinds)

@@ -144,7 +144,8 @@ def _recorded(
     """What ours gives on the tokens, with what its modules give, and on its own continuation of the first of them."""
     with reference() as ours:
         if table is not None and exported_as is not None:
-            tensors = {**dict(ours.model.named_parameters()), **dict(ours.model.named_buffers())}
+            shared = ours.model.named_parameters(remove_duplicate=False)
+            tensors = {**dict(shared), **dict(ours.model.named_buffers())}
             for name, rounded in as_exported(table, tensors, exported_as):
                 tensors[name].copy_(rounded)
         with megatron_outputs(ours.model, model, own) as outputs:

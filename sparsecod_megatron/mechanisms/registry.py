@@ -54,6 +54,7 @@ MECHANISMS = Registry(
         "journey": "weights.journey:Journey",
         "keel": "residual.keel:Keel",
         "layer_drop": "residual.layer_drop:LayerDrop",
+        "loop": "residual.loop:Loop",
         "manifold_hyper_connections": "residual.manifold_hyper_connections:ManifoldHyperConnections",
         "mask_sparsity": "weights.mask_sparsity:MaskSparsity",
         "maskllm": "weights.maskllm:MaskLlm",

@@ -23,6 +23,7 @@ from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.model.gpt import PreparedGPTModel
 from sparsecod_megatron.model.init import initialize
 from sparsecod_megatron.model.sharding import mark_sharded
+from sparsecod_megatron.model.shared_layers import share_layers
 from sparsecod_megatron.model.specs import block_spec, spec_provider
 from sparsecod_megatron.seams.mechanism import configured, token_halo
 from sparsecod_megatron.seams.residual import residual_path
@@ -77,6 +78,7 @@ def build_model(
         ).to(device)
         if config.model.rope_scaling == "llama3":
             scale_as_llama3(model.rotary_pos_emb, config.model)
+        share_layers(model, table)
         mark_sharded(model, table, groups)
         initialize(model, table, groups, seed=config.train.seed)
         model.vp_stage, model.token_halo = vp_stage, token_halo(config)

@@ -34,7 +34,7 @@ class OwnedSlices:
 
     Attributes:
         optimizer: steps the master weights.
-        layers: layer of each slice, as a row of the sums.
+        layers: layer of each slice, as a row of the sums; of layers that share it, a slice stands here once for each.
         rows: the same on the device, [slices].
         parameters: the model's, whole.
         spans: (start, end) of each slice in its flattened parameter.
@@ -62,7 +62,10 @@ def owned_slices(models: Sequence[GPTModel], optimizer: ChainedOptimizer) -> lis
         optimizer: the optimizers over them.
     """
     layers = [layer for model in models for layer in model.decoder.layers]
-    rows = {parameter: row for row, layer in enumerate(layers) for parameter in layer.parameters()}
+    rows: dict[torch.nn.Parameter, list[int]] = {}
+    for row, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            rows.setdefault(parameter, []).append(row)
     device = next(models[0].parameters()).device
     return [_owned_slices(part, rows, models[0].pg_collection, device) for part in working_parts(optimizer)]
 
@@ -74,17 +77,18 @@ def working_parts(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
 
 def _owned_slices(
     part: MegatronOptimizer,
-    rows: Mapping[torch.nn.Parameter, int],
+    rows: Mapping[torch.nn.Parameter, list[int]],
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> OwnedSlices:
     # Embedding, output layer and final norm have no row: they are in no layer.
-    owned = [
-        entry
+    found = [
+        (row, entry)
         for entry in held_slices(part, groups)
-        if entry[0] in rows and param_is_not_tensor_parallel_duplicate(entry[0], groups.tp)
+        if param_is_not_tensor_parallel_duplicate(entry[0], groups.tp)
+        for row in rows.get(entry[0], [])
     ]
-    layers = [rows[parameter] for parameter, _, _ in owned]
+    layers, owned = [row for row, _ in found], [entry for _, entry in found]
     return OwnedSlices(
         optimizer=part.optimizer,
         layers=layers,

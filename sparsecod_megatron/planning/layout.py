@@ -166,9 +166,15 @@ class Layout:
 
     def stage_layers(self, stage: int) -> Counter[int]:
         """How many of a stage's layers each representative stands for."""
-        return Counter(
-            self.representatives[layer] for chunk in range(self.chunks) for layer in self.layers(stage, chunk)
-        )
+        return Counter(self.representatives[layer] for layer in self._layers_of(stage))
+
+    def stage_owners(self, stage: int) -> Counter[int]:
+        """The same of the layers that hold parameters, and do not compute with another's."""
+        own = (layer for layer in self._layers_of(stage) if self.table.owner(layer) == layer)
+        return Counter(self.representatives[layer] for layer in own)
+
+    def _layers_of(self, stage: int) -> Iterator[int]:
+        return (layer for chunk in range(self.chunks) for layer in self.layers(stage, chunk))
 
     def stage_parameters(self, stage: int) -> Iterator[tuple[ParameterKind, int]]:
         """Every parameter of a stage's ranks, before splitting, and how many of it there are."""
@@ -178,7 +184,7 @@ class Layout:
         if stage == self.stages - 1:
             ends.extend(self.table.last(shares_embedding=self.stages == 1))
         yield from ((kind, 1) for kind in ends)
-        for layer, count in self.stage_layers(stage).items():
+        for layer, count in self.stage_owners(stage).items():
             yield from ((kind, count) for kind in self.table.layer(layer))
 
     @cached_property
@@ -186,7 +192,8 @@ class Layout:
         """The first of each sort of stage; of equals it holds the most activations."""
         seen: dict[tuple[object, ...], int] = {}
         for stage in range(self.stages):
-            sort = (stage == 0, stage == self.stages - 1, tuple(sorted(self.stage_layers(stage).items())))
+            counts = (self.stage_layers(stage), self.stage_owners(stage))
+            sort = (stage == 0, stage == self.stages - 1, *(tuple(sorted(count.items())) for count in counts))
             seen.setdefault(sort, stage)
         return list(seen.values())
 

@@ -159,6 +159,7 @@ class Mechanism:
             keeps in a checkpoint, so that `checkpoint.init_from` takes both or is refused.
         unfused: branches (`attention`, `mlp`) whose normalised input it reads, so that no kernel may fuse the norm into
             what follows.
+        shares_layers: whether it means the same in layers that share their parameters (`owner`).
         has_choices: whether rounding may decide what a token passes through, where two values nearly tie.
         mixes_tokens: whether a layer takes from other tokens outside of attention, which Jacobians cannot hold fixed.
     """
@@ -168,6 +169,7 @@ class Mechanism:
     adds_modules: ClassVar[tuple[str, ...]] = ()
     weights_need_state: ClassVar[bool] = True
     unfused: ClassVar[tuple[str, ...]] = ()
+    shares_layers: ClassVar[bool] = False
     has_choices: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
 
@@ -182,6 +184,10 @@ class Mechanism:
     def end_parameters(self, model: ModelConfig) -> tuple[list[ParameterKind], list[ParameterKind]]:
         """Parameters that it adds before the layers, and behind them."""
         return [], []
+
+    def owner(self, model: ModelConfig, layer: int) -> int:
+        """The layer (from 0) whose parameters layer `layer` computes with: itself, or an earlier one of its stage."""
+        return layer
 
     def made_of(self, kind: ParameterKind, model: ModelConfig, layer: int) -> tuple[ParameterKind, ...]:
         """The parameters that layer `layer` (from 0) has in place of a plain one: that itself, unless others do."""

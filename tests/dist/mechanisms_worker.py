@@ -18,7 +18,7 @@ from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.dist.layouts import BUCKETS, CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, SpreadCase
-from tests.helpers.mechanisms import CASES, ONE_STAGE, TOGETHER, settings
+from tests.helpers.mechanisms import CASES, ONE_STAGE, TOGETHER, UNDIVIDED, settings
 from tests.helpers.megatron import SMALL
 from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 
@@ -48,6 +48,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp2-vpp2": (PP2, VPP2, *BUCKETS),
     "cp2": (CP2, *BUCKETS),
     "tp2-sp-full-recompute": (TP2, SP, *FULL_RECOMPUTE),
+    "dp2-full-recompute": (*BUCKETS, *FULL_RECOMPUTE),
 }
 EXPERT_LAYOUTS: dict[str, tuple[str, ...]] = {
     "ep2": (EP2,),
@@ -73,7 +74,7 @@ class LayoutCase(SpreadCase):
 
 PATHS = ("depth-attention", "streams")
 """Residual paths: one of slots and one of streams, whose wide state pipeline stages send each other."""
-EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers", "product-keys", *PATHS)
+EVERYWHERE = ("gate-masks-topk", "factors", "marks", "tokens", "teachers", "product-keys", "loops", *PATHS)
 """Runs that are tried in every layout; the others share their code, and are in one of each kind of split.
 Experts' neurons are the unit tests' matter."""
 ROUTERS = ("routers", "trees")
@@ -81,6 +82,8 @@ ROUTERS = ("routers", "trees")
 MASKS_OF_EXPERTS = ("tp2-sp-ep2", "gate-masks-topk")
 """Where tensor-parallel ranks hold different experts, whose masks one threshold decides."""
 KINDS_OF_SPLIT = ("dp2", "tp2-sp", "pp2-vpp2", "ep2")
+RECOMPUTED_BUCKETS = "dp2-full-recompute"
+"""For layers that share parameters, whose gradients come one by one; buckets must wait for the last of them."""
 RECOMPUTE_OF_ONE_STAGE = "tp2-sp-full-recompute"
 """For runs that no pipeline can have; the others recompute in theirs."""
 
@@ -91,8 +94,10 @@ def is_tried(model: str, group: str, layout: str) -> bool:
     if not any(CASES[name].dense if is_dense else CASES[name].experts for name in names):
         return False
     if group in ONE_STAGE:
-        return not layout.startswith("pp2")
-    if layout == RECOMPUTE_OF_ONE_STAGE:
+        return layout != RECOMPUTED_BUCKETS and not layout.startswith("pp2")
+    if group in UNDIVIDED and layout in ("pp2-vpp2", RECOMPUTED_BUCKETS):
+        return layout == RECOMPUTED_BUCKETS
+    if layout in (RECOMPUTE_OF_ONE_STAGE, RECOMPUTED_BUCKETS):
         return False
     if not (layout in ("ep2", "tp2-sp") or is_dense or group in ROUTERS or (layout, group) == MASKS_OF_EXPERTS):
         return False

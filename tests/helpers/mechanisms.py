@@ -181,6 +181,12 @@ CASES: dict[str, Case] = {
     ),
     "layer_drop": Case(_set("layer_drop", "rate=0.5", "by_depth=constant"), neutral=_set("layer_drop", "rate=0")),
     "early_exit": Case(_set("early_exit", "scale=0.5", "rotation=2"), neutral=_set("early_exit", "scale=0")),
+    "loop": Case(
+        _set("loop", "first=2", "last=2"),
+        neutral=_set("loop", "times=1"),
+        experts=True,
+        example=_set("loop", "first=0", "last=0"),
+    ),
     "keel": Case(("mechanisms.keel={}",), experts=True, **_join("weight")),
     "manifold_hyper_connections": Case(
         _set("manifold_hyper_connections", "streams=3", "mixing=permutations", "scale=1"), **_join("weight")
@@ -224,6 +230,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "deltas": ("delta",),
     "drops": ("layer_drop",),
     "highways": ("keel",),
+    "loops": ("loop",),
     "manifolds": ("manifold_hyper_connections",),
     "scales": ("scaled",),
     "depths": ("complete_p",),
@@ -235,6 +242,8 @@ TOGETHER: dict[str, tuple[str, ...]] = {
 """Mechanisms that do not touch each other, by name of the run: one training for all."""
 ONE_STAGE = ("one-stage",)
 """Runs whose mechanisms no pipeline can have."""
+UNDIVIDED = ("loops",)
+"""Runs that stages of one layer cannot have."""
 APART = ("marks", "windows", "groups")
 """Runs whose mechanisms each have a layer of their own."""
 

@@ -55,6 +55,7 @@ class ResidualMechanism(Mechanism):
     """A residual path; a run has one at most."""
 
     shapes_weights: ClassVar[bool] = True
+    shares_layers: ClassVar[bool] = True
     has_own_norms: ClassVar[bool] = False
     """Whether LayerNorm scaling would scale what it normalises again."""
     placements: ClassVar[tuple[str, ...]] = ("pre",)

@@ -40,6 +40,7 @@ class EarlyExit(Mechanism):
     """Settings of the mechanism."""
 
     name: ClassVar[str] = "early_exit"
+    shares_layers: ClassVar[bool] = True
 
     scale: float = at_least(0, 1.0)
     """Factor on the weights of all exits but the last."""
