@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,9 @@ from transformers.masking_utils import eager_mask
 from sparsecod_megatron.analysis.branches import TOLERANCE, branch_error, token_errors
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.blocks import hidden_output
-from sparsecod_megatron.hf.calls import Call, Trace
+from sparsecod_megatron.hf.calls import Call, Replay, Trace
 from sparsecod_megatron.hf.foreign import running
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from sparsecod_megatron.hf.residual_state import ResidualState
 
 ATTENTION = "sparsecod_isolated"
 _ADVICE = "leave jacobian out of --scores"
@@ -53,19 +51,23 @@ class IsolatedBlock:
     Attributes:
         block: the module.
         call: what the model calls it with.
-        hidden: [B, T, d] its input.
-        after: [B, T, d] its output in the model.
+        view: how its state is to be seen.
+        state: its input.
+        hidden: [B, T, d] what its attention reads: of a plain block its input.
+        after: [B, T, d] that with what it writes in the model added: of a plain block its output.
     """
 
     block: nn.Module
     call: Call
+    view: ResidualState
+    state: Tensor
     hidden: Tensor
     after: Tensor
     _records: dict[nn.Module, _Record] = field(default_factory=dict)
     _chosen: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """The block's output for tokens that stand at `positions` of sequences `rows`.
+        """The block as a map of what it reads, for tokens that stand at `positions` of sequences `rows`.
 
         Args:
             tokens: [copies · b, p, d] in place of the model's own; `copies` variants of the same places.
@@ -81,14 +83,19 @@ class IsolatedBlock:
         copies = len(tokens) // len(rows)
         args = tuple(_at(value, rows, positions, copies, self.hidden) for value in self.call.args)
         kwargs = {key: _at(value, rows, positions, copies, self.hidden) for key, value in self.call.kwargs.items()}
+        state = self.state[rows[:, None], positions].repeat(copies, 1, 1)
+
+        def run(hidden: Tensor) -> Tensor:
+            with running(self.block, "a pass of chosen tokens, apart from the others,", _ADVICE):
+                after = hidden_output(self.block(hidden, *args, **kwargs))
+            assert after is not None
+            return after
+
         self._chosen = (rows, positions)
         try:
-            with running(self.block, "a pass of chosen tokens, apart from the others,", _ADVICE):
-                after = hidden_output(self.block(tokens, *args, **kwargs))
+            return self.view.mapped(self.block, run, tokens, state)
         finally:
             self._chosen = None
-        assert after is not None
-        return after
 
     def attention(
         self,
@@ -135,7 +142,7 @@ class IsolatedBlock:
         """
         self._records.clear()
         with running(self.block, "a pass with attention exchanged", _ADVICE):
-            self.block(self.hidden, *self.call.args, **self.call.kwargs)
+            self.block(self.state, *self.call.args, **self.call.kwargs)
         kind = type(self.block).__name__
         if not self._records:
             raise ConversionError(
@@ -159,16 +166,17 @@ class IsolatedBlock:
 
 
 @contextmanager
-def isolated(model: PreTrainedModel, trace: Trace, block: nn.Module, layer: int) -> Iterator[IsolatedBlock]:
+def isolated(replay: Replay, trace: Trace, layer: int) -> Iterator[IsolatedBlock]:
     """Let a block's attention be the one above while the `with` block runs.
 
     Args:
-        model: the block's.
+        replay: of the model.
         trace: the micro-batch.
-        block: the module at `layer`.
-        layer: its index.
+        layer: index of the block.
     """
-    apart = IsolatedBlock(block, trace.calls[layer], trace.hidden[layer], trace.hidden[layer + 1])
+    model, layers = replay.model, replay.layers
+    hidden, after = replay.seen(trace, layer)
+    apart = IsolatedBlock(layers.blocks[layer], trace.calls[layer], layers.state, trace.hidden[layer], hidden, after)
     AttentionInterface.register(ATTENTION, apart.attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)
     before = model.config._attn_implementation

@@ -19,6 +19,8 @@ TOKENS_AT_ONCE = 512
 class TokenJacobians:
     """Numbers of `J = ∂h_{l+1}[t]/∂h_l[t]` for each token; each [b, p], float64.
 
+    With a state of several vectors, h_l is what attention reads and h_{l+1} that with what the block writes added.
+
     Attributes:
         deviation: ‖J−I‖_F/√d.
         deviation_variance: variance of that estimate; zero where it is exact.
@@ -119,8 +121,8 @@ def summed_jacobian(replay: Replay, trace: Trace, layer: int) -> Tensor:
     Returns:
         [d, d], row = output channel, float64; ÷ tokens it is the reference's E[J].
     """
-    hidden = trace.hidden[layer].detach().requires_grad_()
-    after = replay.run_block(trace, layer, hidden)
+    hidden = replay.seen(trace, layer)[0].detach().requires_grad_()
+    after = replay.mapped(trace, layer, hidden)
     size = hidden.shape[-1]
     total = torch.empty(size, size, dtype=torch.float64, device=hidden.device)
     for channel in range(size):

@@ -146,6 +146,20 @@ class Replay:
             after = self.run_block(trace, layer, hidden)
         return after, state.written(hidden, after, branches)
 
+    @torch.no_grad()
+    def seen(self, trace: Trace, layer: int) -> tuple[Tensor, Tensor]:
+        """What a block reads, and that with what it writes added: of a plain block its input and output; [B, T, d]."""
+        state, before = self.layers.state, trace.hidden[layer]
+        if state.columns == 1:
+            return before, trace.hidden[layer + 1]
+        read = state.read(self.layers.blocks[layer], before)
+        return read, read + self.step(trace, layer, before)[1]
+
+    def mapped(self, trace: Trace, layer: int, read: Tensor) -> Tensor:
+        """The second of `seen` as a function of the first, which gradients reach."""
+        block, state = self.layers.blocks[layer], self.layers.state
+        return state.mapped(block, lambda hidden: self.run_block(trace, layer, hidden), read, trace.hidden[layer])
+
     def run_blocks(self, trace: Trace, order: Sequence[int], hidden: Tensor) -> Iterator[Tensor]:
         """Run blocks in the given order, yielding what each leaves, [B, T, d]."""
         for layer in order:

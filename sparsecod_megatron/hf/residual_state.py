@@ -2,14 +2,14 @@
 
 A plain block reads h and writes Δ = h' − h. The state of the `sparsecod` architecture may hold several streams, or
 slots for earlier outputs, side by side (a mechanism's residual path). Differences of such states hold the mixing of
-streams too, and an affine map of one has n² times the numbers. So a score takes what the block's attention reads
+streams too, and a map of one has n² times the numbers. So a score takes what the block's attention reads
 [B, T, d], the sum of what both branches hand to their joins [B, T, d], and one view of the state. For a plain
 model all are the stream's own tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,17 @@ class ResidualState:
     def written(self, before: Tensor, after: Tensor, branches: list[Tensor]) -> Tensor:
         """What a block adds: its input, its output and what `watching` gave."""
         return after - before
+
+    def mapped(self, block: nn.Module, run: Callable[[Tensor], Tensor], read: Tensor, state: Tensor) -> Tensor:
+        """A block as a map of what its first branch reads: that, with what the block writes added.
+
+        Args:
+            block: the module.
+            run: calls it on a state.
+            read: [B, T, d], which gradients reach.
+            state: which it is read from.
+        """
+        return run(read)
 
     def replaced(self, block: nn.Module, state: Tensor, mapped: Tensor) -> Tensor:
         """The state behind a block of which only this is known: what it reads plus what it writes."""
@@ -88,6 +99,30 @@ class PackedState(ResidualState):
         """Both branches' sum, whatever joins make of it."""
         attention, mlp = branches
         return attention + mlp
+
+    def mapped(self, block: Any, run: Callable[[Tensor], Tensor], read: Tensor, state: Tensor) -> Tensor:
+        """What attention reads, with both branches added.
+
+        The state is held fixed, but where attention's read moves, and where it writes, the MLP's read moves as much, as
+        it does in a plain block. So the derivative is (I + J_MLP) (I + J_attention), of the branches at what they read.
+        """
+
+        def moved(x: Tensor) -> Tensor:
+            return x - x.detach()
+
+        with self.watching(block) as branches:
+            hooks = [
+                block.attention_residual.register_forward_hook(lambda *_: read),
+                block.mlp_residual.register_forward_hook(
+                    lambda _module, _inputs, own: own.detach() + (moved(read) + moved(branches[0]))
+                ),
+            ]
+            try:
+                run(state)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return read + self.written(state, state, branches)
 
     def replaced(self, block: Any, state: Tensor, mapped: Tensor) -> Tensor:
         """The MLP's join of what is written, behind attention's join of nothing: streams are mixed as ever."""

@@ -109,11 +109,6 @@ def _check_scores(path: Path, config: StudyConfig, cell: Cell) -> None:
                 f"{path}: scores.names: jacobian cannot be computed of cell {cell.name}, because mechanisms."
                 f"{mechanism.name} mixes tokens outside of attention; leave jacobian out"
             )
-        if "jacobian" in names and (columns := mechanism.residual_state(cell.config.model).columns) > 1:
-            raise ConfigError(
-                f"{path}: scores.names: jacobian has no meaning in cell {cell.name}, because mechanisms."
-                f"{mechanism.name} keeps {columns} vectors per token; leave jacobian out"
-            )
 
 
 def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path) -> Cell:

@@ -21,7 +21,6 @@ from sparsecod_megatron.analysis.jacobians import (
 )
 from sparsecod_megatron.analysis.scores.base import Bars, Result
 from sparsecod_megatron.analysis.scores.context import Context
-from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.hf.calls import Trace
 
 TOKENS_PER_SEQUENCE = 8
@@ -55,16 +54,7 @@ class Jacobian:
         self.num_probes = num_probes
 
     def run(self, context: Context) -> Result:
-        """Compute the numbers of every block, as means over tokens.
-
-        Raises:
-            ConfigError: blocks whose state is several vectors per token.
-        """
-        if (columns := context.layers.state.columns) > 1:
-            raise ConfigError(
-                f"--scores jacobian: blocks of this model keep {columns} vectors per token, so that 'unchanged' has no "
-                "one meaning; leave it out"
-            )
+        """Compute the numbers of every block, as means over tokens."""
         exact = context.hidden_size <= MAX_EXACT_WIDTH if self.exact is None else self.exact
         num_tokens = context.num_sequences * context.seq_length
         size = context.hidden_size if context.reference else 0
@@ -122,7 +112,7 @@ class Jacobian:
         floats_per_channel = 4 * context.hidden_size if signs_of is None else 64
         bytes_per_sequence = 4 * positions.shape[1] * context.hidden_size * floats_per_channel
         at_once = max(1, int(context.memory_gib * 2**30 // bytes_per_sequence))
-        with isolated(context.model, trace, context.layers.blocks[layer], layer) as apart:
+        with isolated(context.replay, trace, layer) as apart:
             all_rows = torch.arange(len(positions), device=positions.device)
             apart.check(all_rows, positions)
             for rows in all_rows.split(at_once):

@@ -56,20 +56,10 @@ def _fits(context: Context) -> Iterator[AffineMap]:
         fits = {layer: AffineFit(size, context.device) for layer in layers}
         for trace in context.traces("fit", title="usefulness: fitting"):
             for layer, fit in fits.items():
-                fit.add(*_seen(context.replay, trace, layer))
+                fit.add(*context.replay.seen(trace, layer))
         for fit in fits.values():
             fit.reduce(context.processes)
             yield fit.solve()
-
-
-def _seen(replay: Replay, trace: Trace, layer: int) -> tuple[Tensor, Tensor]:
-    """What a block reads, and that with what it writes added: of a plain block its input and output."""
-    state, before = replay.layers.state, trace.hidden[layer]
-    if state.columns == 1:
-        return before, trace.hidden[layer + 1]
-    read = state.read(replay.layers.blocks[layer], before)
-    with torch.no_grad():
-        return read, read + replay.step(trace, layer, before)[1]
 
 
 def _replaced(context: Context, maps: list[AffineMap], trace: Trace) -> tuple[Tensor, ...]:

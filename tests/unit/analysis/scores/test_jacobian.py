@@ -22,7 +22,7 @@ def test_every_entry_of_every_token(family: str) -> None:
     trace = next(given.traces("all", title=""))
     rows, positions = torch.tensor([0, 2]), torch.tensor([[0, 10, 4], [7, 1, 9]])
     for layer in range(NUM_LAYERS):
-        with isolated(given.model, trace, given.layers.blocks[layer], layer) as apart:
+        with isolated(given.replay, trace, layer) as apart:
             apart.check(torch.arange(3), positions[[0, 1, 1]])
             found = token_jacobians(apart, rows, positions)
         for i, row in enumerate(rows.tolist()):
@@ -44,7 +44,7 @@ def test_sinks_count_beside_a_massive_channel() -> None:
     given = context(model, num_samples=1)
     trace = next(given.traces("all", title=""))
     place = torch.tensor([[6]])
-    with isolated(model, trace, given.layers.blocks[1], 1) as apart:
+    with isolated(given.replay, trace, 1) as apart:
         apart.check(torch.arange(1), place)
         found = token_jacobians(apart, torch.arange(1), place)[0, 0]
     expected = naive.token_jacobian(model, given.layers.blocks, given.windows[0], 1, 6)
@@ -114,7 +114,7 @@ def test_estimates_standard_error_is_the_spread_of_repeated_estimates() -> None:
     from sparsecod_megatron.analysis.jacobians import estimated_numbers
 
     rows, positions = torch.arange(2), torch.tensor([[3], [6]])
-    with isolated(given.model, trace, given.layers.blocks[1], 1) as apart:
+    with isolated(given.replay, trace, 1) as apart:
         apart.check(rows, positions)
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (200, 16, 2, 1, 16), generator=generator) * 2 - 1

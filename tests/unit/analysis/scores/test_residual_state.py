@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from sparsecod_megatron.analysis.isolation import isolated
+from sparsecod_megatron.analysis.jacobians import token_jacobians
 from sparsecod_megatron.analysis.scores.base import Result
 from sparsecod_megatron.analysis.scores.causal import Causal
 from sparsecod_megatron.analysis.scores.jacobian import Jacobian
@@ -18,7 +20,6 @@ from sparsecod_megatron.analysis.scores.permutation import Permutation
 from sparsecod_megatron.analysis.scores.similarity import Similarity
 from sparsecod_megatron.analysis.scores.skip import Skip
 from sparsecod_megatron.analysis.scores.usefulness import Usefulness
-from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms.exports import know_extensions
 from tests.unit.analysis.scores.families import context
 
@@ -95,7 +96,70 @@ def test_usefulness_replaces_the_branches_of_a_path_alone() -> None:
     assert np.array([row["usefulness"] for row in rows]) == pytest.approx(np.ones(LAYERS), abs=1e-5)
 
 
-def test_a_jacobian_is_refused() -> None:
-    with pytest.raises(ConfigError, match="keep 4 vectors per token") as refused:
-        Jacobian().run(context(model_with(STREAMS)))
-    assert "\n" not in str(refused.value)
+def test_the_jacobian_of_equal_streams_is_the_plain_one() -> None:
+    """Hyper-connections as they begin, by whole Jacobians, by estimates, and by the reference's."""
+    for exact in (True, False):
+        plain, own = (
+            Jacobian(exact=exact).run(context(model_with(given), num_samples=2, reference=True))
+            for given in ({}, STREAMS)
+        )
+        assert values(own) == pytest.approx(values(plain), rel=1e-4) and values(own)["jacobian_deviation"] > 0.1
+        assert len(values(own)) == len(values(plain))
+
+
+def branch_jacobians(
+    block: Any, call: Any, reads: list[torch.Tensor], row: int, place: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of attention and MLP by themselves, by a token's read; the other tokens of its sequence read what they do."""
+    rotation, mask, cache = call.args
+
+    def attention(token: torch.Tensor) -> torch.Tensor:
+        whole = reads[0][row : row + 1].clone()
+        whole[0, place] = token
+        causal = None if mask is None else mask[:1]
+        attended: torch.Tensor = block.self_attn(block.input_layernorm(whole), rotation, causal, cache)[0]
+        return attended[0, place]
+
+    def mlp(token: torch.Tensor) -> torch.Tensor:
+        written: torch.Tensor = block.mlp(block.post_attention_layernorm(token))
+        return written
+
+    own = [read[row, place] for read in reads]
+    of_attention, of_mlp = (
+        torch.autograd.functional.jacobian(branch, token) for branch, token in zip((attention, mlp), own, strict=True)
+    )
+    return of_attention, of_mlp
+
+
+TWINS: dict[str, Any] = {"siamese_norm": {}}
+
+
+@pytest.mark.parametrize("mechanisms", [STREAMS, SLOTS, TWINS], ids=["streams", "slots", "twins"])
+def test_a_jacobian_is_the_product_of_the_branches_own(mechanisms: dict[str, Any]) -> None:
+    """(I + J_MLP) (I + J_attention) of one token, each of the branch by itself at what it reads in the model."""
+    model = model_with(mechanisms)
+    for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        if "_residual" in name:  # streams that differ, and are mixed
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+            parameter.data += 0.2 * drawn
+    given = context(model, num_samples=2)
+    trace = next(given.traces("all", title=""))
+    rows, positions = torch.arange(2), torch.tensor([[0, 6], [5, 3]])
+    for layer in range(LAYERS):
+        with isolated(given.replay, trace, layer) as apart:
+            apart.check(rows, positions)
+            found = token_jacobians(apart, rows, positions)
+        block, reads = model.model.layers[layer], list[torch.Tensor]()
+        hooks = [
+            part.register_forward_hook(lambda _module, _inputs, read, into=reads: into.append(read.detach()))
+            for part in (block.attention_residual, block.mlp_residual)
+        ]
+        given.replay.run_block(trace, layer, trace.hidden[layer])
+        for hook in hooks:
+            hook.remove()
+        for row, places in enumerate(positions.tolist()):
+            for column, place in enumerate(places):
+                of_attention, of_mlp = branch_jacobians(block, trace.calls[layer], reads, row, place)
+                expected = (torch.eye(16) + of_mlp) @ (torch.eye(16) + of_attention)
+                assert (expected - torch.eye(16)).norm() > 0.5
+                torch.testing.assert_close(found[row, column], expected, rtol=1e-3, atol=1e-4)
