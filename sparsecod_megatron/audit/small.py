@@ -158,6 +158,7 @@ def _model(config: RunConfig) -> ModelConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         mix_post_fraction=_share_of_layers(model),
+        no_rope_freq=model.no_rope_freq and _few(model.no_rope_freq),
         mup_base_hidden_size=model.mup_base_hidden_size and max(1, round(hidden / model.width_ratio)),
         **_positions(model, config.data.seq_length),
     )

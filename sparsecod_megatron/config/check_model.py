@@ -26,6 +26,11 @@ def _norm_problems(model: ModelConfig) -> Iterator[str]:
     if model.layernorm_scaling and model.norm_placement in ("post", "mix"):
         why = f"has no place in norm_placement={model.norm_placement}, whose norms set the scale of the residual stream"
         yield f"model.layernorm_scaling: true {why}; use it with pre, peri or sandwich"
+    if model.residual_multiplier != 1 and model.norm_placement != "pre":
+        why = f"norm_placement={model.norm_placement} has a norm behind each branch, or behind the sum"
+        yield f"model.residual_multiplier: {model.residual_multiplier:g}, but {why}; use pre, or 1"
+    if model.logits_scaling != 1 and not model.final_norm:
+        yield f"model.logits_scaling: {model.logits_scaling:g} is a part of the final norm, which is off; set it to 1"
     if not model.final_norm and model.norm_placement != "post":
         why = f"norm_placement={model.norm_placement} leaves the last residual stream unnormalised"
         yield f"model.final_norm: false, but {why}; set it to true or norm_placement to post"
@@ -38,6 +43,11 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
         )
     if model.head_dim % 2:
         yield f"model.kv_channels: {model.head_dim} is odd, but rotary embeddings rotate pairs; use an even number"
+    if (unrotated := model.no_rope_freq) is not None:
+        if len(unrotated) != model.num_layers:
+            yield f"model.no_rope_freq: {len(unrotated)} entries for num_layers={model.num_layers}; give one per layer"
+        if not {*unrotated} <= {0, 1}:
+            yield f"model.no_rope_freq: {unrotated} has other numbers than 0 and 1; give 1 for layers without rotation"
     if model.rotary_percent < 1:
         yield from _partial_rotation_problems(model)
     yield from indivisible(

@@ -17,9 +17,7 @@ Kind = type | tuple[str, ...]
 
 FUNCTION_FIELDS: dict[str, Kind] = {
     "glu_linear_offset": float,
-    "no_rope_freq": list,
     "rotary_interleaved": bool,
-    "softmax_scale": float,
 }
 """Fields that change the function that is computed, and are read by the modules of either backend."""
 
@@ -206,12 +204,14 @@ KEYS_OF_FIELDS: dict[str, str] = {
             "moe_shared_expert_gate",
             "moe_shared_expert_intermediate_size",
             "moe_z_loss_coeff",
+            "no_rope_freq",
             "normalization",
             "num_attention_heads",
             "num_layers",
             "num_moe_experts",
             "num_query_groups",
             "rotary_base",
+            "softmax_scale",
             "window_attn_skip_freq",
         )
     },

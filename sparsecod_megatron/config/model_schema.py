@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsecod_megatron.config.fields import at_least, between, choice, from_to_below
+from sparsecod_megatron.config.fields import above, at_least, between, choice, from_to_below
 
 ACTIVATIONS_WITH_GATE = ("swiglu", "geglu")
 """Activations of an MLP with two input projections."""
@@ -56,6 +56,12 @@ class ModelConfig:
 
     normalization: str = choice("RMSNorm")
     layernorm_epsilon: float = at_least(0, 1e-5)
+    embedding_multiplier: float = above(0, 1.0)
+    """Factor on the embeddings, before `embedding_norm`."""
+    residual_multiplier: float = above(0, 1.0)
+    """Factor on what each branch adds to the residual stream; `pre` only."""
+    logits_scaling: float = above(0, 1.0)
+    """Divisor of the logits."""
     norm_placement: str = choice("pre", "post", "peri", "sandwich", "mix")
     mix_post_fraction: float = between(0, 1, 0.25)
     """`mix`: share of the layers, from the first on, that are post-norm; the others are pre-norm."""
@@ -75,10 +81,14 @@ class ModelConfig:
     rope_scaling_factor: float = at_least(1, 8.0)
     rope_original_max_position_embeddings: int = at_least(1, 8192)
     """Sequence length before scaling (`llama3`, `yarn`)."""
+    no_rope_freq: list[int] | None = None
+    """1 for each layer whose queries and keys do not rotate, 0 for the others; None: all layers rotate."""
     sliding_window: int | None = at_least(1, None)
     """Keys that a query sees, itself included; None: all before it."""
     window_attn_skip_freq: int | None = at_least(2, None)
     """Every n-th layer attends without the window; None: all layers have it."""
+    softmax_scale: float | None = above(0, None)
+    """Factor on the scores of attention; None is 1 / sqrt(channels of a head)."""
     attention_output_gate: str = choice("none", "elementwise")
     """Attention output times sigmoid of a projection of the layer's input, one value per channel."""
     qkv_bias: bool = False

@@ -75,7 +75,8 @@ def merge_typed(schema: type[Schema], updates: Sequence[Update]) -> Schema:
         return cast(Schema, _with_home(OmegaConf.to_object(merged)))
     except OmegaConfBaseException as error:
         where = updates[0].where if updates else "defaults"
-        raise ConfigError(f"{where}: {error.full_key}: {_first_line(error)}; fix the value") from None
+        key = " ".join(str(error.full_key).split())  # names of a dictionary's entries may be anything
+        raise ConfigError(f"{where}: {key}: {_first_line(error)}; fix the value") from None
 
 
 @functools.cache

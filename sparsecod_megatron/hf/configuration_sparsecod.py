@@ -49,6 +49,11 @@ class SparsecodConfig(PreTrainedConfig):
     embedding_norm: bool = False
     final_norm: bool = True
     qk_norm: bool = False
+    no_rope_freq: list[int] | None = None
+    softmax_scale: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     attention_output_gate: str = "none"
     qkv_bias: bool = False
     attention_output_bias: bool = False
@@ -94,6 +99,10 @@ class SparsecodConfig(PreTrainedConfig):
         """Whether layer `layer` (from 0) attends within the window."""
         skip = self.window_attn_skip_freq
         return self.sliding_window is not None and not (skip and (layer + 1) % skip == 0)
+
+    def is_rotated(self, layer: int) -> bool:
+        """Whether queries and keys of layer `layer` (from 0) know positions."""
+        return self.no_rope_freq is None or not self.no_rope_freq[layer]
 
     def is_post_norm(self, layer: int) -> bool:
         """Whether layer `layer` normalises the sum of residual stream and branch."""

@@ -3,7 +3,7 @@
 Copied as it is into an export, so it imports nothing of this package but its neighbours. With N a norm, f attention or
 MLP, and s = 1 / sqrt(layer + 1) under LayerNorm scaling (1 otherwise), a branch joins the residual stream as
 
-    pre              x + f(s · N(x))
+    pre              x + m · f(s · N(x))      m = residual_multiplier
     post             N(x + f(x))
     peri, sandwich   x + s · N'(f(N(x)))
     mix              post in the first layers, pre in the others
@@ -80,7 +80,8 @@ class SparsecodAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling, self.is_causal = config.head_dim**-0.5, True
+        self.scaling, self.is_causal = config.softmax_scale or config.head_dim**-0.5, True
+        self.is_rotated = config.is_rotated(layer_idx)
         self.sliding_window = config.sliding_window if config.is_windowed(layer_idx) else None
         hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
         self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
@@ -108,8 +109,9 @@ class SparsecodAttention(nn.Module):
         )
         if self.value_mix is not None:
             value = self.value_mix(value, first_values)
-        query = rotate(self.q_norm(query).transpose(1, 2), rotation)
-        key, value = rotate(self.k_norm(key).transpose(1, 2), rotation), value.transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (self.q_norm(query), self.k_norm(key), value))
+        if self.is_rotated:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -125,9 +127,9 @@ class SparsecodAttention(nn.Module):
 class SparsecodConnection(nn.Module):
     """How a branch reads the residual state and joins it: by a mechanism's modules, or as the plain stream."""
 
-    def __init__(self, read: nn.Module | None, write: nn.Module | None) -> None:
+    def __init__(self, read: nn.Module | None = None, write: nn.Module | None = None, factor: float = 1.0) -> None:
         super().__init__()
-        self.read, self.write = read, write
+        self.read, self.write, self.factor = read, write, factor
 
     def forward(self, state: Tensor) -> Tensor:
         """State → what the branch's norm gets, [batch, seq, hidden]."""
@@ -135,7 +137,9 @@ class SparsecodConnection(nn.Module):
 
     def join(self, branch: Tensor, state: Tensor) -> Tensor:
         """[batch, seq, hidden] and the state → the next state."""
-        return state + branch if self.write is None else self.write(branch, state)
+        if self.write is not None:
+            return self.write(branch, state)
+        return state + (branch if self.factor == 1.0 else self.factor * branch)
 
 
 class SparsecodLayer(nn.Module):
@@ -165,7 +169,9 @@ class SparsecodLayer(nn.Module):
         # Whether all layers get the values of this one, the first.
         self.shares_values = False
         # A mechanism's path, with what stands before the first layer and behind the last.
-        self.attention_residual, self.mlp_residual = SparsecodConnection(None, None), SparsecodConnection(None, None)
+        self.attention_residual, self.mlp_residual = (
+            SparsecodConnection(factor=config.residual_multiplier) for _ in range(2)
+        )
         self.path: Any = None
         self.expansion: nn.Module | None = None
         self.contraction: nn.Module | None = None
@@ -288,7 +294,8 @@ class SparsecodModel(SparsecodPreTrainedModel):
         masks = self._masks(embedded, attention_mask, cache, position_ids)
         tokens = self._tokens(input_ids, attention_mask, cache, position_ids)
         rotation = self.rotary_emb(position_ids, embedded.dtype)
-        x, streams = self._first(self.embedding_norm(embedded)), []
+        scaled = embedded if self.config.embedding_multiplier == 1.0 else self.config.embedding_multiplier * embedded
+        x, streams = self._first(self.embedding_norm(scaled)), []
         # Apart from the first layer's own pass, so that a layer has one output, and is a function of what it is given.
         first: Any = self.layers[0]
         shared = {"first_values": first.values(x)} if first.shares_values else {}
@@ -368,6 +375,7 @@ class SparsecodForCausalLM(SparsecodPreTrainedModel, GenerationMixin):
         outputs = self.model(input_ids=input_ids, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = logits if self.config.logits_scaling == 1.0 else logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             counted = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}

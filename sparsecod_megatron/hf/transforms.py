@@ -112,6 +112,17 @@ def query_key_value(shape: Shape, heads: int, groups: int, *, gated: bool = Fals
     return Transform((shape,), parts, to_hf=split, to_megatron=merge)
 
 
+def stacked(transform: Transform) -> Transform:
+    """The same with all HuggingFace tensors above each other in one."""
+    rows = [shape[0] for shape in transform.hf_shapes]
+    return Transform(
+        transform.megatron_shapes,
+        ((sum(rows), *transform.hf_shapes[0][1:]),),
+        to_hf=lambda tensors: (torch.cat(tuple(transform.to_hf(tensors)), dim=0),),
+        to_megatron=lambda tensors: transform.to_megatron(tensors[0].split(rows, dim=0)),
+    )
+
+
 def zeros(*shapes: Shape) -> Transform:
     """HuggingFace tensors that ours has no counterpart of, and that change nothing when they are zero."""
 

@@ -61,7 +61,9 @@ def megatron_outputs(model: Any, config: ModelConfig, own: Sequence[ExportedTens
         _watch_megatron_layer(hooks, layer, f"layers.{index}", config)
     for tensor in own:
         hooks.after(model.get_submodule(_module(tensor.megatron)), _module(tensor.hf).removeprefix("model."))
-    hooks.after(getattr(model.decoder, "final_layernorm", None), "norm")
+    # Its scale is that of the logits, which transformers' classes divide.
+    final = getattr(model.decoder, "final_layernorm", None)
+    hooks.with_output(final, lambda output: record("norm", config.logits_scaling * output))
     try:
         yield outputs
     finally:

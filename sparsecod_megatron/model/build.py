@@ -55,9 +55,10 @@ def build_model(
     provider = spec_provider(config.data, config.parallel, transformer_engine=transformer_engine)
     norm, path = config.model.has_embedding_norm, residual_path(configured(config), config.model)
     build: Any = GPTModel
-    if norm or path is not None:
+    factor = config.model.embedding_multiplier
+    if norm or path is not None or factor != 1:
         embedding_norm = provider.layer_norm(rms_norm=True) if norm else None
-        build = partial(PreparedGPTModel, embedding_norm=embedding_norm, path=path)
+        build = partial(PreparedGPTModel, factor=factor, embedding_norm=embedding_norm, path=path)
     table = ParameterTable.of(config)
     models: list[torch.nn.Module] = []
     for vp_stage in stages:

@@ -12,9 +12,10 @@ from sparsecod_megatron.seams.residual import ResidualPath
 
 
 class PreparedGPTModel(GPTModel):
-    """h_0 = expand(norm(embedding(tokens))), both if there; the rest is the parent's.
+    """h_0 = expand(norm(factor · embedding(tokens))), norm and expansion if there; the rest is the parent's.
 
     Args:
+        factor: on the embeddings.
         embedding_norm: spec or class of the norm.
         path: the residual path.
         **arguments: GPTModel's.
@@ -23,9 +24,15 @@ class PreparedGPTModel(GPTModel):
     """
 
     def __init__(
-        self, *, embedding_norm: ModuleSpec | type | None, path: ResidualPath | None, **arguments: Any
+        self,
+        *,
+        factor: float,
+        embedding_norm: ModuleSpec | type | None,
+        path: ResidualPath | None,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        self.embedding_factor = factor
         config = self.config
         if self.pre_process and embedding_norm is not None:
             self.embedding_norm = build_module(
@@ -38,6 +45,8 @@ class PreparedGPTModel(GPTModel):
         """The parent's tuple: the decoder's input, [S_local, B, columns · H] or None later, and rotary angles."""
         decoder_input, *others = super()._preprocess(*args, **kwargs)
         if decoder_input is not None:
+            if self.embedding_factor != 1:
+                decoder_input = self.embedding_factor * decoder_input
             for name in ("embedding_norm", "expansion"):
                 decoder_input = getattr(self, name, _unchanged)(decoder_input)
         return (decoder_input, *others)

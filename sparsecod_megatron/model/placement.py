@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.model.norms import ScaledRMSNorm
-from sparsecod_megatron.model.residual import BranchJoin, BranchNorm, PostNorm
+from sparsecod_megatron.model.residual import BranchJoin, BranchNorm, PostNorm, ScaledJoin
 from sparsecod_megatron.model.streams import BareRead, ReadNorm
 from sparsecod_megatron.seams.residual import ResidualPath
 
@@ -59,7 +59,10 @@ def placement(model: ModelConfig, megatron: TransformerConfig, provider: Backend
         return Placement(IdentityOp, joined_by(PostNorm, norm), fusible=False)
     if model.norm_placement in ("peri", "sandwich"):
         return Placement(norm, joined_by(BranchNorm, scaled), fusible=True)
-    return Placement(scaled, get_bias_dropout_add, fusible=not model.layernorm_scaling)
+    join: ModuleSpec | Callable[..., Any] = get_bias_dropout_add
+    if model.residual_multiplier != 1:
+        join = ModuleSpec(ScaledJoin, params={"config": megatron, "factor": model.residual_multiplier})
+    return Placement(scaled, join, fusible=not model.layernorm_scaling)
 
 
 def placement_on_path(plain: Placement, path: ResidualPath, megatron: TransformerConfig, sublayer: int) -> Placement:
@@ -84,11 +87,13 @@ def placement_on_path(plain: Placement, path: ResidualPath, megatron: Transforme
 def final_norm(
     model: ModelConfig, provider: BackendSpecProvider, path: ResidualPath | None
 ) -> ModuleSpec | type | None:
-    """What stands behind the layers; None: nothing."""
+    """What stands behind the layers; None: nothing. The output layer being linear, its scale is that of the logits."""
+    scale = {} if model.logits_scaling == 1 else {"scale": 1 / model.logits_scaling}
     if path is None or not _has_reads(path):
-        return provider.layer_norm(rms_norm=True) if model.final_norm else None
+        norm = ModuleSpec(ScaledRMSNorm, params=scale) if scale else provider.layer_norm(rms_norm=True)
+        return norm if model.final_norm else None
     last = {"path": path, "sublayer": 2 * model.num_layers}
-    return ModuleSpec(ReadNorm if model.final_norm else BareRead, params=last)
+    return ModuleSpec(ReadNorm, params={**last, **scale}) if model.final_norm else ModuleSpec(BareRead, params=last)
 
 
 def _has_reads(path: ResidualPath) -> bool:

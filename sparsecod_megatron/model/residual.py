@@ -64,6 +64,23 @@ class BranchJoin(torch.nn.Module):
         return state
 
 
+class ScaledJoin(BranchJoin):
+    """residual + factor · branch.
+
+    Args:
+        config: of the model.
+        factor: a constant.
+    """
+
+    def __init__(self, config: TransformerConfig, *, factor: float) -> None:
+        super().__init__(config)
+        self.factor = factor
+
+    def join(self, branch: Tensor, residual: Tensor) -> Tensor:
+        """Both [S_local, B, H] → [S_local, B, H]."""
+        return super().join(self.factor * branch, residual)
+
+
 class NormedJoin(BranchJoin):
     """Base of the joins with a norm.
 

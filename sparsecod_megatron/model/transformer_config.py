@@ -122,6 +122,8 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
         # Megatron counts the keys to the left, without the query's own.
         "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
         "window_attn_skip_freq": model.window_attn_skip_freq,
+        "no_rope_freq": model.no_rope_freq,
+        "softmax_scale": model.softmax_scale,
     }
 
 

@@ -68,7 +68,7 @@ SAME: dict[str, tuple[str, ...]] = {
 }
 """Cases that must train as one process without their fields does."""
 OTHER: dict[str, tuple[str, ...]] = {
-    "attention": ("megatron.no_rope_freq=[1,0,0]", "megatron.softmax_scale=0.5", "model.qkv_bias=true"),
+    "attention": ("model.no_rope_freq=[1,0,0]", "model.softmax_scale=0.5", "model.qkv_bias=true"),
     "pairs": ("megatron.rotary_interleaved=true", "megatron.glu_linear_offset=1"),
     "coupled": ("megatron.decoupled_weight_decay=false",),
     "loss": ("precision.dtype=bf16", "megatron.cross_entropy_loss_fusion=true"),

@@ -46,6 +46,8 @@ CONCERNED = {
         "embedding-norm",
         "tied",
         "window-skip",
+        "no-rope",
+        "multipliers",
         "everything",
         "first-dense",
         "topk-per-layer",
@@ -57,7 +59,10 @@ CONCERNED = {
     "ep2": {"post-softmax", "sigmoid-bias", "shared-gate", "first-dense", "topk-per-layer", "deepseek"},
 }
 """Variants that a layout treats unlike `pre` or `post-softmax`; tensor with sequence parallelism concerns all."""
-ADJUSTED = {"topk-per-layer": ("model.moe_router_topk_per_layer=[1,2,4,2]",)}
+ADJUSTED = {
+    "no-rope": ("model.no_rope_freq=[0,1,0,1]",),
+    "topk-per-layer": ("model.moe_router_topk_per_layer=[1,2,4,2]",),
+}
 """For four layers instead of three."""
 ALIKE = {
     *("gelu", "relu", "qkv-bias", "sandwich", "lns", "mha", "rope-linear", "rope-llama3"),

@@ -84,6 +84,7 @@ def forward(
     """
     tied = "embedding.word_embeddings.weight"
     x, blocks, first_values = weights[tied][tokens], list[Tensor](), dict[int, Tensor]()
+    x = model.embedding_multiplier * x
     if model.has_embedding_norm:
         x = _rms_norm(x, weights["embedding_norm.weight"], model)
     for layer in range(model.num_layers):
@@ -96,7 +97,7 @@ def forward(
     output = weights["output_layer.weight" if model.untie_embeddings_and_output_weights else tied]
     if model.final_norm:
         x = _rms_norm(x, weights["decoder.final_layernorm.weight"], model)
-    return x @ output.T, blocks
+    return x @ output.T / model.logits_scaling, blocks
 
 
 def _sublayer(
@@ -118,7 +119,7 @@ def _sublayer(
         return _rms_norm(x + branch(x), weights[f"{join}.norm.weight"], model)
     normed = _rms_norm(x, weights[f"{before}.weight"], model)
     if kind == "pre":
-        return x + branch(scale * normed)
+        return x + model.residual_multiplier * branch(scale * normed)
     return x + scale * _rms_norm(branch(normed), weights[f"{join}.norm.weight"], model)
 
 
@@ -199,7 +200,10 @@ def _attention(
     elementwise = model.attention_output_gate == "elementwise"
     projected = linear(weights, f"{at}.linear_qkv", x)
     slots = per_group * (2 if elementwise else 1) + 2
-    rotation = _rotation(model, torch.arange(x.shape[1]))
+    rotates = not (model.no_rope_freq and model.no_rope_freq[layer])
+    rotation = _rotation(model, torch.arange(x.shape[1]) * rotates)
+    rotation = rotation if rotates else rotation / rotation.abs()  # nor do they grow, which YaRN's do
+    factor = model.softmax_scale or 1 / math.sqrt(size)
     hidden_keys = torch.where(_mask(model, layer, x.shape[1], document_ids), 0.0, float("-inf"))
     outputs = []
 
@@ -215,7 +219,7 @@ def _attention(
         if model.qk_norm:
             query = _rms_norm(query, weights[f"{at}.q_layernorm.weight"], model)
             key = _rms_norm(key, weights[f"{at}.k_layernorm.weight"], model)
-        scores = _rotate(query, rotation) @ _rotate(key, rotation).transpose(1, 2) / math.sqrt(size)
+        scores = _rotate(query, rotation) @ _rotate(key, rotation).transpose(1, 2) * factor
         output = (scores + hidden_keys).softmax(-1) @ value
         if elementwise:
             output = output * torch.sigmoid(slot(first + per_group + within))

@@ -29,6 +29,13 @@ DENSE: dict[str, tuple[str, ...]] = {
         "model.rope_original_max_position_embeddings=8",
     ),
     "rope-partial": ("model.rotary_percent=0.5",),
+    "no-rope": ("model.no_rope_freq=[0,1,0]",),
+    "multipliers": (
+        "model.embedding_multiplier=3",
+        "model.residual_multiplier=0.3",
+        "model.softmax_scale=0.2",
+        "model.logits_scaling=4",
+    ),
     "window": ("model.sliding_window=5",),
     "window-skip": ("model.sliding_window=5", "model.window_attn_skip_freq=2"),
     "gate-elementwise": ("model.attention_output_gate=elementwise",),

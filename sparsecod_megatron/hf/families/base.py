@@ -39,6 +39,7 @@ class Family:
         folds_scaling: whether the factors of LayerNorm scaling go into the norms' weights.
         code: files to copy beside the weights.
         extensible: whether mechanisms' modules can change its layers.
+        layout: an entry with the names and the layout that this class has in place of Llama's.
         without_placeholders: the model that `read` gave, without the parts of the class whose tensors are those that
             export puts where ours has none.
     """
@@ -53,6 +54,7 @@ class Family:
     folds_scaling: bool = True
     code: tuple[Path, ...] = ()
     extensible: bool = False
+    layout: Callable[[Entry], Entry] = lambda entry: entry
     without_placeholders: Callable[[ModelConfig, Mapping[str, Tensor]], ModelConfig] = lambda model, tensors: model
 
     def table(self, model: ModelConfig, modules: Mapping[str, Module] | None = None) -> NameTable:
@@ -64,7 +66,7 @@ class Family:
         """
         own = [tensor for module in (modules or {}).values() for tensor in module.tensors]
         replaced = {name for module in (modules or {}).values() for name in module.replaced}
-        plain = (entry for entry in self._entries(model) if not replaced.intersection(entry.megatron))
+        plain = (self.layout(entry) for entry in self._entries(model) if not replaced.intersection(entry.megatron))
         entries = [Entry((tensor.megatron,), (tensor.hf,), same(tensor.shape)) for tensor in own]
         return NameTable(self.architecture, (*plain, *entries))
 

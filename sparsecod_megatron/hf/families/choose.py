@@ -10,14 +10,20 @@ from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
+from sparsecod_megatron.hf.families.granite import GRANITE
 from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
+from sparsecod_megatron.hf.families.phi3 import PHI3
 from sparsecod_megatron.hf.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from sparsecod_megatron.hf.families.smollm3 import SMOLLM3
 from sparsecod_megatron.hf.families.sparsecod import SPARSECOD
 from sparsecod_megatron.hf.table import NameTable
 from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SPARSECOD)
+FAMILIES = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SPARSECOD),
+)
 """In order of preference: the most widely supported class first, our own last."""
 
 SHAPE_KEYS = frozenset(
@@ -50,8 +56,13 @@ FEATURES: dict[str, tuple[object, ...]] = {
     "qk_norm": (False,),
     "rope_scaling": ("none",),
     "rotary_percent": (1.0,),
+    "no_rope_freq": (None,),
     "sliding_window": (None,),
     "window_attn_skip_freq": (None,),
+    "softmax_scale": (None,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
     "attention_output_gate": ("none",),
     "qkv_bias": (False,),
     "attention_output_bias": (False,),

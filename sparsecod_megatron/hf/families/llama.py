@@ -15,7 +15,8 @@ PRE_NORM = frozenset({"layernorm_scaling", "rope_scaling"})
 """Keys that every class of pre-norm layers has a place for."""
 
 
-def _dense_obstacle(model: ModelConfig) -> str | None:
+def dense_obstacle(model: ModelConfig) -> str | None:
+    """The obstacle of classes without experts."""
     return f"model.num_moe_experts={model.num_moe_experts}" if model.is_moe else None
 
 
@@ -24,7 +25,7 @@ def _llama_obstacle(model: ModelConfig) -> str | None:
         return (
             f"model.hidden_size={model.hidden_size} not a multiple of num_attention_heads={model.num_attention_heads}"
         )
-    return _dense_obstacle(model) or one_attention_bias(model)
+    return dense_obstacle(model) or one_attention_bias(model)
 
 
 def one_attention_bias(model: ModelConfig) -> str | None:
@@ -35,13 +36,13 @@ def one_attention_bias(model: ModelConfig) -> str | None:
 
 
 def _qwen2_obstacle(model: ModelConfig) -> str | None:
-    return _dense_obstacle(model) if model.qkv_bias else "model.qkv_bias=false"
+    return dense_obstacle(model) if model.qkv_bias else "model.qkv_bias=false"
 
 
 def _qwen3_obstacle(model: ModelConfig) -> str | None:
     if not model.qk_norm:
         return "model.qk_norm=false"
-    return _dense_obstacle(model) or one_attention_bias(model)
+    return dense_obstacle(model) or one_attention_bias(model)
 
 
 def _llama_fields(model: ModelConfig) -> dict[str, Any]:
@@ -65,8 +66,8 @@ def _read_window(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": fields.get("sliding_window")}
 
 
-def _window_fields(model: ModelConfig) -> dict[str, Any]:
-    """Windows as Qwen2 and Qwen3 have them, which name the kind of every layer."""
+def layer_types(model: ModelConfig) -> dict[str, Any]:
+    """Windows as classes have them that name the kind of every layer."""
     skip = model.window_attn_skip_freq
     windowed = [
         model.sliding_window is not None and not (skip and (layer + 1) % skip == 0) for layer in range(model.num_layers)
@@ -74,9 +75,12 @@ def _window_fields(model: ModelConfig) -> dict[str, Any]:
     return {
         "use_sliding_window": model.sliding_window is not None,
         "sliding_window": model.sliding_window,
-        "max_window_layers": 0,
         "layer_types": ["sliding_attention" if here else "full_attention" for here in windowed],
     }
+
+
+def _qwen2_fields(model: ModelConfig) -> dict[str, Any]:
+    return layer_types(model) | {"max_window_layers": 0}
 
 
 def read_layer_types(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": model.qkv_bias} | _window_fields(model)
+    return {"attention_bias": model.qkv_bias} | _qwen2_fields(model)
 
 
 def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +120,7 @@ MISTRAL = Family(
     "MistralForCausalLM",
     MistralConfig,
     PRE_NORM | {"sliding_window"},
-    _dense_obstacle,
+    dense_obstacle,
     dense_entries,
     _mistral_fields,
     _read_window,
@@ -127,7 +131,7 @@ QWEN2 = Family(
     PRE_NORM | {"qkv_bias", "sliding_window", "window_attn_skip_freq"},
     _qwen2_obstacle,
     dense_entries,
-    _window_fields,
+    _qwen2_fields,
     _read_qwen2,
 )
 QWEN3 = Family(

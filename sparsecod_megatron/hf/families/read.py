@@ -27,6 +27,8 @@ FIELDS_WITHOUT_EFFECT = frozenset(
         "id2label",
         "label2id",
         "max_window_layers",
+        "no_rope_layer_interval",
+        "original_max_position_embeddings",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",

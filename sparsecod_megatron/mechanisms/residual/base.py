@@ -91,6 +91,11 @@ class ResidualMechanism(Mechanism):
                 f"model.norm_placement: {model.norm_placement}, but mechanisms.{self.name} takes "
                 f"{' or '.join(self.placements)}; set that"
             )
+        if model.residual_multiplier != 1:
+            yield (
+                f"model.residual_multiplier: {model.residual_multiplier:g}, but mechanisms.{self.name} joins branches "
+                "its own way; set it to 1"
+            )
         if self.has_own_norms and model.layernorm_scaling:
             yield f"model.layernorm_scaling: true, but mechanisms.{self.name} has norms of its own; set it to false"
         recompute = config.megatron.get("recompute_granularity") == "full"

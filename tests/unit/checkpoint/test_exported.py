@@ -14,7 +14,7 @@ from tests.unit.checkpoint.test_stream import write
 
 from sparsecod_megatron.checkpoint.exported import export_checkpoint  # isort: skip  (after a backend is selected)
 
-NOPE = "megatron={no_rope_freq: [0, 1, 1]}"
+PAIRS = "megatron={rotary_interleaved: true}"
 
 
 def test_the_comparison_lies_beside_the_weights(tmp_path: Path) -> None:
@@ -28,13 +28,13 @@ def test_the_comparison_lies_beside_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verify", "message"),
     [
-        (True, "layer 1: attention between its projections: rotary embedding"),
-        (False, r"megatron\.no_rope_freq: .*remove --no-verify"),
+        (True, "layer 0: attention between its projections: rotary embedding"),
+        (False, r"megatron\.rotary_interleaved: .*remove --no-verify"),
     ],
 )
 def test_a_model_that_the_classes_cannot_say_is_not_written(verify: bool, message: str, tmp_path: Path) -> None:
-    """Layers without positions, which only `megatron:` can ask for, are no Llama."""
-    write(tmp_path / "run", NOPE)
+    """Rotation of neighbouring channels, which only `megatron:` can ask for, is not Llama's."""
+    write(tmp_path / "run", PAIRS)
     with pytest.raises(ConversionError, match=message):
         export_checkpoint(tmp_path / "run", tmp_path / "hf", verify=verify)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -23,6 +23,13 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
         (("model.final_norm=false",), ["model.final_norm: false", "norm_placement=pre"]),
         (("model.norm_placement=before",), ["model.norm_placement: 'before'", "sandwich"]),
         (("model.window_attn_skip_freq=2",), ["model.window_attn_skip_freq: 2", "sliding_window"]),
+        (("model.no_rope_freq=[0,1]",), ["model.no_rope_freq: 2 entries", "num_layers=3"]),
+        (("model.no_rope_freq=[0,1,2]",), ["model.no_rope_freq: [0, 1, 2]", "0 and 1"]),
+        (("model.residual_multiplier=0.5", "model.norm_placement=peri"), ["residual_multiplier: 0.5", "use pre"]),
+        (
+            ("model.logits_scaling=2", "model.norm_placement=post", "model.final_norm=false"),
+            ["model.logits_scaling: 2", "final norm"],
+        ),
         (("model.attention_output_bias=true",), ["model.attention_output_bias: true", "qkv_bias is false"]),
         ((*MOE_SHAPE, "model.mlp_bias=true"), ["model.mlp_bias: true", "8 experts"]),
         (DOCUMENTS[:1], ["data.reset_position_ids: false", "both or neither"]),

@@ -93,7 +93,7 @@ def test_saved_configuration_reads_back_equal(
         ("optimizer.lr=.inf", ["optimizer.lr: inf is non-finite"]),
         ("train.step_timeout_s=.nan", ["train.step_timeout_s: nan is non-finite"]),
         ("train.seed=10000000000000000000", ["train.seed", "is above 2147483648"]),
-        ("megatron.softmax_scale=.inf", ["megatron.softmax_scale: inf is not a number"]),
+        ("megatron.glu_linear_offset=.inf", ["megatron.glu_linear_offset: inf is not a number"]),
         ("no equals sign", ["section.key=value"]),
         ("a..b=1", ["section.key=value"]),
         ("optimizer.lr=[1", ["not valid YAML"]),

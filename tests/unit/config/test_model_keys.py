@@ -44,7 +44,7 @@ def test_changes_that_no_trained_model_notices(base: tuple[str, ...], changes: t
         ((), "model.rope_scaling=linear"),
         ((), "model.rotary_base=50000"),
         ((), "model.layernorm_epsilon=1e-6"),
-        ((), "megatron.softmax_scale=0.5"),
+        ((), "megatron.glu_linear_offset=0.5"),
         ((), "model.qkv_bias=true"),
         (EXPERTS, "model.moe_router_topk=3"),
         (EXPERTS, "model.moe_expert_capacity_factor=2.0"),

@@ -43,6 +43,11 @@ MODELS = {
     "heads that do not divide": tiny(hidden_size=20, num_attention_heads=6, num_query_groups=3, kv_channels=6),
     "biases": tiny(num_query_groups=2, qkv_bias=True, attention_output_bias=True, mlp_bias=True),
     "qkv biases": tiny(num_query_groups=2, qkv_bias=True),
+    "no rotation in a layer": tiny(num_query_groups=2, no_rope_freq=[1, 0]),
+    "half of the channels rotate": tiny(num_query_groups=2, rotary_percent=0.5),
+    "multipliers": tiny(
+        embedding_multiplier=3.0, residual_multiplier=0.3, softmax_scale=0.2, logits_scaling=4.0, mlp_bias=True
+    ),
     "moe": moe(num_query_groups=2),
     "moe wide heads": moe(kv_channels=14),
     "moe tied": moe(untie_embeddings_and_output_weights=False),

@@ -30,6 +30,9 @@ EXPECTED = {
     "heads that do not divide": "MistralForCausalLM",
     "biases": "LlamaForCausalLM",
     "qkv biases": "Qwen2ForCausalLM",
+    "no rotation in a layer": "SmolLM3ForCausalLM",
+    "half of the channels rotate": "Phi3ForCausalLM",
+    "multipliers": "GraniteForCausalLM",
     "moe": "MixtralForCausalLM",
     "moe wide heads": "MixtralForCausalLM",
     "moe tied": "MixtralForCausalLM",
@@ -98,6 +101,7 @@ IDENTITY = MODELS | {
     "gated shared expert": moe(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True),
     "ling without groups": moe(**LING | {"moe_router_num_groups": None, "moe_router_group_topk": None}),
     "own class, half of the channels rotate": moe(rotary_percent=0.5),
+    "own class multipliers": moe(softmax_scale=0.2, embedding_multiplier=2.0, logits_scaling=3.0, no_rope_freq=[0, 1]),
     "own class": moe(norm_placement="peri", layernorm_scaling=True, moe_shared_expert_intermediate_size=28),
 }
 
@@ -177,7 +181,7 @@ def test_a_feature_the_families_have_not_heard_of_is_refused() -> None:
 
 
 def test_what_stands_in_the_way_of_each_candidate_is_told() -> None:
-    llama, _, _, _, mixtral, *_ = FAMILIES
+    llama, mixtral = FAMILIES[0], next(each for each in FAMILIES if each.architecture == "MixtralForCausalLM")
     model = moe(moe_shared_expert_intermediate_size=28)
     with pytest.raises(ConversionError, match=r"Llama.*num_moe_experts=5; Mixtral.*shared_expert_intermediate_size=28"):
         choose_family(model, families=(llama, mixtral))

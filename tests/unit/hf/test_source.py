@@ -13,14 +13,17 @@ from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from sparsecod_megatron.errors import ConversionError
@@ -50,6 +53,22 @@ GLM = {
     "use_qk_norm": True,
     "num_mtp_layers": 0,
 }
+TOKENS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+FACTORS = {
+    "embedding_multiplier": 3,
+    "residual_multiplier": 0.25,
+    "attention_multiplier": 0.25,
+    "logits_scaling": 5.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
@@ -72,6 +91,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "qwen3": Qwen3Config(**SIZES, attention_bias=True),
     "qwen3-window": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, **TOKENS),
+    "smollm3-window": SmolLM3Config(
+        **SIZES, no_rope_layers=[1, 1, 0], use_sliding_window=True, sliding_window=5, layer_types=WINDOWED, **TOKENS
+    ),
+    "phi3": Phi3Config(**SIZES, sliding_window=5, rope_parameters=PARTIAL, **TOKENS),
+    "granite": GraniteConfig(**SIZES, **FACTORS, tie_word_embeddings=True),
+    "granite-biases": GraniteConfig(**SIZES, attention_bias=True, mlp_bias=True, attention_multiplier=0.5),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[0]),
     "glm4-moe": Glm4MoeConfig(**SIZES, **GLM, attention_bias=True),
@@ -132,6 +158,16 @@ REFUSED = {
     "hidden_act 'gelu'": LlamaConfig(**SIZES, hidden_act="gelu"),
     "has no name table": GPT2Config(),
     "rope_type 'dynamic'": LlamaConfig(**SIZES, rope_parameters=YARN | {"rope_type": "dynamic"}),
+    "rope_type 'longrope'": Phi3Config(**SIZES, rope_parameters=LONGROPE, **TOKENS),
+    "resid_pdrop 0.1": Phi3Config(**SIZES, resid_pdrop=0.1, **TOKENS),
+    "layer_types \\['full_attention', 'sliding": SmolLM3Config(
+        **SIZES,
+        no_rope_layers=[1, 0, 0],
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        **TOKENS,
+    ),
     "rope_theta 0.5": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 0.5}),
     "mlp_only_layers \\[1\\]": Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]),
     "num_nextn_predict_layers 1|num_mtp_layers 1": Glm4MoeConfig(**SIZES, **GLM | {"num_mtp_layers": 1}),

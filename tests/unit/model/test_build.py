@@ -84,6 +84,6 @@ def test_passthrough_mistakes(override: str, part: str) -> None:
 
 
 def test_passthrough_reaches_megatron() -> None:
-    config = load_config(None, [*SMALL, "megatron.recompute_granularity=selective", "megatron.softmax_scale=0.5"])
+    config = load_config(None, [*SMALL, "megatron.recompute_granularity=selective", "megatron.glu_linear_offset=0.5"])
     megatron = transformer_config(config, transformer_engine=False)
-    assert megatron.recompute_granularity == "selective" and megatron.softmax_scale == 0.5
+    assert megatron.recompute_granularity == "selective" and megatron.glu_linear_offset == 0.5
