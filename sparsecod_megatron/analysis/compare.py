@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsecod_megatron.analysis.directory import load_analyses
+from sparsecod_megatron.analysis.directory import AnalysisDirectory, load_analyses
 from sparsecod_megatron.analysis.intervals import mean_interval
 from sparsecod_megatron.errors import ConfigError
 
@@ -53,23 +53,32 @@ def compare(first: Path, second: Path) -> list[Difference]:
         ConfigError: the two were measured on different sequences, or share no score.
     """
     (ours,), (theirs,) = load_analyses([first]), load_analyses([second])
-    for key in ("num_samples", "seq_length", "seed", "sample_sha256"):
-        one, other = ours.settings.get(key), theirs.settings.get(key)
-        if one != other:
-            raise ConfigError(
-                f"--compare {first} {second}: measured on different sequences ({key} {one} and {other}); analyse both "
-                "with the same --data, --samples, --seq-length, --seed and tokenizer"
-            )
-    seed = ours.settings["seed"]
-    found = [
-        difference
-        for score in ours.scores
-        if score in theirs.scores
-        for difference in _differences(score, ours.scores[score], theirs.scores[score], seed)
-    ]
+    found = differences(ours, theirs)
     if not found:
         raise ConfigError(f"--compare {first} {second}: no score is in both; analyse both with the same --scores")
     return found
+
+
+def differences(first: AnalysisDirectory, second: AnalysisDirectory) -> list[Difference]:
+    """The same of analyses that have been read; nothing where no score is in both.
+
+    Raises:
+        ConfigError: the two were measured on different sequences.
+    """
+    for key in ("num_samples", "seq_length", "seed", "sample_sha256"):
+        one, other = first.settings.get(key), second.settings.get(key)
+        if one != other:
+            raise ConfigError(
+                f"{first.path} and {second.path}: measured on different sequences ({key} {one} and {other}); analyse "
+                "both with the same --data, --samples, --seq-length, --seed and tokenizer"
+            )
+    seed = first.settings["seed"]
+    return [
+        difference
+        for score in first.scores
+        if score in second.scores
+        for difference in _differences(score, first.scores[score], second.scores[score], seed)
+    ]
 
 
 def comparison_json(first: Path, second: Path, differences: list[Difference]) -> str:

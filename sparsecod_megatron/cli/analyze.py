@@ -19,10 +19,24 @@ HELP = "Measure how a trained model uses its depth, or compare two models measur
 EXAMPLE = (
     "sparsecod analyze runs/dense --data data/x_val --scores causal,jacobian --samples 64 --output analysis\n"
     "  sparsecod analyze --compare analysis/dense analysis/moe --output comparison\n"
+    "  sparsecod analyze runs/dense --every-checkpoint --data data/x_val --output analysis/over_training\n"
     "  sparsecod analyze runs/dense/checkpoints/step_00001000 runs/dense --scores update --output update"
 )
 UPDATE = "update"
 """The score that takes models before and after, and no data."""
+MEASURED_WITH = (
+    "samples",
+    "seq_length",
+    "seed",
+    "dtype",
+    "pairs",
+    "budgets",
+    "gate_steps",
+    "curve_score",
+    "curve_pattern",
+    "compat",
+)
+"""Options besides data and scores that numbers depend on, so that a series keeps them."""
 DEFAULT_SCORES = "causal,permutation,usefulness,jacobian,similarity,skip,lens"
 
 
@@ -34,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="MODEL_DIR",
         help="HuggingFace model directory, or a training run or one of its step directories; for `--scores update` the "
-        "one before and the one after, and a third to see what two updates changed alike",
+        "one before and the one after, and a third to see what two updates changed alike; for --every-checkpoint a run "
+        "or several models",
     )
     parser.add_argument(
         "--data", type=Path, metavar="PREFIX_OR_TEXT", help="held-out dataset prefix or UTF-8 text file"
@@ -73,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two analysis directories, instead of MODEL_DIR"
     )
+    parser.add_argument(
+        "--every-checkpoint",
+        action="store_true",
+        help="every checkpoint of a run, or each of several models, and the changes from one to the next; the same "
+        "command again adds what is new",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="scores.json, *.csv and plots/*.png")
 
 
@@ -85,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
     from sparsecod_megatron.files import check_writable
 
     check_writable(args.output)
+    if args.every_checkpoint and (args.compare or UPDATE in names(args.scores)):
+        raise ConfigError(f"--every-checkpoint: measures models one by one; leave --compare and {UPDATE} out")
     if args.compare:
         if args.model or args.data:
             raise ConfigError("--compare: takes two analysis directories; leave MODEL_DIR and --data out")
@@ -96,14 +119,48 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.model or args.data is None:
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
-    if len(args.model) > 1:
-        raise ConfigError(f"{len(args.model)} models given, and only --scores {UPDATE} takes several; give one")
+    if len(args.model) > 1 and not args.every_checkpoint:
+        raise ConfigError(
+            f"{len(args.model)} models given, and only --every-checkpoint and --scores {UPDATE} take several; give one"
+        )
     check_at_least(args, samples=1, seq_length=1, seed=0)
     check_above_zero(args, "memory_gib")
-    share_work(args, lambda processes: _analyze(args, processes))
+    share_work(args, lambda processes: (_series if args.every_checkpoint else _analyze)(args, processes))
 
 
 def _analyze(args: argparse.Namespace, processes: Processes) -> None:
+    analysis = _measure(args, args.model[0], {}, processes)
+    if processes.is_first:
+        _write(analysis, args.output)
+
+
+def _series(args: argparse.Namespace, processes: Processes) -> None:
+    from sparsecod_megatron.cli.analysis_series import run_series
+
+    request = {key: getattr(args, key) for key in MEASURED_WITH} | {
+        "data": str(args.data),
+        "scores": names(args.scores),
+    }
+    whole = run_series(
+        args.model, args.output, request, lambda path, facts: _measure(args, path, facts, processes), processes
+    )
+    if processes.is_first:
+        _print(whole)
+        _print_changes(whole)
+        print(f"wrote {args.output}: {len(whole.settings['points'])} models")
+
+
+def _print_changes(whole: Analysis) -> None:
+    """The last change of every number that it can be told of."""
+    for score, result in whole.results.items():
+        rows = result.tables.get(f"{score}_changes", [])
+        for row in (row for row in rows if row["to"] == rows[-1]["to"] and row["separated"]):
+            interval = f"[{row['low']:+.4g}, {row['high']:+.4g}]"
+            print(f"{score:12} {row['name']:32} {row['difference']:+.4g} {interval} since {row['from']}")
+
+
+def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], processes: Processes) -> Analysis:
+    """Analyse one model, and record the facts. Collective over the processes."""
     from sparsecod_megatron.analysis.analyze import analyze
     from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
@@ -121,7 +178,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
     )
     dataset_prefix(args.data)  # a wrong path should not wait for the model
     with open_model(
-        args.model[0],
+        path,
         dtype=args.dtype,
         device=args.device,
         verify=not args.no_verify,
@@ -140,9 +197,7 @@ def _analyze(args: argparse.Namespace, processes: Processes) -> None:
         reference=args.compat == "reference",
         processes=processes,
     )
-    analysis = analyze(context, scores, settings={"model": str(args.model[0]), "data": str(args.data)})
-    if processes.is_first:
-        _write(analysis, args.output)
+    return analyze(context, scores, settings={"model": str(path), "data": str(args.data), **facts})
 
 
 def _update(args: argparse.Namespace) -> None:

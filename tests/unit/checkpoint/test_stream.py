@@ -34,13 +34,13 @@ VARIANTS = {
 }
 
 
-def write(folder: Path, *overrides: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint of step 0 of a fresh model, and its weights."""
+def write(folder: Path, *overrides: str, state: TrainState | None = None) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of a fresh model, at step 0 where no progress is given, and its weights."""
     config = load_config(None, [*SMALL, *overrides])
     with running_processes(config, communication=BACKEND.communication, device=BACKEND.device) as groups:
         trainer = build_trainer(config, BACKEND, groups)
         model = unwrap(trainer.models[0])
-        step = save_checkpoint(folder, trainer, state=TrainState())
+        step = save_checkpoint(folder, trainer, state=state or TrainState())
         weights = dict(model.named_parameters()) | {
             name: tensor for name, tensor in model.named_buffers() if name.endswith("expert_bias")
         }

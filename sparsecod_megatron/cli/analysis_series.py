@@ -1,0 +1,140 @@
+"""Analyses of every checkpoint of a run, or of several models: what is done is left alone, and what is new is added."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsecod_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.analysis.analyze import Analysis
+    from sparsecod_megatron.analysis.directory import AnalysisDirectory
+    from sparsecod_megatron.analysis.series import Point
+    from sparsecod_megatron.parallel.processes import Processes
+
+SERIES_FILE = "series.json"
+"""What was asked for; says that the analyses beside it belong together."""
+STEP, MODEL = "step", "model"
+"""What the axis is: steps of a run, or models in the order they were given."""
+Measure = Callable[[Path, dict[str, Any]], "Analysis"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the series.
+
+    Attributes:
+        path: its directory.
+        point: its place.
+    """
+
+    path: Path
+    point: Point
+
+
+def run_series(
+    models: Sequence[Path], output: Path, request: dict[str, Any], measure: Measure, processes: Processes
+) -> Analysis:
+    """Measure what has not been, and put all of it together. Collective over the processes.
+
+    Args:
+        models: one run with checkpoints, or several models.
+        output: an analysis directory for every model, and the series beside them.
+        request: what numbers depend on besides the model.
+        measure: analyses one model, recording the facts that it is given; collective.
+        processes: those that share the work.
+
+    Returns:
+        The whole series, which the first process has written.
+
+    Raises:
+        ConfigError: the output holds a series that was measured otherwise, or of other models.
+        CheckpointError: a run without checkpoints.
+    """
+    from sparsecod_megatron.analysis.analyze import write_analysis
+    from sparsecod_megatron.analysis.directory import is_analysis
+    from sparsecod_megatron.analysis.series import series_analysis
+    from sparsecod_megatron.files import write_text
+
+    axis = STEP if len(models) == 1 else MODEL
+    members = processes.from_first(lambda: _members(models))
+    request = {**request, "axis": axis}
+    processes.from_first(lambda: _check(output, request, members))
+    for member in members:
+        folder = output / member.point.name
+        if processes.from_first(functools.partial(is_analysis, folder)):
+            continue
+        facts = {"place": member.point.place, "tokens": member.point.tokens}
+        found = measure(member.path, facts)
+        if processes.is_first:
+            write_text(output / SERIES_FILE, json.dumps(request, indent=1) + "\n")
+            write_analysis(found, folder)
+    points, analyses = processes.from_first(lambda: _read(output))
+    whole = series_analysis(points, analyses, axis=axis)
+    if processes.is_first:
+        write_analysis(whole, output)
+    return whole
+
+
+def _members(models: Sequence[Path]) -> list[Member]:
+    from sparsecod_megatron.analysis.series import Point
+    from sparsecod_megatron.checkpoint.paths import step_dirs
+    from sparsecod_megatron.checkpoint.state import read_state
+    from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
+
+    if len(models) > 1:
+        return [
+            Member(path, Point(f"{place:03d}_{path.resolve().name}", place))
+            for place, path in enumerate(models, start=1)
+        ]
+    steps = step_dirs(models[0] / CHECKPOINTS_DIR)
+    if not steps:
+        raise ConfigError(
+            f"--every-checkpoint {models[0]}: no {CHECKPOINTS_DIR}/step_… in it; give a training run, or several models"
+        )
+    return [
+        Member(path, Point(path.name, step, read_state(path).train.consumed_tokens)) for step, path in steps.items()
+    ]
+
+
+def _check(output: Path, request: dict[str, Any], members: Sequence[Member]) -> None:
+    """Refuse an output that holds something else."""
+    from sparsecod_megatron.analysis.directory import is_analysis, load_analyses
+
+    path = output / SERIES_FILE
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in request | before if request.get(key) != before.get(key))
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"{path}: was measured with {key} {before.get(key)}, not {request.get(key)}; give another --output, or "
+                "the options that it was measured with"
+            )
+    elif is_analysis(output):
+        raise ConfigError(f"--output {output}: holds an analysis of one model; give another folder")
+    for member in members:
+        folder = output / member.point.name
+        if is_analysis(folder) and (model := load_analyses([folder])[0].settings["model"]) != str(member.path):
+            raise ConfigError(
+                f"{folder}: is of {model}, not {member.path}; give another --output, or the models in their old order "
+                "with new ones behind them"
+            )
+
+
+def _read(output: Path) -> tuple[list[Point], list[AnalysisDirectory]]:
+    """Every analysis there, in order; those of checkpoints that have been removed since are kept."""
+    from sparsecod_megatron.analysis.directory import is_analysis, load_analyses
+    from sparsecod_megatron.analysis.series import Point
+
+    analyses = load_analyses([path for path in output.iterdir() if path.is_dir() and is_analysis(path)])
+    analyses.sort(key=lambda analysis: int(analysis.settings["place"]))
+    points = [
+        Point(analysis.path.name, analysis.settings["place"], analysis.settings["tokens"]) for analysis in analyses
+    ]
+    return points, analyses
