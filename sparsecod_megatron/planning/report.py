@@ -16,6 +16,7 @@ from sparsecod_megatron.planning.layout import Layout
 from sparsecod_megatron.planning.memory import GIB, parameter_bytes
 from sparsecod_megatron.planning.plan import Plan
 from sparsecod_megatron.planning.search import Candidate
+from sparsecod_megatron.planning.step_law import step_law
 
 Table = Sequence[Sequence[str]]
 
@@ -35,6 +36,7 @@ def plan_text(plan: Plan) -> str:
                 ["FLOPs/token", f"{flops} attention, forward and backward"],
                 ["layout", _layout_line(layout, plan.gpu)],
                 ["step", _step_line(layout)],
+                ["Step Law", step_law(layout.config, count).text],
             ]
         ),
         _memory_table(plan),
@@ -102,6 +104,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "activation_bytes_by_recompute": plan.activations,
         "sent_bytes": [{traffic.group: traffic.bytes for traffic in stage} for stage in plan.traffic],
         "step": asdict(plan.time),
+        "step_law": step_law(layout.config, plan.parameters).as_dict(),
     }
 
 
