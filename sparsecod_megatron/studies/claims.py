@@ -2,18 +2,24 @@
 
 A verdict is mechanical. A difference between two places is taken seed by seed (both places have the same seeds), a
 trend is each seed's least-squares slope over the labels in order; either is separable if the 95 % interval of its mean
-over seeds leaves zero out.
+over seeds leaves zero out. With many claims some are separable by chance, so beside that verdict stands the one that is
+left after Holm's correction for all claims of the study that could be tested.
+
+Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds, slope
+from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds, p_value, slope
 from sparsecod_megatron.studies.schema import ClaimConfig, Labels
 
 SUPPORTED, REFUTED, NOT_SEPARABLE, NOT_MEASURED = "supported", "not supported", "not separable", "not measured"
+
+LEVEL = 0.05
+"""Probability, after correction, below which a difference is separable."""
 
 Results = Mapping[Labels, Mapping[int, Mapping[str, float]]]
 """Place → seed → metrics; diverged cells have none."""
@@ -27,22 +33,44 @@ class Verdict:
         claim: as the study states it.
         verdict: one of the four words above.
         difference: mean over seeds of what should be above zero; None where nothing was measured.
+        p_value: two-sided, of Student's t; None without two seeds.
+        p_holm: corrected for the claims that it was judged with.
+        verdict_holm: the verdict by it.
     """
 
     claim: ClaimConfig
     verdict: str
     difference: Mean | None
+    p_value: float | None
+    p_holm: float | None
+    verdict_holm: str
+
+
+def judge_all(claims: Sequence[ClaimConfig], results: Results) -> list[Verdict]:
+    """Decide claims, each by itself and corrected for the number of them that could be tested."""
+    verdicts = [judge(claim, results) for claim in claims]
+    tested = sorted((verdict.p_value, place) for place, verdict in enumerate(verdicts) if verdict.p_value is not None)
+    largest = 0.0
+    for rank, (value, place) in enumerate(tested):
+        largest = max(largest, min((len(tested) - rank) * value, 1.0))
+        verdict = verdicts[place]
+        corrected = verdict.verdict if largest < LEVEL else NOT_SEPARABLE
+        verdicts[place] = replace(verdict, p_holm=largest, verdict_holm=corrected)
+    return verdicts
 
 
 def judge(claim: ClaimConfig, results: Results) -> Verdict:
-    """Decide a claim that the grid can decide; axes that it does not name are averaged over."""
+    """Decide a claim by itself; axes that it does not name are averaged over."""
     found = _differences(claim, results)
     if not found:
-        return Verdict(claim, NOT_MEASURED, None)
+        return Verdict(claim, NOT_MEASURED, None, None, None, NOT_MEASURED)
     mean = mean_over_seeds(found)
     if mean.low is None or mean.high is None or mean.low <= 0 <= mean.high:
-        return Verdict(claim, NOT_SEPARABLE, mean)
-    return Verdict(claim, SUPPORTED if mean.low > 0 else REFUTED, mean)
+        verdict = NOT_SEPARABLE
+    else:
+        verdict = SUPPORTED if mean.low > 0 else REFUTED
+    value = p_value(mean)
+    return Verdict(claim, verdict, mean, value, value, verdict)
 
 
 def _differences(claim: ClaimConfig, results: Results) -> list[float]:

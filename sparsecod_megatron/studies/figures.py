@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS, STYLE
-from sparsecod_megatron.files import replacing_output
+from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS
 from sparsecod_megatron.studies.cell import trained_run
 from sparsecod_megatron.studies.grid import Study
+from sparsecod_megatron.studies.law_figure import draw_law
 from sparsecod_megatron.studies.metrics import last_variances
+from sparsecod_megatron.studies.picture import LOG_SPAN, picture
 from sparsecod_megatron.studies.schema import Labels, setting_name
 from sparsecod_megatron.studies.table import Row, Table
 
 FIGURES_FOLDER = "figures"
-DPI = 160
-LOG_SPAN = 30
-"""Largest over smallest value from which an axis is logarithmic."""
 
 
 def draw_figures(study: Study, table: Table) -> list[Path]:
-    """Write one picture per measured column, and one of the residual variance by depth.
+    """Write one picture per measured column, pair of metrics and law, and one of the residual variance by depth.
 
     Raises:
         ConfigError: a file cannot be written.
@@ -42,22 +36,15 @@ def draw_figures(study: Study, table: Table) -> list[Path]:
         if any(across in row.metrics and up in row.metrics for row in table.rows):
             drawn.append(study.output / FIGURES_FOLDER / f"{up}_by_{across}.png".replace("/", "_"))
             _draw_pairs(drawn[-1], across, up, study, table)
+    for number, law in enumerate(table.laws, start=1):
+        if law.fit is not None and law.selected is not None:
+            drawn.append(study.output / FIGURES_FOLDER / f"law_{number}_{law.config.law}.png")
+            draw_law(drawn[-1], law.fit, law.selected.points, variables=law.config.x, value=law.config.y)
     variances = {labels: found for labels in table.results if (found := _mean_variances(study, labels, table))}
     if variances:
         drawn.append(study.output / FIGURES_FOLDER / "variance_by_depth.png")
         _draw_variances(drawn[-1], variances, study)
     return drawn
-
-
-@contextlib.contextmanager
-def _picture(path: Path) -> Iterator[Axes]:
-    """Axes to draw on, in the style of all figures; written when the block ends well."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure.subplots()
-        with replacing_output(path) as temporary:
-            figure.savefig(temporary, dpi=DPI, metadata={})
 
 
 def _mean_variances(study: Study, labels: Labels, table: Table) -> list[float]:
@@ -69,7 +56,7 @@ def _mean_variances(study: Study, labels: Labels, table: Table) -> list[float]:
 
 
 def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], study: Study) -> None:
-    with _picture(path) as axes:
+    with picture(path) as axes:
         for index, (labels, layers) in enumerate(variances.items()):
             color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
             axes.plot(range(len(layers)), layers, color=color, marker=marker, label=setting_name(labels))
@@ -83,7 +70,7 @@ def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], stu
 
 def _draw_pairs(path: Path, across: str, up: str, study: Study, table: Table) -> None:
     """Means of both metrics at every place, and its seeds; a colour per label of the first axis, a marker per rest."""
-    with _picture(path) as axes:
+    with picture(path) as axes:
         first = list(dict.fromkeys(row.labels[:1] for row in table.rows))
         others = list(dict.fromkeys(row.labels[1:] for row in table.rows))
         seen = []
@@ -104,7 +91,7 @@ def _draw_pairs(path: Path, across: str, up: str, study: Study, table: Table) ->
 
 
 def _draw(path: Path, metric: str, study: Study, table: Table) -> None:
-    with _picture(path) as axes:
+    with picture(path) as axes:
         labels = list(dict.fromkeys(row.labels[0][1] for row in table.rows)) if study.config.grid else [""]
         others = list(dict.fromkeys(row.labels[1:] for row in table.rows))
         for index, other in enumerate(others):

@@ -17,6 +17,7 @@ from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.seams.mechanism import configured
 from sparsecod_megatron.studies.budget import set_budget
+from sparsecod_megatron.studies.forms import find_law
 from sparsecod_megatron.studies.schema import AxisConfig, Labels, StudyConfig, setting_name
 
 _LABEL = re.compile(r"[\w.+-]+")
@@ -174,6 +175,9 @@ def _check(path: Path, config: StudyConfig, axes: Sequence[Mapping[str, Any]]) -
     if len(labels) < len(axes):
         raise ConfigError(f"{path}: grid: two axes have one name; give each its own")
     places = [("budget.reference", config.budget.reference)]
+    for number, law in enumerate(config.laws):
+        find_law(law.law).check_variables(f"{path}: laws[{number}].x", law.x)
+        places.append((f"laws[{number}].where", law.where))
     for number, claim in enumerate(config.claims):
         trends = [axis for axis in (claim.rises_along, claim.falls_along) if axis is not None]
         if len(trends) + bool(claim.higher and claim.lower) != 1 or bool(claim.higher) != bool(claim.lower):

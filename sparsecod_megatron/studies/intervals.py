@@ -53,6 +53,27 @@ def t_95(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
+def p_value(mean: Mean) -> float | None:
+    """Probability of a mean at least this far from zero if the true one is zero, by Student's t; None of a single seed.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4, exact for whole degrees.
+    """
+    if mean.low is None or mean.high is None:
+        return None
+    freedom, error = mean.count - 1, (mean.high - mean.low) / 2 / t_95(mean.count - 1)
+    if error == 0:
+        return 1.0 if mean.value == 0 else 0.0
+    angle = math.atan(abs(mean.value) / error / math.sqrt(freedom))
+    # 1 + 1/2 cos² θ (1 + 3/4 cos² θ (…)) for even degrees of freedom, 1 + 2/3 cos² θ (1 + 4/5 cos² θ (…)) for odd ones.
+    series = 1.0
+    for number in range(freedom - 3, 0, -2):
+        series = 1 + series * math.cos(angle) ** 2 * number / (number + 1)
+    if freedom % 2 == 0:
+        return max(1 - math.sin(angle) * series, 0.0)
+    beyond = math.sin(angle) * math.cos(angle) * series if freedom > 1 else 0.0
+    return max(1 - 2 / math.pi * (angle + beyond), 0.0)
+
+
 def slope(values: Sequence[float]) -> float:
     """Least-squares change of the values from one place to the next."""
     middle = (len(values) - 1) / 2

@@ -17,6 +17,8 @@ from sparsecod_megatron.studies.budget import training_flops_per_token, training
 
 SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 """What a cell costs, known before it runs."""
+LIVED = "mean_live_parameters"
+"""What mechanisms that hold weights at zero log: parameters of the whole model that were left, on average so far."""
 OVER_TRAINING = ("act_nonzero", "act_small", "load_max_over_mean", "load_entropy")
 """Layer statistics that a study compares by how they change while a run trains, where it collects them."""
 
@@ -33,24 +35,37 @@ def cell_sizes(config: RunConfig) -> dict[str, float]:
 def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Path) -> dict[str, float]:
     """Every number of a cell that is finite.
 
-    `SIZES`; `loss`, `perplexity` and `bits_per_byte` of held-out text; `SCORE/VALUE` of every score; `TASK/METRIC` of
-    every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where a task has none; `out_var_first`,
-    `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's; `NAME_start` and
-    `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last collected step, and
-    `NAME_end_first` of the first layer that has it; `first_loss`, of the first logged step; the median `tokens_per_s`.
+    `SIZES`; `active_share` and `tokens_per_parameter`, of all parameters; `parameters_non_embedding`, and
+    `parameters_mean_live`, those of them that were not zero, on average over the steps; `loss`, `perplexity` and
+    `bits_per_byte` of held-out text; `SCORE/VALUE` of every score; `TASK/METRIC` of every task and `task_mean`, the
+    mean over tasks of `acc_norm`, or `acc` where a task has none; `out_var_first`, `out_var_last` and `out_var_growth`
+    of the last collected step, the last layer's over the first's; `NAME_start` and `NAME_end` of every statistic in
+    `OVER_TRAINING`, means over layers at the first and the last collected step, and `NAME_end_first` of the first layer
+    that has it; `first_loss`, of the first logged step; the median `tokens_per_s`.
     """
     found: dict[str, Any] = {
-        **cell_sizes(config),
+        **(sizes := cell_sizes(config)),
+        "active_share": sizes["parameters_active"] / sizes["parameters_total"],
+        "tokens_per_parameter": sizes["tokens"] / sizes["parameters_total"],
         **_variances(run),
         **dict(_over_training(run)),
         **dict(_scores(analysis / SCORES_FILE)),
         **dict(_evaluated(evaluation / "results.json")),
     }
     records = _lines(run / METRICS_FILE)
+    found |= _non_embedding(config, records[-1] if records else {})
     found["first_loss"] = next((record["loss"] for record in records if "loss" in record), None)
     speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
     found["tokens_per_s"] = speeds[len(speeds) // 2] if speeds else None
     return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _non_embedding(config: RunConfig, last: dict[str, Any]) -> dict[str, float]:
+    """Parameters outside of embeddings, and how many of them were left on average by the last logged step."""
+    count = ParameterTable.of(with_vocabulary(config)[0]).count()
+    zeros = sum(count.total - value for name, value in last.items() if name.rpartition("/")[2] == LIVED)
+    body = count.total - count.embedding
+    return {"parameters_non_embedding": body, "parameters_mean_live": body - zeros}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -121,6 +121,20 @@ class ScatterConfig:
 
 
 @dataclass
+class LawConfig:
+    """A scaling law fitted to the cells, each of which is a point."""
+
+    law: str = "???"
+    """A name of docs/LAWS.md."""
+    x: list[str] = field(default_factory=list)
+    """Metrics, or axes with numbers for labels, of the law's variables, in its order."""
+    y: str = "???"
+    """Metric that the law is of."""
+    where: dict[str, str] = field(default_factory=dict)
+    """Axis → label of the cells to take; empty takes all."""
+
+
+@dataclass
 class StudyConfig:
     """One study."""
 
@@ -152,6 +166,7 @@ class StudyConfig:
     """Metrics of the table and the figures, after parameters and tokens."""
     scatter: list[ScatterConfig] = field(default_factory=list)
     claims: list[ClaimConfig] = field(default_factory=list)
+    laws: list[LawConfig] = field(default_factory=list)
     verify: bool = True
     """Compare the logits of every cell's export with Megatron's before it is scored."""
     keep_checkpoints: bool = True

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 
 from sparsecod_megatron.files import write_text
 from sparsecod_megatron.studies.cell import is_done, read_result
-from sparsecod_megatron.studies.claims import Results, Verdict, judge
+from sparsecod_megatron.studies.claims import Results, Verdict, judge_all
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
 from sparsecod_megatron.studies.schema import Labels
+from sparsecod_megatron.studies.study_laws import HEADER, StudyLaw, fit_laws
 
 SIZE_COLUMNS = ("parameters_total", "parameters_active", "tokens")
 """Columns that come first; the same for all seeds."""
@@ -40,11 +41,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, the results that they are of, and the verdicts."""
+    """All rows, the results that they are of, the verdicts, and the laws."""
 
     rows: list[Row]
     results: Results
     verdicts: list[Verdict]
+    laws: list[StudyLaw]
 
 
 def make_table(study: Study) -> Table:
@@ -61,7 +63,8 @@ def make_table(study: Study) -> Table:
         results.setdefault(cell.labels, {})[cell.seed] = result["metrics"]
         diverged[cell.labels] = diverged.get(cell.labels, 0) + bool(result["diverged"])
     rows = [_row(labels, of_seed, diverged[labels]) for labels, of_seed in results.items()]
-    return Table(rows, results, [judge(claim, results) for claim in study.config.claims])
+    verdicts = judge_all(study.config.claims, results)
+    return Table(rows, results, verdicts, fit_laws(study.config.laws, results))
 
 
 def write_table(study: Study, table: Table, *, command: str) -> str:
@@ -88,6 +91,7 @@ def write_table(study: Study, table: Table, *, command: str) -> str:
             for seed, metrics in of_seed.items()
         ],
         "claims": [asdict(verdict) for verdict in table.verdicts],
+        "laws": [law.as_dict() for law in table.laws],
     }
     write_text(study.output / "table.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     return text
@@ -142,12 +146,20 @@ def _markdown(study: Study, table: Table, command: str) -> str:
     if table.verdicts:
         claims = [
             [verdict.claim.text, verdict.claim.published or "–", verdict.claim.metric, shown(verdict.difference)]
-            + [f"**{verdict.verdict}**"]
+            + [f"**{verdict.verdict}**", _corrected(verdict)]
             for verdict in table.verdicts
         ]
+        tested = sum(verdict.p_value is not None for verdict in table.verdicts)
         header = ["claim", "published", "metric", "difference or slope [95 %], above 0 as claimed", "here"]
+        header.append(f"corrected for {tested} claims (Holm)")
         text += f"\n{markdown_grid(header, claims)}"
+    if table.laws:
+        text += f"\n{markdown_grid(HEADER, [law.cells for law in table.laws])}"
     return text
+
+
+def _corrected(verdict: Verdict) -> str:
+    return verdict.verdict_holm + ("" if verdict.p_holm is None else f" (p {verdict.p_holm:.2g})")
 
 
 def _csv(study: Study, table: Table) -> str:

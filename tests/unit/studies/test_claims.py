@@ -10,8 +10,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecod_megatron.studies.claims import NOT_MEASURED, NOT_SEPARABLE, REFUTED, SUPPORTED, Results, judge
-from sparsecod_megatron.studies.intervals import mean_over_seeds, slope
+from sparsecod_megatron.studies.claims import NOT_MEASURED, NOT_SEPARABLE, REFUTED, SUPPORTED, Results, judge, judge_all
+from sparsecod_megatron.studies.intervals import mean_over_seeds, p_value, slope
 from sparsecod_megatron.studies.schema import ClaimConfig
 
 VALUES = st.floats(-1e6, 1e6)
@@ -26,6 +26,24 @@ def test_the_interval_is_students(values: list[float]) -> None:
     assert mean.low is not None and mean.high is not None
     assert (mean.high - mean.low) / 2 == pytest.approx(half, rel=2e-4, abs=1e-6)
     assert mean.count == len(values)
+
+
+@pytest.mark.parametrize("count", range(2, 13))
+def test_the_probability_is_students(count: int) -> None:
+    """For odd and even degrees of freedom, and what separates by the one separates by the other."""
+    for shift in (0.0, 0.3, 1.0, 5.0):
+        values = np.random.default_rng(count).standard_normal(count) + shift
+        mean = mean_over_seeds(list(values))
+        value, expected = p_value(mean), scipy.stats.ttest_1samp(values, 0).pvalue
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert mean.low is not None and mean.high is not None and value is not None
+        assert (value < 0.05) == (not mean.low <= 0 <= mean.high)
+
+
+def test_probability_without_spread() -> None:
+    assert p_value(mean_over_seeds([2.0, 2.0])) == 0
+    assert p_value(mean_over_seeds([0.0, 0.0])) == 1
+    assert p_value(mean_over_seeds([2.0])) is None
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -83,3 +101,36 @@ def test_a_seed_that_diverged_at_one_place_is_left_out() -> None:
     found[(("x", "b"),)] = {**found[(("x", "b"),)], 2: {}}
     difference = judge(HIGHER, found).difference
     assert difference is not None and difference.count == 2 and math.isclose(difference.value, 1.0)
+
+
+def test_holm_corrects_for_claims_that_could_be_tested() -> None:
+    """By the definition: the smallest p times the number of claims, the next times one less, never falling."""
+    random = np.random.default_rng(10)
+    shifts = {"b": 3.0, "c": 1.0, "d": 0.8, "e": 0.0}
+    base = list(random.standard_normal(5))
+    places = {
+        label: [value + shift + 0.4 * random.standard_normal() for value in base] for label, shift in shifts.items()
+    }
+    cells = results({"a": base, **places, "one": [9.0], "none": []})
+    claims = [
+        ClaimConfig(text=label, metric="m", higher={"x": label}, lower={"x": "a"}) for label in ("one", *shifts, "none")
+    ]
+    verdicts = judge_all(claims, cells)
+    single, none = verdicts[0], verdicts[-1]
+    assert (single.verdict_holm, single.p_holm) == (NOT_SEPARABLE, None)
+    assert (none.verdict_holm, none.p_holm) == (NOT_MEASURED, None)
+    tested = sorted(verdicts[1:-1], key=lambda verdict: verdict.p_value or 0.0)
+    raw = [verdict.p_value for verdict in tested]
+    expected = np.maximum.accumulate([min(value * (4 - rank), 1) for rank, value in enumerate(raw)])  # type: ignore[operator]
+    assert [verdict.p_holm for verdict in tested] == pytest.approx(list(expected))
+    for verdict in tested:
+        assert verdict.p_holm is not None
+        assert verdict.verdict_holm == (verdict.verdict if verdict.p_holm < 0.05 else NOT_SEPARABLE)
+    plain = [verdict.verdict for verdict in tested]
+    assert plain.count(SUPPORTED) > [verdict.verdict_holm for verdict in tested].count(SUPPORTED) >= 1
+
+
+def test_a_single_claim_needs_no_correction() -> None:
+    cells = results({"a": [1.0, 5.0, 9.0], "b": [1.5, 5.6, 9.4]})
+    assert judge_all([HIGHER], cells) == [judge(HIGHER, cells)]
+    assert judge(HIGHER, cells).verdict_holm == SUPPORTED

@@ -43,7 +43,7 @@ def test_three_formats_agree(half_done: Study) -> None:
     assert [line[:2] for line in lines] == [["2", "none"], ["2", "some"]]
     assert lines[0][2:] == ["1M", "–", "640", "12 [9.516, 14.48]", "2 [2, 2]", "3"]
     assert lines[1][-1] == "3, 1 diverged"
-    assert "| decay lowers variance | 2 against 1 | out_var_last | 1 [1, 1] | **supported** |" in text
+    assert "| decay lowers variance | 2 against 1 | out_var_last | 1 [1, 1] | **supported** | supported (p 0) |" in text
     with (half_done.output / "table.csv").open() as stream:
         rows = {(row["decay"], row["metric"]): row for row in csv.DictReader(stream)}
     content = json.loads((half_done.output / "table.json").read_text())
