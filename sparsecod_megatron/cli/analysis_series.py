@@ -63,7 +63,7 @@ def run_series(
 
     axis = STEP if len(models) == 1 else MODEL
     members = processes.from_first(lambda: _members(models))
-    request = {**request, "axis": axis}
+    request = {**request, "axis": axis, **({"run": str(models[0])} if axis == STEP else {})}
     processes.from_first(lambda: _check(output, request, members))
     for member in members:
         folder = output / member.point.name
@@ -104,7 +104,7 @@ def _members(models: Sequence[Path]) -> list[Member]:
 
 def _check(output: Path, request: dict[str, Any], members: Sequence[Member]) -> None:
     """Refuse an output that holds something else."""
-    from sparsecod_megatron.analysis.directory import is_analysis, load_analyses
+    from sparsecod_megatron.analysis.directory import is_analysis
 
     path = output / SERIES_FILE
     if path.is_file():
@@ -118,12 +118,13 @@ def _check(output: Path, request: dict[str, Any], members: Sequence[Member]) -> 
             )
     elif is_analysis(output):
         raise ConfigError(f"--output {output}: holds an analysis of one model; give another folder")
-    for member in members:
-        folder = output / member.point.name
-        if is_analysis(folder) and (model := load_analyses([folder])[0].settings["model"]) != str(member.path):
+    places = {member.point.place: member.path for member in members}
+    for point, analysis in zip(*_read(output), strict=True):
+        model, wanted = analysis.settings["model"], str(places.get(point.place, analysis.settings["model"]))
+        if model != wanted:
             raise ConfigError(
-                f"{folder}: is of {model}, not {member.path}; give another --output, or the models in their old order "
-                "with new ones behind them"
+                f"{analysis.path}: is of {model}, not {wanted}; give another --output, or the models in their old "
+                "order with new ones behind them"
             )
 
 
@@ -132,7 +133,9 @@ def _read(output: Path) -> tuple[list[Point], list[AnalysisDirectory]]:
     from sparsecod_megatron.analysis.directory import is_analysis, load_analyses
     from sparsecod_megatron.analysis.series import Point
 
-    analyses = load_analyses([path for path in output.iterdir() if path.is_dir() and is_analysis(path)])
+    folders = [path for path in output.iterdir() if path.is_dir()] if output.is_dir() else []
+    analyses = load_analyses([path for path in folders if is_analysis(path)])
+    analyses = [analysis for analysis in analyses if "place" in analysis.settings]  # others lie there by chance
     analyses.sort(key=lambda analysis: int(analysis.settings["place"]))
     points = [
         Point(analysis.path.name, analysis.settings["place"], analysis.settings["tokens"]) for analysis in analyses

@@ -129,5 +129,5 @@ def test_refused(models: list[Path], text: Path, tmp_path: Path, capsys: pytest.
     assert not output.exists()
     assert main(["analyze", *pair, *command]) == 0
     assert "was measured with seed 0, not 1" in said(*pair, *command, "--seed", "1")
-    assert "003_model0" not in said(*reversed(pair), *command)
+    assert f"001_model0: is of {pair[0]}, not {pair[1]}" in said(*reversed(pair), *command)
     assert "holds an analysis of one model" in said(*pair, *command[:-1], str(output / "001_model0"))
