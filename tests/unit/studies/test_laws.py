@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -193,6 +194,14 @@ def test_largest_left_out_is_the_error_of_a_fit_without_it() -> None:
     assert held_out is not None and held_out.count == 1
     assert held_out.predicted == pytest.approx(said) and held_out.measured == noisy[-1]
     assert held_out.error == pytest.approx(abs(said - noisy[-1]) / noisy[-1])
+
+
+def test_a_largest_value_of_zero_has_a_json() -> None:
+    values = np.array([4.0, 3.0, 2.5, 2.0, 1.0, 0.0])
+    plant = Plant([np.arange(1.0, 7.0)], lambda *_: values)
+    found = fit_law("line", points(plant), num_resamples=40).as_dict()
+    assert found["largest_left_out"]["error"] is None and found["largest_left_out"]["count"] == 1
+    json.dumps(found, allow_nan=False)
 
 
 def test_coefficients_that_are_uncertain_together() -> None:
