@@ -1,11 +1,12 @@
 """What `sparsecod compress` holds in memory, whole and with --stream, on models that differ in their number of blocks.
 
-    bash tools/run_in_venv.sh python3 benchmarks/compression_memory.py [--hidden-size 1024] [--layers 6 18]
+    bash tools/run_in_venv.sh python3 benchmarks/compression_memory.py [--hidden-size 1024] [--layers 2 6] [--method M]
     bash tools/run_in_venv.sh python3 benchmarks/compression_memory.py --model DIR --data TEXT
 
 The first form writes Llamas with random weights, and words. Peaks are of resident memory, pages of mapped files
 included. What the libraries hold is measured on a model of one narrow block and taken off. Beside it stands what has to
-be there: embeddings and head, one block, Σ x·xᵀ of a block's inputs, and the calibration sequences before and after it.
+be there: embeddings and head, one block, and Σ x·xᵀ of a block's inputs. `returned` is with an allocator that gives
+freed memory back at once (`MALLOC_MMAP_THRESHOLD_`), so that it is what is in use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -34,19 +36,17 @@ class Parts(NamedTuple):
         outside: weights outside the blocks.
         block: one block.
         products: Σ x·xᵀ of a block's four inputs.
-        stream: calibration sequences before and after a block.
     """
 
     model: int
     outside: int
     block: int
     products: int
-    stream: int
 
     @property
     def needed(self) -> int:
         """What no way of going block by block can do without."""
-        return self.outside + self.block + self.products + self.stream
+        return self.outside + self.block + self.products
 
 
 def write_model(folder: Path, hidden_size: int, num_layers: int) -> None:
@@ -75,17 +75,17 @@ def parts_of(folder: Path) -> Parts:
     inside = sum(size for name, size in sizes.items() if ".layers." in name)
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     products = 4 * (3 * width**2 + inner**2)
-    stream = 2 * 4 * SAMPLES * SEQ_LENGTH * width
-    return Parts(sum(sizes.values()), sum(sizes.values()) - inside, inside // layers, products, stream)
+    return Parts(sum(sizes.values()), sum(sizes.values()) - inside, inside // layers, products)
 
 
-def peak(folder: Path, data: Path, output: Path, *extra: str) -> int:
+def peak(folder: Path, data: Path, output: Path, *extra: str, returned: bool = False) -> int:
     """Most bytes that the command has resident at a time."""
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(MIB)} if returned else {})
     sizes = {"samples": SAMPLES, "held-out": HELD_OUT, "seq-length": SEQ_LENGTH, "batch-size": 1}
     command = [sys.executable, "-m", "sparsecod_megatron", "compress", "--model", str(folder), "--data", str(data)]
-    command += ["--output", str(output), "--method", "wanda", "--device", "cpu", *extra]
+    command += ["--output", str(output), "--device", "cpu", *extra]
     command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     found = 0
     while process.poll() is None:
         with contextlib.suppress(OSError):  # it may have ended
@@ -101,7 +101,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=1024)
-    parser.add_argument("--layers", type=int, nargs="+", default=[6, 18])
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
+    parser.add_argument("--method", default="wanda", help="a pruning rule")
     parser.add_argument("--model", type=Path, default=None, help="a Llama directory instead")
     parser.add_argument("--data", type=Path, default=None, help="text for it")
     args = parser.parse_args()
@@ -117,14 +118,15 @@ def main() -> None:
             if folder.parent == root:
                 code = f"from compression_memory import *; write_model(Path({str(folder)!r}), *{shape})"
                 subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
-        print("MiB: the model; what has to be there; held by the whole model, and by --stream; seconds of both")
+        print("MiB: the model; what has to be there; held by the whole model, by --stream, and returned; seconds")
         libraries: dict[str, int] = {}
         for label, folder in models.items():
             text = data if data and folder == args.model else words
             held, seconds = {}, {}
-            for way, extra in (("whole", ()), ("stream", ("--stream",))):
-                began = time.perf_counter()
-                held[way] = peak(folder, text, root / f"out-{folder.name}-{way}", *extra)
+            for way, extra in (("whole", ()), ("stream", ("--stream",)), ("returned", ("--stream",))):
+                began, output = time.perf_counter(), root / f"out-{folder.name}-{way}"
+                rule = ("--method", args.method)
+                held[way] = peak(folder, text, output, *rule, *extra, returned=way == "returned")
                 seconds[way] = time.perf_counter() - began
             if not libraries:
                 libraries = held

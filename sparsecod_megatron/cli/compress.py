@@ -158,11 +158,14 @@ def _check_number(models: list[Path], name: str) -> None:
 
 
 def _check_streams(request: Request, cells: list[Cell]) -> None:
+    from sparsecod_megatron.analysis.scores.registry import LOOKING_AT_ALL_WEIGHTS
+
     whole = next((cell.method.name for cell in cells if cell.method.needs.whole_model), None)
     if whole is not None:
         raise ConfigError(f"--stream: --method {whole} needs the whole model at once; leave --stream out")
-    if request.scores:
-        raise ConfigError(f"--stream: --scores {','.join(request.scores)} needs the whole model at once; leave one out")
+    at_once = next((name for name in request.scores if name in LOOKING_AT_ALL_WEIGHTS), None)
+    if at_once is not None:
+        raise ConfigError(f"--stream: --scores {at_once} looks at the weights of all blocks at once; leave one out")
 
 
 def _print(compression: Compression, report: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsecod_megatron.compression.parts import row_parts
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.residency import Residency
 
@@ -126,7 +127,7 @@ class Changes:
         """
         self._require_finite(name, new)
         values = new.to(old.dtype)
-        change, size = (float(part.square().sum()) for part in (values.float() - old.float(), old.float()))
+        change, size = (sum(parts) for parts in zip(*_squares(values, old), strict=True))
         num_zeros = values.numel() - int(torch.count_nonzero(values))
         self._pieces.setdefault(name, []).append(_Piece(change, size, num_zeros, outputs))
         old.copy_(values)
@@ -200,7 +201,7 @@ class Changes:
 
     @staticmethod
     def _require_finite(name: str, weight: Tensor) -> None:
-        if not torch.isfinite(weight).all():
+        if not all(bound.isfinite() for bound in weight.aminmax()):  # without a copy, as `isfinite` of all would be
             raise ConversionError(f"{name}: the method made non-finite weights; use another method")
 
 
@@ -222,6 +223,13 @@ def relative_error(old: Tensor, new: Tensor) -> float:
     change = torch.linalg.vector_norm(new.detach().float() - old.detach().float())
     size = torch.linalg.vector_norm(old.detach().float())
     return float(change / size) if size else 0.0
+
+
+def _squares(new: Tensor, old: Tensor) -> Iterator[tuple[float, float]]:
+    """Squared Frobenius norms of the change and of the old weights, a few rows at a time."""
+    for rows in row_parts(old):
+        before = old[rows].float()
+        yield float((new[rows].float() - before).square_().sum()), float(before.square().sum())
 
 
 def _root_ratio(squares: Sequence[tuple[float, float]]) -> float:

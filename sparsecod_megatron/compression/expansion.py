@@ -20,7 +20,7 @@ from sparsecod_megatron.compression.changes import zeros
 from sparsecod_megatron.compression.clusters import Router, fit_router, shrunk
 from sparsecod_megatron.compression.method import Material
 from sparsecod_megatron.compression.patterns import Pattern
-from sparsecod_megatron.compression.reconstruct import row_errors, sweep
+from sparsecod_megatron.compression.reconstruct import squared_outputs, sweep
 from sparsecod_megatron.compression.statistics import InputStatistics
 from sparsecod_megatron.compression.watching import Slot
 
@@ -195,8 +195,7 @@ class Expander:
         old, copies = weight.float(), self._copies
         new = sweep(old, used.hessian, copies.pattern, damping=copies.damping)[0].to(weight.dtype)
         assert own.gram is not None
-        change, size = (row_errors(matrix, own.gram).double().sum() for matrix in (new.float() - old, old))
-        return new, (float(change), float(size))
+        return new, squared_outputs(new, old, own.gram)
 
 
 class _Sample:

@@ -28,5 +28,5 @@ def round_groups(values: Tensor, width: int, bits: int) -> Tensor:
     groups = values.unflatten(-1, (-1, width))
     low = groups.amin(-1, keepdim=True)
     step = (groups.amax(-1, keepdim=True) - low) / (2**bits - 1)
-    codes = ((groups - low) / torch.where(step > 0, step, 1)).round()
-    return (low + codes * step).flatten(-2)
+    codes = (groups - low).div_(torch.where(step > 0, step, 1)).round_()
+    return codes.mul_(step).add_(low).flatten(-2)

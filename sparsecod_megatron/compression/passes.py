@@ -19,17 +19,17 @@ from sparsecod_megatron.compression.experts import separate_experts
 from sparsecod_megatron.compression.method import Material
 from sparsecod_megatron.compression.patterns import Pattern
 from sparsecod_megatron.compression.progress import DoneBlock, Outputs
-from sparsecod_megatron.compression.reconstruct import row_errors
+from sparsecod_megatron.compression.reconstruct import squared_outputs
 from sparsecod_megatron.compression.rules import Rule
 from sparsecod_megatron.compression.scores import Evidence, gradient_norms
 from sparsecod_megatron.compression.statistics import InputStatistics
 from sparsecod_megatron.compression.watching import (
+    Given,
     Slot,
     Watcher,
     slots_of,
     slots_of_parameter,
     stages_of,
-    statistics_for,
 )
 from sparsecod_megatron.hf.blocks import Layers, find_layers
 from sparsecod_megatron.hf.calls import Replay
@@ -123,15 +123,15 @@ def prune_by_inputs(material: Material, plan: Plan, taken: Sequence[str]) -> Not
     if plan.rule.needs_gradients:
         weights = {name: model.get_parameter(name) for name in taken}
         gradients = gradient_norms(model, material.sequences, weights, processes)
+    patterns = _patterns(material, plan, layers, taken)
     stream = calibration_stream(material, layers)
-    patterns = _patterns(material, plan, layers, taken, stream)
     pruner = Pruner(material, plan, gradients)
     for layer in tqdm(range(len(layers)), desc="blocks", unit="block", disable=processes.no_progress):
         name = f"{layers.name}.{layer}"
         with material.residency.holding(name):
-            outputs = pruner.by_inputs(name, layer, layers.blocks[layer], set(taken), stream, patterns[layer])
-            if layer + 1 < len(layers):
-                stream.hidden = outputs or stream.run(layer)
+            has_advanced = pruner.by_inputs(name, layer, layers.blocks[layer], set(taken), stream, patterns[layer])
+            if layer + 1 < len(layers) and not has_advanced:
+                stream.advance(layer)
     return pruner.notes
 
 
@@ -158,10 +158,10 @@ def dense_statistics(material: Material, taken: Sequence[str], notes: Notes) -> 
         with separate_experts(block):
             slots = slots_of(block, f"{layers.name}.{layer}", set(taken))
             watcher = Watcher(slots, gram=True)
-            stream.hidden = stream.run(layer, watcher.watching)
-        found, seen = watcher.totals(material.processes), []
+            stream.advance(layer, watcher.watching)
+        given, seen = Given(slots, watcher.totals(material.processes)), []
         for slot in slots:
-            statistics, is_pooled = statistics_for(slot, slots, found)
+            statistics, is_pooled = given.to(slot)
             if is_pooled:
                 notes.pooled.append(slot.key)
             if statistics is None or not statistics.count:
@@ -186,25 +186,24 @@ def calibration_stream(material: Material, layers: Layers) -> ResidualStream:
 
 def _turns(stream: ResidualStream, num_layers: int) -> Tensor:
     """Σ over tokens of the angle over π by which each dense block turns the stream, and the tokens: [L + 1]."""
-    start, sums = stream.hidden, torch.zeros(num_layers + 1, dtype=torch.float64)
+    sums = torch.zeros(num_layers + 1, dtype=torch.float64)
+
+    def see(layer: int, before: Tensor, after: Tensor) -> None:
+        found = angles(before.cpu(), after.cpu())
+        sums[layer] += found.sum()
+        sums[-1] += 0 if layer else found.numel()
+
     for layer in range(num_layers):
-        after = stream.run(layer)
-        for before, then in zip(stream.hidden, after, strict=True):
-            sums[layer] += angles(before, then).sum()
-        stream.hidden = after
-    stream.hidden = start
-    sums[-1] = sum(hidden[..., 0].numel() for hidden in start)
+        stream.advance(layer, see=partial(see, layer))
     return sums
 
 
-def _patterns(
-    material: Material, plan: Plan, layers: Layers, taken: Sequence[str], stream: ResidualStream
-) -> list[Pattern]:
+def _patterns(material: Material, plan: Plan, layers: Layers, taken: Sequence[str]) -> list[Pattern]:
     """The pattern of each block."""
     pattern = plan.rule.pattern
     if plan.spread is None:
         return [pattern] * len(layers)
-    sums = material.processes.total(_turns(stream, len(layers)))
+    sums = material.processes.total(_turns(calibration_stream(material, layers), len(layers)))
     sizes = [
         sum(material.model.get_parameter(name).numel() for name in taken if name.startswith(f"{layers.name}.{layer}."))
         for layer in range(len(layers))
@@ -236,51 +235,55 @@ class Pruner:
 
     def by_inputs(
         self, name: str, layer: int, block: nn.Module, taken: set[str], stream: ResidualStream, pattern: Pattern
-    ) -> list[Tensor]:
+    ) -> bool:
         """Prune the matrices of a block, in place, or take them from an earlier run.
 
         Returns:
-            What comes after the dense block, where the next one is to see that; otherwise nothing.
+            Whether the stream stands behind the block already, because the next one is to see what the dense block
+            leaves.
         """
         processes, progress, is_dense = self._material.processes, self._material.progress, self._plan.inputs == "dense"
         is_done = processes.from_first(partial(progress.has, layer))
-        outputs = stream.run(layer) if is_done and is_dense else []
+        if is_done and is_dense:
+            stream.advance(layer)
         with separate_experts(block):
             slots = slots_of(block, name, taken)
             if is_done:
                 self.put(slots, progress.load(layer))
             elif slots:
-                outputs, done = self._block(layer, slots, stream, pattern)
+                done = self._block(layer, slots, stream, pattern)
                 if processes.is_first:
                     progress.save(layer, done)
-        return outputs if is_dense else []
+        return is_dense and (is_done or bool(slots))
 
-    def _block(
-        self, layer: int, slots: list[Slot], stream: ResidualStream, pattern: Pattern
-    ) -> tuple[list[Tensor], DoneBlock]:
-        """The dense block's outputs for the stream, and what became of the matrices."""
-        processes, done = self._material.processes, DoneBlock({}, [], [])
-        gram = self._plan.rule.needs_gram or self._plan.output_error
-        found, outputs = self._watch(layer, slots, stream, gram)
+    def _block(self, layer: int, slots: list[Slot], stream: ResidualStream, pattern: Pattern) -> DoneBlock:
+        """What became of the matrices of a block that nobody has pruned yet."""
+        done, size = DoneBlock({}, [], []), self._material.processes.size
+        found = self._watch(layer, slots, stream)
         stages = [slots] if self._plan.order == "block" else stages_of(slots, found)
         for number, stage in enumerate(stages):
-            if number:
-                found, _ = self._watch(layer, stage, stream, gram)
-            known = {slot.key: self._statistics(slot, slots, found, done) for slot in stage}
-
-            def work(part: Sequence[Slot], known: dict[str, InputStatistics] = known) -> list[tuple[Tensor, Outputs]]:
-                made = [self.pruned(slot, known[slot.key], pattern) for slot in part]
-                return made if processes.size == 1 else [(weight.cpu(), outputs) for weight, outputs in made]
-
-            # One matrix for each process at a time, so that a second block's worth of weights never comes together.
-            for start in range(0, len(stage), processes.size):
-                part = stage[start : start + processes.size]
-                made = dict(zip([slot.key for slot in part], processes.distribute(part, work), strict=True))
-                self.put(part, DoneBlock(made, [], []))
-                done.matrices.update({slot.key: (slot.weight, made[slot.key][1]) for slot in part})
+            given = Given(slots, self._watch(layer, stage, stream) if number else found)
+            # One matrix for each process at a time, so that a second block's worth of weights never comes together,
+            # and the products of inputs go as soon as their last matrix is done.
+            for start in range(0, len(stage), size):
+                self._part(stage[start : start + size], given, pattern, done)
+                given.keep_for(stage[start + size :])
         self.notes.pooled += done.pooled
         self.notes.unreached += done.unreached
-        return outputs, done
+        return done
+
+    def _part(self, part: Sequence[Slot], given: Given, pattern: Pattern, done: DoneBlock) -> None:
+        """Prune matrices, one on each process, and put them in their places. Collective."""
+        processes = self._material.processes
+        known = {slot.key: self._statistics(slot, given, done) for slot in part}
+
+        def work(own: Sequence[Slot]) -> list[tuple[Tensor, Outputs]]:
+            made = [self.pruned(slot, known[slot.key], pattern) for slot in own]
+            return made if processes.size == 1 else [(weight.cpu(), outputs) for weight, outputs in made]
+
+        made = dict(zip([slot.key for slot in part], processes.distribute(part, work), strict=True))
+        self.put(part, DoneBlock(made, [], []))
+        done.matrices.update({slot.key: (slot.weight, made[slot.key][1]) for slot in part})
 
     def put(self, slots: Sequence[Slot], done: DoneBlock) -> None:
         """Put a block's new weights where the old ones were."""
@@ -290,24 +293,25 @@ class Pruner:
         self.notes.pooled += done.pooled
         self.notes.unreached += done.unreached
 
-    def _watch(
-        self, layer: int, slots: list[Slot], stream: ResidualStream, gram: bool
-    ) -> tuple[dict[str, InputStatistics], list[Tensor]]:
-        watcher = Watcher(slots, gram=gram)
-        outputs = stream.run(layer, watcher.watching)
-        return watcher.totals(self._material.processes), outputs
+    def _watch(self, layer: int, slots: list[Slot], stream: ResidualStream) -> dict[str, InputStatistics]:
+        watcher = Watcher(slots, gram=self._needs_gram)
+        go = stream.advance if self._plan.inputs == "dense" else stream.run
+        go(layer, watcher.watching)
+        return watcher.totals(self._material.processes)
 
-    def _statistics(
-        self, slot: Slot, slots: list[Slot], found: dict[str, InputStatistics], done: DoneBlock
-    ) -> InputStatistics:
-        statistics, is_pooled = statistics_for(slot, slots, found)
+    @property
+    def _needs_gram(self) -> bool:
+        return self._plan.rule.needs_gram or self._plan.output_error
+
+    def _statistics(self, slot: Slot, given: Given, done: DoneBlock) -> InputStatistics:
+        statistics, is_pooled = given.to(slot)
         if is_pooled:
             done.pooled.append(slot.key)
         if statistics is None or not statistics.count:
             done.unreached.append(slot.key)
         if statistics is None:  # magnitude decides
-            gram = self._plan.rule.needs_gram or self._plan.output_error
-            statistics = InputStatistics.empty(slot.weight.shape[1], gram=gram, device=slot.weight.device)
+            width, device = slot.weight.shape[1], slot.weight.device
+            statistics = InputStatistics.empty(width, gram=self._needs_gram, device=device)
         return statistics
 
     def pruned(self, slot: Slot, statistics: InputStatistics | None, pattern: Pattern) -> tuple[Tensor, Outputs]:
@@ -327,8 +331,7 @@ class Pruner:
         new = plan.rule.prune(evidence, pattern).to(slot.weight.dtype)
         if statistics is None or statistics.gram is None or not statistics.count:
             return new, None
-        change, size = row_errors(new.float() - weight, statistics.gram), row_errors(weight, statistics.gram)
-        return new, (float(change.double().sum()), float(size.double().sum()))
+        return new, squared_outputs(new, weight, statistics.gram)
 
     def write(self, slot: Slot, weight: Tensor, outputs: Outputs) -> None:
         """Put new weights where the old ones were."""

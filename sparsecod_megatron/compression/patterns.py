@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsecod_megatron.compression.parts import row_parts
 from sparsecod_megatron.errors import ConfigError
 
 
@@ -63,8 +64,11 @@ class Pattern:
         else:
             groups = score.flatten(-2) if self.group == "matrix" else score
             dropped = int(self.sparsity * groups.shape[-1] + 0.5)
-        going = groups.topk(dropped, dim=-1, largest=False).indices
-        return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, going, False).view(score.shape)
+        kept = torch.ones_like(groups, dtype=torch.bool)
+        for part in row_parts(groups) if groups.ndim > 1 else [slice(None)]:
+            going = groups[part].topk(dropped, dim=-1, largest=False).indices
+            kept[part].scatter_(-1, going, False)
+        return kept.view(score.shape)
 
 
 def parse_pattern(text: str, per: str | None) -> Pattern:

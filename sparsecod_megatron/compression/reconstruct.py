@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecod_megatron.compression.parts import row_parts
 from sparsecod_megatron.compression.patterns import Pattern
 
 BLOCK_SIZE = 128
@@ -27,14 +28,15 @@ def sweep(weight: Tensor, hessian: Tensor, choice: Tensor | Pattern, *, damping:
 
     Args:
         weight: `[out, in]`.
-        hessian: `[in, in]`, Σ x·xᵀ over the layer's inputs, up to a factor.
+        hessian: `[in, in]`, Σ x·xᵀ over the layer's inputs, up to a factor; overwritten.
         choice: mask, bool `[out, in]`, True where a weight stays; or the pattern that the mask is to follow.
         damping: added to the hessian's diagonal, as a share of the diagonal's mean.
 
     Returns:
         `[out, in]` float32, zero where the mask is False, and the mask.
     """
-    working, factor = weight.float().clone(), inverse_factor(hessian, damping)
+    factor = inverse_factor(hessian, damping)
+    working = weight.to(torch.float32, copy=True)
     scales = factor.diagonal().square()
     mask = choice.clone() if isinstance(choice, Tensor) else torch.ones_like(working, dtype=torch.bool)
     pattern = choice if isinstance(choice, Pattern) else None
@@ -53,7 +55,7 @@ def sweep(weight: Tensor, hessian: Tensor, choice: Tensor | Pattern, *, damping:
             errors[:, column] = columns[:, column].masked_fill(kept[:, column], 0) / within[column, column]
             columns[:, column:] -= torch.outer(errors[:, column], within[column, column:])
         working[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return working * mask, mask
+    return working.mul_(mask), mask
 
 
 def conjugate_gradients(
@@ -65,7 +67,7 @@ def conjugate_gradients(
 
     Args:
         weight: W, `[out, in]`, whose outputs are wanted.
-        hessian: H, `[in, in]`, Σ x·xᵀ over the layer's inputs, up to a factor.
+        hessian: H, `[in, in]`, Σ x·xᵀ over the layer's inputs, up to a factor; damped in place.
         mask: M, bool `[out, in]`, True where a weight stays.
         start: `[out, in]`, values to begin with.
         damping: added to the hessian's diagonal, as a share of the diagonal's mean: a pull towards W.
@@ -74,36 +76,68 @@ def conjugate_gradients(
     Returns:
         `[out, in]` float32, zero where the mask is False. No row's error is above its start's.
     """
-    damped, target = _damped(hessian, damping), weight.float()
-    first = start.float() * mask
-    values, residual = first.clone(), ((target - first) @ damped) * mask
+    damped, result = _damped(hessian, damping), torch.empty_like(weight, dtype=torch.float32)
+    # Rows are independent, so they are done in parts: a step holds six matrices of the weights' size.
+    for rows in row_parts(weight):
+        result[rows] = _descend(weight[rows].float(), damped, mask[rows], start[rows].float() * mask[rows], steps)
+    return result
+
+
+def _descend(target: Tensor, damped: Tensor, mask: Tensor, first: Tensor, steps: int) -> Tensor:
+    """Conjugate gradients for a few rows, from `first`, which the mask has been applied to."""
+    values, residual = first.clone(), ((target - first) @ damped).mul_(mask)
     scaled = residual / damped.diagonal()
     direction, power = scaled.clone(), (residual * scaled).sum(1)
     for _ in range(steps):
-        image = (direction @ damped) * mask
+        image = (direction @ damped).mul_(mask)
         curvature = (direction * image).sum(1)
         length = torch.where(curvature > 0, power / curvature, torch.zeros_like(power))[:, None]
         values += length * direction
-        residual -= length * image
-        scaled = residual / damped.diagonal()
+        residual -= image.mul_(length)
+        torch.div(residual, damped.diagonal(), out=scaled)
         next_power = (residual * scaled).sum(1)
         turn = torch.where(power > 0, next_power / power, torch.zeros_like(power))[:, None]
-        direction, power = scaled + turn * direction, next_power
+        direction.mul_(turn).add_(scaled)
+        power = next_power
     better = row_errors(values - target, damped) <= row_errors(first - target, damped)
     return torch.where(better[:, None], values, first)
 
 
 def row_errors(change: Tensor, hessian: Tensor) -> Tensor:
     """δ H δᵀ of each row δ, float32 `[out]`: what a change of weights `[out, in]` costs in squared outputs."""
-    return ((change @ hessian) * change).sum(1)
+    return torch.cat([(change[rows] @ hessian).mul_(change[rows]).sum(1) for rows in row_parts(change)])
+
+
+def squared_outputs(new: Tensor, old: Tensor, gram: Tensor) -> tuple[float, float]:
+    """‖X(W' − W)ᵀ‖² and ‖XWᵀ‖².
+
+    Args:
+        new: W', `[out, in]`.
+        old: W, float32 `[out, in]`.
+        gram: Σ x·xᵀ over the inputs, float32 `[in, in]`.
+    """
+    parts = [
+        torch.stack([row_errors(matrix, gram).double().sum() for matrix in (new[rows].float() - old[rows], old[rows])])
+        for rows in row_parts(old)
+    ]
+    change, size = torch.stack(parts).sum(0).tolist()
+    return change, size
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with UᵀU = (H + damping)⁻¹; row j over U[j, j] is how later columns answer to column j."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian, damping))), upper=True)
+    """Upper triangular U with UᵀU = (H + damping)⁻¹; row j over U[j, j] is how later columns answer to column j.
+
+    Args:
+        hessian: H, `[in, in]`; overwritten by the result where it lies column by column in memory.
+        damping: as a share of the mean of H's diagonal.
+    """
+    factor = _damped(hessian, damping)
+    torch.linalg.cholesky(factor, out=factor)
+    torch.cholesky_inverse(factor, out=factor)
+    return torch.linalg.cholesky(factor, upper=True, out=factor)
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
-    damped = hessian.float().clone()
-    damped.diagonal().add_(damping * damped.diagonal().mean())
-    return damped
+    """The same, changed in place."""
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    return hessian

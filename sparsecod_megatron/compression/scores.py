@@ -62,7 +62,7 @@ def magnitude(evidence: Evidence) -> Tensor:
 
 def wanda(evidence: Evidence) -> Tensor:
     """|W_ij| · ‖X_j‖."""
-    return evidence.weight.abs() * evidence.inputs.norms
+    return evidence.weight.abs().mul_(evidence.inputs.norms)
 
 
 def gblm(evidence: Evidence) -> Tensor:
@@ -80,7 +80,7 @@ def gblm(evidence: Evidence) -> Tensor:
 def obs(evidence: Evidence) -> Tensor:
     """w² / [H⁻¹]_jj: what one weight alone costs, once all others of its row have answered."""
     factor = inverse_factor(evidence.inputs.hessian, evidence.damping)
-    return evidence.weight.square() / factor.square().sum(0)
+    return evidence.weight.square().div_(factor.square_().sum(0))
 
 
 def random(evidence: Evidence) -> Tensor:

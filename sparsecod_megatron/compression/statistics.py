@@ -53,7 +53,7 @@ class InputStatistics:
         for rows in inputs.flatten(0, -2).split(MAX_ROWS):
             self.count += len(rows)
             self.sums += rows.sum(0, dtype=torch.float64)
-            self.squares += rows.double().square().sum(0)
+            self.squares += rows.double().square_().sum(0)
             if self.gram is not None:
                 values = rows.float()
                 self.gram.addmm_(values.T, values)
@@ -83,22 +83,28 @@ class InputStatistics:
 
     @property
     def hessian(self) -> Tensor:
-        """Σ x·xᵀ, float32 `[in, in]`, over the mean of its diagonal; silent channels are given a tiny diagonal."""
+        """Σ x·xᵀ, float32 `[in, in]`, over the mean of its diagonal; silent channels are given a tiny diagonal.
+
+        New each time, and column by column in memory, so that it can be factorised where it is.
+        """
         assert self.gram is not None, "a rule that uses products of inputs did not ask for them"
-        hessian = self.gram.clone()
+        hessian = torch.empty_like(self.gram).mT.copy_(self.gram)
         hessian.diagonal().copy_(_without_zeros(hessian.diagonal()))
-        return hessian / hessian.diagonal().mean()
+        return hessian.div_(hessian.diagonal().mean())
 
 
 def pooled(statistics: Sequence[InputStatistics]) -> InputStatistics:
     """Statistics of all inputs together, each object counted once."""
     distinct = list({id(entry): entry for entry in statistics}.values())
     grams = [entry.gram for entry in distinct if entry.gram is not None]
+    total: Tensor | None = None
+    for gram in grams:
+        total = gram.clone() if total is None else total.add_(gram)
     return InputStatistics(
         sum(entry.count for entry in distinct),
         torch.stack([entry.sums for entry in distinct]).sum(0),
         torch.stack([entry.squares for entry in distinct]).sum(0),
-        sum(grams[1:], grams[0]) if grams else None,
+        total,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecod_megatron.compression.parts import row_parts
 from sparsecod_megatron.compression.patterns import Pattern
 from sparsecod_megatron.compression.statistics import InputStatistics
 
@@ -37,17 +38,38 @@ def swap(weight: Tensor, mask: Tensor, statistics: InputStatistics, pattern: Pat
         The new mask, with as many zeros in every row, and in every neighbourhood of n:m.
     """
     assert pattern.width == 1, "groups stay or go whole"
-    kept, weight = mask.clone(), weight.float()
-    share = weight * statistics.mean.float()
-    variance = statistics.variance.float()
-    ease = share / variance.clamp_min(1e-12 * float(variance.max()) or 1.0)
-    importance = weight.abs() * statistics.norms
+    mean, variance = statistics.mean.float(), statistics.variance.float()
+    variance = variance.clamp_min(1e-12 * float(variance.max()) or 1.0)
+    outputs = torch.cat([(weight[rows].float() * mean).sum(1) for rows in row_parts(weight)])
+    end = THRESHOLD * float(outputs.square().mean().sqrt())
+    most = max(1, round(CYCLES_PER_COLUMN * weight.shape[1])) if cycles is None else cycles
+    kept = mask.clone()
+    for rows in row_parts(weight):
+        part = weight[rows].float()
+        share, importance = part * mean, part.abs() * statistics.norms
+        _swap_rows(kept[rows], share, share / variance, importance, pattern, most, end)
+    return kept
+
+
+def _swap_rows(
+    kept: Tensor, share: Tensor, ease: Tensor, importance: Tensor, pattern: Pattern, cycles: int, end: float
+) -> None:
+    """`swap` of some rows, in place; matrices are `[rows, in]`.
+
+    Args:
+        kept: the mask.
+        share: C.
+        ease: C / Var[x].
+        importance: |W|·‖X‖.
+        pattern: of the mask.
+        cycles: swaps of a row at most.
+        end: |ε| at which a row is done.
+    """
     error = share.masked_fill(kept, 0).sum(1)
-    sign, rows = error.sign(), torch.arange(len(weight), device=weight.device)
-    end = THRESHOLD * float(share.sum(1).square().mean().sqrt())
+    sign, rows = error.sign(), torch.arange(len(kept), device=kept.device)
     active = error.abs() > end
-    for _ in range(max(1, round(CYCLES_PER_COLUMN * weight.shape[1])) if cycles is None else cycles):
-        gain, back = (sign[:, None] * ease).masked_fill(kept, -torch.inf).max(1)
+    for _ in range(cycles):
+        gain, back = (sign[:, None] * ease).masked_fill_(kept, -torch.inf).max(1)
         going = kept & (_neighbourhood(kept, back, pattern.of) if pattern.of else sign[:, None] * share < 0)
         cost, gone = importance.masked_fill(~going, torch.inf).min(1)
         moved = error - share[rows, back] + share[rows, gone]
@@ -58,7 +80,6 @@ def swap(weight: Tensor, mask: Tensor, statistics: InputStatistics, pattern: Pat
         kept[here, back[active]], kept[here, gone[active]] = True, False
         error = torch.where(active, moved, error)
         active &= error.abs() > end
-    return kept
 
 
 def _neighbourhood(kept: Tensor, column: Tensor, size: int) -> Tensor:

@@ -161,14 +161,34 @@ def stages_of(slots: Sequence[Slot], found: dict[str, InputStatistics]) -> list[
     return list(stages.values())
 
 
-def statistics_for(
-    slot: Slot, slots: Sequence[Slot], found: dict[str, InputStatistics]
-) -> tuple[InputStatistics | None, bool]:
-    """What a matrix is pruned by, and whether it is pooled over the experts in its place, for lack of its own."""
-    own, width = found.get(slot.key), slot.weight.shape[1]
-    if own is not None and own.count >= ENOUGH_INPUTS * width:
-        return own, False
-    fellows = [found[other.key] for other in slots if other.place == slot.place and other.key in found]
-    if len({id(entry) for entry in fellows} - {id(own)}) == 0:
-        return own, False
-    return pooled(fellows), True
+class Given:
+    """What enters each matrix of a block: its own inputs, or those of all experts in its place, for lack of its own.
+
+    Args:
+        slots: matrices of the block.
+        found: statistics by a matrix's key, as of `Watcher.totals`; emptied by `keep_for`.
+    """
+
+    def __init__(self, slots: Sequence[Slot], found: dict[str, InputStatistics]) -> None:
+        self._places = {slot.key: slot.place for slot in slots}
+        self._found = found
+        self._pooled: dict[str, InputStatistics] = {}
+
+    def to(self, slot: Slot) -> tuple[InputStatistics | None, bool]:
+        """What a matrix is pruned by, and whether it is pooled over the experts in its place."""
+        own, width, place = self._found.get(slot.key), slot.weight.shape[1], slot.place
+        if own is not None and own.count >= ENOUGH_INPUTS * width:
+            return own, False
+        fellows = [self._found[key] for key, other in self._places.items() if other == place and key in self._found]
+        if len({id(entry) for entry in fellows} - {id(own)}) == 0:
+            return own, False
+        if place not in self._pooled:
+            self._pooled[place] = pooled(fellows)
+        return self._pooled[place], True
+
+    def keep_for(self, slots: Sequence[Slot]) -> None:
+        """Let go of what none of these matrices asks for."""
+        places = {slot.place for slot in slots}
+        for key in [key for key in self._found if self._places[key] not in places]:
+            del self._found[key]
+        self._pooled = {place: entry for place, entry in self._pooled.items() if place in places}

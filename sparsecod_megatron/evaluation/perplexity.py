@@ -224,7 +224,7 @@ def _logits_by_blocks(
     replay = Replay(residency.model, find_layers(residency.model))
     stream = ResidualStream(replay, residency, inputs)
     for layer in tqdm(range(len(replay.layers)), desc="perplexity", unit="block", disable=no_progress):
-        stream.hidden = stream.run(layer)
+        stream.advance(layer)
     yield from stream.logits()
 
 

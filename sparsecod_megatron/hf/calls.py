@@ -46,7 +46,7 @@ class Trace:
     Attributes:
         tokens: [B, T] inputs, on the model's device.
         labels: [B, T] the next tokens.
-        hidden: [L + 1] of [B, T, d]: `h_0 … h_L`.
+        hidden: [L + 1] of [B, T, d]: `h_0 … h_L`, or `h_0` alone where no more was asked for.
         calls: [L] what each block was called with.
     """
 
@@ -69,12 +69,13 @@ class Replay:
         self.layers = layers
 
     @torch.no_grad()
-    def trace(self, tokens: Tensor, labels: Tensor) -> Trace:
+    def trace(self, tokens: Tensor, labels: Tensor, *, only_first: bool = False) -> Trace:
         """Run the model once, up to its last block: not every score needs the head.
 
         Args:
             tokens: [B, T] inputs.
             labels: [B, T] the next tokens.
+            only_first: keep `h_0` alone, whose memory does not grow with the number of blocks.
         """
         tokens, labels = tokens.to(self.model.device), labels.to(self.model.device)
         hidden: list[Tensor] = []
@@ -85,7 +86,8 @@ class Replay:
             assert before is not None and after is not None
             if not hidden:
                 hidden.append(before)
-            hidden.append(after)
+            if not only_first:
+                hidden.append(after)
             calls.append(_call(args, kwargs, output[1:] if isinstance(output, tuple) else None))
             if len(calls) == len(self.layers):
                 raise _AllBlocksRan

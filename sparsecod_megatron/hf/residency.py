@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
+from sparsecod_megatron.hf.shelf import Shelf
 from sparsecod_megatron.parallel.processes import Processes
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class Residency:
         """As the model's, each while it is in memory."""
         for name in self.in_turn([name for name, _ in self.model.named_parameters()]):
             yield name, self.model.get_parameter(name)
+
+    def shelf(self) -> Shelf:
+        """A place for tensors that grow with the sample."""
+        return list[Tensor]()
 
     def begin(self, folder: Path | None, processes: Processes) -> None:
         """Before the first change.

@@ -36,6 +36,7 @@ from transformers.utils import logging
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.files import making
 from sparsecod_megatron.hf.residency import Residency
+from sparsecod_megatron.hf.shelf import OnDisk
 from sparsecod_megatron.hf.source import INDEX_FILE, SINGLE_FILE, SafetensorsFiles, read_config
 from sparsecod_megatron.parallel.processes import Processes
 
@@ -72,6 +73,7 @@ class Streamed(Residency):
         directory: with `config.json` and safetensors.
         dtype: of weights and computation.
         device: where it computes.
+        scratch: folder on the disk for what else is not to be in memory; nothing stays there.
 
     Raises:
         ConversionError: files other than safetensors, or a model that cannot be taken apart like this.
@@ -80,8 +82,9 @@ class Streamed(Residency):
 
     is_whole = False
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, directory: Path, *, dtype: torch.dtype, device: str, scratch: Path) -> None:
         super().__init__(_without_weights(directory, dtype))
+        self._scratch = scratch
         self._folder: Path | None = None
         self._processes = Processes()
         files, model = SafetensorsFiles(directory), self.model
@@ -127,6 +130,10 @@ class Streamed(Residency):
             together = list(group)
             with self.holding(together[0]):
                 yield from together
+
+    def shelf(self) -> OnDisk:
+        """As of a whole model, on the disk."""
+        return OnDisk(self._scratch)
 
     def begin(self, folder: Path | None, processes: Processes) -> None:
         """As of a whole model, but a folder must be given. Collective over the processes."""

@@ -50,8 +50,14 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
     return model.to(device)  # in evaluation mode since `from_pretrained`
 
 
-def stream_model(directory: Path, *, dtype: str, device: str) -> Residency:
+def stream_model(directory: Path, *, dtype: str, device: str, scratch: Path) -> Residency:
     """As `load_model`, but a block is in memory only while it is needed.
+
+    Args:
+        directory: as of `load_model`.
+        dtype: likewise.
+        device: likewise.
+        scratch: folder on the disk for what else is not to be in memory; nothing stays there.
 
     Raises:
         CheckpointError: as `load_model`, where weights are missing once their block is needed.
@@ -59,7 +65,7 @@ def stream_model(directory: Path, *, dtype: str, device: str) -> Residency:
     """
     _check(directory)
     know_extensions()
-    return Streamed(directory, dtype=getattr(torch, dtype), device=device)
+    return Streamed(directory, dtype=getattr(torch, dtype), device=device, scratch=scratch)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -112,7 +112,7 @@ def open_model(
     verify: bool = True,
     restored: bool = True,
     reads_text: bool = True,
-    streams: bool = False,
+    streams: Path | None = None,
     processes: Processes | None = None,
 ) -> Opened:
     """Find a model, make it a HuggingFace directory where it is not one, and read its tokenizer. Collective.
@@ -126,7 +126,8 @@ def open_model(
             a quantised model rounds what enters its layers. Without it the model keeps its derivatives, and a warning
             says what it lacks.
         reads_text: whether the tokenizer is needed; a model without one is refused before its weights are loaded.
-        streams: have a block in memory only while it is needed.
+        streams: a folder on the disk, to have a block in memory only while it is needed, and little else; None loads
+            the whole model.
         processes: those that open it together; the first exports, for all of them. None is this one alone.
 
     Raises:
@@ -143,9 +144,9 @@ def open_model(
         return Opened(directory, tokenizer, load, processes, export.pop_all())
 
 
-def _load(directory: Path, *, dtype: str, device: str, restored: bool, streams: bool) -> Residency:
-    if streams:
-        residency = stream_model(directory, dtype=dtype, device=device)
+def _load(directory: Path, *, dtype: str, device: str, restored: bool, streams: Path | None) -> Residency:
+    if streams is not None:
+        residency = stream_model(directory, dtype=dtype, device=device, scratch=streams)
     else:
         residency = Residency(load_model(directory, dtype=dtype, device=device))
     sidecar = sidecar_of(directory)

@@ -86,7 +86,8 @@ class Request:
 
     def open(self, path: Path, processes: Processes) -> Opened:
         """A model with derivatives. Collective."""
-        options = {"dtype": self.dtype, "device": self.device, "verify": self.verify, "streams": self.stream}
+        beside = self.output.absolute().parent if self.stream else None
+        options = {"dtype": self.dtype, "device": self.device, "verify": self.verify, "streams": beside}
         return open_model(path, restored=False, processes=processes, **options)  # type: ignore[arg-type]
 
     def settings(self) -> dict[str, Any]:

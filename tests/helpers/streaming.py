@@ -46,7 +46,7 @@ def streaming_outcome(family: str, folder: Path) -> str | None:
     except SparsecodError:
         return None
     try:
-        streamed = stream_model(folder / "model", dtype="float32", device="cpu")
+        streamed = stream_model(folder / "model", dtype="float32", device="cpu", scratch=folder)
     except ConversionError as error:
         return str(error)
     found = _pruned(streamed, folder / "streamed", folder / "work")

@@ -27,6 +27,8 @@ SCORES = {
 """name → module:class, a class that is a `Score` and needs no arguments."""
 
 
+LOOKING_AT_ALL_WEIGHTS = ("weights", "activation")
+"""Scores that take the weights of all blocks at once; others only call blocks, whose weights may come and go."""
 BUDGETED = ("sparse_attention", "seer_gate")
 """Scores that take shares of the keys that a query keeps."""
 

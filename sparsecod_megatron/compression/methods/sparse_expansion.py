@@ -90,7 +90,7 @@ class SparseExpansion(Method):
             for place in found:
                 expander.exchange(place)
             if layer + 1 < len(layers):
-                stream.hidden = stream.run(layer)
+                stream.advance(layer)
         warnings = [*pruner.notes.warnings("magnitude"), *expander.warnings()]
         if self.settings.rest == "dense":
             share = f"{expander.zeros / num_weights:.2%} zeros"

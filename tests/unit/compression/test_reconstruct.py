@@ -51,7 +51,7 @@ def test_the_sweep_matches_the_update_by_definition(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "BLOCK_SIZE", block_size)
     weight, hessian, damped = case(5, 12, 0)
     mask = torch.rand(5, 12, generator=torch.Generator().manual_seed(1)) < 0.5
-    updated, same = sweep(weight, hessian, mask, damping=DAMPING)
+    updated, same = sweep(weight, hessian.clone(), mask, damping=DAMPING)
     assert torch.equal(same, mask)
     assert torch.allclose(updated.double(), column_by_column(weight, mask, damped), atol=1e-4)
 
@@ -60,7 +60,7 @@ def test_the_sweep_matches_the_update_by_definition(monkeypatch: pytest.MonkeyPa
 def test_the_sweep_chooses_by_what_each_loss_costs_once_the_right_has_answered(pattern: str) -> None:
     """Against scores w² / [inv of the Hessian from that column on]_00, at the moment when the sweep decides."""
     weight, hessian, damped = case(6, 12, 3)
-    _, mask = sweep(weight, hessian, parse_pattern(pattern, None), damping=DAMPING)
+    _, mask = sweep(weight, hessian.clone(), parse_pattern(pattern, None), damping=DAMPING)
     working, expected = weight.double().clone(), torch.ones(6, 12, dtype=torch.bool)
     inverses = [torch.linalg.inv(damped[column:, column:].double()) for column in range(12)]
     period = 12 if pattern == "0.5" else 4
@@ -83,8 +83,8 @@ def test_the_sweep_chooses_by_what_each_loss_costs_once_the_right_has_answered(p
 def test_a_mask_of_everything_leaves_the_weights_bit_for_bit() -> None:
     weight, hessian, _ = case(7, 200, 1)
     everything = torch.ones(7, 200, dtype=torch.bool)
-    assert torch.equal(sweep(weight, hessian, everything, damping=0.01)[0], weight)
-    same = conjugate_gradients(weight, hessian, everything, weight, damping=0.01, steps=20)
+    assert torch.equal(sweep(weight, hessian.clone(), everything, damping=0.01)[0], weight)
+    same = conjugate_gradients(weight, hessian.clone(), everything, weight, damping=0.01, steps=20)
     assert torch.equal(same, weight)
 
 
@@ -102,14 +102,14 @@ def test_conjugate_gradients_find_the_exact_optimum_and_never_lose() -> None:
     for seed in range(20):
         weight, hessian, damped = case(6, 16, seed)
         mask = torch.rand(6, 16, generator=torch.Generator().manual_seed(seed)) < 0.5
-        starts = {"mask": weight * mask, "sweep": sweep(weight, hessian, mask, damping=DAMPING)[0]}
+        starts = {"mask": weight * mask, "sweep": sweep(weight, hessian.clone(), mask, damping=DAMPING)[0]}
         best = exact(weight, mask, damped)
         optimum = row_errors(best - weight, damped.double())
         for start in starts.values():
-            found = conjugate_gradients(weight, hessian, mask, start, damping=DAMPING, steps=60)
+            found = conjugate_gradients(weight, hessian.clone(), mask, start, damping=DAMPING, steps=60)
             assert bool((found[~mask] == 0).all())
             assert float((found - best).norm() / best.norm()) < 1e-4
-            early = conjugate_gradients(weight, hessian, mask, start, damping=DAMPING, steps=2)
+            early = conjugate_gradients(weight, hessian.clone(), mask, start, damping=DAMPING, steps=2)
             before, after = (row_errors(values - weight, damped) for values in (start, early))
             assert bool((after <= before).all()) and float(after.sum()) < float(before.sum())
             assert bool((optimum <= before.double() * (1 + 1e-5)).all())
@@ -132,14 +132,14 @@ def test_rules_come_as_near_to_the_best_of_all_masks_as_they_did() -> None:
         every = weight.expand(36, 8)
         best = float(row_errors(exact(every, masks, hessian) - every.double(), hessian.double()).min())
         by_norm, by_size = (pattern.keep(weight.abs() * scale) for scale in (inputs.norm(dim=0), torch.ones(8)))
-        swept, mask = sweep(weight, hessian, pattern, damping=1e-6)
+        swept, mask = sweep(weight, hessian.clone(), pattern, damping=1e-6)
         found = {
             "sparsegpt": swept,
-            "wanda+update": sweep(weight, hessian, by_norm, damping=1e-6)[0],
+            "wanda+update": sweep(weight, hessian.clone(), by_norm, damping=1e-6)[0],
             "wanda": weight * by_norm,
             "magnitude": weight * by_size,
-            "wanda+cg": conjugate_gradients(weight, hessian, by_norm, weight * by_norm, damping=1e-6, steps=40),
-            "sparsegpt+cg": conjugate_gradients(weight, hessian, mask, swept, damping=1e-6, steps=40),
+            "wanda+cg": conjugate_gradients(weight, hessian.clone(), by_norm, weight * by_norm, damping=1e-6, steps=40),
+            "sparsegpt+cg": conjugate_gradients(weight, hessian.clone(), mask, swept, damping=1e-6, steps=40),
         }
         for rule, values in found.items():
             error = float(row_errors((values - weight).double(), hessian.double()))
@@ -157,8 +157,8 @@ def test_the_sweep_is_between_the_mask_alone_and_the_optimum_on_real_sizes() -> 
         weight, hessian, damped = case(64, 128, seed)
         mask = parse_pattern("0.5", "row").keep(weight.abs() * hessian.diagonal().sqrt())
         alone = weight * mask
-        swept = sweep(weight, hessian, mask, damping=DAMPING)[0]
-        best = conjugate_gradients(weight, hessian, mask, swept, damping=DAMPING, steps=40)
+        swept = sweep(weight, hessian.clone(), mask, damping=DAMPING)[0]
+        best = conjugate_gradients(weight, hessian.clone(), mask, swept, damping=DAMPING, steps=40)
         errors = [float(row_errors(values - weight, damped).sum()) for values in (best, swept, alone)]
         assert errors[0] < errors[1] < errors[2]
 
@@ -168,7 +168,7 @@ def test_sparsegpt_beats_magnitude_on_real_sizes_and_its_error_is_the_gram_form(
     for seed in range(5):
         weight, hessian, _ = case(32, 64, seed)
         pattern = parse_pattern("2:4", None)
-        values, mask = sweep(weight, hessian, pattern, damping=0.01)
+        values, mask = sweep(weight, hessian.clone(), pattern, damping=0.01)
         other = pattern.keep(weight.abs())
         errors = [
             float(row_errors(candidate - weight, hessian).sum())

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from sparsecod_megatron.analysis.scores.context import make_context
+from sparsecod_megatron.analysis.scores.registry import LOOKING_AT_ALL_WEIGHTS, SCORES, find_scores
 from sparsecod_megatron.cli.main import main
 from sparsecod_megatron.compression.compress import compress
 from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import CheckpointError, ConversionError
-from sparsecod_megatron.models.loading import stream_model
+from sparsecod_megatron.models.loading import load_model, stream_model
 from sparsecod_megatron.parallel.processes import Processes
 from tests.helpers.decoders import VOCAB_SIZE, tiny_decoder
 from tests.helpers.streaming import streaming_outcome, tensors
@@ -104,17 +106,21 @@ def test_every_way_through_the_model_streams(extra: tuple[str, ...], text: Path,
 
 
 def test_a_table_has_the_rows_of_the_whole_model(llama: Path, text: Path, tmp_path: Path) -> None:
-    rows = {}
+    """Depth scores and their directories too."""
+    rows, asked = {}, ("--method", "wanda,magnitude", "--pattern", "2:4", "--scores", "usefulness")
     for name, extra in (("whole", ()), ("streamed", ("--stream",))):
-        run(llama, text, tmp_path / name, "--method", "wanda,magnitude", "--pattern", "2:4", *extra)
+        run(llama, text, tmp_path / name, *asked, *extra)
         table = json.loads((tmp_path / name / "table.json").read_text())["rows"]
         rows[name] = [{**row, "seconds": 0, "peak_memory_bytes": 0} for row in table]
-    assert rows["whole"] == rows["streamed"]
+    assert rows["whole"] == rows["streamed"] and len(rows["whole"][1]["scores"]) == 1
+    for row in ("dense", "wanda_2-4", "magnitude_2-4"):
+        ours, theirs = (tmp_path / name / "analysis" / row for name in ("streamed", "whole"))
+        assert (ours / "scores.json").read_bytes() == (theirs / "scores.json").read_bytes()
     check_same_files(tmp_path / "whole" / "wanda_2-4", tmp_path / "streamed" / "wanda_2-4")
 
 
 def test_one_block_is_in_memory_at_a_time(llama: Path, tmp_path: Path) -> None:
-    where = stream_model(llama, dtype="float32", device="cpu")
+    where = stream_model(llama, dtype="float32", device="cpu", scratch=tmp_path)
     blocks, seen = list(where.model.model.layers), []
 
     def note(layer: int, *_: object) -> None:
@@ -159,7 +165,7 @@ def test_a_killed_run_continues_and_leaves_nothing_half(
 
 
 def test_a_block_is_written_once_its_change_is_whole(llama: Path, tmp_path: Path) -> None:
-    where = stream_model(llama, dtype="float32", device="cpu")
+    where = stream_model(llama, dtype="float32", device="cpu", scratch=tmp_path)
     where.begin(tmp_path / "changed", Processes())
     name = "model.layers.1.mlp.up_proj.weight"
 
@@ -186,7 +192,11 @@ def test_a_block_is_written_once_its_change_is_whole(llama: Path, tmp_path: Path
     [
         (("--method", "gblm"), "--stream: --method gblm needs the whole model at once; leave --stream out"),
         (("--method", "wanda,welore"), "--stream: --method welore needs the whole model at once"),
-        (("--method", "wanda", "--scores", "causal"), "--stream: --scores causal needs the whole model at once"),
+        (
+            ("--method", "wanda", "--scores", "causal,weights"),
+            "--stream: --scores weights looks at the weights of all blocks at once; leave one out",
+        ),
+        (("--method", "wanda", "--scores", "activation"), "--stream: --scores activation looks at the weights of all"),
     ],
 )
 def test_what_cannot_stream_is_refused_in_one_line(
@@ -221,18 +231,38 @@ def test_directories_that_cannot_be_taken_apart_are_refused(llama: Path, tmp_pat
     held = load_file(lacking / "model.safetensors")
     del held["model.layers.1.mlp.up_proj.weight"]
     save_file(held, lacking / "model.safetensors", metadata={"format": "pt"})
-    where = stream_model(lacking, dtype="float32", device="cpu")
+    where = stream_model(lacking, dtype="float32", device="cpu", scratch=tmp_path)
     with pytest.raises(CheckpointError, match=r"lack 1 tensors, the first model\.layers\.1\.mlp\.up_proj\.weight"):
         where.model(sequences(1))
     wide = copy("wide", intermediate_size=52)
     with (
         pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.\w+\.weight does not have the shape"),
-        (where := stream_model(wide, dtype="float32", device="cpu")).holding("model.layers.0"),
+        (where := stream_model(wide, dtype="float32", device="cpu", scratch=tmp_path)).holding("model.layers.0"),
     ):
         pass
     pickled = copy("pickled")
     (pickled / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match="only safetensors are read here"):
-        stream_model(pickled, dtype="float32", device="cpu")
+        stream_model(pickled, dtype="float32", device="cpu", scratch=tmp_path)
     with pytest.raises(ConversionError, match="holds quantised weights"):
-        stream_model(copy("quantised", quantization_config={"quant_method": "fp8"}), dtype="float32", device="cpu")
+        stream_model(
+            copy("quantised", quantization_config={"quant_method": "fp8"}),
+            dtype="float32",
+            device="cpu",
+            scratch=tmp_path,
+        )
+
+
+@pytest.mark.parametrize("score", sorted(set(SCORES) - set(LOOKING_AT_ALL_WEIGHTS)))
+def test_scores_that_only_call_blocks_are_those_of_the_whole_model(score: str, tmp_path: Path) -> None:
+    sizes = {"num_samples": 2, "seq_length": 256} if score == "seer_gate" else {"num_samples": 4, "seq_length": 12}
+    source = tiny_decoder("qwen3_moe") if score == "experts" else tiny("llama", max_position_embeddings=512)
+    source.save_pretrained(tmp_path)
+    tokens = sequences(16, 64).flatten() % VOCAB_SIZE
+    where = stream_model(tmp_path, dtype="float32", device="cpu", scratch=tmp_path)
+    found = []
+    for model in (load_model(tmp_path, dtype="float32", device="cpu"), where.model):
+        context = make_context(model, tokens, seed=0, **sizes)
+        found.append(find_scores([score])[0].run(context))
+    assert repr(found[0]) == repr(found[1])
+    assert all(weight.device.type == "meta" for weight in where.model.model.layers.parameters())
