@@ -6,8 +6,11 @@ of Q stay. Norm weights √(d/d') and ε·d/d' undo that a mean of squares is no
 exactly what the large one does with its streams projected onto the kept directions, and is refused where the two do not
 agree. Norms of queries and keys share ε: their layers are scaled by √(d/d'), which leaves their outputs as they were.
 
-One rotation serves the whole model, so residual additions need no matrices and the class stays a stock one; the paper
-has a rotation for each place. Its code subtracts the mean of every embedding, which is wrong for models with RMSNorm.
+One rotation serves the whole model, so residual additions need no matrices and the class stays a stock one. With
+`rotation=place`, the paper's way, each norm has a Q of its own, of Σ x·xᵀ before it alone, all of the dense model; an
+addition between places of Q and R then takes x·QᵀR (`shortcuts.py`), and the directory is of our own class. The paper's
+code takes Σ x·xᵀ of a model that is sliced up to there, and subtracts the mean of every embedding, which is wrong for
+models with RMSNorm.
 
 Source: arXiv 2401.15024.
 """
@@ -15,7 +18,10 @@ Source: arXiv 2401.15024.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,17 +31,16 @@ from transformers import PreTrainedModel
 from sparsecod_megatron.compression.calibration import feeder
 from sparsecod_megatron.compression.method import Material, Method, Needs, Outcome
 from sparsecod_megatron.compression.narrowing import adopt, class_shapes, kept_width
+from sparsecod_megatron.compression.shortcuts import NORMS, Shortcut, attach, bridge
 from sparsecod_megatron.config.fields import at_least, from_to_below
-from sparsecod_megatron.errors import ConfigError, ConversionError
-from sparsecod_megatron.hf.blocks import Layers, find_layers, hidden_output, trial_tokens
+from sparsecod_megatron.errors import CheckpointError, ConversionError
+from sparsecod_megatron.hf.blocks import Layers, find_layers, trial_tokens
 
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "g_proj", "gate_proj", "up_proj", "gate_up_proj")
 ROUTERS = ("gate", "shared_expert_gate")
 WRITERS = ("o_proj", "down_proj")
 INSIDE = ("q_norm", "k_norm", "expert_bias")
 """What sees no residual stream."""
-NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
-"""A block's branches, and the norm before each."""
 AGREEMENT = 1e-3
 """Relative difference of logits that rounding in fp32 may leave."""
 
@@ -49,7 +54,7 @@ class SliceGPTSettings:
     multiple: int = at_least(1, 8)
     """The width becomes the nearest multiple of this and of the number of heads, which transformers asks of Llama."""
     rotation: str = field(default="model", metadata={"choices": ("model", "place")})
-    """One rotation for the whole model; `place`, one for each place, is not built."""
+    """One rotation for the whole model; `place`, one for each norm, with matrices between them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Part:
         reads: whether its last axis is the residual stream's.
         writes: whether its last axis but one is, or its only one.
         norm: name of the norm's weights that it takes up, or of its own where it is a norm's; empty without.
+        place: name of the weights of the norm before which the stream is in the basis that it reads or writes in.
         is_normed: whether a norm of queries or keys follows.
     """
 
@@ -68,6 +74,7 @@ class Part:
     reads: bool = False
     writes: bool = False
     norm: str = ""
+    place: str = ""
     is_normed: bool = False
 
 
@@ -78,19 +85,11 @@ class SliceGPT(Method):
     needs = Needs(calibration=True)
     Settings = SliceGPTSettings
 
-    def __init__(self, settings: SliceGPTSettings) -> None:
-        super().__init__(settings)
-        if settings.rotation == "place":
-            raise ConfigError(
-                "--method slicegpt: rotation=place, a rotation for each place with matrices between them, is not "
-                "built; leave it out"
-            )
-
     def compress(self, material: Material) -> Outcome:
         """Rotate and cut the whole model. Collective."""
         model, layers = material.model, find_layers(material.model)
         parts = _parts(model, layers)
-        norms = {part.norm: model.get_submodule(part.norm.removesuffix(".weight")) for part in parts if part.norm}
+        norms = {name: model.get_submodule(name.removesuffix(".weight")) for name in _places(model, layers)}
         width = layers.hidden_size
         multiple = math.lcm(self.settings.multiple, model.config.num_attention_heads)
         kept = kept_width(width, self.settings.share, multiple)
@@ -101,17 +100,45 @@ class SliceGPT(Method):
             )
         fields = _fields(model, width, kept)
         class_shapes(model, fields)  # what the configuration refuses should not wait for the calibration
-        gram = _stream_gram(material, list(norms.values()), width)
-        basis = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :kept]
-        wanted = _projected_logits(model, layers, basis)
+        grams = _stream_grams(material, norms, width, apart=self.settings.rotation == "place")
+        bases = _bases(grams, kept)
+        wanted = _projected_logits(model, layers, bases)
         _untie(model, layers)
         weights = {name: norm.get_parameter("weight").double().clone() for name, norm in norms.items()}
         for part in parts:
-            new = _sliced(part, model.get_parameter(part.name).detach().double(), basis, weights, width / kept)
+            new = _sliced(part, model.get_parameter(part.name).detach().double(), bases, weights, width / kept)
             material.changes.put(part.name, new)
         adopt(model, fields)
+        outcome = self._connect(model, layers, bases)
         _require_close(model, _logits(model), wanted)
-        return Outcome()
+        return outcome
+
+    def _connect(self, model: PreTrainedModel, layers: Layers, bases: dict[str, Tensor]) -> Outcome:
+        """Put the changes of basis into the model, where there are any."""
+        if self.settings.rotation == "model":
+            return Outcome()
+        order = list(bases.values())
+        for layer, block in enumerate(layers.blocks):
+            shortcuts = {}
+            for number, branch in enumerate(NORMS):
+                change = order[2 * layer + number].T @ order[2 * layer + number + 1]
+                change.diagonal().sub_(1)
+                shortcuts[branch] = Shortcut(len(change))
+                shortcuts[branch].weight = nn.Parameter(change.to(model.dtype), requires_grad=False)
+            attach(block, shortcuts)
+        warning = (
+            "each norm sees the stream in a basis of its own, so depth scores that compare depths mean nothing here"
+        )
+        return Outcome(structure={"blocks": layers.name, "width": order[0].shape[1]}, warnings=[warning])
+
+    @classmethod
+    def build(cls, model: PreTrainedModel, structure: Mapping[str, Any]) -> None:
+        """Attach shortcuts to the blocks of `structure["blocks"]`."""
+        try:
+            for block in model.get_submodule(structure["blocks"]).children():
+                attach(block, {branch: Shortcut(structure["width"]) for branch in NORMS})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"config.json: blocks that do not fit {type(model).__name__}: {error}") from error
 
 
 def _parts(model: PreTrainedModel, layers: Layers) -> list[Part]:
@@ -123,18 +150,19 @@ def _parts(model: PreTrainedModel, layers: Layers) -> list[Part]:
     if getattr(layers.final_norm, "weight", None) is None:
         raise ConversionError(f"--method slicegpt: {type(model).__name__} has no final norm; use another method")
     names = {id(module): name for name, module in model.named_modules()}
-    final = names.get(id(layers.final_norm), "")
+    places = _places(model, layers)
+    after, final = dict(pairwise(places)), places[-1]
     outside: dict[str, dict[str, Any]] = {
-        f"{names[id(layers.embed)]}.weight": {"reads": True},
-        f"{final}.weight": {"norm": f"{final}.weight"},
-        f"{names[id(layers.head)]}.weight": {"reads": True, "norm": f"{final}.weight"},
+        f"{names[id(layers.embed)]}.weight": {"reads": True, "place": places[0]},
+        final: {"norm": final, "place": final},
+        f"{names[id(layers.head)]}.weight": {"reads": True, "norm": final, "place": final},
     }
     parts = []
     for name, _ in model.named_parameters(remove_duplicate=False):
         told = outside.get(name)
         if told is None and name.startswith(f"{layers.name}."):
-            layer, _, inside = name.removeprefix(f"{layers.name}.").partition(".")
-            told = _in_block(model.get_submodule(f"{layers.name}.{layer}"), f"{layers.name}.{layer}", inside)
+            layer, _, leaf = name.removeprefix(f"{layers.name}.").partition(".")
+            told = _in_block(model.get_submodule(f"{layers.name}.{layer}"), f"{layers.name}.{layer}", leaf, after)
         if told is None:
             raise ConversionError(
                 f"{name}: --method slicegpt does not know what this does to the residual stream; it takes pre-norm "
@@ -144,23 +172,30 @@ def _parts(model: PreTrainedModel, layers: Layers) -> list[Part]:
     return parts
 
 
-def _in_block(block: nn.Module, prefix: str, name: str) -> dict[str, Any] | None:
-    """A parameter of a block, or None where it is of no known kind."""
+def _places(model: PreTrainedModel, layers: Layers) -> list[str]:
+    """Names of the weights of the norms, in the order in which the stream comes by."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = [f"{layers.name}.{layer}.{norm}.weight" for layer in range(len(layers)) for norm in NORMS.values()]
+    return [*inside, f"{names.get(id(layers.final_norm), '')}.weight"]
+
+
+def _in_block(block: nn.Module, prefix: str, name: str, after: dict[str, str]) -> dict[str, Any] | None:
+    """A parameter of a block, or None where it is of no known kind; `after` has the norm that follows each."""
     branch, *path = name.split(".")
     if name.removesuffix(".weight") in NORMS.values():
-        return {"norm": f"{prefix}.{name}"}
+        return {"norm": f"{prefix}.{name}", "place": f"{prefix}.{name}"}
     if branch not in NORMS:
         return None
+    before = f"{prefix}.{NORMS[branch]}.weight"
     is_bias, leaf = path[-1] == "bias", path[-2] if path[-1] in ("weight", "bias") else path[-1]
     if leaf in READERS or leaf in ROUTERS:
         head_norm = (
             getattr(block.get_submodule(branch), f"{leaf[0]}_norm", None) if leaf in ("q_proj", "k_proj") else None
         )
         is_normed = head_norm is not None and any(True for _ in head_norm.parameters())
-        norm = "" if is_bias else f"{prefix}.{NORMS[branch]}.weight"
-        return {"reads": not is_bias, "norm": norm, "is_normed": is_normed}
+        return {"reads": not is_bias, "norm": "" if is_bias else before, "place": before, "is_normed": is_normed}
     if leaf in WRITERS:
-        return {"writes": True}
+        return {"writes": True, "place": after[before]}
     return {} if leaf in INSIDE else None
 
 
@@ -176,24 +211,34 @@ def _fields(model: PreTrainedModel, width: int, kept: int) -> dict[str, Any]:
     return {"hidden_size": kept, "head_dim": head_dim, "rms_norm_eps": epsilon, "tie_word_embeddings": False}
 
 
-def _stream_gram(material: Material, norms: list[nn.Module], width: int) -> Tensor:
-    """Σ x·xᵀ over what enters the norms, float64 `[d, d]`, of all processes. Collective.
+def _stream_grams(material: Material, norms: dict[str, nn.Module], width: int, *, apart: bool) -> dict[str, Tensor]:
+    """Σ x·xᵀ of all processes over what enters each norm, or any of them unless `apart`; float64 `[d, d]`. Collective.
 
     A few channels of trained models are thousands of times the others, whose directions float32 sums would lose.
     """
-    gram = torch.zeros(width, width, dtype=torch.float64, device=material.model.device)
+    device = material.model.device
+    sums = [torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(len(norms) if apart else 1)]
+    chosen = dict(zip(norms, sums if apart else sums * len(norms), strict=True))
 
-    def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def see(gram: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = args[0].flatten(0, -2).double()
         gram.addmm_(rows.T, rows)
 
-    hooks = [norm.register_forward_pre_hook(see) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(partial(see, chosen[name])) for name, norm in norms.items()]
     try:
         feeder(material.part(), material.batch_size)(material.model)
     finally:
         for hook in hooks:
             hook.remove()
-    return material.processes.total(gram)
+    totals = {id(gram): material.processes.total(gram) for gram in sums}
+    return {name: totals[id(gram)] for name, gram in chosen.items()}
+
+
+def _bases(grams: dict[str, Tensor], kept: int) -> dict[str, Tensor]:
+    """Q of each place, float64 `[d, d']`, in the grams' order."""
+    distinct = {id(gram): gram for gram in grams.values()}
+    found = {key: torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :kept] for key, gram in distinct.items()}
+    return {name: found[id(gram)] for name, gram in grams.items()}
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
@@ -201,18 +246,20 @@ def _logits(model: PreTrainedModel) -> Tensor:
     return logits.double()
 
 
-def _projected_logits(model: PreTrainedModel, layers: Layers, basis: Tensor) -> Tensor:
-    """What the model says of a few tokens where all that enters its streams is projected onto the kept directions."""
-    projector = (basis @ basis.T).float()
+def _projected_logits(model: PreTrainedModel, layers: Layers, bases: dict[str, Tensor]) -> Tensor:
+    """What the model says of a few tokens where its stream is projected onto the kept directions of each place."""
+    projectors = [(basis @ basis.T).float() for basis in bases.values()]
 
-    def project(_module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden = hidden_output(output)
-        assert hidden is not None
-        projected = (hidden.float() @ projector).to(hidden.dtype)
-        return (projected, *output[1:]) if isinstance(output, tuple) else projected
+    def project(place: int, hidden: Tensor) -> Tensor:
+        return (hidden.float() @ projectors[place]).to(hidden.dtype)
 
-    branches = [block.get_submodule(name) for block in layers.blocks for name in NORMS]
-    hooks = [module.register_forward_hook(project) for module in (layers.embed, *branches)]
+    def join(place: int, x: Tensor, output: Tensor) -> Tensor:
+        return project(place, x + output) - x
+
+    hooks = [layers.embed.register_forward_hook(lambda _module, _args, output: project(0, output))]
+    for layer, block in enumerate(layers.blocks):
+        for number, branch in enumerate(NORMS):
+            hooks += bridge(block, branch, partial(join, 2 * layer + number + 1))
     try:
         return _logits(model)
     finally:
@@ -228,21 +275,22 @@ def _untie(model: PreTrainedModel, layers: Layers) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
 
 
-def _sliced(part: Part, weight: Tensor, basis: Tensor, norms: dict[str, Tensor], ratio: float) -> Tensor:
+def _sliced(part: Part, weight: Tensor, bases: dict[str, Tensor], norms: dict[str, Tensor], ratio: float) -> Tensor:
     """New values of a parameter, float64.
 
     Args:
         part: what it is.
         weight: float64.
-        basis: Q, float64 `[d, d']`.
+        bases: Q of each place, float64 `[d, d']`.
         norms: weights of the norms before the change.
         ratio: d / d'.
     """
     if part.reads:
-        weight = (weight * norms[part.norm] if part.norm else weight) @ basis
+        weight = (weight * norms[part.norm] if part.norm else weight) @ bases[part.place]
     elif part.norm:
-        return torch.full_like(weight[: basis.shape[1]], ratio**0.5)
+        return torch.full_like(weight[: bases[part.place].shape[1]], ratio**0.5)
     elif part.writes:
+        basis = bases[part.place]
         weight = weight @ basis if weight.ndim == 1 else basis.T @ weight
     return weight * ratio**0.5 if part.is_normed else weight
 

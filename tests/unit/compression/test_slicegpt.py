@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from sparsecod_megatron.compression.compress import Compression, compress
+from sparsecod_megatron.compression.compress import Compression, compress, write_model
 from sparsecod_megatron.compression.registry import find_method
-from sparsecod_megatron.errors import ConfigError, ConversionError
+from sparsecod_megatron.errors import CheckpointError, ConversionError
+from sparsecod_megatron.models.opening import open_model
+from tests.helpers.words import save_with_words
 from tests.unit.compression.models import SIZES, VOCAB_SIZE, sequences, tiny
 from tests.unit.compression.test_contract import gpt2, logits
 
@@ -144,6 +150,90 @@ def test_other_models_are_refused(make: Callable[[], PreTrainedModel], settings:
         sliced(make(), *settings)
 
 
-def test_a_rotation_for_each_place_is_refused() -> None:
-    with pytest.raises(ConfigError, match="rotation=place, a rotation for each place .* is not built; leave it out"):
-        find_method("slicegpt", ["rotation=place"])
+def places(model: PreTrainedModel) -> list[Tensor]:
+    """What enters each norm of blocks and the final one over the calibration tokens, [tokens, d] in float64."""
+    seen = streams(model)
+    return list(seen.split(len(seen) // 5))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen2_moe", "sparsecod"])
+def test_with_a_rotation_for_each_place_it_is_the_model_with_its_stream_projected_there(family: str) -> None:
+    """Reference: a pass of the old width written out, by singular vectors of each place's own stream."""
+    model, wide = made(family), made(family)
+    bases = [torch.linalg.svd(seen, full_matrices=False).Vh[:24].T.float() for seen in places(wide)]
+    hidden, kept = {"at": torch.zeros(0)}, [basis @ basis.T for basis in bases]
+
+    def embed(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        hidden["at"] = output @ kept[0]
+        return hidden["at"]
+
+    def after(place: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+        written = output[0] if isinstance(output, tuple) else output
+        moved = (hidden["at"] + written) @ kept[place]
+        written, hidden["at"] = moved - hidden["at"], moved
+        return (written, *output[1:]) if isinstance(output, tuple) else written
+
+    wide.model.embed_tokens.register_forward_hook(embed)
+    for number, layer in enumerate(wide.model.layers):
+        layer.self_attn.register_forward_hook(partial(after, 2 * number + 1))
+        layer.mlp.register_forward_hook(partial(after, 2 * number + 2))
+    result = sliced(model, "rotation=place")
+    assert result.model.config.hidden_size == 24 and "basis of its own" in result.outcome.warnings[0]
+    torch.testing.assert_close(logits(result.model), logits(wide), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits(wide), logits(made(family)), atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rotations_alone_leave_the_logits_and_cost_two_matrices_a_block(family: str) -> None:
+    model = made(family)
+    before, parameters = logits(model), model.num_parameters()
+    result = sliced(model, "share=0", "rotation=place")
+    torch.testing.assert_close(logits(result.model), before, rtol=1e-4, atol=1e-4)
+    untied = VOCAB_SIZE * 32 if family == "llama" else 0
+    assert result.num_parameters[1] == parameters + untied + 2 * 2 * 32**2
+    shortcut = result.model.model.layers[1].mlp_shortcut.weight + torch.eye(32)
+    torch.testing.assert_close(shortcut.T @ shortcut, torch.eye(32), rtol=0, atol=1e-5)
+    assert not torch.allclose(shortcut, torch.eye(32), atol=0.1)
+
+
+def test_places_of_different_subspaces_are_kept_where_one_rotation_loses_some() -> None:
+    """Embeddings and attention live in one half of the stream, until the first MLP writes far more into the other."""
+
+    def planted() -> PreTrainedModel:
+        model = made("llama")
+        directions = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)).double()).Q
+        low, high = (half @ half.T for half in directions.split(16, dim=1))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith(("embed_tokens.weight", "layers.0.self_attn.o_proj.weight")):
+                    weight.copy_(weight.double() @ low if "embed" in name else low @ weight.double())
+                elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.copy_(1e3 * (high @ weight.double()) if "layers.0" in name else high @ weight.double())
+        return model
+
+    wanted = logits(planted())
+    lost = {
+        rotation: float((logits(sliced(planted(), "share=0.5", f"rotation={rotation}").model) - wanted).norm())
+        for rotation in ("model", "place")
+    }
+    assert lost["place"] < 0.05 * float(wanted.norm()) < 0.5 * float(wanted.norm()) < lost["model"]
+
+
+def test_a_directory_with_rotations_for_places_opens_and_generates_as_measured(tmp_path: Path) -> None:
+    source = save_with_words(made("llama"), tmp_path / "source")
+    result = sliced(made("llama"), "rotation=place")
+    (tmp_path / "written").mkdir()
+    with open_model(source) as opened:
+        write_model(result, opened.tokenizer, source, tmp_path / "written")
+    config = json.loads((tmp_path / "written" / "config.json").read_text())
+    assert (config["model_type"], config["base"]["hidden_size"]) == ("sparsecod_compressed", 24)
+    with open_model(tmp_path / "written") as opened:
+        assert torch.allclose(logits(opened.model), logits(result.model), atol=1e-5)
+        short, long = (
+            opened.model.generate(sequences(1, 5), max_new_tokens=6, do_sample=False, use_cache=cached)
+            for cached in (True, False)
+        )
+        assert torch.equal(short, long), "its cache says something else"
+    (tmp_path / "written" / "config.json").write_text(json.dumps(config | {"structure": {"blocks": "model.stack"}}))
+    with pytest.raises(CheckpointError, match="blocks that do not fit"), open_model(tmp_path / "written") as opened:
+        _ = opened.model
