@@ -65,12 +65,11 @@ class HyperConnections(ResidualMechanism):
         """The state, and what the weights are made of; the mean at the end keeps nothing."""
         if sublayer == 2 * model.num_layers:
             return 0
-        return self.streams * (model.hidden_size * (rank.value_bytes + rank.copy_bytes) + 4 * 4)
+        return self.streams * (model.hidden_size * rank.value_bytes + 4 * 4)
 
     def kept_by_join(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
-        """The branch, a wide copy of the state, and what matrix and shares are made of."""
-        copied = self.streams * rank.copy_bytes + rank.value_bytes
-        return copied * model.hidden_size + (3 * self.streams**2 + 4 * self.streams) * 4
+        """The branch, and what matrix and shares are made of."""
+        return model.hidden_size * rank.value_bytes + (3 * self.streams**2 + 4 * self.streams) * 4
 
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
         """How far streams are mixed, and how alike they are."""

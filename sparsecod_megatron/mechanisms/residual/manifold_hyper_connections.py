@@ -101,19 +101,17 @@ class ManifoldHyperConnections(ResidualMechanism):
         )
 
     def kept_by_read(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
-        """The state, and what the gates are made of; the mean at the end keeps nothing."""
+        """The state, its RMS, and of each stream logit and gate; the mean at the end keeps nothing."""
         if sublayer == 2 * model.num_layers:
             return 0
-        return self.streams * (model.hidden_size * (rank.value_bytes + rank.copy_bytes) + 3 * 4)
+        return self.streams * (model.hidden_size * rank.value_bytes + 2 * 4) + 4
 
     def kept_by_join(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
-        """The branch, a wide copy of the state, logits, and every matrix of Sinkhorn's iteration with its sums."""
+        """The branch, the RMS, gates, all logits, what the matrix is made of, and the matrix."""
         streams = self.streams
-        copied = streams * rank.copy_bytes + rank.value_bytes
-        numbers = 4 * streams + 2 + (3 * math.factorial(streams) + streams**2)
-        if self.mixing == "sinkhorn":
-            numbers = 4 * streams + 2 + 3 * streams**2 + 2 * self.sinkhorn_steps * (streams**2 + streams)
-        return copied * model.hidden_size + numbers * 4
+        logits = streams**2 if self.mixing == "sinkhorn" else math.factorial(streams)
+        numbers = 3 * streams + 1 + 2 * logits + streams**2
+        return model.hidden_size * rank.value_bytes + numbers * 4
 
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
         """How far streams are mixed, and how alike they are."""

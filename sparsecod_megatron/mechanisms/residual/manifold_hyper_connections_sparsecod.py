@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .streams_sparsecod import ManyStreams, StreamMean, extension, mixed_and_written, projected, weighted_sum
 
@@ -99,14 +100,59 @@ class ManifoldJoin(nn.Module):
 
 
 def sinkhorn(logits: Tensor, steps: int) -> Tensor:
-    """exp(logits) with rows and columns divided by their sums in turns, columns last, by logarithms.
+    """exp(logits) [..., to, from] with rows and columns divided by their sums in turns, columns last.
 
     Columns say how a stream is spread, so that their sums, which are exact, keep the mean of all streams.
     """
-    for _ in range(steps):
-        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
-        logits = logits - logits.logsumexp(dim=-2, keepdim=True)
-    return logits.exp()
+    result: Tensor = _Sinkhorn.apply(logits, steps)
+    return result
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Keeps the logits alone and repeats the iteration on the way back; tokens last, which is what vectorises.
+
+    The first row and column are divided by logarithms. From there on every sum is at least 1 / n²: what has been
+    divided has an entry of at least 1 / n, and what that entry is divided by next is at most n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, steps: int) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.steps = steps
+        matrix = torch.softmax(torch.log_softmax(_tokens_last(logits), dim=1), dim=0)
+        for _ in range(steps - 1):
+            for dim in (1, 0):
+                matrix = matrix / matrix.sum(dim=dim, keepdim=True)
+        return _tokens_first(matrix, logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        first = torch.log_softmax(_tokens_last(logits), dim=1)
+        columns = matrix = torch.softmax(first, dim=0)
+        divided: list[tuple[int, Tensor, Tensor]] = []
+        for _ in range(ctx.steps - 1):
+            for dim in (1, 0):
+                sums = matrix.sum(dim=dim, keepdim=True)
+                matrix = matrix / sums
+                divided.append((dim, sums, matrix))
+        given = _tokens_last(gradient)
+        for dim, sums, matrix in reversed(divided):
+            given = (given - (given * matrix).sum(dim=dim, keepdim=True)) / sums
+        given = columns * (given - (given * columns).sum(dim=0, keepdim=True))
+        given = given - first.exp() * given.sum(dim=1, keepdim=True)
+        return _tokens_first(given, logits), None
+
+
+def _tokens_last(matrices: Tensor) -> Tensor:
+    """[..., n, n] → [n, n, tokens]."""
+    return matrices.flatten(end_dim=-3).permute(1, 2, 0).contiguous()
+
+
+def _tokens_first(matrices: Tensor, like: Tensor) -> Tensor:
+    """The way back."""
+    return matrices.permute(2, 0, 1).reshape(like.shape)
 
 
 extend = extension(Path)

@@ -57,11 +57,11 @@ class MultiGate(ResidualMechanism):
 
     def kept_by_read(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
         """The state, and of each stream its RMS, score and weight."""
-        return self.streams * (model.hidden_size * (rank.value_bytes + rank.copy_bytes) + 3 * 4)
+        return self.streams * (model.hidden_size * rank.value_bytes + 3 * 4)
 
     def kept_by_join(self, model: ModelConfig, rank: RankShape, sublayer: int) -> int:
-        """The branch, a wide copy of the state, and of each stream its RMS, score and gate."""
-        return self.streams * (model.hidden_size * rank.copy_bytes + 3 * 4) + model.hidden_size * rank.value_bytes
+        """The branch, and of each stream its RMS, score and gate."""
+        return self.streams * 3 * 4 + model.hidden_size * rank.value_bytes
 
     def statistics(self, models: Sequence[Any], plugin: Plugin | None) -> StreamReports:
         """How far streams move, and how alike they are."""

@@ -1,4 +1,7 @@
-"""Residual paths' reads and joins against loops over tokens, written from their formulas alone."""
+"""Residual paths' reads and joins against loops over tokens, written from their formulas alone.
+
+And their own backward passes against autograd's of a plain composition.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecod_megatron.mechanisms.residual.manifold_hyper_connections_sparsecod import sinkhorn
+from sparsecod_megatron.mechanisms.residual.streams_sparsecod import projected
 from tests.helpers.residual import EPS, HIDDEN, LAYERS, drawn, path_of, random_module
 
 
@@ -162,3 +167,64 @@ def test_joins_equal_a_loop_over_tokens(name: str, settings: dict[str, Any], sub
     branch, state = drawn((4, 2, HIDDEN), 2), drawn((4, 2, path.columns * HIDDEN), 1)
     expected = each_token(lambda f, x: naive(values, f, x), branch, state)
     torch.testing.assert_close(join(branch, state), expected, rtol=1e-5, atol=1e-5)
+
+
+def plain_sinkhorn(logits: Tensor) -> Tensor:
+    for _ in range(5):
+        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
+        logits = logits - logits.logsumexp(dim=-2, keepdim=True)
+    return logits.exp()
+
+
+BACKWARD: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "projected": (
+        lambda x, weight: projected(x, weight, 0.1),
+        lambda x, weight: x @ weight.T * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1),
+        ((2, 3, 6), (4, 6)),
+    ),
+    "sinkhorn": (lambda logits: sinkhorn(logits, 5), plain_sinkhorn, ((2, 3, 4, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_passes_are_autograds(name: str) -> None:
+    """In fp64: values and gradients of a plain composition, and finite differences."""
+    own, plain, shapes = BACKWARD[name]
+    inputs = [drawn(shape, seed).double().requires_grad_() for seed, shape in enumerate(shapes)]
+    found, expected = own(*inputs), plain(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    given = drawn(tuple(expected.shape), 9).double()
+    gradients = (torch.autograd.grad(result, inputs, given) for result in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(own, inputs)
+
+
+def test_sinkhorn_of_logits_that_fp32_cannot_exponentiate() -> None:
+    """A column that every row shuns, and rows that differ by more than fp32 has: columns sum to one, gradients stay."""
+    logits = torch.tensor([[0.0, -300.0, 5.0], [200.0, -90.0, 0.0], [0.0, -500.0, -400.0]])[None, None].requires_grad_()
+    matrix = sinkhorn(logits, 20)
+    torch.testing.assert_close(matrix.sum(dim=-2), torch.ones(1, 1, 3))
+    matrix.square().sum().backward()
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["hyper_connections", "manifold_hyper_connections"])
+def test_a_read_and_a_join_keep_the_state_once(name: str) -> None:
+    """In bf16: the state, the branch, and numbers that are few beside them; no copy in fp32."""
+    hidden = 512
+    path = path_of(name, hidden=hidden, streams=4)
+    read, join = (part.to(torch.bfloat16) for part in (path.read(2), path.join(2)))
+    state = drawn((4, 2, 4 * hidden), 1).bfloat16().requires_grad_()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in (*read.parameters(), *join.parameters())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = join(read(state), state)
+    assert result.shape == state.shape and sum(kept.values()) < 1.25 * (state.nbytes + state.nbytes // 4)
