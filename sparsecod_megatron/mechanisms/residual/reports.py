@@ -76,12 +76,12 @@ def _observed(layer: Any) -> Iterator[Any]:
                 yield module
 
 
-STREAM_NAMES = ("mix_distance", "mix_row_error", "stream_write", "stream_cosine")
+STREAM_NAMES = ("mix_distance", "mix_row_error", "mix_gain", "mix_second", "stream_write", "stream_cosine")
 """What `mixing_reports` gives."""
 
 
 def mixing_reports(mixing: Tensor, write: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """‖M - I‖_F, the largest |row sum - 1|, shares of the branch, and the mean cosine between two streams.
+    """‖M - I‖_F, the largest |row sum - 1|, σ_1 and σ_2 of M, shares of the branch, mean cosine between two streams.
 
     Args:
         mixing: M, [..., to, from].
@@ -90,7 +90,15 @@ def mixing_reports(mixing: Tensor, write: Tensor, x: Tensor) -> dict[str, Tensor
     """
     distance = torch.linalg.matrix_norm(mixing.float() - torch.eye(mixing.shape[-1], device=mixing.device))
     rows = (mixing.float().sum(dim=-1) - 1).abs().amax(dim=-1)
-    return {"mix_distance": distance, "mix_row_error": rows, "stream_write": write, "stream_cosine": cosines(x)}
+    singular = torch.linalg.svdvals(mixing.float())
+    return {
+        "mix_distance": distance,
+        "mix_row_error": rows,
+        "mix_gain": singular[..., 0],
+        "mix_second": singular[..., 1],
+        "stream_write": write,
+        "stream_cosine": cosines(x),
+    }
 
 
 def cosines(x: Tensor) -> Tensor:

@@ -187,6 +187,17 @@ def test_depth_weights_are_those_of_the_reads() -> None:
     assert float(found[1]["depth_weight_1"]) > 0.99 and float(found[1]["depth_entropy"]) < 0.1
 
 
+def test_singular_values_of_mixing_matrices_by_hand() -> None:
+    """A turn keeps all, equal streams nothing but their mean, and a stretched one is a gain."""
+    from sparsecod_megatron.mechanisms.residual.reports import mixing_reports
+
+    turn, mean = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.full((2, 2), 0.5)
+    mixing = torch.stack([turn, mean, torch.diag(torch.tensor([0.25, 3.0]))])
+    found = mixing_reports(mixing, torch.ones(3, 2), drawn((3, 2, HIDDEN), 1))
+    torch.testing.assert_close(found["mix_gain"], torch.tensor([1.0, 1.0, 3.0]))
+    torch.testing.assert_close(found["mix_second"], torch.tensor([1.0, 0.0, 0.25]))
+
+
 def test_an_unwritten_slot_is_no_source() -> None:
     """The state's later slots may hold anything when an earlier branch reads."""
     path = path_of("attention_residuals", block_layers=1)
