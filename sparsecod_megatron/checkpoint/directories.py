@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sparsecod_megatron.checkpoint.manifest import write_manifest
@@ -56,10 +56,12 @@ def remove_leftovers(checkpoints: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def delete_superseded(checkpoints: Path, *, current: int, keep_last: int, keep_every: int) -> None:
+def delete_superseded(
+    checkpoints: Path, *, current: int, keep_last: int, keep_every: int, keep_steps: Sequence[int] = ()
+) -> None:
     """Delete the checkpoints that are no longer kept, now that step `current` is committed and `latest` names it."""
     steps = step_dirs(checkpoints)
-    for step in superseded(steps, current=current, keep_last=keep_last, keep_every=keep_every):
+    for step in superseded(steps, current=current, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps):
         trash = _beside(steps[step], "tmp")
         try:
             steps[step].rename(trash)
@@ -69,15 +71,20 @@ def delete_superseded(checkpoints: Path, *, current: int, keep_last: int, keep_e
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def superseded(steps: Iterable[int], *, current: int, keep_last: int, keep_every: int) -> list[int]:
-    """Steps to delete: not among the newest `keep_last` up to `current`, not multiples of `keep_every`.
+def superseded(
+    steps: Iterable[int], *, current: int, keep_last: int, keep_every: int, keep_steps: Sequence[int] = ()
+) -> list[int]:
+    """Steps to delete: not among the newest `keep_last` up to `current`, nor multiples of `keep_every`, nor named.
 
     Steps after `current` belong to an attempt that is being redone; they neither count nor go.
     """
     earlier = sorted((step for step in steps if step < current), reverse=True)
     if keep_last == 0:
         return []
-    return [step for step in earlier[keep_last - 1 :] if not (keep_every and step % keep_every == 0)]
+    kept = set(keep_steps)
+    return [
+        step for step in earlier[keep_last - 1 :] if not (keep_every and step % keep_every == 0) and step not in kept
+    ]
 
 
 def _beside(directory: Path, purpose: str) -> Path:

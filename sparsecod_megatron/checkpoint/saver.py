@@ -177,7 +177,11 @@ class CheckpointSaver:
         def rename_and_tidy() -> None:
             commit(flight.temporary, flight.directory)
             delete_superseded(
-                self._checkpoints, current=flight.step, keep_last=section.keep_last, keep_every=section.keep_every
+                self._checkpoints,
+                current=flight.step,
+                keep_last=section.keep_last,
+                keep_every=section.keep_every,
+                keep_steps=section.save_steps,
             )
 
         try:

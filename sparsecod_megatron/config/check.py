@@ -79,7 +79,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _optimizer_problems(config.optimizer, config.model.mup_base_hidden_size)
     yield from _run_problems(config)
     yield from _fault_problems(config.train, config.checkpoint)
-    yield from _checkpoint_problems(config.checkpoint)
+    yield from _checkpoint_problems(config.checkpoint, config.train.train_steps)
     yield from _profile_problems(config.profile)
     for mechanism in config.mechanisms.values():
         yield from mechanism.problems(config)
@@ -116,11 +116,17 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield from blend_problems(f"data.{name}", getattr(config.data, name))
 
 
-def _checkpoint_problems(section: CheckpointConfig) -> Iterator[str]:
+def _checkpoint_problems(section: CheckpointConfig, last_step: int) -> Iterator[str]:
     if section.keep_every and not section.keep_last:
         yield f"checkpoint.keep_every: {section.keep_every} changes nothing while keep_last=0 keeps all; set keep_last"
     if section.keep_every and section.save_interval:
         yield from indivisible("checkpoint.keep_every", section.keep_every, "save_interval", section.save_interval)
+    wrong = [step for step in section.save_steps if not 1 <= step <= last_step]
+    if wrong or len(set(section.save_steps)) < len(section.save_steps):
+        yield (
+            f"checkpoint.save_steps: {section.save_steps}; give steps from 1 to train.train_steps={last_step}, each "
+            "once"
+        )
     if section.densify and section.init_from is None:
         yield "checkpoint.densify: true, but checkpoint.init_from names no weights; set it, or remove densify"
 

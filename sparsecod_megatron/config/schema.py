@@ -197,6 +197,8 @@ class CheckpointConfig:
 
     save_interval: int = at_least(0, 1000)
     """Steps between checkpoints; 0 saves only the last step."""
+    save_steps: list[int] = field(default_factory=list)
+    """Further steps that are saved, and kept whatever `keep_last` says."""
     async_save: bool = False
     """Write in processes beside the training; a checkpoint counts once every rank's part is there."""
     save_timeout_s: float = at_least(0, 1800.0)

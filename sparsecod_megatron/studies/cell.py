@@ -19,6 +19,7 @@ from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
 from sparsecod_megatron.studies.metrics import cell_metrics
 from sparsecod_megatron.studies.scoring import evaluate, export, score
+from sparsecod_megatron.studies.steps import Measurement, measure_steps
 
 RESULT_FILE = "result.json"
 MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
@@ -41,8 +42,15 @@ def run_cell(study: Study, cell: Cell) -> None:
             write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": True, "metrics": {}}))
             return
         export(run, model, verify=study.config.verify)
-        if not study.config.keep_checkpoints:
-            shutil.rmtree(run / CHECKPOINTS_DIR)
+    points = measure_steps(
+        Measurement(study.config.scores, study.config.evaluation, study.config.verify),
+        cell.config.data,
+        cell.config.train.train_steps,
+        run=run,
+        directory=cell.directory,
+    )
+    if not study.config.keep_checkpoints and (run / CHECKPOINTS_DIR).is_dir():
+        shutil.rmtree(run / CHECKPOINTS_DIR)
     score(study.config.scores, cell.config.data, model, cell.directory / ANALYSIS_FOLDER)
     evaluate(study.config.evaluation, cell.config.data, model, cell.directory / EVALUATION_FOLDER)
     metrics = cell_metrics(
@@ -51,7 +59,8 @@ def run_cell(study: Study, cell: Cell) -> None:
         analysis=cell.directory / ANALYSIS_FOLDER,
         evaluation=cell.directory / EVALUATION_FOLDER,
     )
-    write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": False, "metrics": metrics}))
+    result = _result(study, cell) | {"diverged": False, "metrics": metrics} | ({"points": points} if points else {})
+    write_text(cell.directory / RESULT_FILE, _json(result))
 
 
 def is_done(study: Study, cell: Cell) -> bool:
@@ -91,12 +100,14 @@ def trained_run(cell: Cell) -> Path:
 def measurement(study: Study) -> dict[str, Any]:
     """What changes a cell's numbers besides its run."""
     scores, held_out = study.config.scores, study.config.evaluation
+    steps = {"steps": scores.steps, "spacing": scores.spacing} if scores.steps else {}
     return {
         "scores": {
             "names": scores.names,
             "samples": scores.samples,
             "seq_length": scores.seq_length,
             "seed": scores.seed,
+            **steps,
         },
         "evaluation": {"windows": held_out.windows, "tasks": held_out.tasks, "limit": held_out.limit},
     }

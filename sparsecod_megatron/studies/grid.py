@@ -18,7 +18,8 @@ from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.seams.mechanism import configured
 from sparsecod_megatron.studies.budget import set_budget
 from sparsecod_megatron.studies.forms import find_law
-from sparsecod_megatron.studies.schema import AxisConfig, Labels, StudyConfig, setting_name
+from sparsecod_megatron.studies.schema import AxisConfig, Labels, ScoresConfig, StudyConfig, setting_name
+from sparsecod_megatron.studies.steps import scored_steps
 
 _LABEL = re.compile(r"[\w.+-]+")
 CELLS_FOLDER, RUN_FOLDER = "cells", "run"
@@ -89,7 +90,9 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     cells = tuple(
-        _cell(base, changes, labels, seed, output) for labels, changes in runs.items() for seed in config.seeds
+        _cell(base, changes, labels, seed, output, config.scores)
+        for labels, changes in runs.items()
+        for seed in config.seeds
     )
     for cell in cells:
         _check_scores(path, config, cell)
@@ -112,12 +115,16 @@ def _check_scores(path: Path, config: StudyConfig, cell: Cell) -> None:
             )
 
 
-def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path) -> Cell:
+def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path, scores: ScoresConfig) -> Cell:
     name = ",".join(filter(None, [setting_name(labels), f"seed={seed}"]))
     directory = output / CELLS_FOLDER / name
     own = [f"train.seed={seed}", f"logging.run_dir={_flow(str(directory / RUN_FOLDER))}"]
     try:
-        return Cell(name, labels, seed, directory, load_config(base, [*changes, *own], mechanisms=MECHANISMS))
+        config = load_config(base, [*changes, *own], mechanisms=MECHANISMS)
+        if steps := scored_steps(scores, config.train.train_steps):
+            kept = sorted({*config.checkpoint.save_steps, *steps})
+            config = load_config(base, [*changes, *own, f"checkpoint.save_steps={kept}"], mechanisms=MECHANISMS)
+        return Cell(name, labels, seed, directory, config)
     except ConfigError as error:
         raise ConfigError(f"cell {name}: {error}") from None
 
@@ -178,6 +185,11 @@ def _check(path: Path, config: StudyConfig, axes: Sequence[Mapping[str, Any]]) -
     for number, law in enumerate(config.laws):
         find_law(law.law).check_variables(f"{path}: laws[{number}].x", law.x)
         places.append((f"laws[{number}].where", law.where))
+        if law.over == "checkpoints" and config.scores.steps < 2:
+            raise ConfigError(
+                f"{path}: laws[{number}].over: checkpoints, but scores.steps={config.scores.steps} scores the last "
+                "alone; set it to 2 or more"
+            )
     for number, claim in enumerate(config.claims):
         trends = [axis for axis in (claim.rises_along, claim.falls_along) if axis is not None]
         if len(trends) + bool(claim.higher and claim.lower) != 1 or bool(claim.higher) != bool(claim.lower):

@@ -57,6 +57,15 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     found["first_loss"] = next((record["loss"] for record in records if "loss" in record), None)
     speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
     found["tokens_per_s"] = speeds[len(speeds) // 2] if speeds else None
+    return _finite(found)
+
+
+def measured_metrics(*, analysis: Path, evaluation: Path) -> dict[str, float]:
+    """The numbers of scores and held-out text alone, named as in `cell_metrics`."""
+    return _finite({**dict(_scores(analysis / SCORES_FILE)), **dict(_evaluated(evaluation / "results.json"))})
+
+
+def _finite(found: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 

@@ -51,6 +51,10 @@ class ScoresConfig:
     """Seed of the sample, the same for all cells, so that their scores can be compared."""
     seed: int = at_least(0, 0)
     memory_gib: float = at_least(0, 2.0)
+    steps: int = at_least(0, 0)
+    """Checkpoints of a cell that are scored, on held-out text too, the last among them; 0 scores the last alone."""
+    spacing: str = choice("log", "linear")
+    """Of those steps: equal factors from a hundredth of the run on, or equal differences."""
 
 
 @dataclass
@@ -132,6 +136,8 @@ class LawConfig:
     """Metric that the law is of."""
     where: dict[str, str] = field(default_factory=dict)
     """Axis → label of the cells to take; empty takes all."""
+    over: str = choice("cells", "checkpoints")
+    """Points: trained cells, or all checkpoints of them that `scores.steps` scores, each cell one run."""
 
 
 @dataclass

@@ -12,6 +12,12 @@ from sparsecod_megatron.studies.law_text import coefficients_text, held_out_text
 from sparsecod_megatron.studies.laws import LawFit, fit_law
 from sparsecod_megatron.studies.schema import Labels, LawConfig, setting_name
 
+Points = Mapping[Labels, Mapping[int, Sequence[Mapping[str, Any]]]]
+"""Place → seed → `step`, `tokens` and `metrics` of checkpoints before the last."""
+RUN = "(cell)"
+"""Column of the cell that a point is of."""
+UNCHANGED = ("parameters_total", "parameters_active", "parameters_non_embedding", "active_share")
+"""Metrics of a cell that all its checkpoints have."""
 HEADER = ("law", "coefficients [95 %]", "points", "largest left out", "notes")
 
 
@@ -50,29 +56,43 @@ class StudyLaw:
         return [name, text, str(fit.num_points), held_out_text(fit), "; ".join(notes) or "–"]
 
 
-def fit_laws(laws: Sequence[LawConfig], results: Mapping[Labels, Mapping[int, Mapping[str, float]]]) -> list[StudyLaw]:
-    """Every law, with the cells for its points; seeds of one place are points and runs of their own.
+def fit_laws(
+    laws: Sequence[LawConfig],
+    results: Mapping[Labels, Mapping[int, Mapping[str, float]]],
+    points: Points,
+) -> list[StudyLaw]:
+    """Every law, with cells or their checkpoints for its points; seeds of one place are runs of their own.
 
     Args:
         laws: of the study.
         results: place → seed → metrics.
+        points: place → seed → what was measured of checkpoints before the last.
     """
-    rows = [
-        Row(
-            f"{setting_name(labels)}, seed {seed}",
-            {**dict(labels), **{key: repr(value) for key, value in found.items()}},
-            {},
-        )
-        for labels, of_seed in results.items()
-        for seed, found in of_seed.items()
+    cells = [_row(labels, seed, found) for labels, of_seed in results.items() for seed, found in of_seed.items()]
+    earlier = [
+        _row(labels, seed, _at(point, results[labels][seed]))
+        for labels, of_seed in points.items()
+        for seed, of_cell in of_seed.items()
+        for point in of_cell
     ]
-    return [_fit(law, rows) for law in laws]
+    return [_fit(law, [*cells, *earlier] if law.over == "checkpoints" else cells) for law in laws]
+
+
+def _row(labels: Labels, seed: int, metrics: Mapping[str, float]) -> Row:
+    where = f"{setting_name(labels)}, seed {seed}"
+    return Row(where, dict(labels) | {key: repr(number) for key, number in metrics.items()} | {RUN: where}, {})
+
+
+def _at(point: Mapping[str, Any], cell: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a checkpoint: what was measured of it, and of the cell what training does not change."""
+    sizes = {name: cell[name] for name in UNCHANGED if name in cell}
+    return {**sizes, **point["metrics"], "tokens": point["tokens"]}
 
 
 def _fit(law: LawConfig, rows: Sequence[Row]) -> StudyLaw:
     selected = None
     try:
-        selected = select(rows, law.x, law.y, where=law.where)
+        selected = select(rows, law.x, law.y, where=law.where, group=RUN)
         return StudyLaw(law, selected, fit_law(law.law, selected.points), "")
     except DataError as error:
         return StudyLaw(law, selected, None, str(error))

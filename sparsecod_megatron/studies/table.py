@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from sparsecod_megatron.files import write_text
 from sparsecod_megatron.studies.cell import is_done, read_result
@@ -14,7 +15,7 @@ from sparsecod_megatron.studies.claims import Results, Verdict, judge_all
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
 from sparsecod_megatron.studies.schema import Labels
-from sparsecod_megatron.studies.study_laws import HEADER, StudyLaw, fit_laws
+from sparsecod_megatron.studies.study_laws import HEADER, Points, StudyLaw, fit_laws
 
 SIZE_COLUMNS = ("parameters_total", "parameters_active", "tokens")
 """Columns that come first; the same for all seeds."""
@@ -41,10 +42,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, the results that they are of, the verdicts, and the laws."""
+    """All rows, the results that they are of, checkpoints before the last of each cell, the verdicts, and the laws."""
 
     rows: list[Row]
     results: Results
+    points: Points
     verdicts: list[Verdict]
     laws: list[StudyLaw]
 
@@ -57,14 +59,16 @@ def make_table(study: Study) -> Table:
     """
     done = [cell for cell in study.cells if is_done(study, cell)]
     results: dict[Labels, dict[int, dict[str, float]]] = {}
+    points: dict[Labels, dict[int, list[dict[str, Any]]]] = {}
     diverged: dict[Labels, int] = {}
     for cell in done:
         result = read_result(cell)
         results.setdefault(cell.labels, {})[cell.seed] = result["metrics"]
+        points.setdefault(cell.labels, {})[cell.seed] = result.get("points", [])
         diverged[cell.labels] = diverged.get(cell.labels, 0) + bool(result["diverged"])
     rows = [_row(labels, of_seed, diverged[labels]) for labels, of_seed in results.items()]
     verdicts = judge_all(study.config.claims, results)
-    return Table(rows, results, verdicts, fit_laws(study.config.laws, results))
+    return Table(rows, results, points, verdicts, fit_laws(study.config.laws, results, points))
 
 
 def write_table(study: Study, table: Table, *, command: str) -> str:
@@ -86,7 +90,7 @@ def write_table(study: Study, table: Table, *, command: str) -> str:
         "command": command,
         "rows": [asdict(row) | {"labels": dict(row.labels)} for row in table.rows],
         "cells": [
-            {"labels": dict(labels), "seed": seed, "metrics": metrics}
+            {"labels": dict(labels), "seed": seed, "metrics": metrics, "points": table.points[labels][seed]}
             for labels, of_seed in table.results.items()
             for seed, metrics in of_seed.items()
         ],

@@ -194,7 +194,8 @@ class _Loop:
         if _due(step, config.logging.log_interval) or step == 1 or last or notable:
             self._log(record)
         self.saver.poll()
-        if _due(step, config.checkpoint.save_interval) and self.saved_step != step:
+        section = config.checkpoint
+        if (_due(step, section.save_interval) or step in section.save_steps) and self.saved_step != step:
             self._save()
         return result
 

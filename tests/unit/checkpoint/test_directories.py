@@ -144,17 +144,16 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
 STEPS = st.lists(st.integers(0, 60), min_size=1, max_size=12, unique=True)
 
 
-@given(steps=STEPS, keep_last=st.integers(0, 4), keep_every=st.integers(0, 20))
-def test_what_is_deleted(steps: list[int], keep_last: int, keep_every: int) -> None:
-    """The saved step, later ones, the newest N and multiples of K stay; of the others nothing does."""
+@given(steps=STEPS, keep_last=st.integers(0, 4), keep_every=st.integers(0, 20), named=st.lists(st.integers(0, 60)))
+def test_what_is_deleted(steps: list[int], keep_last: int, keep_every: int, named: list[int]) -> None:
+    """The saved step, later ones, the newest N, multiples of K and named ones stay; of the others nothing does."""
     for current in steps:
-        gone = set(superseded(steps, current=current, keep_last=keep_last, keep_every=keep_every))
+        gone = set(superseded(steps, current=current, keep_last=keep_last, keep_every=keep_every, keep_steps=named))
         assert current not in gone and gone <= set(steps)
         for step in steps:
             newer = sum(step < other <= current for other in steps)
-            stays = (
-                keep_last == 0 or step >= current or newer < keep_last or (keep_every > 0 and step % keep_every == 0)
-            )
+            is_multiple = keep_every > 0 and step % keep_every == 0
+            stays = keep_last == 0 or step >= current or newer < keep_last or is_multiple or step in named
             assert (step not in gone) == stays
 
 

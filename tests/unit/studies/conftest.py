@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,14 @@ def write_study(tmp_path: Path) -> WriteStudy:
     return write
 
 
-def leave_result(study: Study, cell: Cell, metrics: dict[str, float], *, diverged: bool = False) -> None:
+def leave_result(
+    study: Study,
+    cell: Cell,
+    metrics: dict[str, float],
+    *,
+    diverged: bool = False,
+    points: Sequence[dict[str, Any]] = (),
+) -> None:
     """What a finished cell leaves of itself."""
     cell.directory.mkdir(parents=True, exist_ok=True)
     save_config(cell.config, cell.directory / "config.yaml")
@@ -61,6 +68,7 @@ def leave_result(study: Study, cell: Cell, metrics: dict[str, float], *, diverge
         "measured": measurement(study),
         "diverged": diverged,
         "metrics": metrics,
+        "points": list(points),
     }
     (cell.directory / "result.json").write_text(json.dumps(result))
 

@@ -15,6 +15,8 @@ from sparsecod_megatron.studies.figures import draw_figures
 from sparsecod_megatron.studies.law_points import read_rows, select
 from sparsecod_megatron.studies.laws import fit_law
 from sparsecod_megatron.studies.metrics import cell_metrics
+from sparsecod_megatron.studies.schema import ScoresConfig
+from sparsecod_megatron.studies.steps import scored_steps
 from sparsecod_megatron.studies.table import make_table, write_table
 from tests.helpers.cli import sparsecod
 from tests.unit.studies.conftest import WriteStudy, leave_result
@@ -135,6 +137,45 @@ def test_laws_of_a_study(write_study: WriteStudy, tmp_path: Path) -> None:
     assert "| line: perplexity of depth, decay=none | a + s·x: a 20.2 [" in text
     assert "| refused: law chinchilla: N takes 1 different values; give 3 or more |" in text
     assert [path.name for path in draw_figures(study, made)] == ["perplexity.png", "law_1_line.png"]
+
+
+def test_laws_over_checkpoints(write_study: WriteStudy, tmp_path: Path) -> None:
+    """Earlier checkpoints are points beside the last ones, and those of one cell are one run."""
+    law = {
+        "law": "power",
+        "x": ["tokens"],
+        "y": "loss",
+        "over": "checkpoints",
+        "where": {"depth": "2", "decay": "none"},
+    }
+    scores = {"seq_length": 8, "steps": 4}
+    study = load_study(write_study(laws=[law, law | {"over": "cells"}], scores=scores), tmp_path / "out")
+    for cell in study.cells:
+        assert cell.config.checkpoint.save_steps == [1, 2, 5], "and the last, which is always saved"
+        points = [
+            {"step": step, "tokens": 64 * step, "metrics": {"loss": 1 + 30 * (64 * step) ** -0.5}} for step in (1, 2, 5)
+        ]
+        leave_result(study, cell, {"loss": 1 + 30 * 640**-0.5, "tokens": 640.0}, points=points)
+    over, cells = make_table(study).laws
+    assert over.fit is not None and (over.fit.num_points, over.fit.num_groups) == (12, 3)
+    assert over.fit.coefficients["c"].value == pytest.approx(0.5, rel=1e-3)
+    assert cells.refusal == "law power: 3 points for 3 coefficients; give 5 or more"
+    with pytest.raises(ConfigError, match=r"laws\[0\].over: checkpoints, but scores.steps=0 scores the last alone"):
+        load_study(write_study(laws=[law]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (ScoresConfig(), []),
+        (ScoresConfig(steps=1), []),
+        (ScoresConfig(steps=4), [10, 46, 215]),
+        (ScoresConfig(steps=4, spacing="linear"), [250, 500, 750]),
+    ],
+)
+def test_which_steps_are_scored(settings: ScoresConfig, expected: list[int]) -> None:
+    assert scored_steps(settings, 1000) == expected
+    assert scored_steps(settings, 1) == []
 
 
 @pytest.mark.parametrize(
