@@ -17,7 +17,7 @@ from sparsecod_megatron.errors import ConfigError, SparsecodError
 from sparsecod_megatron.files import write_text
 from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
-from sparsecod_megatron.studies.metrics import cell_metrics
+from sparsecod_megatron.studies.metrics import cell_metrics, measured_intervals
 from sparsecod_megatron.studies.scoring import evaluate, export, score
 from sparsecod_megatron.studies.steps import Measurement, measure_steps
 
@@ -59,7 +59,15 @@ def run_cell(study: Study, cell: Cell) -> None:
         analysis=cell.directory / ANALYSIS_FOLDER,
         evaluation=cell.directory / EVALUATION_FOLDER,
     )
-    result = _result(study, cell) | {"diverged": False, "metrics": metrics} | ({"points": points} if points else {})
+    result = _result(study, cell) | {"diverged": False, "metrics": metrics}
+    if points:
+        last = {
+            "step": cell.config.train.train_steps,
+            "tokens": metrics["tokens"],
+            "metrics": metrics,
+            "intervals": measured_intervals(cell.directory / ANALYSIS_FOLDER),
+        }
+        result["points"] = [*points, last]
     write_text(cell.directory / RESULT_FILE, _json(result))
 
 

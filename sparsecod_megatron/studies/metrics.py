@@ -19,6 +19,8 @@ SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 """What a cell costs, known before it runs."""
 LIVED = "mean_live_parameters"
 """What mechanisms that hold weights at zero log: parameters of the whole model that were left, on average so far."""
+ACTIVATION, RATIO = "activation/sparsity", "activation_ratio"
+"""Share of neurons that can be cut, and its complement, which the Sparsing Law is of."""
 OVER_TRAINING = ("act_nonzero", "act_small", "load_max_over_mean", "load_entropy")
 """Layer statistics that a study compares by how they change while a run trains, where it collects them."""
 
@@ -37,11 +39,12 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
 
     `SIZES`; `active_share` and `tokens_per_parameter`, of all parameters; `parameters_non_embedding`, and
     `parameters_mean_live`, those of them that were not zero, on average over the steps; `loss`, `perplexity` and
-    `bits_per_byte` of held-out text; `SCORE/VALUE` of every score; `TASK/METRIC` of every task and `task_mean`, the
-    mean over tasks of `acc_norm`, or `acc` where a task has none; `out_var_first`, `out_var_last` and `out_var_growth`
-    of the last collected step, the last layer's over the first's; `NAME_start` and `NAME_end` of every statistic in
-    `OVER_TRAINING`, means over layers at the first and the last collected step, and `NAME_end_first` of the first layer
-    that has it; `first_loss`, of the first logged step; the median `tokens_per_s`.
+    `bits_per_byte` of held-out text; `SCORE/VALUE` of every score; `activation_ratio`, 1 − `activation/sparsity`;
+    `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where a task has none;
+    `out_var_first`, `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's;
+    `NAME_start` and `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last
+    collected step, and `NAME_end_first` of the first layer that has it; `first_loss`, of the first logged step; the
+    median `tokens_per_s`.
     """
     found: dict[str, Any] = {
         **(sizes := cell_sizes(config)),
@@ -63,6 +66,15 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
 def measured_metrics(*, analysis: Path, evaluation: Path) -> dict[str, float]:
     """The numbers of scores and held-out text alone, named as in `cell_metrics`."""
     return _finite({**dict(_scores(analysis / SCORES_FILE)), **dict(_evaluated(evaluation / "results.json"))})
+
+
+def measured_intervals(analysis: Path) -> dict[str, tuple[float, float]]:
+    """Ends of the 95 % intervals, over sequences, of the scores that have them; named as in `cell_metrics`."""
+    low, high = (dict(_scores(analysis / SCORES_FILE, end)) for end in ("low", "high"))
+    found = {name: (low[name], high[name]) for name in low if None not in (low[name], high[name])}
+    if ACTIVATION in found:
+        found[RATIO] = (found[RATIO][1], found[RATIO][0])
+    return found
 
 
 def _finite(found: dict[str, Any]) -> dict[str, float]:
@@ -109,12 +121,16 @@ def _over_training(run: Path) -> Iterator[tuple[str, float]]:
             yield f"{name}_end_first", layers[-1][0]
 
 
-def _scores(path: Path) -> Iterator[tuple[str, Any]]:
+def _scores(path: Path, end: str = "value") -> Iterator[tuple[str, Any]]:
+    """Values of all scores, or ends of their intervals; of the activation ratio the complements of the sparsity's."""
     if not path.is_file():
         return
     for score, result in json.loads(path.read_text(encoding="utf-8"))["scores"].items():
         for name, value in result["values"].items():
-            yield f"{score}/{name}", value.get("value") if isinstance(value, dict) else value
+            number = value.get(end) if isinstance(value, dict) else value if end == "value" else None
+            yield f"{score}/{name}", number
+            if f"{score}/{name}" == ACTIVATION and number is not None:
+                yield RATIO, 1 - number
 
 
 def _evaluated(path: Path) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from sparsecod_megatron.checkpoint.paths import STATE_FILE, step_dir_name
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
 from sparsecod_megatron.files import write_text
-from sparsecod_megatron.studies.metrics import measured_metrics
+from sparsecod_megatron.studies.metrics import measured_intervals, measured_metrics
 from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
 from sparsecod_megatron.studies.scoring import evaluate, export, score
 
@@ -59,7 +59,7 @@ def measure_steps(how: Measurement, data: Any, train_steps: int, *, run: Path, d
         directory: the cell's.
 
     Returns:
-        `step`, `tokens` and `metrics` of each, ascending.
+        `step`, `tokens`, `metrics` and `intervals` of each, ascending.
 
     Raises:
         SparsecodError: a checkpoint that is not there any more, or that cannot be scored.
@@ -84,6 +84,7 @@ def _measure(how: Measurement, data: Any, checkpoint: Path, folder: Path, step: 
         "step": step,
         "tokens": state["train"]["consumed_tokens"],
         "metrics": measured_metrics(analysis=folder / "analysis", evaluation=folder / "eval"),
+        "intervals": measured_intervals(folder / "analysis"),
     }
     write_text(folder / POINT_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
     shutil.rmtree(model)  # a model for every step would fill a disk

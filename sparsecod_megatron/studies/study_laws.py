@@ -13,7 +13,7 @@ from sparsecod_megatron.studies.laws import LawFit, fit_law
 from sparsecod_megatron.studies.schema import Labels, LawConfig, setting_name
 
 Points = Mapping[Labels, Mapping[int, Sequence[Mapping[str, Any]]]]
-"""Place → seed → `step`, `tokens` and `metrics` of checkpoints before the last."""
+"""Place → seed → `step`, `tokens`, `metrics` and `intervals` of its checkpoints, where several are scored."""
 RUN = "(cell)"
 """Column of the cell that a point is of."""
 UNCHANGED = ("parameters_total", "parameters_active", "parameters_non_embedding", "active_share")
@@ -66,21 +66,25 @@ def fit_laws(
     Args:
         laws: of the study.
         results: place → seed → metrics.
-        points: place → seed → what was measured of checkpoints before the last.
+        points: place → seed → what was measured of its checkpoints.
     """
     cells = [_row(labels, seed, found) for labels, of_seed in results.items() for seed, found in of_seed.items()]
-    earlier = [
-        _row(labels, seed, _at(point, results[labels][seed]))
+    checkpoints = [
+        _row(labels, seed, _at(point, results[labels][seed]), point["intervals"])
         for labels, of_seed in points.items()
         for seed, of_cell in of_seed.items()
         for point in of_cell
     ]
-    return [_fit(law, [*cells, *earlier] if law.over == "checkpoints" else cells) for law in laws]
+    return [_fit(law, checkpoints if law.over == "checkpoints" else cells) for law in laws]
 
 
-def _row(labels: Labels, seed: int, metrics: Mapping[str, float]) -> Row:
+def _row(
+    labels: Labels, seed: int, metrics: Mapping[str, float], intervals: Mapping[str, tuple[float, float]] | None = None
+) -> Row:
+    """A point; of a cell without the intervals of its scores, which leave out what another seed would give."""
     where = f"{setting_name(labels)}, seed {seed}"
-    return Row(where, dict(labels) | {key: repr(number) for key, number in metrics.items()} | {RUN: where}, {})
+    cells = dict(labels) | {key: repr(number) for key, number in metrics.items()} | {RUN: where}
+    return Row(where, cells, {name: (repr(low), repr(high)) for name, (low, high) in (intervals or {}).items()})
 
 
 def _at(point: Mapping[str, Any], cell: Mapping[str, float]) -> dict[str, float]:

@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, the results that they are of, checkpoints before the last of each cell, the verdicts, and the laws."""
+    """All rows, the results that they are of, checkpoints of cells, the verdicts, and the laws."""
 
     rows: list[Row]
     results: Results

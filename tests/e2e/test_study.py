@@ -69,11 +69,14 @@ def test_a_study_of_two_cells(study: list[str], tmp_path: Path) -> None:
     assert metrics["causal/causal"] == scores["causal"]["values"]["causal"]["value"]
     assert metrics["out_var_last"] == json.loads(statistics[-1])["layers"][-1]["out_var"]
     assert metrics["tokens"] == 4 * 4 * 16
-    (point,) = json.loads((fine / "result.json").read_text())["points"]
+    point, last = json.loads((fine / "result.json").read_text())["points"]
     assert (point["step"], point["tokens"]) == (2, 2 * 4 * 16) and not (fine / "steps/step_00000002/hf").exists()
     assert point["metrics"].keys() >= {"loss", "perplexity", "causal/causal"}
     assert point["metrics"]["loss"] > metrics["loss"], "it has learnt since"
-    assert json.loads((output / "table.json").read_text())["cells"][0]["points"] == [point]
+    assert json.loads((output / "table.json").read_text())["cells"][0]["points"] == [point, last]
+    assert (last["step"], last["metrics"]) == (4, metrics)
+    low, high = point["intervals"]["causal/causal"]
+    assert low < point["metrics"]["causal/causal"] < high
     assert json.loads((output / "cells/lr=endless,seed=1/result.json").read_text())["diverged"]
     assert "| endless |" in table and "1, 1 diverged" in table
     assert {path.stem for path in (output / "figures").iterdir()} == {

@@ -152,13 +152,21 @@ def test_laws_over_checkpoints(write_study: WriteStudy, tmp_path: Path) -> None:
     study = load_study(write_study(laws=[law, law | {"over": "cells"}], scores=scores), tmp_path / "out")
     for cell in study.cells:
         assert cell.config.checkpoint.save_steps == [1, 2, 5], "and the last, which is always saved"
+        losses = {64 * step: 1 + 30 * (64 * step) ** -0.5 for step in (1, 2, 5, 10)}
         points = [
-            {"step": step, "tokens": 64 * step, "metrics": {"loss": 1 + 30 * (64 * step) ** -0.5}} for step in (1, 2, 5)
+            {
+                "step": tokens // 64,
+                "tokens": tokens,
+                "metrics": {"loss": loss},
+                "intervals": {"loss": [loss - 1, loss + 1]},
+            }
+            for tokens, loss in losses.items()
         ]
-        leave_result(study, cell, {"loss": 1 + 30 * 640**-0.5, "tokens": 640.0}, points=points)
+        leave_result(study, cell, {"loss": losses[640], "tokens": 640.0}, points=points)
     over, cells = make_table(study).laws
     assert over.fit is not None and (over.fit.num_points, over.fit.num_groups) == (12, 3)
     assert over.fit.coefficients["c"].value == pytest.approx(0.5, rel=1e-3)
+    assert over.selected is not None and over.selected.notes == ("points weigh 1/σ²",)
     assert cells.refusal == "law power: 3 points for 3 coefficients; give 5 or more"
     with pytest.raises(ConfigError, match=r"laws\[0\].over: checkpoints, but scores.steps=0 scores the last alone"):
         load_study(write_study(laws=[law]), tmp_path / "out")
