@@ -72,7 +72,7 @@ class HeldOut:
         count: points left out, whose product of variables is the largest.
         measured: their mean.
         predicted: mean of what the fit says of them.
-        error: mean of |predicted − measured| ÷ |measured|; infinite where nothing was measured.
+        error: mean of |predicted − measured| ÷ |measured|; infinite where 0 was measured.
     """
 
     count: int
@@ -113,9 +113,7 @@ class LawFit:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        held_out = (
-            None if self.held_out is None else {name: finite(value) for name, value in vars(self.held_out).items()}
-        )
+        held_out = None if self.held_out is None else vars(self.held_out) | {"error": finite(self.held_out.error)}
         return {
             "law": self.asked,
             "fitted": self.form.name,

@@ -39,6 +39,8 @@ TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_par
         ),
         (["schedule.lr_warmup_steps=1000"], ["lr_warmup_steps: 1000", "lr_decay_steps=1000"]),
         (["train.exit_step=2000"], ["train.exit_step: 2000"]),
+        (["checkpoint.save_steps=[5,2000]"], ["checkpoint.save_steps: [5, 2000]", "from 1 to train.train_steps=1000"]),
+        (["checkpoint.save_steps=[5,5]"], ["checkpoint.save_steps: [5, 5]", "each once"]),
         (["data.train=x"], ["data.tokenizer: not set"]),
     ],
 )
