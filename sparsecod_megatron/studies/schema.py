@@ -54,7 +54,7 @@ class ScoresConfig:
     steps: int = at_least(0, 0)
     """Checkpoints of a cell that are scored, on held-out text too, the last among them; 0 scores the last alone."""
     spacing: str = choice("log", "linear")
-    """Of those steps: equal factors from a hundredth of the run on, or equal differences."""
+    """How those steps lie: at equal factors from a hundredth of the run, or at equal differences."""
 
 
 @dataclass
