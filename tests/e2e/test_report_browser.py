@@ -314,38 +314,3 @@ def test_nothing_is_wider_than_the_window(page: Chrome, width: int) -> None:
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-SORT = """
-    const table = document.querySelector("#compression-tables table");
-    const heads = [...table.tHead.rows[0].cells];
-    const cells = (row) => [...row.cells].map((cell) => cell.textContent);
-    const sorted = (column) => {
-      heads[column].querySelector("button").click();
-      return [heads.map((head) => head.getAttribute("aria-sort")), [...table.tBodies[0].rows].map(cells)];
-    };
-    return heads.map((_, column) => [sorted(column), sorted(column)]);
-"""
-"""Clicks the head of every column twice; for each click, what the heads say and the rows as they then stand."""
-
-
-def test_a_table_of_compressions_is_sorted_by_the_column_that_is_clicked(browser: Chrome, tmp_path: Path) -> None:
-    output, numbers = (
-        tmp_path / "table.html",
-        Path(__file__).parents[2] / "docs" / "results" / "compression" / "smollm2",
-    )
-    assert main(["report", str(numbers), "--output", str(output)]) == 0
-    browser.get(output.as_uri())
-    wait_for(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#compression-tables th button"))
-    columns = browser.execute_script(SORT)
-    assert len(columns) > 10
-    for column, clicks in enumerate(columns):
-        for falling, (said, rows) in zip((False, True), clicks, strict=True):
-            assert said == [
-                ("descending" if falling else "ascending") if other == column else None for other in range(len(columns))
-            ]
-            shown = [row[column] for row in rows]
-            present = [text for text in shown if column == 0 or text != "–"]
-            assert len(present) > 1 and shown[: len(present)] == present, "what has no value stands at the end"
-            values = [text if column == 0 else number(text.split()[0]) for text in present]
-            assert values == sorted(values, reverse=falling)
