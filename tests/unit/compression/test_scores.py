@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecod_megatron.compression import parts
 from sparsecod_megatron.compression.patterns import parse_pattern
+from sparsecod_megatron.compression.reconstruct import conjugate_gradients
 from sparsecod_megatron.compression.scores import SCORES, Evidence, gradient_norms
 from sparsecod_megatron.compression.statistics import InputStatistics, pooled
 from sparsecod_megatron.compression.swaps import swap
@@ -163,3 +165,28 @@ def test_inputs_of_zero_mean_swap_nothing() -> None:
     assert torch.equal(
         swap(weight, mask, statistics_of(torch.cat([half, -half])), parse_pattern("0.5", "row"), 9), mask
     )
+
+
+PARTED = (("0.5", "row"), ("2:4", None), ("group:4:0.5", "row"))
+
+
+def test_a_few_rows_at_a_time_are_as_good_as_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks, ties among them included, swaps and conjugate gradients do not depend on where a matrix is cut."""
+    weight, inputs = (random(37, 24, seed=3) * 4).round(), random(64, 24, seed=4)
+    statistics, found = statistics_of(inputs), []
+    for part in (parts.MAX_ELEMENTS, 3 * 24):
+        monkeypatch.setattr(parts, "MAX_ELEMENTS", part)
+        monkeypatch.setattr(parts, "MIN_ROWS", 3)
+        monkeypatch.setattr(parts, "STEP", 1)
+        assert len(list(parts.row_parts(weight))) == (1 if part > 37 * 24 else 13)
+        shares = [
+            parse_pattern(pattern, per) for pattern, per in (("0.5", "row"), ("2:4", None), ("group:4:0.5", "row"))
+        ]
+        masks = [pattern.keep(weight.abs()) for pattern in shares]
+        masks += [
+            swap(weight, mask, statistics, pattern, 3) for mask, pattern in zip(masks[:2], shares[:2], strict=True)
+        ]
+        healed = conjugate_gradients(weight, statistics.hessian, masks[0], weight, damping=0.01, steps=20)
+        found.append((masks, healed))
+    assert all(map(torch.equal, found[0][0], found[1][0])) and not torch.equal(found[0][0][0], found[0][0][3])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
