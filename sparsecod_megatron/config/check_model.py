@@ -15,6 +15,7 @@ def model_problems(config: RunConfig) -> Iterator[str]:
     yield from _norm_problems(model)
     yield from _attention_problems(model)
     yield from _bias_problems(model)
+    yield from qk_norm_problems(model, config.parallel.tensor_model_parallel_size)
     yield from _document_problems(config)
     yield from _init_problems(model)
     if model.is_moe:
@@ -25,7 +26,7 @@ def model_problems(config: RunConfig) -> Iterator[str]:
 def _norm_problems(model: ModelConfig) -> Iterator[str]:
     if model.layernorm_scaling and model.norm_placement in ("post", "mix"):
         why = f"has no place in norm_placement={model.norm_placement}, whose norms set the scale of the residual stream"
-        yield f"model.layernorm_scaling: true {why}; use it with pre, peri or sandwich"
+        yield f"model.layernorm_scaling: true {why}; use it with pre, peri, sandwich or branch"
     if model.residual_multiplier != 1 and model.norm_placement != "pre":
         why = f"norm_placement={model.norm_placement} has a norm behind each branch, or behind the sum"
         yield f"model.residual_multiplier: {model.residual_multiplier:g}, but {why}; use pre, or 1"
@@ -58,6 +59,15 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
             f"model.window_attn_skip_freq: {model.window_attn_skip_freq} needs a window; set model.sliding_window or "
             "remove it"
         )
+
+
+def qk_norm_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+    """One line for a scope without norm, or of heads that no rank has to itself."""
+    key = f"model.qk_norm_scope: {model.qk_norm_scope}"
+    if model.qk_norm_scope != "head" and not model.qk_norm:
+        yield f"{key}, but model.qk_norm is false; set it to true, or the scope to head"
+    if model.norms_projections and model.query_groups % tensor:
+        yield f"{key}, but {tensor} tensor-parallel ranks share {model.query_groups} key heads; lower their number"
 
 
 def _bias_problems(model: ModelConfig) -> Iterator[str]:

@@ -33,6 +33,7 @@ TRAINING_KEYS: dict[str, str] = {
 
 EFFECT_CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "mix_post_fraction": lambda model: model.norm_placement == "mix",
+    "qk_norm_scope": lambda model: model.qk_norm,
     "rope_scaling_factor": lambda model: model.rope_scaling != "none",
     "rope_original_max_position_embeddings": lambda model: model.rope_scaling in ("llama3", "yarn"),
     "window_attn_skip_freq": lambda model: model.sliding_window is not None,

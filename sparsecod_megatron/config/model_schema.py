@@ -62,16 +62,18 @@ class ModelConfig:
     """Factor on what each branch adds to the residual stream; `pre` only."""
     logits_scaling: float = above(0, 1.0)
     """Divisor of the logits."""
-    norm_placement: str = choice("pre", "post", "peri", "sandwich", "mix")
+    norm_placement: str = choice("pre", "post", "peri", "sandwich", "branch", "mix")
     mix_post_fraction: float = between(0, 1, 0.25)
     """`mix`: share of the layers, from the first on, that are post-norm; the others are pre-norm."""
     layernorm_scaling: bool = False
-    """Norms of layer l times 1 / sqrt(l + 1): the input norms of `pre`, the output norms of `peri` and `sandwich`."""
+    """Norms of layer l times 1 / sqrt(l + 1): the input norms of `pre`, the output norms of the others."""
     embedding_norm: bool | None = None
     """A norm on the embeddings; None is true for `peri`, as its paper has it, and false otherwise."""
     final_norm: bool = True
     qk_norm: bool = False
-    """A norm over the channels of each head of queries and keys, before rotation."""
+    """A norm over the channels of queries and keys, before rotation."""
+    qk_norm_scope: str = choice("head", "projection")
+    """Whether it is over the channels of each head, or over those of all heads together."""
 
     rotary_base: int = at_least(1, 10000)
     rotary_percent: float = field(default=1.0, metadata={"above": 0, "maximum": 1})
@@ -172,6 +174,16 @@ class ModelConfig:
         return self.norm_placement == "peri" if self.embedding_norm is None else self.embedding_norm
 
     @property
+    def has_branch_norm(self) -> bool:
+        """Whether what branches add is normalised before it is added."""
+        return self.norm_placement in ("peri", "sandwich", "branch")
+
+    @property
+    def norms_projections(self) -> bool:
+        """Whether queries and keys are normalised over all their heads together."""
+        return self.qk_norm and self.qk_norm_scope == "projection"
+
+    @property
     def width_ratio(self) -> float:
         """Hidden size over the one that the hyperparameters were found at."""
         return self.hidden_size / (self.mup_base_hidden_size or self.hidden_size)
@@ -185,6 +197,10 @@ class ModelConfig:
         """Whether layer `layer` (from 0) normalises the sum instead of the branch's input."""
         post_layers = int(self.mix_post_fraction * self.num_layers)
         return self.norm_placement == "post" or (self.norm_placement == "mix" and layer < post_layers)
+
+    def has_input_norm(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) normalises what its branches get."""
+        return self.norm_placement != "branch" and not self.is_post_norm(layer)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts."""

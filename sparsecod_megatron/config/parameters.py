@@ -231,8 +231,7 @@ class ParameterTable:
         else:
             names = r"mlp\.linear_fc{}\.weight"
             yield from _mlp(model, "mlp", model.ffn_hidden_size, names, channels="model.ffn_hidden_size")
-            if model.mlp_bias:
-                yield from _mlp_biases(model)
+            yield from _mlp_biases(model) if model.mlp_bias else ()
 
     def _stepped(self, kinds: Iterable[ParameterKind], layer: int | None) -> Iterator[ParameterKind]:
         """With the factors that mechanisms put on their steps; `layer` is None at the ends of the model."""
@@ -294,12 +293,12 @@ def _norms(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
     """Transformer Engine's fused layers hold the norm before them; checkpoints use their names (`NORM_RENAMES`)."""
     places = (("attention", "input_layernorm", "self_attn_bda"), ("mlp", "pre_mlp_layernorm", "mlp_bda"))
     fused = {norm: name for name, norm in NORM_RENAMES.items()}
-    before = not model.is_post_norm(layer)
+    before = model.has_input_norm(layer)
     for branch, norm, join in places:
         if before:
             name = f"{norm}.weight"
             yield _norm(f"{branch}_norm", model.hidden_size, f"{re.escape(name)}|{re.escape(fused[name])}")
-        if not before or model.norm_placement in ("peri", "sandwich"):
+        if not before or model.has_branch_norm:
             yield _norm(f"{branch}_post_norm", model.hidden_size, rf"{join}\.norm\.weight")
 
 
@@ -339,8 +338,10 @@ def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
     if model.attention_output_bias:
         yield _output_bias(model, "attention", rf"{at}linear_proj\.bias")
     if model.qk_norm:
-        yield _norm("query_norm", width, rf"{at}q_layernorm\.weight")
-        yield _norm("key_norm", width, rf"{at}k_layernorm\.weight")
+        for name, part, count in (("query", "q", heads), ("key", "k", model.query_groups)):
+            pattern = rf"{at}{part}_layernorm\.weight"
+            of_all = ParameterKind(f"{name}_norm", (count * width,), pattern, "norms", None, "tensor", 0)
+            yield of_all if model.norms_projections else _norm(f"{name}_norm", width, pattern)
 
 
 def _mlp(

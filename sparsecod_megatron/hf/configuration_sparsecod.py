@@ -49,6 +49,7 @@ class SparsecodConfig(PreTrainedConfig):
     embedding_norm: bool = False
     final_norm: bool = True
     qk_norm: bool = False
+    qk_norm_scope: str = "head"
     no_rope_freq: list[int] | None = None
     softmax_scale: float | None = None
     embedding_multiplier: float = 1.0
@@ -108,6 +109,10 @@ class SparsecodConfig(PreTrainedConfig):
         """Whether layer `layer` normalises the sum of residual stream and branch."""
         post_layers = int(self.mix_post_fraction * self.num_hidden_layers)
         return self.norm_placement == "post" or (self.norm_placement == "mix" and layer < post_layers)
+
+    def has_input_norm(self, layer: int) -> bool:
+        """Whether layer `layer` normalises what its branches get."""
+        return self.norm_placement != "branch" and not self.is_post_norm(layer)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` has experts."""

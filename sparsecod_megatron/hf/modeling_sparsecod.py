@@ -6,6 +6,7 @@ MLP, and s = 1 / sqrt(layer + 1) under LayerNorm scaling (1 otherwise), a branch
     pre              x + m · f(s · N(x))      m = residual_multiplier
     post             N(x + f(x))
     peri, sandwich   x + s · N'(f(N(x)))
+    branch           x + s · N(f(x))
     mix              post in the first layers, pre in the others
 
 where a mechanism may have another state than the stream x, wider by streams or slots, which f reads and joins by its
@@ -90,8 +91,13 @@ class SparsecodAttention(nn.Module):
         self.o_proj = nn.Linear(width, hidden, bias=config.attention_output_bias)
         has_gate = config.attention_output_gate == "elementwise"
         self.g_proj = nn.Linear(hidden, width, bias=config.qkv_bias) if has_gate else None
-        self.q_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = SparsecodRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.norms_heads = config.qk_norm_scope == "head"  # one by one, not together
+        self.q_norm, self.k_norm = (
+            SparsecodRMSNorm(config.head_dim * (1 if self.norms_heads else heads), config.rms_norm_eps)
+            if config.qk_norm
+            else nn.Identity()
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.value_mix: nn.Module | None = None  # of a mechanism: what becomes of values and the first layer's
 
     def forward(
@@ -109,7 +115,8 @@ class SparsecodAttention(nn.Module):
         )
         if self.value_mix is not None:
             value = self.value_mix(value, first_values)
-        query, key, value = (x.transpose(1, 2) for x in (self.q_norm(query), self.k_norm(key), value))
+        query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if self.is_rotated:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
@@ -122,6 +129,10 @@ class SparsecodAttention(nn.Module):
             gate = torch.sigmoid(self.g_proj(x).float()).to(output.dtype)
             output = output * gate.unflatten(-1, (self.config.num_attention_heads, -1))
         return self.o_proj(output.flatten(start_dim=-2)), weights
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Queries or keys [batch, seq, heads, head_dim]."""
+        return norm(x) if self.norms_heads else norm(x.flatten(start_dim=-2)).unflatten(-1, (-1, self.head_dim))
 
 
 class SparsecodConnection(nn.Module):
@@ -148,7 +159,8 @@ class SparsecodLayer(nn.Module):
     def __init__(self, config: SparsecodConfig, layer_idx: int) -> None:
         super().__init__()
         self.is_post_norm = config.is_post_norm(layer_idx)
-        has_branch_norm = config.norm_placement in ("peri", "sandwich")
+        has_branch_norm = config.norm_placement in ("peri", "sandwich", "branch")
+        has_input_norm = config.has_input_norm(layer_idx)
         scale = config.norm_scale(layer_idx)
 
         def norm(present: bool, scale: float = 1.0) -> nn.Module | None:
@@ -158,9 +170,9 @@ class SparsecodLayer(nn.Module):
         is_moe = config.is_moe_layer(layer_idx)
         self.mlp = SparsecodMoE(config, layer_idx) if is_moe else SparsecodMLP(config, config.intermediate_size)
         has_join_norm, before = self.is_post_norm or has_branch_norm, 1.0 if has_branch_norm else scale
-        self.input_layernorm = norm(not self.is_post_norm, before)
+        self.input_layernorm = norm(has_input_norm, before)
         self.attention_join_norm = norm(has_join_norm, scale)
-        self.post_attention_layernorm = norm(not self.is_post_norm, before)
+        self.post_attention_layernorm = norm(has_input_norm, before)
         self.mlp_join_norm = norm(has_join_norm, scale)
         # Of mechanisms: what is added to the layer's input, and how many tokens before its own the layer reads the ids
         # of, None: it reads no ids.

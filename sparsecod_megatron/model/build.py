@@ -22,6 +22,7 @@ from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.model.gpt import PreparedGPTModel
 from sparsecod_megatron.model.init import initialize
+from sparsecod_megatron.model.norms import ProjectionRMSNorm
 from sparsecod_megatron.model.sharding import mark_sharded
 from sparsecod_megatron.model.shared_layers import share_layers
 from sparsecod_megatron.model.specs import block_spec, spec_provider
@@ -80,6 +81,9 @@ def build_model(
         if config.model.rope_scaling == "llama3":
             scale_as_llama3(model.rotary_pos_emb, config.model)
         share_layers(model, table)
+        for module in model.modules():
+            if isinstance(module, ProjectionRMSNorm):
+                module.tp_group = groups.tp
         mark_sharded(model, table, groups)
         initialize(model, table, groups, seed=config.train.seed)
         model.vp_stage, model.token_halo = vp_stage, token_halo(config)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from sparsecod_megatron.backend import functional
@@ -48,3 +55,45 @@ class ScaledRMSNorm(RMSNorm):
         """[S_local, B, H] → [S_local, B, H]."""
         normed = super().forward(x)
         return normed if self.scale == 1.0 else self.scale * normed
+
+
+class ProjectionRMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, over the channels of all heads of queries or of keys.
+
+    Tensor-parallel ranks hold the weights of their own heads, and sum the squares.
+
+    Args:
+        config: sizes and layout.
+        hidden_size: channels of a head, D.
+        eps: added to the mean square.
+        heads: of all ranks.
+
+    Attributes:
+        tp_group: ranks that share the heads; set once the model is built.
+
+    Source: OLMo et al., 2 OLMo 2 Furious (arXiv 2501.00656), QK-norm; transformers, models/olmo2/modeling_olmo2.py.
+    """
+
+    tp_group: torch.distributed.ProcessGroup
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int) -> None:
+        super().__init__()
+        self.eps, self.channels = eps, heads * hidden_size
+        local = self.channels // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.ones(local, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., heads/TP, D] → the same. Collective (`tp_group`)."""
+        wide = x.float()
+        squares = reduce_from_tensor_model_parallel_region(wide.square().sum((-2, -1)), group=self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)[..., None, None]
+        normed = wide * torch.rsqrt(squares / self.channels + self.eps)
+        return (normed * self.weight.view(x.shape[-2:])).to(x.dtype)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """The weight, cut as the heads are."""
+        own, groups = {"weight": self.weight}, {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            own, prefix, {"weight": 0}, sharded_offsets, **groups
+        )
+        return state

@@ -5,6 +5,7 @@ With N a norm, f a branch (attention or MLP) and s = 1 / sqrt(layer + 1) under L
     pre              x + f(s · N(x))
     post             N(x + f(x))
     peri, sandwich   x + s · N'(f(N(x)))      peri also normalises the embeddings
+    branch           x + s · N(f(x))
     mix              post in the first layers, pre in the others
 
 With a residual path of a mechanism, x + y is its join, and what N is of is its read.
@@ -57,8 +58,9 @@ def placement(model: ModelConfig, megatron: TransformerConfig, provider: Backend
 
     if model.is_post_norm(layer):
         return Placement(IdentityOp, joined_by(PostNorm, norm), fusible=False)
-    if model.norm_placement in ("peri", "sandwich"):
-        return Placement(norm, joined_by(BranchNorm, scaled), fusible=True)
+    if model.has_branch_norm:
+        before = norm if model.has_input_norm(layer) else IdentityOp
+        return Placement(before, joined_by(BranchNorm, scaled), fusible=before is not IdentityOp)
     join: ModuleSpec | Callable[..., Any] = get_bias_dropout_add
     if model.residual_multiplier != 1:
         join = ModuleSpec(ScaledJoin, params={"config": megatron, "factor": model.residual_multiplier})

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
 from sparsecod_megatron.model.layer import VariedAttention, VariedLayer
-from sparsecod_megatron.model.norms import RMSNorm
+from sparsecod_megatron.model.norms import ProjectionRMSNorm, RMSNorm
 from sparsecod_megatron.model.placement import Placement, final_norm, placement, placement_on_path
 from sparsecod_megatron.model.router import StepRouter
 from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, configured
@@ -142,13 +142,18 @@ def _has_own_input_norm(norms: Placement) -> bool:
 
 
 def _attention(model: ModelConfig, provider: BackendSpecProvider, *, fuse: bool) -> ModuleSpec:
-    head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if model.qk_norm else IdentityOp
+    query_norm = key_norm = provider.layer_norm(rms_norm=True, for_qk=True) if model.qk_norm else IdentityOp
+    if model.norms_projections:
+        query_norm, key_norm = (
+            ModuleSpec(ProjectionRMSNorm, params={"heads": heads})
+            for heads in (model.num_attention_heads, model.query_groups)
+        )
     places: dict[str, Any] = {
         "linear_qkv": provider.column_parallel_layer_norm_linear() if fuse else provider.column_parallel_linear(),
         "core_attention": provider.core_attention(),
         "linear_proj": provider.row_parallel_linear(),
-        "q_layernorm": head_norm,
-        "k_layernorm": head_norm,
+        "q_layernorm": query_norm,
+        "k_layernorm": key_norm,
     }
     params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
     module: type = SelfAttention

@@ -116,7 +116,8 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
 
 def _attention(model: ModelConfig) -> dict[str, Any]:
     return {
-        "qk_layernorm": model.qk_norm,
+        # By it Megatron-Core sums gradients of weights that every tensor-parallel rank holds whole.
+        "qk_layernorm": model.qk_norm and not model.norms_projections,
         "attention_output_gate": model.attention_output_gate != "none",
         "add_qkv_bias": model.qkv_bias,
         # Megatron counts the keys to the left, without the query's own.

@@ -103,7 +103,7 @@ def _norms(layout: Layout, layer: int) -> Saved:
         # The router needs it as it is.
         "mlp_input": stream * (layout.bytes_per_value if moe else _projection_input(layout, layer)),
     }
-    if model.norm_placement in ("peri", "sandwich"):
+    if model.has_branch_norm and model.has_input_norm(layer):
         saved["post_norms"] = 2 * norm
     if model.hidden_dropout:
         saved["dropout"] = 2 * stream * _mask_bytes(layout)
@@ -122,7 +122,11 @@ def _attention(layout: Layout, layer: int) -> Saved:
     if model.qk_norm:
         vectors = tokens * (heads + groups) // layout.tensor
         saved["qk_norm"] = layout.norm_bytes(vectors, width)
-        if not layout.transformer_engine and value == _FP32:
+        if model.norms_projections:
+            # What fp32 makes of its input, or the copy that grouped queries are; and what the weight multiplies.
+            wide = query + key if value != _FP32 else 0 if heads == groups else query
+            saved["qk_norm"] = (query + key + wide + 2 * tokens) * _FP32
+        elif not layout.transformer_engine and value == _FP32:
             # Views of the projection, which is kept already; grouped queries are copied.
             saved["qk_norm"] -= (key + (query if heads == groups else 0)) * value
     if model.attention_output_gate == "elementwise":

@@ -36,11 +36,12 @@ DENSE_LAYOUTS = {"tp2": (TP2,), "tp2-sp": (TP2, SP), "pp2": (PP2,), "cp2": (CP2,
 MOE_LAYOUTS = {"ep2": (EP2,), "tp2-ep2": (TP2, SP, EP2, ETP1), "pp2": (PP2,)}
 CONCERNED = {
     # Without sequence parallelism norms are whole on each rank: what has weights that tensor parallelism leaves whole.
-    "tp2": {"pre", "qk-norm", "biases", "everything"},
+    "tp2": {"pre", "qk-norm", "biases", "olmo", "everything"},
     # Stages: what depends on a layer's place, or lies outside of the layers.
     "pp2": {
         "pre",
         "post-no-final-norm",
+        "olmo",
         "mix",
         "lns-peri",
         "embedding-norm",
@@ -54,7 +55,7 @@ CONCERNED = {
         "deepseek",
     },
     # Slices of the sequence: what depends on a token's place, or on keys of other tokens.
-    "cp2": {"pre", "qk-norm", "mqa", "rope-yarn", "window", "window-skip", "everything"},
+    "cp2": {"pre", "qk-norm", "olmo", "mqa", "rope-yarn", "window", "window-skip", "everything"},
     # Whole experts move: what their shapes, the router's state, or the layers without experts change.
     "ep2": {"post-softmax", "sigmoid-bias", "shared-gate", "first-dense", "topk-per-layer", "deepseek"},
 }
@@ -65,7 +66,7 @@ ADJUSTED = {
 }
 """For four layers instead of three."""
 ALIKE = {
-    *("gelu", "relu", "qkv-bias", "sandwich", "lns", "mha", "rope-linear", "rope-llama3"),
+    *("gelu", "relu", "qkv-bias", "sandwich", "branch", "lns", "mha", "rope-linear", "rope-llama3"),
     *("sigmoid", "sigmoid-top-1", "scaled", "shared"),
 }
 """Differ from another variant in what each rank computes from what it holds, in no way that a layout could see."""

@@ -117,6 +117,8 @@ def _sublayer(
         kind = "post" if layer < post_layers else "pre"
     if kind == "post":
         return _rms_norm(x + branch(x), weights[f"{join}.norm.weight"], model)
+    if kind == "branch":
+        return x + scale * _rms_norm(branch(x), weights[f"{join}.norm.weight"], model)
     normed = _rms_norm(x, weights[f"{before}.weight"], model)
     if kind == "pre":
         return x + model.residual_multiplier * branch(scale * normed)
@@ -216,7 +218,10 @@ def _attention(
         first_value = first_values.setdefault(first, value)  # of the first layer
         if (factors := weights.get(f"{at}.value_mix.weight")) is not None:
             value = factors[0] * value + factors[1] * first_value
-        if model.qk_norm:
+        if model.qk_norm_scope == "projection":
+            query = _whole_norm(model, weights[f"{at}.q_layernorm.weight"], query, slot, head)
+            key = _whole_norm(model, weights[f"{at}.k_layernorm.weight"], key, slot, head // per_group, keys=True)
+        elif model.qk_norm:
             query = _rms_norm(query, weights[f"{at}.q_layernorm.weight"], model)
             key = _rms_norm(key, weights[f"{at}.k_layernorm.weight"], model)
         scores = _rotate(query, rotation) @ _rotate(key, rotation).transpose(1, 2) * factor
@@ -227,6 +232,24 @@ def _attention(
             output = output * torch.sigmoid(x @ gates[head])[..., None]
         outputs.append(output)
     return linear(weights, f"{at}.linear_proj", torch.cat(outputs, dim=-1))
+
+
+def _whole_norm(
+    model: ModelConfig,
+    weight: Tensor,
+    x: Tensor,
+    slot: Callable[[int], Tensor],
+    index: int,
+    *,
+    keys: bool = False,
+) -> Tensor:
+    """One head's channels over the root mean square of those of all heads, which `slot` gives by place in a group."""
+    per_group, size = model.num_attention_heads // model.query_groups, model.head_dim
+    slots = per_group * (2 if model.attention_output_gate == "elementwise" else 1) + 2
+    places = [slots - 2] if keys else range(per_group)
+    squares = [slot(group * slots + place).square() for group in range(model.query_groups) for place in places]
+    mean = torch.cat(squares, dim=-1).mean(-1, keepdim=True)
+    return weight[index * size : (index + 1) * size] * x / (mean + model.layernorm_epsilon).sqrt()
 
 
 def assert_same_gradients(

@@ -8,6 +8,8 @@ DENSE: dict[str, tuple[str, ...]] = {
     "post-no-final-norm": ("model.norm_placement=post", "model.final_norm=false"),
     "peri": ("model.norm_placement=peri",),
     "sandwich": ("model.norm_placement=sandwich",),
+    "branch": ("model.norm_placement=branch", "model.layernorm_scaling=true"),
+    "olmo": ("model.norm_placement=branch", "model.qk_norm=true", "model.qk_norm_scope=projection"),
     "mix": ("model.norm_placement=mix", "model.mix_post_fraction=0.4"),
     "lns": ("model.layernorm_scaling=true",),
     "lns-peri": ("model.layernorm_scaling=true", "model.norm_placement=peri"),

@@ -40,6 +40,7 @@ class Family:
         code: files to copy beside the weights.
         extensible: whether mechanisms' modules can change its layers.
         layout: an entry with the names and the layout that this class has in place of Llama's.
+        flat: a configuration's fields, of which `rope_parameters` are those of all layers.
         without_placeholders: the model that `read` gave, without the parts of the class whose tensors are those that
             export puts where ours has none.
     """
@@ -55,6 +56,7 @@ class Family:
     code: tuple[Path, ...] = ()
     extensible: bool = False
     layout: Callable[[Entry], Entry] = lambda entry: entry
+    flat: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     without_placeholders: Callable[[ModelConfig, Mapping[str, Tensor]], ModelConfig] = lambda model, tensors: model
 
     def table(self, model: ModelConfig, modules: Mapping[str, Module] | None = None) -> NameTable:
@@ -99,7 +101,6 @@ class Family:
                 architectures=[self.architecture],
                 dtype=dtype,
                 max_position_embeddings=seq_length,
-                rope_parameters=rope_parameters(model),
                 **token_ids,
                 **fields,
             )
@@ -124,6 +125,7 @@ class Family:
 
 def _shared_fields(model: ModelConfig) -> dict[str, Any]:
     return {
+        "rope_parameters": rope_parameters(model),
         "vocab_size": vocab_size(model),
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,

@@ -13,6 +13,7 @@ from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
 from sparsecod_megatron.hf.families.granite import GRANITE
 from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
+from sparsecod_megatron.hf.families.olmo import OLMO2, OLMO3, OLMOE
 from sparsecod_megatron.hf.families.phi3 import PHI3
 from sparsecod_megatron.hf.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from sparsecod_megatron.hf.families.smollm3 import SMOLLM3
@@ -21,8 +22,8 @@ from sparsecod_megatron.hf.table import NameTable
 from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
 FAMILIES = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SPARSECOD),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE, OLMO2, OLMO3),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, OLMOE, SPARSECOD),
 )
 """In order of preference: the most widely supported class first, our own last."""
 
@@ -54,6 +55,7 @@ FEATURES: dict[str, tuple[object, ...]] = {
     "embedding_norm": (None, False),
     "final_norm": (True,),
     "qk_norm": (False,),
+    "qk_norm_scope": ("head",),
     "rope_scaling": ("none",),
     "rotary_percent": (1.0,),
     "no_rope_freq": (None,),

@@ -67,7 +67,7 @@ def model_config(config: PreTrainedConfig, family: Family, *, where: Path) -> Mo
     Raises:
         ConversionError: a field says something that our keys cannot.
     """
-    fields = config.to_dict()
+    fields = family.flat(config.to_dict())
     fields["rope_parameters"] = _plain_rope(fields["rope_parameters"])
     head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     model = ModelConfig(
@@ -96,9 +96,8 @@ def model_config(config: PreTrainedConfig, family: Family, *, where: Path) -> Mo
 def _require_same(fields: Mapping[str, Any], model: ModelConfig, family: Family, where: Path) -> None:
     if obstacle := family.obstacle(model):
         raise ConversionError(f"{where}: as {family.architecture} it would have {obstacle}; it is damaged")
-    written = family.config(
-        model, seq_length=fields["max_position_embeddings"], dtype=torch.float32, token_ids={}
-    ).to_dict()
+    config = family.config(model, seq_length=fields["max_position_embeddings"], dtype=torch.float32, token_ids={})
+    written = family.flat(config.to_dict())
     written["rope_parameters"] = _plain_rope(written["rope_parameters"])
     elsewhere = {"mechanisms"} if family.extensible else set()  # a section of its own (`HFSource.mechanisms`)
     known = (family.config_class().to_dict().keys() | {"head_dim"}) - FIELDS_WITHOUT_EFFECT - elsewhere

@@ -20,6 +20,7 @@ KEYS_IN_COMMON = (
     "layernorm_scaling",
     "final_norm",
     "qk_norm",
+    "qk_norm_scope",
     "no_rope_freq",
     "softmax_scale",
     "embedding_multiplier",

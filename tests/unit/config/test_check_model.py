@@ -18,7 +18,7 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ((LNS, "model.norm_placement=post"), ["model.layernorm_scaling: true", "pre, peri or sandwich"]),
+        ((LNS, "model.norm_placement=post"), ["model.layernorm_scaling: true", "pre, peri, sandwich or branch"]),
         ((LNS, "model.norm_placement=mix"), ["model.layernorm_scaling: true", "norm_placement=mix"]),
         (("model.final_norm=false",), ["model.final_norm: false", "norm_placement=pre"]),
         (("model.norm_placement=before",), ["model.norm_placement: 'before'", "sandwich"]),
@@ -29,6 +29,14 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
         (
             ("model.logits_scaling=2", "model.norm_placement=post", "model.final_norm=false"),
             ["model.logits_scaling: 2", "final norm"],
+        ),
+        (("model.qk_norm_scope=projection",), ["model.qk_norm_scope: projection", "qk_norm is false"]),
+        (
+            (
+                *("model.qk_norm=true", "model.qk_norm_scope=projection", "model.num_query_groups=1"),
+                "parallel.tensor_model_parallel_size=2",
+            ),
+            ["model.qk_norm_scope: projection", "2 tensor-parallel ranks share 1 key heads"],
         ),
         (("model.attention_output_bias=true",), ["model.attention_output_bias: true", "qkv_bias is false"]),
         ((*MOE_SHAPE, "model.mlp_bias=true"), ["model.mlp_bias: true", "8 experts"]),

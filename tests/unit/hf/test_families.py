@@ -89,6 +89,7 @@ def test_our_tensors_survive_the_way_to_huggingface_and_back(name: str) -> None:
     assert all(torch.equal(back[key], ours[key]) for key in ours)
 
 
+OLMO = {"norm_placement": "branch", "qk_norm": True, "qk_norm_scope": "projection"}
 IDENTITY = MODELS | {
     "window": tiny(sliding_window=5),
     "qk-norm": tiny(qk_norm=True),
@@ -101,6 +102,10 @@ IDENTITY = MODELS | {
     "gated shared expert": moe(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True),
     "ling without groups": moe(**LING | {"moe_router_num_groups": None, "moe_router_group_topk": None}),
     "own class, half of the channels rotate": moe(rotary_percent=0.5),
+    "olmo2": tiny(**OLMO, qkv_bias=True, attention_output_bias=True),
+    "olmo3": tiny(**OLMO, sliding_window=5, window_attn_skip_freq=2, num_query_groups=2),
+    "olmoe": moe(qk_norm=True, qk_norm_scope="projection", moe_router_pre_softmax=True, num_query_groups=2),
+    "own class norms behind branches": tiny(norm_placement="branch", layernorm_scaling=True, num_query_groups=2),
     "own class multipliers": moe(softmax_scale=0.2, embedding_multiplier=2.0, logits_scaling=3.0, no_rope_freq=[0, 1]),
     "own class": moe(norm_placement="peri", layernorm_scaling=True, moe_shared_expert_intermediate_size=28),
 }

@@ -33,6 +33,7 @@ STOCK = {
     "dense-no-rope": "SmolLM3ForCausalLM",
     "dense-multipliers": "GraniteForCausalLM",
     "dense-rope-partial": "Phi3ForCausalLM",
+    "dense-olmo": "Olmo2ForCausalLM",
     "dense-mqa": "LlamaForCausalLM",
     "dense-mha": "LlamaForCausalLM",
     "dense-wide-heads": "LlamaForCausalLM",

@@ -30,6 +30,7 @@ TOPK_PER_LAYER = ("model.num_layers=3", "model.moe_router_topk_per_layer=[1,2,4]
 VARIANTS = {f"dense-{name}": keys for name, keys in DENSE.items()}
 VARIANTS |= {f"moe-{name}": (*EXPERTS, *keys) for name, keys in MOE.items() if name != "capacity"}
 VARIANTS["moe-topk-per-layer"] = (*EXPERTS, *TOPK_PER_LAYER)
+VARIANTS["dense-no-rope"] = ("model.no_rope_freq=[0,1]",)
 VARIANTS["dense-dropout"] = ("model.hidden_dropout=0.1",)
 SELECTIVE = "megatron.recompute_granularity=selective"
 FULL = "megatron.recompute_granularity=full"

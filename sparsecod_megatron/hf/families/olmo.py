@@ -1,0 +1,160 @@
+"""OLMo-2, OLMo-3 and OLMoE: queries and keys normalised over all heads, and in the dense two no norm before a branch.
+
+The norms of those stand behind the branches. OLMo-3 has windows in some layers, and rotary parameters for layers with
+and without: both must be the same here. OLMoE's layers are pre-norm, with experts in each of them and no shared one.
+
+Source: transformers, models/olmo2/modeling_olmo2.py, models/olmo3/modeling_olmo3.py, models/olmoe/modeling_olmoe.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Olmo2Config, Olmo3Config, OlmoeConfig
+
+from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.entries import dense_entries, routed_entries
+from sparsecod_megatron.hf.families.llama import (
+    ATTENTION_BIASES,
+    PRE_NORM,
+    dense_obstacle,
+    layer_types,
+    one_attention_bias,
+    read_attention_bias,
+    read_layer_types,
+)
+from sparsecod_megatron.hf.families.rotary import rope_parameters
+from sparsecod_megatron.hf.table import Entry
+
+NORMS = {"attention_join_norm": "post_attention_layernorm", "mlp_join_norm": "post_feedforward_layernorm"}
+"""Norms behind a branch, in our class → here."""
+KINDS = ("full_attention", "sliding_attention")
+"""Kinds of layers that have rotary parameters of their own in OLMo-3."""
+PROJECTION_NORMS = frozenset({"qk_norm", "qk_norm_scope", "rope_scaling"}) | ATTENTION_BIASES
+"""Keys that all three have a place for."""
+"""Keys that all three have a place for."""
+
+
+def _norm_obstacle(model: ModelConfig) -> str | None:
+    if not model.norms_projections:
+        return f"model.qk_norm={str(model.qk_norm).lower()} with qk_norm_scope={model.qk_norm_scope}"
+    return one_attention_bias(model)
+
+
+def _dense_obstacle(model: ModelConfig) -> str | None:
+    if model.norm_placement != "branch":
+        return f"model.norm_placement={model.norm_placement}"
+    return dense_obstacle(model) or _norm_obstacle(model)
+
+
+def _olmo3_obstacle(model: ModelConfig) -> str | None:
+    return "model.sliding_window=null" if model.sliding_window is None else _dense_obstacle(model)
+
+
+def _olmoe_obstacle(model: ModelConfig) -> str | None:
+    if not model.is_moe:
+        return "model.num_moe_experts unset"
+    if model.moe_shared_expert_intermediate_size is not None:
+        return f"model.moe_shared_expert_intermediate_size={model.moe_shared_expert_intermediate_size}"
+    if model.num_attention_heads * model.head_dim != model.hidden_size:
+        return f"model.kv_channels={model.head_dim}, not hidden_size / num_attention_heads"
+    return _norm_obstacle(model)
+
+
+def _layout(entry: Entry) -> Entry:
+    module, _, norm = entry.hf[0].removesuffix(".weight").rpartition(".")
+    if norm not in NORMS:
+        return entry
+    return Entry(entry.megatron, (f"{module}.{NORMS[norm]}.weight",), entry.transform)
+
+
+def _fields(model: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": model.qkv_bias}
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return read_attention_bias(fields) | {"qk_norm": True, "qk_norm_scope": "projection"}
+
+
+def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return _read(fields) | {"norm_placement": "branch"}
+
+
+def _olmo3_fields(model: ModelConfig) -> dict[str, Any]:
+    kinds = {name: layer_types(model)[name] for name in ("sliding_window", "layer_types")}
+    return _fields(model) | kinds | {"rope_parameters": {kind: rope_parameters(model) for kind in KINDS}}
+
+
+def _read_olmo3(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return _read_dense(fields) | read_layer_types(fields)
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """One set of rotary parameters, which both kinds of layers have.
+
+    Raises:
+        ConversionError: they have two.
+    """
+    full, sliding = (fields["rope_parameters"][kind] for kind in KINDS)
+    if full != sliding:
+        raise ConversionError(
+            f"config.json: rope_parameters of full_attention {full} are others than those of sliding_attention "
+            f"{sliding}, and our layers have one kind of rotation; import a model without"
+        )
+    return {**fields, "rope_parameters": full}
+
+
+def _olmoe_fields(model: ModelConfig) -> dict[str, Any]:
+    return _fields(model) | {
+        "intermediate_size": model.expert_ffn_hidden_size,
+        "num_experts": model.num_moe_experts,
+        "num_experts_per_tok": model.moe_router_topk,
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "clip_qkv": None,
+    }
+
+
+def _read_olmoe(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return _read(fields) | {
+        "num_moe_experts": fields.get("num_experts", fields.get("num_local_experts")),
+        "moe_router_topk": fields["num_experts_per_tok"],
+        "moe_router_pre_softmax": not fields["norm_topk_prob"],
+        "moe_ffn_hidden_size": fields["intermediate_size"],
+        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
+    }
+
+
+OLMO2 = Family(
+    "Olmo2ForCausalLM",
+    Olmo2Config,
+    PROJECTION_NORMS | {"norm_placement"},
+    _dense_obstacle,
+    dense_entries,
+    _fields,
+    _read_dense,
+    layout=_layout,
+)
+OLMO3 = Family(
+    "Olmo3ForCausalLM",
+    Olmo3Config,
+    PROJECTION_NORMS | {"norm_placement", "sliding_window", "window_attn_skip_freq"},
+    _olmo3_obstacle,
+    dense_entries,
+    _olmo3_fields,
+    _read_olmo3,
+    layout=_layout,
+    flat=_flat,
+)
+OLMOE = Family(
+    "OlmoeForCausalLM",
+    OlmoeConfig,
+    PROJECTION_NORMS | PRE_NORM,
+    _olmoe_obstacle,
+    routed_entries,
+    _olmoe_fields,
+    _read_olmoe,
+)
