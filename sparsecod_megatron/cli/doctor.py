@@ -102,17 +102,17 @@ def _data(step_dir: Path, overrides: list[str]) -> Finding:
     from sparsecod_megatron.config import load_config
     from sparsecod_megatron.config.blend import parse_blend
     from sparsecod_megatron.config.run_files import CONFIG_FILE
-    from sparsecod_megatron.data.fingerprint import check_fingerprint, fingerprint
+    from sparsecod_megatron.data.fingerprint import check_fingerprint, fingerprint_of
     from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 
     saved = read_state(step_dir).train.data
     if not saved:
         return Finding("data", None, "the checkpoint keeps none")
     config = load_config(step_dir / CONFIG_FILE, overrides, mechanisms=SAVED_MECHANISMS)
-    blend = parse_blend("data.train", config.data.train)
-    now = fingerprint(blend, seq_length=config.data.seq_length, seed=config.train.seed)
-    check_fingerprint(saved, now, allow_changed=False)
-    return Finding("data", True, f"{', '.join(blend.prefixes)} as it was")
+    check_fingerprint(saved, fingerprint_of(config.data, seed=config.train.seed), allow_changed=False)
+    if config.data.synthetic:
+        return Finding("data", True, f"data.synthetic.task={config.data.synthetic['task']} as it was")
+    return Finding("data", True, f"{', '.join(parse_blend('data.train', config.data.train).prefixes)} as it was")
 
 
 def _versions(run_dir: Path) -> Finding:

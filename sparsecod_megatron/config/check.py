@@ -114,6 +114,24 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield "data.tokenizer: not set; give the directory that `sparsecod data` wrote beside the token files"
     for name in ("train", "validation"):
         yield from blend_problems(f"data.{name}", getattr(config.data, name))
+    if config.data.synthetic:
+        yield from _synthetic_problems(config)
+
+
+def _synthetic_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each key that has no meaning for a synthetic task."""
+    data = config.data
+    for name in ("prefix", "train", "validation", "tokenizer"):
+        if (value := getattr(data, name)) is not None:
+            yield f"data.{name}: {value}, but data.synthetic makes the samples; remove one of them"
+    for name in ("reset_attention_mask", "reset_position_ids"):
+        if getattr(data, name):
+            yield f"data.{name}: true, but a sample of data.synthetic is one document; set it to false"
+    if config.evaluation.interval:
+        yield (
+            f"evaluation.interval: {config.evaluation.interval}, but lm-eval's tasks are text, which data.synthetic "
+            "does not teach; set it to 0"
+        )
 
 
 def _checkpoint_problems(section: CheckpointConfig, last_step: int) -> Iterator[str]:

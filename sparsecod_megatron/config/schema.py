@@ -64,8 +64,10 @@ class PrecisionConfig:
 
 @dataclass
 class DataConfig:
-    """Token files made by `sparsecod data`."""
+    """Token files made by `sparsecod data`, or a synthetic task."""
 
+    synthetic: dict[str, Any] = field(default_factory=dict)
+    """A task in place of token files: `task` and its settings (docs/SYNTHETIC.md)."""
     prefix: str | None = None
     """PREFIX given to `sparsecod data --output`: stands for PREFIX_train, PREFIX_val and PREFIX_tokenizer."""
     train: Any = text_or_list()

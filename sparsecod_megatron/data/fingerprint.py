@@ -8,13 +8,31 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sparsecod_megatron.config.blend import Blend
+from sparsecod_megatron.config import DataConfig
+from sparsecod_megatron.config.blend import Blend, parse_blend
 from sparsecod_megatron.data.datasets import blend_weights
 from sparsecod_megatron.data.index_cache import first_process_first, is_first_process
+from sparsecod_megatron.data.synthetic.dataset import synthetic_fingerprint
+from sparsecod_megatron.data.synthetic.registry import task_of
 from sparsecod_megatron.errors import DataError
 
 _STRETCHES = 64
 _STRETCH_BYTES = 1 << 16
+
+
+def fingerprint_of(data: DataConfig, *, seed: int) -> dict[str, str]:
+    """Everything that decides which samples a run trains on, whichever kind they are. Collective.
+
+    Args:
+        data: of a checked run.
+        seed: `train.seed`.
+
+    Raises:
+        DataError: token files that cannot be read.
+    """
+    if (task := task_of(data)) is not None:
+        return synthetic_fingerprint(task, seq_length=data.seq_length, seed=seed)
+    return fingerprint(parse_blend("data.train", data.train), seq_length=data.seq_length, seed=seed)
 
 
 def fingerprint(blend: Blend, *, seq_length: int, seed: int) -> dict[str, str]:

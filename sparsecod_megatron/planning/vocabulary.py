@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsecod_megatron.config import RunConfig, check_config
+from sparsecod_megatron.data.synthetic.registry import task_of
+from sparsecod_megatron.data.synthetic.task import task_vocabulary_size
 from sparsecod_megatron.errors import ConfigError, DataError
 
 PAPER_VOCABULARY = 50304
@@ -20,8 +22,10 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str | None]:
     """
     if config.model.vocab_size is not None:
         return config, None
-    name = config.data.tokenizer
-    if name is not None:
+    name, task = config.data.tokenizer, task_of(config.data)
+    if task is not None:
+        size, note = task_vocabulary_size(task), f"vocabulary of data.synthetic.task={config.data.synthetic['task']}"
+    elif name is not None:
         if name == f"{config.data.prefix}_tokenizer" and not Path(name).exists():
             fix = "make it with `sparsecod data`, or set model.vocab_size to plan without it"
             raise ConfigError(f"data.prefix: {config.data.prefix}: there is no {name}; {fix}")

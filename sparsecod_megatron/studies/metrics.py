@@ -21,6 +21,8 @@ LIVED = "mean_live_parameters"
 """What mechanisms that hold weights at zero log: parameters of the whole model that were left, on average so far."""
 ACTIVATION, RATIO = "activation/sparsity", "activation_ratio"
 """Share of neurons that can be cut, and its complement, which the Sparsing Law is of."""
+ANSWERS = ("validation_loss", "answer_accuracy", "knowledge_bits", "bits_per_parameter", "most_bits_per_parameter")
+"""What the last validation of a run on `data.synthetic` found, in place of held-out text."""
 OVER_TRAINING = ("act_nonzero", "act_small", "load_max_over_mean", "load_entropy")
 """Layer statistics that a study compares by how they change while a run trains, where it collects them."""
 
@@ -39,8 +41,9 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
 
     `SIZES`; `active_share` and `tokens_per_parameter`, of all parameters; `parameters_non_embedding`, and
     `parameters_mean_live`, those of them that were not zero, on average over the steps; `loss`, `perplexity` and
-    `bits_per_byte` of held-out text; `SCORE/VALUE` of every score; `activation_ratio`, 1 − `activation/sparsity`;
-    `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where a task has none;
+    `bits_per_byte` of held-out text, or `ANSWERS`; `SCORE/VALUE` of every score; `activation_ratio`, 1 −
+    `activation/sparsity`; `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where
+    a task has none;
     `out_var_first`, `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's;
     `NAME_start` and `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last
     collected step, and `NAME_end_first` of the first layer that has it; `first_loss`, of the first logged step; the
@@ -57,6 +60,9 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     }
     records = _lines(run / METRICS_FILE)
     found |= _non_embedding(config, records[-1] if records else {})
+    if config.data.synthetic:
+        answered = [record for record in records if "answer_accuracy" in record]
+        found |= {name: answered[-1].get(name) for name in ANSWERS} if answered else {}
     found["first_loss"] = next((record["loss"] for record in records if "loss" in record), None)
     speeds = sorted(record["tokens_per_s"] for record in records if "tokens_per_s" in record)
     found["tokens_per_s"] = speeds[len(speeds) // 2] if speeds else None
@@ -134,6 +140,8 @@ def _scores(path: Path, end: str = "value") -> Iterator[tuple[str, Any]]:
 
 
 def _evaluated(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():  # a synthetic task, which has no text
+        return
     content = json.loads(path.read_text(encoding="utf-8"))
     text = content.get("perplexity") or {}
     yield from ((name, text.get(name)) for name in ("loss", "perplexity", "bits_per_byte"))

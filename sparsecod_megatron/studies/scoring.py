@@ -62,7 +62,7 @@ def score(settings: ScoresConfig, data: DataConfig, model_directory: Path, outpu
 
 
 def evaluate(settings: HeldOutConfig, data: DataConfig, model_directory: Path, output: Path) -> None:
-    """Write the evaluation directory of an exported model; nothing where it is there.
+    """Write the evaluation directory of an exported model; nothing where it is there, or for a synthetic task.
 
     Raises:
         SparsecodError: tasks, data or model that cannot be used.
@@ -74,7 +74,7 @@ def evaluate(settings: HeldOutConfig, data: DataConfig, model_directory: Path, o
     from sparsecod_megatron.evaluation.result import ModelResult
     from sparsecod_megatron.models.opening import open_model
 
-    if (output / "results.json").is_file():
+    if data.synthetic or (output / "results.json").is_file():
         return
     with open_model(model_directory) as opened:
         model, tokenizer = opened.model, opened.tokenizer

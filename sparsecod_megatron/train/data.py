@@ -17,9 +17,12 @@ from sparsecod_megatron.config import RunConfig, check_config
 from sparsecod_megatron.config.blend import Blend, parse_blend
 from sparsecod_megatron.data.batches import BatchIterator
 from sparsecod_megatron.data.datasets import blend_weights, build_dataset
-from sparsecod_megatron.data.fingerprint import check_fingerprint, fingerprint
+from sparsecod_megatron.data.fingerprint import check_fingerprint, fingerprint_of
 from sparsecod_megatron.data.integrity import check_token_files, check_vocabulary
 from sparsecod_megatron.data.metadata import split_info
+from sparsecod_megatron.data.synthetic.dataset import SyntheticDataset, task_tokenizer
+from sparsecod_megatron.data.synthetic.registry import task_of
+from sparsecod_megatron.data.synthetic.task import task_vocabulary_size
 from sparsecod_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from sparsecod_megatron.data.tokenizer_identity import check_made_with
 from sparsecod_megatron.errors import ConfigError, DataError
@@ -47,6 +50,11 @@ def prepare_data(config: RunConfig) -> tuple[RunConfig, PreTrainedTokenizerFast]
         DataError: files missing, damaged, too short, of another tokenizer, or with ids beyond the vocabulary.
     """
     data = config.data
+    if (task := task_of(data)) is not None:
+        needed, given = task_vocabulary_size(task), config.model.vocab_size
+        if given is not None and given < needed:
+            raise ConfigError(f"model.vocab_size: {given}, but data.synthetic has {needed} ids; leave it out")
+        return _with_vocabulary(config, needed), task_tokenizer(task)
     if data.train is None or data.tokenizer is None:
         raise ConfigError("data.prefix: not set; give the PREFIX that `sparsecod data --output PREFIX` wrote")
     prefixes = [*parse_blend("data.train", data.train).prefixes]
@@ -57,15 +65,21 @@ def prepare_data(config: RunConfig) -> tuple[RunConfig, PreTrainedTokenizerFast]
     for prefix in prefixes:
         check_token_files(prefix, data.seq_length)
     tokenizer = load_tokenizer(data.tokenizer)
-    vocab_size = config.model.vocab_size
-    if vocab_size is None:
-        vocab_size = config.model.padded_vocab_size(vocabulary_size(tokenizer))
-        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-        check_config(config)
+    config = _with_vocabulary(config, vocabulary_size(tokenizer))
+    assert config.model.vocab_size is not None
     for prefix in prefixes:
-        check_vocabulary(prefix, vocab_size)
+        check_vocabulary(prefix, config.model.vocab_size)
         _check_tokenizer(prefix, tokenizer, data.tokenizer)
     return config, tokenizer
+
+
+def _with_vocabulary(config: RunConfig, needed: int) -> RunConfig:
+    """The run with a vocabulary of `needed` entries, padded, where it has none."""
+    if config.model.vocab_size is not None:
+        return config
+    completed = replace(config, model=replace(config.model, vocab_size=config.model.padded_vocab_size(needed)))
+    check_config(completed)
+    return completed
 
 
 def _check_tokenizer(prefix: str, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
@@ -91,13 +105,25 @@ class RunData:
         trainer: its layout decides which samples this rank reads.
         tokenizer: tokenizer of the token files.
         state: where the run is; earlier steps may have had another batch size than this run's.
+
+    Attributes:
+        task: whose samples these are; None where they are text.
     """
 
     def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, state: TrainState) -> None:
         self.trainer = trainer
         train, data = trainer.config.train, trainer.config.data
-        self._blend = parse_blend("data.train", data.train)
-        beside = Path(self._blend.prefixes[0]).parent / "index_cache"
+        self.task = task_of(data)
+        left = samples_of_steps(train, train.train_steps - state.step, state.consumed_samples)
+        if self.task is not None:
+            make = partial(SyntheticDataset, self.task, seq_length=data.seq_length)
+            self._train: Dataset = make(seed=train.seed, length=state.consumed_samples + left, held_out=False)
+            samples = train.eval_steps * train.global_batch_size
+            held_out = make(seed=VALIDATION_SEED, length=samples, held_out=True)
+            self._validation = [ValidationSource("answers", 1.0, held_out)]
+            return
+        blend = parse_blend("data.train", data.train)
+        beside = Path(blend.prefixes[0]).parent / "index_cache"
         build = partial(
             build_dataset,
             seq_length=data.seq_length,
@@ -105,9 +131,8 @@ class RunData:
             cache_dir=Path(data.cache_dir) if data.cache_dir else beside,
             reset_position_ids=data.reset_position_ids,
         )
-        left = samples_of_steps(train, train.train_steps - state.step, state.consumed_samples)
-        self._train = build(self._blend, seed=train.seed, num_samples=state.consumed_samples + left)
-        self._validation: list[ValidationSource] = []
+        self._train = build(blend, seed=train.seed, num_samples=state.consumed_samples + left)
+        self._validation = []
         if train.eval_interval > 0:
             blend = parse_blend("data.validation", data.validation)
             for prefix, weight in zip(blend.prefixes, blend_weights(blend), strict=True):
@@ -125,7 +150,7 @@ class RunData:
             DataError: they differ, and `data.allow_changed` is not set.
         """
         config = self.trainer.config
-        now = fingerprint(self._blend, seq_length=config.data.seq_length, seed=config.train.seed)
+        now = fingerprint_of(config.data, seed=config.train.seed)
         check_fingerprint(saved, now, allow_changed=config.data.allow_changed)
         return now
 
@@ -150,6 +175,15 @@ class RunData:
             return {"validation_loss": mean}
         names = [f"validation_loss/{source.name}" for source in self._validation]
         return {"validation_loss": mean, **dict(zip(names, losses, strict=True))}
+
+    def validation_answers(self, evaluate: Callable[[list[Iterator[Batch]]], dict[str, float]]) -> dict[str, float]:
+        """Evaluate the held-out samples of a synthetic task from the start. Collective if `evaluate` is.
+
+        Args:
+            evaluate: what is to be known of the answers in micro-batches, one iterator a model chunk.
+        """
+        (source,), size = self._validation, self.trainer.config.train.global_batch_size
+        return evaluate(self._iterators(source.dataset, 0, lambda _: size))
 
     def _iterators(
         self, dataset: Dataset, consumed_samples: int, global_batch_size: Callable[[int], int]

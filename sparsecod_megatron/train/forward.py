@@ -16,6 +16,8 @@ from sparsecod_megatron.model.tokens import token_context
 Batch = dict[str, Tensor]
 ForwardStep: TypeAlias = Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]
 """What Megatron-Core's schedules call for each micro-batch; gives a model's output, and what makes the loss of it."""
+AnswerReport: TypeAlias = Callable[[Batch, Tensor], Tensor]
+"""From a micro-batch and its logits, [B, S / CP, V / TP], to sums."""
 
 
 def shard_sequence(batch: Batch, cp_group: torch.distributed.ProcessGroup) -> Batch:
@@ -56,6 +58,8 @@ def make_forward_step(
     *,
     mask_documents: bool = False,
     token_halo: int | None = None,
+    answers: float | None = None,
+    report: AnswerReport | None = None,
 ) -> ForwardStep:
     """The function that Megatron-Core's schedules call for each micro-batch.
 
@@ -64,6 +68,9 @@ def make_forward_step(
         device: where the model is.
         mask_documents: keep attention within documents.
         token_halo: tokens before its own whose ids some layer needs; None: layers get no ids.
+        answers: places of a sequence that count, on average over a task's samples; None: the places of each
+            micro-batch that count.
+        report: reported of the logits, in place of the loss, which is then 0.
     """
 
     def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -79,21 +86,33 @@ def make_forward_step(
             batch["tokens"],
             batch["position_ids"],
             None,
-            labels=batch["labels"],
+            labels=batch["labels"] if report is None else None,
             packed_seq_params=packing,
             extra_block_kwargs=extra,
         )
-        return losses, partial(sum_of_losses, batch["loss_mask"])
+        if report is not None:
+            return losses, partial(_only_report, partial(report, batch))
+        divisor = None if answers is None else answers * len(batch["tokens"]) / cp_group.size()
+        return losses, partial(sum_of_losses, batch["loss_mask"], divisor=divisor)
 
     return forward_step
 
 
-def sum_of_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _only_report(report: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What a schedule takes for the loss, where only the report matters."""
+    return logits.new_zeros(()), torch.ones((), dtype=torch.int), {"loss": report(logits)}
+
+
+def sum_of_losses(
+    loss_mask: Tensor, losses: Tensor, *, divisor: float | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sums, not means: Megatron divides the gradient by this micro-batch's tokens, we the report by the global batch's.
 
     Args:
         loss_mask: 1 where a token counts, [B, S / CP].
         losses: cross entropy of each token in nats, [B, S / CP].
+        divisor: of this rank's sum, in place of its count. Where micro-batches, or the ranks that share a sequence,
+            have unequal counts, means of means would depend on the layout; a constant does not.
 
     Returns:
         Σ loss for the backward pass, Σ tokens (int), and both again as one pair for the report.
@@ -102,4 +121,6 @@ def sum_of_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     total = torch.sum(losses.float().view(-1) * mask)
     tokens = mask.sum()
     report = torch.stack((total.detach().double(), tokens.double()))
+    if divisor is not None:
+        return total / divisor, torch.ones((), dtype=torch.int), {"loss": report}
     return total, tokens.to(torch.int), {"loss": report}

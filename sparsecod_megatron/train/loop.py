@@ -23,6 +23,7 @@ from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, LOG_FILE
 from sparsecod_megatron.metrics import Statistics
 from sparsecod_megatron.parallel import running_processes, wait_for_all
 from sparsecod_megatron.seams.mechanism import model_at
+from sparsecod_megatron.train.answers import score_answers
 from sparsecod_megatron.train.clock import StepClock
 from sparsecod_megatron.train.data import RunData, prepare_data
 from sparsecod_megatron.train.divergence import DivergenceError, UpdateJudge
@@ -262,6 +263,10 @@ class _Loop:
         self.watchdog.enter(self.state.step, "validation")
         steps = self.trainer.config.train.eval_steps
         with self.clock.paused():
+            if (task := self.data.task) is not None:
+                return self.data.validation_answers(
+                    lambda batches: score_answers(self.trainer, batches, task, num_steps=steps)
+                )
             return self.data.validation_losses(lambda batches: evaluate(self.trainer, batches, num_steps=steps))
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -14,12 +14,19 @@ from sparsecod_megatron.parallel.messages import StateCommunicator
 from sparsecod_megatron.parallel.weights import gather_weights
 from sparsecod_megatron.seams.mechanism import ResidualState, residual_state, token_halo
 from sparsecod_megatron.seams.plugin import StepContext, effective_weights, extra_losses
-from sparsecod_megatron.train.forward import Batch, ForwardStep, make_forward_step
+from sparsecod_megatron.train.forward import AnswerReport, Batch, ForwardStep, make_forward_step
 from sparsecod_megatron.train.setup import Trainer
 
 
 def forward_backward(
-    trainer: Trainer, data: Sequence[Iterator[Batch]], context: StepContext, *, samples: int, forward_only: bool
+    trainer: Trainer,
+    data: Sequence[Iterator[Batch]],
+    context: StepContext,
+    *,
+    samples: int,
+    forward_only: bool,
+    report: AnswerReport | None = None,
+    entries: int = 2,
 ) -> torch.Tensor:
     """Forward over one global batch and, unless `forward_only`, backward. Collective over all processes.
 
@@ -29,10 +36,12 @@ def forward_backward(
         context: where the run is.
         samples: sequences of the global batch.
         forward_only: compute no gradient; the pass keeps no activations either.
+        report: sums to be reported in place of the loss; with `forward_only`.
+        entries: their number.
 
     Returns:
         This rank's (Σ loss in nats, Σ tokens that counted), [2] in fp64 on the device; tensor-parallel replicas hold
-        the same, earlier pipeline stages zeros.
+        the same, earlier pipeline stages zeros. With `report`, the sum of what it gave, [entries].
     """
     config, groups = trainer.config, trainer.groups
     count = trainer.num_microbatches(samples)
@@ -41,6 +50,8 @@ def forward_backward(
         trainer.backend.device,
         mask_documents=config.data.reset_attention_mask,
         token_halo=token_halo(config),
+        answers=trainer.answers,
+        report=report,
     )
     if any(plugin.has_window for plugin in trainer.plugins):
         gather_weights(trainer.models)
@@ -53,9 +64,9 @@ def forward_backward(
     # Upstream's `forward_only` leaves autograd on: activations are kept, and routers count the tokens as trained on.
     with torch.set_grad_enabled(not forward_only), effective_weights(trainer.plugins, context), terms:
         reports = _scheduled(trainer, trainer.models, data, forward_step, count, forward_only=forward_only)
-    sums = torch.zeros(2, dtype=torch.float64, device=trainer.backend.device)
-    for report in reports:
-        sums += report["loss"]
+    sums = torch.zeros(entries, dtype=torch.float64, device=trainer.backend.device)
+    for found in reports:
+        sums += found["loss"]
     return sums
 
 

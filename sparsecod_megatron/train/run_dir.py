@@ -20,6 +20,8 @@ from sparsecod_megatron.config.run_files import (
     VERSIONS_FILE,
 )
 from sparsecod_megatron.config.versions import installed_versions, recorded_versions
+from sparsecod_megatron.data.synthetic.dataset import task_tokenizer
+from sparsecod_megatron.data.synthetic.registry import task_of
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.files import making
 from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
@@ -49,8 +51,7 @@ class RunDirectory:
         if config.logging.tensorboard:
             trackers.append(TrackerWriter(TensorBoardWriter(path, last_step=last_step), "TensorBoard"))
         save_config(config, path / CONFIG_FILE)
-        assert config.data.tokenizer is not None
-        _copy_tokenizer(Path(config.data.tokenizer), path / TOKENIZER_DIR)
+        _keep_tokenizer(config, path / TOKENIZER_DIR)
         _record_versions(path, last_step, products)
         self._metrics: list[Writer] = [JsonlWriter(path / METRICS_FILE, last_step=last_step)]
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
@@ -148,7 +149,14 @@ def _record_versions(run_dir: Path, last_step: int, products: dict[str, Any] | N
     writer.close()
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def _keep_tokenizer(config: RunConfig, target: Path) -> None:
+    if (task := task_of(config.data)) is not None:
+        if not target.exists():
+            with making(target) as folder:
+                task_tokenizer(task).save_pretrained(folder)
+        return
+    assert config.data.tokenizer is not None
+    source = Path(config.data.tokenizer)
     if source.is_dir() and source.resolve() != target.resolve() and not target.exists():
         with making(target) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)

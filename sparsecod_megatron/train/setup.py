@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sparsecod_megatron.backend import Backend, choice
 from sparsecod_megatron.checkpoint.parts import TrainingParts
 from sparsecod_megatron.config import ModelConfig, RunConfig
+from sparsecod_megatron.data.synthetic.registry import task_of
 from sparsecod_megatron.model import build_model, unwrap
 from sparsecod_megatron.model.megatron_configs import MegatronConfigs
 from sparsecod_megatron.model.router import then_centred
@@ -34,12 +35,14 @@ class Trainer(TrainingParts):
         backend: where it computes.
         megatron: Megatron-Core's configuration of the model and layout.
         products: which library multiplies, as `choice.record` has it; None where there is no choice.
+        answers: places of a sample that count in the loss, on average, of a synthetic task; None for text.
     """
 
     models: list[DistributedDataParallel]
     backend: Backend
     megatron: TransformerConfig
     products: dict[str, Any] | None
+    answers: float | None
 
     def num_microbatches(self, global_batch_size: int) -> int:
         """Forward passes of one rank in a step of `global_batch_size` sequences."""
@@ -86,6 +89,7 @@ def build_trainer(config: RunConfig, backend: Backend, groups: ProcessGroupColle
         scheduler=build_scheduler(config, optimizer),
         plugins=_plugins(config, models, optimizer, groups),
         products=products,
+        answers=task.answers_per_sample(config.data.seq_length) if (task := task_of(config.data)) else None,
     )
 
 

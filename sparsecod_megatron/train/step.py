@@ -28,9 +28,9 @@ class StepResult:
     """What one step measured, the same on every rank.
 
     Attributes:
-        loss: nats per token, mean over the global batch.
+        loss: nats per token that counts in the loss, mean over the global batch.
         samples: sequences of the global batch.
-        tokens: tokens of it that count in the loss.
+        tokens: tokens of it.
         grad_norm: L2 norm of the whole gradient before clipping.
         lr: learning rate of parameters that have none of their own.
         verdict: whether the weights changed, and why not.
@@ -97,7 +97,9 @@ def train_step(
         for plugin in trainer.plugins:
             plugin.step_ended(context, updated=verdict.update)
     lr = nominal_lr(trainer.scheduler)
-    return StepResult(samples=samples, lr=lr, verdict=verdict, **vars(found))
+    # Tokens that were computed, also where only answers count in the loss.
+    measured = vars(found) | {"tokens": samples * trainer.config.data.seq_length}
+    return StepResult(samples=samples, lr=lr, verdict=verdict, **measured)
 
 
 def _judge(judge: Callable[[float, float], Verdict], loss: float, grad_norm: float, buffers: KeptBuffers) -> Verdict:

@@ -79,6 +79,26 @@ def test_a_score_that_a_mechanism_rules_out_is_refused_before_anything_trains(
     assert load_study(path, tmp_path / "out", ["scores.names=[causal]"]).cells
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("scores.names=[causal]", "scores.names: causal need text, and cell seed=1 trains on data.synthetic"),
+        ("evaluation.tasks=[piqa]", "evaluation.tasks: piqa need text"),
+        ("run.train.eval_interval=0", "train.eval_interval: 0, but the numbers of cell seed=1"),
+        ("run.data.synthetic.task=recal", "cell seed=1: data.synthetic.task: 'recal' is not a task"),
+    ],
+)
+def test_a_synthetic_task_is_refused_what_needs_text(
+    change: str, said: str, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    run = {"data": {"synthetic": {"task": "recall"}}, "train": {"eval_interval": 5}}
+    path = write_study(grid=[], seeds=[1], run=run, scores={"names": []})
+    assert len(load_study(path, tmp_path / "out").cells) == 1
+    with pytest.raises(ConfigError) as refusal:
+        load_study(path, tmp_path / "out", [change])
+    assert said in str(refusal.value)
+
+
 AXIS: dict[str, Any] = {"name": "depth", "key": "model.num_layers", "values": [2, 4]}
 CLAIM: dict[str, Any] = {"text": "so", "metric": "loss"}
 
