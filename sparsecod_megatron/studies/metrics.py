@@ -42,8 +42,8 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     `SIZES`; `active_share` and `tokens_per_parameter`, of all parameters; `parameters_non_embedding`, and
     `parameters_mean_live`, those of them that were not zero, on average over the steps; `loss`, `perplexity` and
     `bits_per_byte` of held-out text, or `ANSWERS`; `SCORE/VALUE` of every score; `activation_ratio`, 1 −
-    `activation/sparsity`; `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where
-    a task has none;
+    `activation/sparsity`; `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc`
+    where a task has none;
     `out_var_first`, `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's;
     `NAME_start` and `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last
     collected step, and `NAME_end_first` of the first layer that has it; `first_loss`, of the first logged step; the
