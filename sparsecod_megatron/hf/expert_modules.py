@@ -8,12 +8,15 @@ from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsecod_megatron.errors import ConversionError
 
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [tokens, hidden], chosen experts [tokens, k], their weights [tokens, k]) → [tokens, hidden]."""
+ROW_BYTES = 16
+"""Bytes of which rows of torch's grouped products are multiples."""
 FUSED_MULTIPLE = 8
 """Widths of fused experts must be multiples: torch's grouped products take rows of whole 16 bytes, in bf16 too."""
 
@@ -29,6 +32,17 @@ def is_stacked_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     is_convolution = isinstance(module, nn.modules.conv._ConvNd)
     return isinstance(weight, nn.Parameter) and weight.ndim == 3 and not is_convolution
+
+
+def avoid_unaligned_products(model: PreTrainedModel) -> None:
+    """Let a model whose experts have such widths multiply one expert at a time. Local.
+
+    torch's product of all experts at once, transformers' default, refuses rows whose bytes 16 does not divide.
+    """
+    experts = (module for module in model.modules() if is_fused_experts(module))
+    weights = (weight for module in experts for weight in module.parameters(recurse=False) if weight.ndim == 3)
+    if any(weight.shape[-1] * weight.element_size() % ROW_BYTES for weight in weights):
+        model.set_experts_implementation("eager")
 
 
 def is_projection(module: nn.Module) -> bool:

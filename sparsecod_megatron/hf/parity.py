@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sparsecod_megatron.errors import ConversionError
+from sparsecod_megatron.hf.expert_modules import avoid_unaligned_products
 from sparsecod_megatron.hf.float64 import computing_in_float64
 from sparsecod_megatron.hf.rounding import PASSES, limit_of, ulp_apart
 from sparsecod_megatron.hf.witness import (
@@ -253,6 +254,7 @@ def load_in_fp32(hf_dir: Path) -> Any:
                 f"{hf_dir}: loading it as {type(model).__name__} reports {len(info[problem])} "
                 f"{problem.replace('_', ' ')} ({named}); export it again"
             )
+    avoid_unaligned_products(model)
     return model  # in evaluation mode since `from_pretrained`
 
 

@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.files import making
+from sparsecod_megatron.hf.expert_modules import avoid_unaligned_products
 from sparsecod_megatron.hf.residency import Residency
 from sparsecod_megatron.hf.shelf import OnDisk
 from sparsecod_megatron.hf.source import INDEX_FILE, SINGLE_FILE, SafetensorsFiles, read_config
@@ -279,6 +280,7 @@ def _without_weights(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    avoid_unaligned_products(model)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import sparsecod_megatron.compression.own_class  # noqa: F401  (registers our architectures)
 from sparsecod_megatron.errors import CheckpointError, ConfigError
+from sparsecod_megatron.hf.expert_modules import avoid_unaligned_products
 from sparsecod_megatron.hf.residency import Residency
 from sparsecod_megatron.hf.streaming import Streamed
 from sparsecod_megatron.mechanisms.exports import know_extensions
@@ -47,6 +48,7 @@ def load_model(directory: Path, *, dtype: str, device: str) -> PreTrainedModel:
         raise CheckpointError(
             f"{directory}: the weight files lack {len(missing)} tensors, the first {missing[0]}; export it again"
         )
+    avoid_unaligned_products(model)
     return model.to(device)  # in evaluation mode since `from_pretrained`
 
 

@@ -56,6 +56,13 @@ def test_a_right_export_passes(name: str, dtype: torch.dtype, tmp_path: Path) ->
     assert verification.random.argmax_agreement == verification.greedy.argmax_agreement == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_any_width_pass(dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch's product of all experts at once refuses rows that are not of whole 16 bytes."""
+    narrow = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=22")
+    gate(narrow, tmp_path / "m", dtype, lambda folder: None).require()
+
+
 BROKEN = {
     "dense-everything": [
         "input_layernorm",
