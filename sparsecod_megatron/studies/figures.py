@@ -75,8 +75,9 @@ def _draw_pairs(path: Path, across: str, up: str, study: Study, table: Table) ->
         others = list(dict.fromkeys(row.labels[1:] for row in table.rows))
         seen = []
         for row in (row for row in table.rows if across in row.metrics and up in row.metrics):
-            color = COLORS[first.index(row.labels[:1]) % len(COLORS)]
-            marker = MARKERS[others.index(row.labels[1:]) % len(MARKERS)]
+            round_, number = divmod(first.index(row.labels[:1]), len(COLORS))
+            # Where colours come round again the markers are others.
+            color, marker = COLORS[number], MARKERS[(others.index(row.labels[1:]) + round_) % len(MARKERS)]
             seeds = [found for found in table.results[row.labels].values() if across in found and up in found]
             axes.plot([found[across] for found in seeds], [found[up] for found in seeds], ".", color=color, alpha=0.4)
             x, y = row.metrics[across].value, row.metrics[up].value
