@@ -75,6 +75,7 @@ def audit_rows(
     if processes.rank == 0:
         store.set("red", json.dumps([each.row for each in verdicts if each.red and each.against and each.losses]))
     red = json.loads(store.get("red"))
+    _leave(store, "read", processes)
     if not red:
         return verdicts
     train = replace(small.train, seed=small.train.seed + 1)
@@ -104,9 +105,10 @@ def run_rows(
                     kept[row.name] = found
             bar.set_postfix_str(row.name, refresh=False)
             bar.update()
-    # The first process may hold the store; nobody leaves before all are done.
+    # Nobody leaves before all are done.
     store.set(f"end/{rank}", "")
     _words(store, "end", processes.size)
+    _leave(store, "left", processes)
     return verdicts
 
 
@@ -164,6 +166,13 @@ def _attempt(row: Row, small: RunConfig, backend: Backend, checkpoints: Path) ->
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         return " ".join(f"{type(error).__name__} at {where}: {error}".split())[:400]
+
+
+def _leave(store: dist.Store, key: str, processes: Processes) -> None:
+    """The first process, which may hold the store, waits until the others have had their answers out of it."""
+    store.set(f"{key}/{processes.rank}", "")
+    if processes.rank == 0:
+        store.wait([f"{key}/{rank}" for rank in range(processes.size)], 2 * PATIENCE)
 
 
 def _words(store: dist.Store, key: str, size: int) -> list[str]:

@@ -177,7 +177,9 @@ class Hooks:
 
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 first = output[0] if isinstance(output, tuple) else output
-                left = output[1] if getattr(module, "skip_bias_add", False) else None
+                # A mechanism may pass on a bias of another module (Monet's), which the other model adds later too.
+                leaves_bias = getattr(module, "skip_bias_add", False) and getattr(module, "bias", None) is not None
+                left = output[1] if leaves_bias else None
                 use(first if left is None else first + left)
 
             self._handles.append(module.register_forward_hook(hook))

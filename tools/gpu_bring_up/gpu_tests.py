@@ -7,7 +7,11 @@ import pytest
 from tools.gpu_bring_up.bench import FAIL, PASS, SKIP, Bench, Check, totals
 from tools.gpu_bring_up.process import ROOT
 
-FILES = {"statistics": "tests/gpu/test_statistics.py", "fp8": "tests/gpu/test_fp8.py"}
+FILES = {
+    "statistics": "tests/gpu/test_statistics.py",
+    "fp8": "tests/gpu/test_fp8.py",
+    "compression": "tests/gpu/test_compress.py",
+}
 
 
 class _Reporter:

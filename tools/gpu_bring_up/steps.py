@@ -38,7 +38,8 @@ STEPS = (
     Step("statistics", 60, "gpu_tests", "statistics on CUDA equal the CPU's"),
     Step("fp8", 90, "gpu_tests", "each FP8 recipe trains what bf16 trains"),
     Step("commands", 85, "commands", "train, resume, export; checkpoints between CPU and card; without TE"),
-    Step("throughput", 110, "throughput", "dense-1B: tokens/s, MFU, memory against plan"),
+    Step("compression", 25, "gpu_tests", "pruning leaves the zeros of a CPU"),
+    Step("throughput", 95, "throughput", "dense-1B: tokens/s, MFU, memory against plan"),
     Step("overhead", 60, "overhead", "what layer statistics cost a step"),
     Step("profile", 40, "profiling", "where a step's time goes; host synchronisations"),
 )

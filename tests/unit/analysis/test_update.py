@@ -98,7 +98,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong, message in (
         ([*arguments, "--data", "x"], "leave --data, --nproc and other scores out"),
         (["analyze", str(before), "--scores", "update", "--output", str(tmp_path / "o")], "1 models given"),
-        ([*arguments[:3], "--data", "x", "--output", str(tmp_path / "o")], "only --scores update takes several"),
+        (
+            [*arguments[:3], "--data", "x", "--output", str(tmp_path / "o")],
+            "only --every-checkpoint and --scores update take several",
+        ),
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
