@@ -5,7 +5,7 @@ Which tensors there are, and their shapes, comes from the table of parameters; h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sparsecod_megatron.config import ModelConfig
@@ -164,6 +164,21 @@ def shared_entries(tensors: LayerTensors, *, name: str = "shared_expert", down_f
         yield _plain(row, f"{ours}.gate_weight", f"{theirs}_gate.weight")
     if "shared_expert_input" in tensors.rows:
         yield from mlp_entries(tensors, "shared_expert", ours, theirs, down_factor=down_factor)
+
+
+def renamed(entry: Entry, names: Mapping[str, str], change: Callable[[Transform], Transform] | None = None) -> Entry:
+    """The entry as a class has it whose name differs from Llama's; others as they are.
+
+    Args:
+        entry: under Llama's names.
+        names: last part of the first tensor's name there → the class's one tensor.
+        change: what the class does to the layout besides.
+    """
+    module, _, last = entry.hf[0].removesuffix(".weight").rpartition(".")
+    if last not in names:
+        return entry
+    transform = entry.transform if change is None else change(entry.transform)
+    return Entry(entry.megatron, (f"{module}.{names[last]}.weight",), transform)
 
 
 def _plain(row: ParameterKind, ours: str, theirs: str) -> Entry:

@@ -17,8 +17,8 @@ from transformers import Glm4MoeConfig
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.common import PRE_NORM, experts_obstacle
 from sparsecod_megatron.hf.families.entries import LayerTensors, dense_entries, routed_entries, shared_entries
-from sparsecod_megatron.hf.families.llama import PRE_NORM
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.transforms import same
 
@@ -27,8 +27,8 @@ JUDGES = 2
 
 
 def _obstacle(model: ModelConfig) -> str | None:
-    if not model.is_moe:
-        return "model.num_moe_experts unset"
+    if obstacle := experts_obstacle(model):
+        return obstacle
     shared, width = model.moe_shared_expert_intermediate_size, model.expert_ffn_hidden_size
     if shared is None or shared % width:
         return f"model.moe_shared_expert_intermediate_size={shared}, not a multiple of an expert's {width}"

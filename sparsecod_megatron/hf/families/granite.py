@@ -12,14 +12,15 @@ from transformers import GraniteConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
-from sparsecod_megatron.hf.families.entries import dense_entries
-from sparsecod_megatron.hf.families.llama import (
+from sparsecod_megatron.hf.families.common import (
     ATTENTION_BIASES,
     PRE_NORM,
+    bias_fields,
     dense_obstacle,
     one_attention_bias,
-    read_attention_bias,
+    read_biases,
 )
+from sparsecod_megatron.hf.families.entries import dense_entries
 
 FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 """Fields of the class that are keys of ours by the same names."""
@@ -30,17 +31,13 @@ def _obstacle(model: ModelConfig) -> str | None:
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in FACTORS} | {
-        "attention_multiplier": model.softmax_scale or model.head_dim**-0.5,
-        "attention_bias": model.qkv_bias,
-        "mlp_bias": model.mlp_bias,
-    }
+    factors = {name: getattr(model, name) for name in FACTORS}
+    return factors | bias_fields(model) | {"attention_multiplier": model.softmax_scale or model.head_dim**-0.5}
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     factors = {name: float(fields[name]) for name in FACTORS}
-    scale = {"softmax_scale": float(fields["attention_multiplier"]), "mlp_bias": fields["mlp_bias"]}
-    return factors | scale | read_attention_bias(fields)
+    return factors | read_biases(fields) | {"softmax_scale": float(fields["attention_multiplier"])}
 
 
 GRANITE = Family(

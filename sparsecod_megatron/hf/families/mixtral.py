@@ -13,19 +13,14 @@ from transformers import MixtralConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.common import PRE_NORM, experts_obstacle, shared_expert_obstacle
 from sparsecod_megatron.hf.families.entries import LayerTensors, routed_entries
-from sparsecod_megatron.hf.families.llama import PRE_NORM
 from sparsecod_megatron.hf.table import Entry
 
 
 def _obstacle(model: ModelConfig) -> str | None:
-    if not model.is_moe:
-        return "model.num_moe_experts unset"
-    if model.moe_shared_expert_intermediate_size is not None:
-        return f"model.moe_shared_expert_intermediate_size={model.moe_shared_expert_intermediate_size}"
-    if model.moe_router_pre_softmax:
-        return "model.moe_router_pre_softmax=true"
-    return None
+    pre_softmax = "model.moe_router_pre_softmax=true" if model.moe_router_pre_softmax else None
+    return experts_obstacle(model) or shared_expert_obstacle(model) or pre_softmax
 
 
 def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:

@@ -9,6 +9,7 @@ Source: transformers, models/olmo2/modeling_olmo2.py, models/olmo3/modeling_olmo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from transformers import Olmo2Config, Olmo3Config, OlmoeConfig
@@ -16,25 +17,29 @@ from transformers import Olmo2Config, Olmo3Config, OlmoeConfig
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
-from sparsecod_megatron.hf.families.entries import dense_entries, routed_entries
-from sparsecod_megatron.hf.families.llama import (
+from sparsecod_megatron.hf.families.common import (
     ATTENTION_BIASES,
     PRE_NORM,
     dense_obstacle,
+    experts_obstacle,
     layer_types,
     one_attention_bias,
     read_attention_bias,
     read_layer_types,
+    read_routed,
+    routed_fields,
+    shared_expert_obstacle,
 )
+from sparsecod_megatron.hf.families.entries import dense_entries, renamed, routed_entries
 from sparsecod_megatron.hf.families.rotary import rope_parameters
-from sparsecod_megatron.hf.table import Entry
 
 NORMS = {"attention_join_norm": "post_attention_layernorm", "mlp_join_norm": "post_feedforward_layernorm"}
 """Norms behind a branch, in our class → here."""
+EXPERT_WIDTH = "intermediate_size"
+"""OLMoE's field of an expert's inner width."""
 KINDS = ("full_attention", "sliding_attention")
 """Kinds of layers that have rotary parameters of their own in OLMo-3."""
 PROJECTION_NORMS = frozenset({"qk_norm", "qk_norm_scope", "rope_scaling"}) | ATTENTION_BIASES
-"""Keys that all three have a place for."""
 """Keys that all three have a place for."""
 
 
@@ -55,20 +60,11 @@ def _olmo3_obstacle(model: ModelConfig) -> str | None:
 
 
 def _olmoe_obstacle(model: ModelConfig) -> str | None:
-    if not model.is_moe:
-        return "model.num_moe_experts unset"
-    if model.moe_shared_expert_intermediate_size is not None:
-        return f"model.moe_shared_expert_intermediate_size={model.moe_shared_expert_intermediate_size}"
+    if obstacle := experts_obstacle(model) or shared_expert_obstacle(model):
+        return obstacle
     if model.num_attention_heads * model.head_dim != model.hidden_size:
         return f"model.kv_channels={model.head_dim}, not hidden_size / num_attention_heads"
     return _norm_obstacle(model)
-
-
-def _layout(entry: Entry) -> Entry:
-    module, _, norm = entry.hf[0].removesuffix(".weight").rpartition(".")
-    if norm not in NORMS:
-        return entry
-    return Entry(entry.megatron, (f"{module}.{NORMS[norm]}.weight",), entry.transform)
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
@@ -108,24 +104,11 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _olmoe_fields(model: ModelConfig) -> dict[str, Any]:
-    return _fields(model) | {
-        "intermediate_size": model.expert_ffn_hidden_size,
-        "num_experts": model.num_moe_experts,
-        "num_experts_per_tok": model.moe_router_topk,
-        "norm_topk_prob": not model.moe_router_pre_softmax,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
-        "clip_qkv": None,
-    }
+    return _fields(model) | routed_fields(model, width=EXPERT_WIDTH) | {"clip_qkv": None}
 
 
 def _read_olmoe(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return _read(fields) | {
-        "num_moe_experts": fields.get("num_experts", fields.get("num_local_experts")),
-        "moe_router_topk": fields["num_experts_per_tok"],
-        "moe_router_pre_softmax": not fields["norm_topk_prob"],
-        "moe_ffn_hidden_size": fields["intermediate_size"],
-        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
-    }
+    return _read(fields) | read_routed(fields, width=EXPERT_WIDTH)
 
 
 OLMO2 = Family(
@@ -136,7 +119,7 @@ OLMO2 = Family(
     dense_entries,
     _fields,
     _read_dense,
-    layout=_layout,
+    layout=partial(renamed, names=NORMS),
 )
 OLMO3 = Family(
     "Olmo3ForCausalLM",
@@ -146,7 +129,7 @@ OLMO3 = Family(
     dense_entries,
     _olmo3_fields,
     _read_olmo3,
-    layout=_layout,
+    layout=partial(renamed, names=NORMS),
     flat=_flat,
 )
 OLMOE = Family(

@@ -21,6 +21,16 @@ from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.common import (
+    ATTENTION_BIASES,
+    PRE_NORM,
+    experts_obstacle,
+    one_attention_bias,
+    read_attention_bias,
+    read_routed,
+    routed_fields,
+    shared_expert_obstacle,
+)
 from sparsecod_megatron.hf.families.entries import (
     PROJECTIONS,
     LayerTensors,
@@ -28,7 +38,6 @@ from sparsecod_megatron.hf.families.entries import (
     routed_entries,
     shared_entries,
 )
-from sparsecod_megatron.hf.families.llama import ATTENTION_BIASES, PRE_NORM, one_attention_bias, read_attention_bias
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.transforms import zeros
 
@@ -36,18 +45,9 @@ ZERO_EXPERT_WIDTH = 16
 """Width of the zero shared expert: narrow beside a real one, yet divisible by the sizes inference engines split by."""
 
 
-def _qwen2_obstacle(model: ModelConfig) -> str | None:
-    return None if model.is_moe else "model.num_moe_experts unset"
-
-
 def _qwen3_obstacle(model: ModelConfig) -> str | None:
-    if not model.is_moe:
-        return "model.num_moe_experts unset"
-    if not model.qk_norm:
-        return "model.qk_norm=false"
-    if model.moe_shared_expert_intermediate_size is not None:
-        return f"model.moe_shared_expert_intermediate_size={model.moe_shared_expert_intermediate_size}"
-    return one_attention_bias(model)
+    norm = None if model.qk_norm else "model.qk_norm=false"
+    return experts_obstacle(model) or norm or shared_expert_obstacle(model) or one_attention_bias(model)
 
 
 def _qwen2_entries(tensors: LayerTensors) -> Iterator[Entry]:
@@ -83,37 +83,25 @@ def _shared_entries(tensors: LayerTensors) -> Iterator[Entry]:
         yield Entry((), tuple(f"{shared}.{name}.weight" for name in PROJECTIONS), zeros(inward, inward, outward))
 
 
-def _routed_fields(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_experts": model.num_moe_experts,
-        "num_experts_per_tok": model.moe_router_topk,
-        "norm_topk_prob": not model.moe_router_pre_softmax,
-        "moe_intermediate_size": model.expert_ffn_hidden_size,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+def _layered_fields(model: ModelConfig) -> dict[str, Any]:
+    return routed_fields(model) | {
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(model.moe_first_k_dense_layers)),
     }
 
 
-def _read_routed(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _read_layered(fields: Mapping[str, Any]) -> dict[str, Any]:
     dense = sorted(fields.get("mlp_only_layers") or [])
     if dense != list(range(len(dense))) or fields["decoder_sparse_step"] != 1:
         raise ConversionError(
             f"config.json: mlp_only_layers {dense} with decoder_sparse_step {fields['decoder_sparse_step']} has no "
             "counterpart; only layers from the first on can be dense"
         )
-    return {
-        "num_moe_experts": fields.get("num_experts", fields.get("num_local_experts")),
-        "moe_router_topk": fields["num_experts_per_tok"],
-        "moe_router_pre_softmax": not fields["norm_topk_prob"],
-        "moe_ffn_hidden_size": fields["moe_intermediate_size"],
-        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
-        "moe_first_k_dense_layers": len(dense),
-    }
+    return read_routed(fields) | {"moe_first_k_dense_layers": len(dense)}
 
 
 def _qwen2_fields(model: ModelConfig) -> dict[str, Any]:
-    return _routed_fields(model) | {
+    return _layered_fields(model) | {
         "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or ZERO_EXPERT_WIDTH,
         "qkv_bias": True,
         "use_sliding_window": False,
@@ -121,7 +109,7 @@ def _qwen2_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return _read_routed(fields) | {
+    return _read_layered(fields) | {
         "qkv_bias": True,
         "moe_shared_expert_intermediate_size": fields["shared_expert_intermediate_size"],
         "moe_shared_expert_gate": True,
@@ -149,19 +137,19 @@ def _without_placeholders(model: ModelConfig, tensors: Mapping[str, Tensor]) -> 
 
 def _qwen3_fields(model: ModelConfig) -> dict[str, Any]:
     window = {"use_sliding_window": model.sliding_window is not None, "sliding_window": model.sliding_window}
-    return _routed_fields(model) | window | {"attention_bias": model.qkv_bias}
+    return _layered_fields(model) | window | {"attention_bias": model.qkv_bias}
 
 
 def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
     window = {"sliding_window": fields.get("sliding_window")}
-    return _read_routed(fields) | window | read_attention_bias(fields) | {"qk_norm": True}
+    return _read_layered(fields) | window | read_attention_bias(fields) | {"qk_norm": True}
 
 
 QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",
     Qwen2MoeConfig,
     PRE_NORM | {"qkv_bias", "moe_shared_expert_gate", "moe_first_k_dense_layers"},
-    _qwen2_obstacle,
+    experts_obstacle,
     _qwen2_entries,
     _qwen2_fields,
     _read_qwen2,

@@ -14,16 +14,17 @@ from transformers import SmolLM3Config
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
-from sparsecod_megatron.hf.families.entries import dense_entries
-from sparsecod_megatron.hf.families.llama import (
+from sparsecod_megatron.hf.families.common import (
     ATTENTION_BIASES,
     PRE_NORM,
+    bias_fields,
     dense_obstacle,
     layer_types,
     one_attention_bias,
-    read_attention_bias,
+    read_biases,
     read_layer_types,
 )
+from sparsecod_megatron.hf.families.entries import dense_entries
 
 
 def _obstacle(model: ModelConfig) -> str | None:
@@ -32,17 +33,13 @@ def _obstacle(model: ModelConfig) -> str | None:
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
     unrotated = model.no_rope_freq or [0] * model.num_layers
-    return layer_types(model) | {
-        "no_rope_layers": [1 - here for here in unrotated],
-        "attention_bias": model.qkv_bias,
-        "mlp_bias": model.mlp_bias,
-    }
+    return layer_types(model) | bias_fields(model) | {"no_rope_layers": [1 - here for here in unrotated]}
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     unrotated = [int(not rotates) for rotates in fields["no_rope_layers"]]
-    keys = {"no_rope_freq": unrotated if any(unrotated) else None, "mlp_bias": fields["mlp_bias"]}
-    return keys | read_attention_bias(fields) | read_layer_types(fields)
+    rotation = {"no_rope_freq": unrotated if any(unrotated) else None}
+    return rotation | read_biases(fields) | read_layer_types(fields)
 
 
 SMOLLM3 = Family(
