@@ -192,8 +192,9 @@ class ZeroedWeights(Marks):
     def change_weights(self, piece: Piece, marks: Tensor, context: StepContext) -> None:
         """Only where marks change: without gradient and moments, AdamW leaves a zero where it is."""
         if marks is not piece.marked and self.settings.is_zeroing(context):
+            touched = self._touched(piece, marks)
             for values in (piece.master, *piece.moments):
-                masking.zero_(values, self._touched(piece, marks))
+                masking.zero_(values, touched)
 
     def _touched(self, piece: Piece, marks: Tensor) -> Tensor:
         return marks | piece.marked if self.has_zeros and marks is not piece.marked else marks

@@ -53,7 +53,7 @@ def scale_(values: Tensor, marked: Tensor, factor: float) -> None:
         marked: bool, of the same shape.
         factor: of marked values.
     """
-    for block, numbers in _blocks(values, marked):
+    for numbers, block in _blocks(marked, values):
         block.mul_(numbers.to(block.dtype).mul_(factor - 1).add_(1))
 
 
@@ -66,21 +66,19 @@ def add_(values: Tensor, marked: Tensor, other: Tensor, factor: float) -> None:
         other: of the same shape.
         factor: of what is added.
     """
-    for (block, numbers), (addend, _) in zip(_blocks(values, marked), _blocks(other, marked), strict=True):
+    for numbers, block, addend in _blocks(marked, values, other):
         block.addcmul_(addend, numbers.to(block.dtype), value=factor)
 
 
 def _clear(values: Tensor, marked: Tensor, result: Tensor) -> None:
     integers = INTEGER_TYPES[values.element_size()]
-    for (block, numbers), (target, _) in zip(
-        _blocks(values.view(integers), marked), _blocks(result.view(integers), marked), strict=True
-    ):
+    for numbers, block, target in _blocks(marked, values.view(integers), result.view(integers)):
         # −1, all bits, keeps a value and 0 clears it; a product with 0 would make NaN of infinities.
         torch.bitwise_and(block, numbers.to(integers).sub_(1), out=target)
 
 
-def _blocks(values: Tensor, marked: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of flat views: values, and their marks as 0 or 1."""
-    flat, numbers = values.view(-1), marked.reshape(-1).view(torch.int8)
-    size = max(flat.numel(), 1) if values.is_cuda else BLOCK_ELEMENTS
-    return zip(flat.split(size), numbers.split(size), strict=True)
+def _blocks(marked: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat views of each block: marks as 0 or 1, and the others, which are contiguous."""
+    flat = [marked.reshape(-1).view(torch.int8), *(values.view(-1) for values in others)]
+    size = max(marked.numel(), 1) if marked.is_cuda else BLOCK_ELEMENTS
+    return zip(*(values.split(size) for values in flat), strict=True)
