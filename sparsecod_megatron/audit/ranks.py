@@ -105,10 +105,7 @@ def run_rows(
                     kept[row.name] = found
             bar.set_postfix_str(row.name, refresh=False)
             bar.update()
-    # Nobody leaves before all are done.
-    store.set(f"end/{rank}", "")
-    _words(store, "end", processes.size)
-    _leave(store, "left", processes)
+    _leave(store, "end", processes)
     return verdicts
 
 

@@ -16,9 +16,9 @@ from sparsecod_megatron.errors import ConversionError
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [tokens, hidden], chosen experts [tokens, k], their weights [tokens, k]) → [tokens, hidden]."""
 ROW_BYTES = 16
-"""Bytes of which rows of torch's grouped products are multiples."""
-FUSED_MULTIPLE = 8
-"""Widths of fused experts must be multiples: torch's grouped products take rows of whole 16 bytes, in bf16 too."""
+"""Bytes of which rows of torch's product of all experts at once are multiples."""
+FUSED_MULTIPLE = ROW_BYTES // 2
+"""Widths of fused experts that are chosen must be multiples, so that their rows are whole in bf16 too."""
 
 
 def is_fused_experts(module: nn.Module) -> bool:
