@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -158,7 +158,7 @@ class Curve:
             [points] values, lower ends and upper ends.
         """
         said = self._said(variables, self.theta, self.linear)
-        low, high = np.quantile(said[1:] if len(said) > 1 else said, [self.tail, 1 - self.tail], axis=0)
+        low, high = np.quantile(said[1:], [self.tail, 1 - self.tail], axis=0)
         return said[0], low, high
 
     def values(self, variables: Array) -> Array:
@@ -184,9 +184,8 @@ def fit_law(law: str, points: Points, *, seed: int = 0, num_resamples: int = NUM
         DataError: points from which the law's coefficients cannot be told.
     """
     check_points(LAWS[law], points)
-    form, gain = _chosen(LAWS[law], points)
-    problem, log_scale = _problem(form, points)
-    own = fit_separable(problem)
+    (problem, log_scale, own), gain = _chosen(LAWS[law], points)
+    form = problem.form
     num_groups = int(points.groups.max()) + 1
     draws = np.random.default_rng(seed).standard_normal((2, num_resamples, num_groups))[..., points.groups]
     again = refit(problem, own, _resampled(problem, own, draws))
@@ -241,22 +240,39 @@ def check_points(form: Form, points: Points) -> None:
         raise DataError(f"law {form.name}: the value is {points.values.min():g} at a point; it has to be above 0")
 
 
-def _chosen(form: Form, points: Points) -> tuple[Form, float | None]:
+class _Fit(NamedTuple):
+    """A form fitted to the points themselves, divided by geometric means of these logarithms."""
+
+    problem: Problem
+    log_scale: Array
+    own: Fitted
+
+
+def _fitted(form: Form, points: Points) -> _Fit:
+    log_x = _logarithms(form, points.variables)
+    log_scale = log_x.mean(axis=1)
+    values = np.log(points.values) if form.is_log else points.values
+    problem = Problem.of(form, log_x - log_scale[:, None], values, points.weights)
+    return _Fit(problem, log_scale, fit_separable(problem))
+
+
+def _chosen(form: Form, points: Points) -> tuple[_Fit, float | None]:
     """The form, or the simpler one where the data do not ask for more."""
+    found = _fitted(form, points)
     if form.simpler is None:
-        return form, None
-    plain = LAWS[form.simpler]
-    gain = _aic(plain, points) - _aic(form, points)
-    return (form if gain >= MIN_GAIN else plain), finite(gain)
+        return found, None
+    plain = _fitted(LAWS[form.simpler], points)
+    gain = _aic(plain) - _aic(found)
+    return (found if gain >= MIN_GAIN else plain), finite(gain)
 
 
-def _aic(form: Form, points: Points) -> float:
-    problem, _ = _problem(form, points)
-    count, coefficients = len(problem.y), form.num_coefficients + 1  # and the variance
+def _aic(found: _Fit) -> float:
+    problem, _, own = found
+    count, coefficients = len(problem.y), problem.form.num_coefficients + 1  # and the variance
     if count - coefficients - 1 < 1:
         return math.inf
     least = count * (ROUNDING * float(np.std(problem.y))) ** 2
-    squares = max(float(fit_separable(problem).squares[0]), least, np.finfo(float).tiny)
+    squares = max(float(own.squares[0]), least, np.finfo(float).tiny)
     correction = 2 * coefficients * (coefficients + 1) / (count - coefficients - 1)
     return count * math.log(squares / count) + 2 * coefficients + correction
 
@@ -265,28 +281,19 @@ def _logarithms(form: Form, variables: Array) -> Array:
     return np.log(variables / np.array([[variable.unit] for variable in form.variables]))
 
 
-def _problem(form: Form, points: Points) -> tuple[Problem, Array]:
-    log_x = _logarithms(form, points.variables)
-    log_scale = log_x.mean(axis=1)
-    values = np.log(points.values) if form.is_log else points.values
-    return Problem.of(form, log_x - log_scale[:, None], values, points.weights), log_scale
-
-
 def _largest_left_out(form: Form, points: Points) -> HeldOut | None:
     """The points of the largest product of all variables, predicted from the others; None where those are too few."""
     size = np.log(points.variables).sum(axis=0)
     largest = size > size.max() - 1e-9
-    rest = points.at(~largest) if not largest.all() else None
+    if largest.all():
+        return None
+    rest = points.at(~largest)
     try:
-        if rest is None:
-            return None
         check_points(form, rest)
     except DataError:
         return None
-    chosen, _ = _chosen(form, rest)
-    problem, log_scale = _problem(chosen, rest)
-    fitted = fit_separable(problem)
-    predicted = Curve(chosen, log_scale, fitted.theta, fitted.linear, 0.0).values(points.variables[:, largest])
+    (problem, log_scale, own), _ = _chosen(form, rest)
+    predicted = Curve(problem.form, log_scale, own.theta, own.linear, 0.0).values(points.variables[:, largest])
     measured = points.values[largest]
     with np.errstate(divide="ignore"):
         error = float(np.mean(np.abs(predicted - measured) / np.abs(measured)))
