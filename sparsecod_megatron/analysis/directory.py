@@ -60,6 +60,12 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
+def with_ends(value: Any) -> dict[str, Any]:
+    """One of a score's `values` with the ends of its interval; they are None where it has none."""
+    found = value if isinstance(value, dict) else {"value": value}
+    return {end: found.get(end) for end in ("value", "low", "high")}
+
+
 def _load(directory: Path, name: str) -> AnalysisDirectory:
     path = directory / SCORES_FILE
     if not path.is_file():

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsecod_megatron.analysis.analyze import Analysis
 from sparsecod_megatron.analysis.compare import Difference, differences
-from sparsecod_megatron.analysis.directory import AnalysisDirectory
+from sparsecod_megatron.analysis.directory import AnalysisDirectory, with_ends
 from sparsecod_megatron.analysis.scores.base import Lines, Number, Result
 
 CHANGES = "_changes"
@@ -70,7 +70,7 @@ def _result(
         {axis: point.place, "tokens": point.tokens, "name": name, **ends}
         for point, analysis in zip(points, analyses, strict=True)
         for name, value in analysis.scores[score]["values"].items()
-        if (ends := _ends(value)) is not None
+        if _is_number((ends := with_ends(value))["value"])
     ]
     last = analyses[-1].scores[score]
     tables = {score: rows, **({f"{score}{CHANGES}": changes} if changes else {})}
@@ -85,13 +85,9 @@ def _result(
     )
 
 
-def _ends(value: Any) -> dict[str, float | None] | None:
-    """A number with its interval; None of what is not a number."""
-    found = value if isinstance(value, dict) else {"value": value}
-    number = found.get("value")
-    if isinstance(number, bool) or not isinstance(number, int | float | None):
-        return None
-    return {"value": number, "low": found.get("low"), "high": found.get("high")}
+def _is_number(value: Any) -> bool:
+    """Or an undefined one."""
+    return isinstance(value, int | float | None) and not isinstance(value, bool)
 
 
 def _figures(score: str, points: Sequence[Point], rows: Sequence[dict[str, Any]], axis: str) -> Iterator[Lines]:

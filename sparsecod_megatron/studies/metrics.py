@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsecod_megatron.analysis.directory import SCORES_FILE
+from sparsecod_megatron.analysis.directory import SCORES_FILE, with_ends
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.parameters import ParameterTable
+from sparsecod_megatron.config.parameters import ParameterCount, ParameterTable
 from sparsecod_megatron.config.run_files import METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
 from sparsecod_megatron.studies.budget import training_flops_per_token, training_tokens
@@ -29,8 +29,14 @@ OVER_TRAINING = ("act_nonzero", "act_small", "load_max_over_mean", "load_entropy
 
 def cell_sizes(config: RunConfig) -> dict[str, float]:
     """The numbers of `SIZES`; operations by the convention `full` of config/flops.py."""
-    completed, _ = with_vocabulary(config)
-    count = ParameterTable.of(completed).count()
+    return _sizes(config, _count(config))
+
+
+def _count(config: RunConfig) -> ParameterCount:
+    return ParameterTable.of(with_vocabulary(config)[0]).count()
+
+
+def _sizes(config: RunConfig, count: ParameterCount) -> dict[str, float]:
     tokens = training_tokens(config)
     flops = tokens * training_flops_per_token(config)
     return dict(zip(SIZES, (count.total, count.active, tokens, flops), strict=True))
@@ -49,17 +55,17 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     collected step, and `NAME_end_first` of the first layer that has it; `first_loss`, of the first logged step; the
     median `tokens_per_s`.
     """
+    count = _count(config)
     found: dict[str, Any] = {
-        **(sizes := cell_sizes(config)),
+        **(sizes := _sizes(config, count)),
         "active_share": sizes["parameters_active"] / sizes["parameters_total"],
         "tokens_per_parameter": sizes["tokens"] / sizes["parameters_total"],
         **_variances(run),
         **dict(_over_training(run)),
-        **dict(_scores(analysis / SCORES_FILE)),
-        **dict(_evaluated(evaluation / "results.json")),
+        **measured_metrics(analysis=analysis, evaluation=evaluation),
     }
     records = _lines(run / METRICS_FILE)
-    found |= _non_embedding(config, records[-1] if records else {})
+    found |= _non_embedding(count, records[-1] if records else {})
     if config.data.synthetic:
         answered = [record for record in records if "answer_accuracy" in record]
         found |= {name: answered[-1].get(name) for name in ANSWERS} if answered else {}
@@ -71,25 +77,22 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
 
 def measured_metrics(*, analysis: Path, evaluation: Path) -> dict[str, float]:
     """The numbers of scores and held-out text alone, named as in `cell_metrics`."""
-    return _finite({**dict(_scores(analysis / SCORES_FILE)), **dict(_evaluated(evaluation / "results.json"))})
+    scores = {name: ends["value"] for name, ends in _scores(analysis / SCORES_FILE)}
+    return _finite(scores | dict(_evaluated(evaluation / "results.json")))
 
 
 def measured_intervals(analysis: Path) -> dict[str, tuple[float, float]]:
     """Ends of the 95 % intervals, over sequences, of the scores that have them; named as in `cell_metrics`."""
-    low, high = (dict(_scores(analysis / SCORES_FILE, end)) for end in ("low", "high"))
-    found = {name: (low[name], high[name]) for name in low if None not in (low[name], high[name])}
-    if ACTIVATION in found:
-        found[RATIO] = (found[RATIO][1], found[RATIO][0])
-    return found
+    found = {name: (ends["low"], ends["high"]) for name, ends in _scores(analysis / SCORES_FILE)}
+    return {name: ends for name, ends in found.items() if None not in ends}
 
 
 def _finite(found: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
-def _non_embedding(config: RunConfig, last: dict[str, Any]) -> dict[str, float]:
+def _non_embedding(count: ParameterCount, last: dict[str, Any]) -> dict[str, float]:
     """Parameters outside of embeddings, and how many of them were left on average by the last logged step."""
-    count = ParameterTable.of(with_vocabulary(config)[0]).count()
     zeros = sum(count.total - value for name, value in last.items() if name.rpartition("/")[2] == LIVED)
     body = count.total - count.embedding
     return {"parameters_non_embedding": body, "parameters_mean_live": body - zeros}
@@ -127,16 +130,17 @@ def _over_training(run: Path) -> Iterator[tuple[str, float]]:
             yield f"{name}_end_first", layers[-1][0]
 
 
-def _scores(path: Path, end: str = "value") -> Iterator[tuple[str, Any]]:
-    """Values of all scores, or ends of their intervals; of the activation ratio the complements of the sparsity's."""
+def _scores(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Values of all scores with the ends of their intervals; of the activation ratio those of the sparsity from 1."""
     if not path.is_file():
         return
     for score, result in json.loads(path.read_text(encoding="utf-8"))["scores"].items():
         for name, value in result["values"].items():
-            number = value.get(end) if isinstance(value, dict) else value if end == "value" else None
-            yield f"{score}/{name}", number
-            if f"{score}/{name}" == ACTIVATION and number is not None:
-                yield RATIO, 1 - number
+            ends = with_ends(value)
+            yield f"{score}/{name}", ends
+            if f"{score}/{name}" == ACTIVATION:
+                turned = {"value": ends["value"], "low": ends["high"], "high": ends["low"]}
+                yield RATIO, {end: None if number is None else 1 - number for end, number in turned.items()}
 
 
 def _evaluated(path: Path) -> Iterator[tuple[str, Any]]:

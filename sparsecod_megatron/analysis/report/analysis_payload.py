@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from sparsecod_megatron.analysis.directory import AnalysisDirectory
+from sparsecod_megatron.analysis.directory import AnalysisDirectory, with_ends
 
 DIGITS = 6
 _FACTS = (
@@ -41,7 +41,7 @@ def analyses_payload(analyses: Sequence[AnalysisDirectory]) -> list[dict[str, An
             "kind": "analysis",
             "facts": [[title, _text(key, analysis.settings.get(key))] for title, key in _FACTS],
             "values": [
-                {"score": score, "name": name, **_interval(value)}
+                {"score": score, "name": name, **rounded(with_ends(value))}
                 for score, result in analysis.scores.items()
                 for name, value in result["values"].items()
             ],
@@ -54,11 +54,6 @@ def analyses_payload(analyses: Sequence[AnalysisDirectory]) -> list[dict[str, An
         }
         for analysis in analyses
     ]
-
-
-def _interval(value: Any) -> dict[str, Any]:
-    ends: dict[str, Any] = rounded(value if isinstance(value, dict) else {"value": value})
-    return {"value": ends.get("value"), "low": ends.get("low"), "high": ends.get("high")}
 
 
 def _text(key: str, value: Any) -> str:
