@@ -18,11 +18,17 @@ from sparsecod_megatron.files import write_text
 from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.studies.grid import RUN_FOLDER, Cell, Study
 from sparsecod_megatron.studies.metrics import cell_metrics, measured_intervals
-from sparsecod_megatron.studies.scoring import evaluate, export, score
-from sparsecod_megatron.studies.steps import Measurement, measure_steps
+from sparsecod_megatron.studies.scoring import (
+    ANALYSIS_FOLDER,
+    EVALUATION_FOLDER,
+    MODEL_FOLDER,
+    evaluate,
+    export,
+    score,
+)
+from sparsecod_megatron.studies.steps import measure_steps
 
 RESULT_FILE = "result.json"
-MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
 
 
 def run_cell(study: Study, cell: Cell) -> None:
@@ -42,13 +48,7 @@ def run_cell(study: Study, cell: Cell) -> None:
             write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": True, "metrics": {}}))
             return
         export(run, model, verify=study.config.verify)
-    points = measure_steps(
-        Measurement(study.config.scores, study.config.evaluation, study.config.verify),
-        cell.config.data,
-        cell.config.train.train_steps,
-        run=run,
-        directory=cell.directory,
-    )
+    points = measure_steps(study.config, cell.config, run=run, directory=cell.directory)
     if not study.config.keep_checkpoints and (run / CHECKPOINTS_DIR).is_dir():
         shutil.rmtree(run / CHECKPOINTS_DIR)
     score(study.config.scores, cell.config.data, model, cell.directory / ANALYSIS_FOLDER)

@@ -8,6 +8,9 @@ from sparsecod_megatron.config import DataConfig
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
 
+MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
+"""What the three make beside each other, of a cell or one of its earlier checkpoints."""
+
 
 def export(run: Path, output: Path, *, verify: bool) -> None:
     """Write a run's last checkpoint as a HuggingFace directory.

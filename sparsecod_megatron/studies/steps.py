@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsecod_megatron.checkpoint.paths import STATE_FILE, step_dir_name
+from sparsecod_megatron.checkpoint.paths import step_dir_name
+from sparsecod_megatron.config import DataConfig, RunConfig
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
 from sparsecod_megatron.files import write_text
 from sparsecod_megatron.studies.metrics import measured_intervals, measured_metrics
-from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
-from sparsecod_megatron.studies.scoring import evaluate, export, score
+from sparsecod_megatron.studies.schema import ScoresConfig, StudyConfig
+from sparsecod_megatron.studies.scoring import (
+    ANALYSIS_FOLDER,
+    EVALUATION_FOLDER,
+    MODEL_FOLDER,
+    evaluate,
+    export,
+    score,
+)
 
 FIRST_SHARE = 0.01
 """Share of a run's steps at which logarithmic spacing begins."""
 STEPS_FOLDER, POINT_FILE = "steps", "point.json"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How a cell's checkpoints are measured.
-
-    Attributes:
-        scores: as the study says.
-        evaluation: as the study says; tasks are asked of the last checkpoint alone.
-        verify: compare an export's logits with Megatron's.
-    """
-
-    scores: ScoresConfig
-    evaluation: HeldOutConfig
-    verify: bool
 
 
 def scored_steps(settings: ScoresConfig, train_steps: int) -> list[int]:
@@ -48,13 +41,14 @@ def scored_steps(settings: ScoresConfig, train_steps: int) -> list[int]:
     return sorted({max(round(place), 1) for place in places.tolist()} - {train_steps})
 
 
-def measure_steps(how: Measurement, data: Any, train_steps: int, *, run: Path, directory: Path) -> list[dict[str, Any]]:
+def measure_steps(study: StudyConfig, config: RunConfig, *, run: Path, directory: Path) -> list[dict[str, Any]]:
     """Export, score and evaluate the checkpoints of a cell before its last one; what has been is read.
 
+    Tasks are asked of the last checkpoint alone.
+
     Args:
-        how: scores and evaluation.
-        data: the run's `DataConfig`, whose first validation source is the text.
-        train_steps: of the run.
+        study: its scores and evaluation.
+        config: of the run, whose first validation source is the text.
         run: its directory.
         directory: the cell's.
 
@@ -65,26 +59,27 @@ def measure_steps(how: Measurement, data: Any, train_steps: int, *, run: Path, d
         SparsecodError: a checkpoint that is not there any more, or that cannot be scored.
     """
     found = []
-    for step in scored_steps(how.scores, train_steps):
+    for step in scored_steps(study.scores, config.train.train_steps):
         folder = directory / STEPS_FOLDER / step_dir_name(step)
         if not (folder / POINT_FILE).is_file():
-            _measure(how, data, run / CHECKPOINTS_DIR / step_dir_name(step), folder, step)
+            _measure(study, config.data, run / CHECKPOINTS_DIR / step_dir_name(step), folder, step)
         found.append(json.loads((folder / POINT_FILE).read_text(encoding="utf-8")))
     return found
 
 
-def _measure(how: Measurement, data: Any, checkpoint: Path, folder: Path, step: int) -> None:
-    model = folder / "hf"
+def _measure(study: StudyConfig, data: DataConfig, checkpoint: Path, folder: Path, step: int) -> None:
+    from sparsecod_megatron.checkpoint.state import read_state
+
+    model, analysis, evaluation = (folder / name for name in (MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER))
     if not (model / "config.json").is_file():
-        export(checkpoint, model, verify=how.verify)
-    score(how.scores, data, model, folder / "analysis")
-    evaluate(replace(how.evaluation, tasks=[]), data, model, folder / "eval")
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        export(checkpoint, model, verify=study.verify)
+    score(study.scores, data, model, analysis)
+    evaluate(replace(study.evaluation, tasks=[]), data, model, evaluation)
     content = {
         "step": step,
-        "tokens": state["train"]["consumed_tokens"],
-        "metrics": measured_metrics(analysis=folder / "analysis", evaluation=folder / "eval"),
-        "intervals": measured_intervals(folder / "analysis"),
+        "tokens": read_state(checkpoint).train.consumed_tokens,
+        "metrics": measured_metrics(analysis=analysis, evaluation=evaluation),
+        "intervals": measured_intervals(analysis),
     }
     write_text(folder / POINT_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
     shutil.rmtree(model)  # a model for every step would fill a disk
