@@ -121,7 +121,8 @@ def summed_jacobian(replay: Replay, trace: Trace, layer: int) -> Tensor:
     Returns:
         [d, d], row = output channel, float64; ÷ tokens it is the reference's E[J].
     """
-    hidden = replay.seen(trace, layer)[0].detach().requires_grad_()
+    layers = replay.layers
+    hidden = layers.state.read(layers.blocks[layer], trace.hidden[layer]).detach().requires_grad_()
     after = replay.mapped(trace, layer, hidden)
     size = hidden.shape[-1]
     total = torch.empty(size, size, dtype=torch.float64, device=hidden.device)

@@ -152,8 +152,10 @@ def _series(args: argparse.Namespace, processes: Processes) -> None:
 
 def _print_changes(whole: Analysis) -> None:
     """The last change of every number that it can be told of."""
+    from sparsecod_megatron.analysis.series import CHANGES
+
     for score, result in whole.results.items():
-        rows = result.tables.get(f"{score}_changes", [])
+        rows = result.tables.get(f"{score}{CHANGES}", [])
         for row in (row for row in rows if row["to"] == rows[-1]["to"] and row["separated"]):
             interval = f"[{row['low']:+.4g}, {row['high']:+.4g}]"
             print(f"{score:12} {row['name']:32} {row['difference']:+.4g} {interval} since {row['from']}")

@@ -104,7 +104,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "activation_bytes_by_recompute": plan.activations,
         "sent_bytes": [{traffic.group: traffic.bytes for traffic in stage} for stage in plan.traffic],
         "step": asdict(plan.time),
-        "step_law": step_law(layout.config, plan.parameters).as_dict(),
+        "step_law": asdict(step_law(layout.config, plan.parameters)),
     }
 
 

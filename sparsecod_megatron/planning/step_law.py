@@ -8,8 +8,7 @@ taken here with all experts (whether they count the idle ones is not said where 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.parameters import ParameterCount
@@ -43,10 +42,6 @@ class Suggestion:
     lr_ratio: float
     batch_ratio: float
     caveats: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"caveats": list(self.caveats)}
 
     @property
     def text(self) -> str:

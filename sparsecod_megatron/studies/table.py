@@ -14,6 +14,7 @@ from sparsecod_megatron.studies.cell import is_done, read_result
 from sparsecod_megatron.studies.claims import Results, Verdict, judge_all
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
+from sparsecod_megatron.studies.law_points import STUDY_COLUMNS
 from sparsecod_megatron.studies.schema import Labels
 from sparsecod_megatron.studies.study_laws import HEADER, Points, StudyLaw, fit_laws
 
@@ -171,7 +172,7 @@ def _csv(study: Study, table: Table) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     axes = [axis.name for axis in study.config.grid]
-    writer.writerow([*axes, "metric", "mean", "low", "high", "seeds"])
+    writer.writerow([*axes, *STUDY_COLUMNS])
     for row in table.rows:
         for name, mean in row.metrics.items():
             writer.writerow([*(label for _, label in row.labels), name, mean.value, mean.low, mean.high, mean.count])
