@@ -37,17 +37,21 @@ class Shortcut(nn.Module):
         """`[..., d]` → `[..., d]`."""
         return x @ self.weight
 
+    def join(self, x: Tensor, output: Tensor) -> Tensor:
+        """What a branch hands back, with this added."""
+        return output + self(x)
 
-def attach(block: nn.Module, shortcuts: dict[str, Shortcut]) -> None:
-    """Make a block's additions change the basis.
+
+def attach(block: nn.Module, branch: str, shortcut: Shortcut) -> None:
+    """Make the addition of a block's branch change the basis.
 
     Args:
         block: pre-norm, with the names of Llama.
-        shortcuts: by branch; they become modules of the block.
+        branch: of `NORMS`.
+        shortcut: becomes a module of the block.
     """
-    for branch, shortcut in shortcuts.items():
-        block.add_module(f"{branch}_shortcut", shortcut)
-        bridge(block, branch, _Adding(shortcut))
+    block.add_module(f"{branch}_shortcut", shortcut)
+    bridge(block, branch, shortcut.join)
 
 
 def bridge(block: nn.Module, branch: str, join: Join) -> list[RemovableHandle]:
@@ -66,16 +70,6 @@ def bridge(block: nn.Module, branch: str, join: Join) -> list[RemovableHandle]:
         block.get_submodule(NORMS[branch]).register_forward_pre_hook(bridged.keep),
         block.get_submodule(branch).register_forward_hook(bridged.answer),
     ]
-
-
-class _Adding:
-    """A branch with its shortcut."""
-
-    def __init__(self, shortcut: Shortcut) -> None:
-        self._shortcut = shortcut
-
-    def __call__(self, x: Tensor, output: Tensor) -> Tensor:
-        return output + self._shortcut(x)
 
 
 class _Bridge:

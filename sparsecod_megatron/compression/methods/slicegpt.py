@@ -88,8 +88,9 @@ class SliceGPT(Method):
     def compress(self, material: Material) -> Outcome:
         """Rotate and cut the whole model. Collective."""
         model, layers = material.model, find_layers(material.model)
-        parts = _parts(model, layers)
-        norms = {name: model.get_submodule(name.removesuffix(".weight")) for name in _places(model, layers)}
+        places = _places(model, layers)
+        parts = _parts(model, layers, places)
+        norms = {name: model.get_submodule(name.removesuffix(".weight")) for name in places}
         width = layers.hidden_size
         multiple = math.lcm(self.settings.multiple, model.config.num_attention_heads)
         kept = kept_width(width, self.settings.share, multiple)
@@ -100,8 +101,7 @@ class SliceGPT(Method):
             )
         fields = _fields(model, width, kept)
         class_shapes(model, fields)  # what the configuration refuses should not wait for the calibration
-        grams = _stream_grams(material, norms, width, apart=self.settings.rotation == "place")
-        bases = _bases(grams, kept)
+        bases = _bases(material, norms, width, kept, apart=self.settings.rotation == "place")
         wanted = _projected_logits(model, layers, bases)
         _untie(model, layers)
         weights = {name: norm.get_parameter("weight").double().clone() for name, norm in norms.items()}
@@ -118,14 +118,12 @@ class SliceGPT(Method):
         if self.settings.rotation == "model":
             return Outcome()
         order = list(bases.values())
-        for layer, block in enumerate(layers.blocks):
-            shortcuts = {}
-            for number, branch in enumerate(NORMS):
-                change = order[2 * layer + number].T @ order[2 * layer + number + 1]
-                change.diagonal().sub_(1)
-                shortcuts[branch] = Shortcut(len(change))
-                shortcuts[branch].weight = nn.Parameter(change.to(model.dtype), requires_grad=False)
-            attach(block, shortcuts)
+        for (block, branch), (before, after) in zip(_branches(layers), pairwise(order), strict=True):
+            change = before.T @ after
+            change.diagonal().sub_(1)
+            shortcut = Shortcut(len(change))
+            shortcut.weight = nn.Parameter(change.to(model.dtype), requires_grad=False)
+            attach(block, branch, shortcut)
         warning = (
             "each norm sees the stream in a basis of its own, so depth scores that compare depths mean nothing here"
         )
@@ -136,13 +134,24 @@ class SliceGPT(Method):
         """Attach shortcuts to the blocks of `structure["blocks"]`."""
         try:
             for block in model.get_submodule(structure["blocks"]).children():
-                attach(block, {branch: Shortcut(structure["width"]) for branch in NORMS})
+                for branch in NORMS:
+                    attach(block, branch, Shortcut(structure["width"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"config.json: blocks that do not fit {type(model).__name__}: {error}") from error
 
 
-def _parts(model: PreTrainedModel, layers: Layers) -> list[Part]:
+def _branches(layers: Layers) -> list[tuple[nn.Module, str]]:
+    """Each block with the names of its branches, in the order in which the stream comes by."""
+    return [(block, branch) for block in layers.blocks for branch in NORMS]
+
+
+def _parts(model: PreTrainedModel, layers: Layers, places: list[str]) -> list[Part]:
     """What becomes of every parameter.
+
+    Args:
+        model: to be sliced.
+        layers: of it.
+        places: as `_places` names them.
 
     Raises:
         ConversionError: naming the first that has no place in a pre-norm model with RMSNorm.
@@ -150,7 +159,6 @@ def _parts(model: PreTrainedModel, layers: Layers) -> list[Part]:
     if getattr(layers.final_norm, "weight", None) is None:
         raise ConversionError(f"--method slicegpt: {type(model).__name__} has no final norm; use another method")
     names = {id(module): name for name, module in model.named_modules()}
-    places = _places(model, layers)
     after, final = dict(pairwise(places)), places[-1]
     outside: dict[str, dict[str, Any]] = {
         f"{names[id(layers.embed)]}.weight": {"reads": True, "place": places[0]},
@@ -211,34 +219,39 @@ def _fields(model: PreTrainedModel, width: int, kept: int) -> dict[str, Any]:
     return {"hidden_size": kept, "head_dim": head_dim, "rms_norm_eps": epsilon, "tie_word_embeddings": False}
 
 
-def _stream_grams(material: Material, norms: dict[str, nn.Module], width: int, *, apart: bool) -> dict[str, Tensor]:
-    """Σ x·xᵀ of all processes over what enters each norm, or any of them unless `apart`; float64 `[d, d]`. Collective.
+def _bases(material: Material, norms: dict[str, nn.Module], width: int, kept: int, *, apart: bool) -> dict[str, Tensor]:
+    """Q of each norm's place, float64 `[d, d']`, in the norms' order. Collective.
 
     A few channels of trained models are thousands of times the others, whose directions float32 sums would lose.
+
+    Args:
+        material: the model and its calibration sequences.
+        norms: by the names of their weights.
+        width: d.
+        kept: d'.
+        apart: whether each has a Q of its own, of Σ x·xᵀ over what enters it; otherwise one tensor is that of all.
     """
+    keys = list(norms) if apart else ["all"] * len(norms)
     device = material.model.device
-    sums = [torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(len(norms) if apart else 1)]
-    chosen = dict(zip(norms, sums if apart else sums * len(norms), strict=True))
+    grams = {key: torch.zeros(width, width, dtype=torch.float64, device=device) for key in dict.fromkeys(keys)}
 
     def see(gram: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = args[0].flatten(0, -2).double()
         gram.addmm_(rows.T, rows)
 
-    hooks = [norm.register_forward_pre_hook(partial(see, chosen[name])) for name, norm in norms.items()]
+    hooks = [
+        norm.register_forward_pre_hook(partial(see, grams[key])) for key, norm in zip(keys, norms.values(), strict=True)
+    ]
     try:
         feeder(material.part(), material.batch_size)(material.model)
     finally:
         for hook in hooks:
             hook.remove()
-    totals = {id(gram): material.processes.total(gram) for gram in sums}
-    return {name: totals[id(gram)] for name, gram in chosen.items()}
-
-
-def _bases(grams: dict[str, Tensor], kept: int) -> dict[str, Tensor]:
-    """Q of each place, float64 `[d, d']`, in the grams' order."""
-    distinct = {id(gram): gram for gram in grams.values()}
-    found = {key: torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :kept] for key, gram in distinct.items()}
-    return {name: found[id(gram)] for name, gram in grams.items()}
+    found = {
+        key: torch.linalg.eigh(material.processes.total(gram)).eigenvectors.flip(1)[:, :kept]
+        for key, gram in grams.items()
+    }
+    return {name: found[key] for name, key in zip(norms, keys, strict=True)}
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
@@ -248,18 +261,18 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 def _projected_logits(model: PreTrainedModel, layers: Layers, bases: dict[str, Tensor]) -> Tensor:
     """What the model says of a few tokens where its stream is projected onto the kept directions of each place."""
-    projectors = [(basis @ basis.T).float() for basis in bases.values()]
+    projectors = {basis: (basis @ basis.T).float() for basis in set(bases.values())}  # one, where all share a basis
+    first, *others = bases.values()
 
-    def project(place: int, hidden: Tensor) -> Tensor:
-        return (hidden.float() @ projectors[place]).to(hidden.dtype)
+    def project(basis: Tensor, hidden: Tensor) -> Tensor:
+        return (hidden.float() @ projectors[basis]).to(hidden.dtype)
 
-    def join(place: int, x: Tensor, output: Tensor) -> Tensor:
-        return project(place, x + output) - x
+    def join(basis: Tensor, x: Tensor, output: Tensor) -> Tensor:
+        return project(basis, x + output) - x
 
-    hooks = [layers.embed.register_forward_hook(lambda _module, _args, output: project(0, output))]
-    for layer, block in enumerate(layers.blocks):
-        for number, branch in enumerate(NORMS):
-            hooks += bridge(block, branch, partial(join, 2 * layer + number + 1))
+    hooks = [layers.embed.register_forward_hook(lambda _module, _args, output: project(first, output))]
+    for (block, branch), basis in zip(_branches(layers), others, strict=True):
+        hooks += bridge(block, branch, partial(join, basis))
     try:
         return _logits(model)
     finally:
