@@ -62,10 +62,10 @@ class Pattern:
         if self.group == "neighbours":
             groups, dropped = score.unflatten(-1, (-1, self.of)), self.of - self.kept
         else:
-            groups = score.flatten(-2) if self.group == "matrix" else score
+            groups = score.flatten(-2).unsqueeze(-2) if self.group == "matrix" else score
             dropped = int(self.sparsity * groups.shape[-1] + 0.5)
         kept = torch.ones_like(groups, dtype=torch.bool)
-        for part in row_parts(groups) if groups.ndim > 1 else [slice(None)]:
+        for part in row_parts(groups):
             going = groups[part].topk(dropped, dim=-1, largest=False).indices
             kept[part].scatter_(-1, going, False)
         return kept.view(score.shape)
