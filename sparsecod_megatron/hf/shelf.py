@@ -14,9 +14,6 @@ from torch import Tensor
 class Shelf(Protocol):
     """What a list of tensors does, and `OnDisk`."""
 
-    def __len__(self) -> int:
-        """How many there are."""
-
     def __getitem__(self, place: int, /) -> Tensor:
         """One of them, on the CPU."""
 
@@ -38,10 +35,6 @@ class OnDisk:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (open as long as this object lives)
         self._places: list[tuple[int, torch.Size, torch.dtype]] = []
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._places)
 
     def __getitem__(self, place: int) -> Tensor:
         """One of them, on the CPU; a new tensor each time."""
