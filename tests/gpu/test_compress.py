@@ -6,22 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from sparsecod_megatron.cli.main import main
 from tests.helpers.decoders import VOCAB_SIZE, tiny_decoder
-from tests.helpers.streaming import tensors
+from tests.helpers.streaming import same_zeros, tensors
 from tests.helpers.words import save_with_words, write_words
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 METHODS = ("wanda+dsnot", "obs", "sparsegpt+cg")
-
-
-def same_zeros(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Share of weights that are zero in both or in neither."""
-    same = sum(int(((first[name] == 0) == (second[name] == 0)).sum()) for name in first)
-    return same / sum(weight.numel() for weight in first.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

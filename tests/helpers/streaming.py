@@ -22,6 +22,12 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def same_zeros(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Share of weights that are zero in both or in neither."""
+    same = sum(int(((first[name] == 0) == (second[name] == 0)).sum()) for name in first)
+    return same / sum(weight.numel() for weight in first.values())
+
+
 def streaming_outcome(family: str, folder: Path) -> str | None:
     """What is said of streaming a tiny model.
 

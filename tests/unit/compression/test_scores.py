@@ -179,9 +179,7 @@ def test_a_few_rows_at_a_time_are_as_good_as_all(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(parts, "MIN_ROWS", 3)
         monkeypatch.setattr(parts, "STEP", 1)
         assert len(list(parts.row_parts(weight))) == (1 if part > 37 * 24 else 13)
-        shares = [
-            parse_pattern(pattern, per) for pattern, per in (("0.5", "row"), ("2:4", None), ("group:4:0.5", "row"))
-        ]
+        shares = [parse_pattern(pattern, per) for pattern, per in PARTED]
         masks = [pattern.keep(weight.abs()) for pattern in shares]
         masks += [
             swap(weight, mask, statistics, pattern, 3) for mask, pattern in zip(masks[:2], shares[:2], strict=True)
