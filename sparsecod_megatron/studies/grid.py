@@ -120,10 +120,6 @@ def _check_scores(path: Path, config: StudyConfig, cell: Cell) -> None:
 
 def _check_synthetic(path: Path, config: StudyConfig, cell: Cell) -> None:
     """Refuse what needs text, which a synthetic task has none of, and a run that would say nothing of its answers."""
-    try:
-        task_of(cell.config.data)
-    except ConfigError as error:
-        raise ConfigError(f"cell {cell.name}: {error}") from None
     for key, names in (("scores.names", config.scores.names), ("evaluation.tasks", config.evaluation.tasks)):
         if names:
             raise ConfigError(
@@ -146,6 +142,7 @@ def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output:
         if steps := scored_steps(scores, config.train.train_steps):
             kept = sorted({*config.checkpoint.save_steps, *steps})
             config = load_config(base, [*changes, *own, f"checkpoint.save_steps={kept}"], mechanisms=MECHANISMS)
+        task_of(config.data)  # refuses a synthetic task that cannot be
         return Cell(name, labels, seed, directory, config)
     except ConfigError as error:
         raise ConfigError(f"cell {name}: {error}") from None
