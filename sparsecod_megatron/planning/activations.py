@@ -119,14 +119,14 @@ def _attention(layout: Layout, layer: int) -> Saved:
     output = query * value
     qkv = (query + 2 * key) * value if layout.transformer_engine else _reference_qkv(layout, layer, query, key)
     saved = {"qkv": qkv, "softmax": softmax, "attention_output": output}
-    if model.qk_norm:
+    if model.norms_projections:
+        # What fp32 makes of its input, or the copy that grouped queries are; and what the weight multiplies.
+        wide = query + key if value != _FP32 else 0 if heads == groups else query
+        saved["qk_norm"] = (query + key + wide + 2 * tokens) * _FP32
+    elif model.qk_norm:
         vectors = tokens * (heads + groups) // layout.tensor
         saved["qk_norm"] = layout.norm_bytes(vectors, width)
-        if model.norms_projections:
-            # What fp32 makes of its input, or the copy that grouped queries are; and what the weight multiplies.
-            wide = query + key if value != _FP32 else 0 if heads == groups else query
-            saved["qk_norm"] = (query + key + wide + 2 * tokens) * _FP32
-        elif not layout.transformer_engine and value == _FP32:
+        if not layout.transformer_engine and value == _FP32:
             # Views of the projection, which is kept already; grouped queries are copied.
             saved["qk_norm"] -= (key + (query if heads == groups else 0)) * value
     if model.attention_output_gate == "elementwise":

@@ -20,7 +20,7 @@ def law_lines(fit: LawFit, variables: Sequence[str], value: str) -> list[str]:
     width = max(map(len, fit.coefficients))
     return [
         f"{value} = {fit.form.formula}; {_legend(fit, variables)}; {fit.num_points} points{runs}",
-        *(f"  {name:{width}}  {shown(found)}" for name, found in fit.coefficients.items()),
+        *(f"  {name:{width}}  {_shown(found)}" for name, found in fit.coefficients.items()),
         f"  residual {fit.residual:.3g}{' of logarithms' if fit.form.is_log else ''}; {held_out_text(fit)}",
         *(f"  note: {note}" for note in fit.notes),
     ]
@@ -28,7 +28,7 @@ def law_lines(fit: LawFit, variables: Sequence[str], value: str) -> list[str]:
 
 def coefficients_text(fit: LawFit) -> str:
     """All coefficients on one line."""
-    return ", ".join(f"{name} {shown(found)}" for name, found in fit.coefficients.items())
+    return ", ".join(f"{name} {_shown(found)}" for name, found in fit.coefficients.items())
 
 
 def held_out_text(fit: LawFit) -> str:
@@ -40,11 +40,10 @@ def held_out_text(fit: LawFit) -> str:
     return f"fitted without {points}: {found.predicted:.4g} for {found.measured:.4g}, {found.error:.2%} off"
 
 
-def shown(found: Interval) -> str:
-    """A coefficient with its interval."""
-    value, low, high = ("–" if end is None else f"{end:.4g}" for end in found)
-    return f"{value} [{low}, {high}]"
-
-
 def _legend(fit: LawFit, variables: Sequence[str]) -> str:
     return ", ".join(f"{variable.shown} = {name}" for variable, name in zip(fit.form.variables, variables, strict=True))
+
+
+def _shown(found: Interval) -> str:
+    value, low, high = ("–" if end is None else f"{end:.4g}" for end in found)
+    return f"{value} [{low}, {high}]"
