@@ -189,7 +189,7 @@ def _turns(stream: ResidualStream, num_layers: int) -> Tensor:
     sums = torch.zeros(num_layers + 1, dtype=torch.float64)
 
     def see(layer: int, before: Tensor, after: Tensor) -> None:
-        found = angles(before.cpu(), after.cpu())
+        found = angles(before, after)
         sums[layer] += found.sum()
         sums[-1] += 0 if layer else found.numel()
 

@@ -59,20 +59,22 @@ class ResidualStream:
         Args:
             layer: 0-based index.
             around: as for `run`.
-            see: is shown the stream before and after the block, [B, T, d] of each micro-batch.
+            see: is shown the stream before and after the block, [B, T, d] of each micro-batch, on the CPU.
         """
-        for place, (before, after) in enumerate(self._passes(layer, around)):
+        for place, (before, output) in enumerate(self._passes(layer, around)):
+            after = output.cpu()
             if see is not None:
                 see(before, after)
-            self._hidden[place] = after.cpu()
+            self._hidden[place] = after
 
     def _passes(self, layer: int, around: _Around) -> Iterator[tuple[Tensor, Tensor]]:
+        """The stream before the block, on the CPU, and the block's output of each micro-batch."""
         with self._residency.holding(f"{self._replay.layers.name}.{layer}"):
             for place, trace in enumerate(self._traces):
-                before = self._hidden[place].to(self._replay.model.device)
+                before = self._hidden[place]
                 with around():
-                    after = self._replay.run_block(trace, layer, before)
-                yield before, after
+                    output = self._replay.run_block(trace, layer, before.to(self._replay.model.device))
+                yield before, output
 
     def logits(self) -> Iterator[Tensor]:
         """What the model predicts if the stream is the last block's output, [B, T, V] for each micro-batch."""
