@@ -24,24 +24,21 @@ class Outcome:
 
     Attributes:
         loss: nats per token, mean over the global batch.
-        tokens: that counted in it.
         grad_norm: L2 norm of the whole gradient, rank 0's; non-finite if any rank's is.
         stop: whether any rank was asked to stop.
     """
 
     loss: float
-    tokens: int
     grad_norm: float
     stop: bool
 
 
-def agreed_outcome(loss_sums: Tensor, optimizer: MegatronOptimizer, *, replicas: int, stop: bool) -> Outcome:
+def agreed_outcome(loss_sums: Tensor, optimizer: MegatronOptimizer, *, stop: bool) -> Outcome:
     """Exchange what the ranks have. Collective over all processes; waits for the device once.
 
     Args:
         loss_sums: (Σ loss, Σ tokens) of this rank's micro-batches, [2] in fp64.
         optimizer: its gradients are ready.
-        replicas: ranks that add the same to `loss_sums`: the tensor-parallel size.
         stop: whether this rank was asked to stop.
     """
     squared = squared_grad_norm(optimizer, loss_sums.device)
@@ -50,7 +47,7 @@ def agreed_outcome(loss_sums: Tensor, optimizer: MegatronOptimizer, *, replicas:
     squared = torch.where(counts, squared, 0.0)
     packed = all_reduce_sums(torch.cat((loss_sums, squared[None], loss_sums.new_full((1,), float(stop)))))
     loss_sum, tokens, squared_norm, stops = packed.tolist()
-    return Outcome(loss=loss_sum / tokens, tokens=round(tokens / replicas), grad_norm=squared_norm**0.5, stop=stops > 0)
+    return Outcome(loss=loss_sum / tokens, grad_norm=squared_norm**0.5, stop=stops > 0)
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def train_step(
         trainer.scheduler.step(increment=1)
         enter("optimizer")
         trainer.optimizer.prepare_grads()
-        found = agreed_outcome(sums, trainer.optimizer, replicas=trainer.groups.tp.size(), stop=asked_to_stop())
+        found = agreed_outcome(sums, trainer.optimizer, stop=asked_to_stop())
         verdict = _judge(judge, found.loss, found.grad_norm, buffers)
         if verdict.update:
             with _after_update(trainer, context):
@@ -98,8 +98,8 @@ def train_step(
             plugin.step_ended(context, updated=verdict.update)
     lr = nominal_lr(trainer.scheduler)
     # Tokens that were computed, also where only answers count in the loss.
-    measured = vars(found) | {"tokens": samples * trainer.config.data.seq_length}
-    return StepResult(samples=samples, lr=lr, verdict=verdict, **measured)
+    tokens = samples * trainer.config.data.seq_length
+    return StepResult(samples=samples, tokens=tokens, lr=lr, verdict=verdict, **vars(found))
 
 
 def _judge(judge: Callable[[float, float], Verdict], loss: float, grad_norm: float, buffers: KeptBuffers) -> Verdict:
