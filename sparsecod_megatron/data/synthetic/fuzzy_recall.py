@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsecod_megatron.config.fields import at_least
+from sparsecod_megatron.data.synthetic.recall import key_value_words, keys_and_values
 from sparsecod_megatron.data.synthetic.task import Draw, Sample, Task
 
 
@@ -26,8 +27,7 @@ class FuzzyRecall(Task):
 
     def vocabulary(self) -> list[str]:
         """Keys, values, filling."""
-        keys, values = self._sizes()
-        return [f"k{number}" for number in range(keys)] + [f"v{number}" for number in range(values)] + ["pad"]
+        return [*key_value_words(*self._sizes()), "pad"]
 
     def problems(self, seq_length: int) -> Iterator[str]:
         """Room for keys of that length, and for a pair and its question."""
@@ -71,5 +71,4 @@ class FuzzyRecall(Task):
 
     def _sizes(self) -> tuple[int, int]:
         """Numbers of key tokens and of value tokens."""
-        keys = (self.vocab_size - 1) // 2
-        return keys, self.vocab_size - 1 - keys
+        return keys_and_values(self.vocab_size - 1)

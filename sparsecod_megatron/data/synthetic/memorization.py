@@ -10,6 +10,7 @@ import numpy as np
 
 from sparsecod_megatron.config.fields import at_least, between
 from sparsecod_megatron.data.synthetic.knowledge import Knowledge, Piece
+from sparsecod_megatron.data.synthetic.recall import key_value_words, keys_and_values
 from sparsecod_megatron.data.synthetic.task import Draw, Sample, Task, even_problem
 
 
@@ -28,8 +29,7 @@ class Memorization(Task):
 
     def vocabulary(self) -> list[str]:
         """Keys, values, sign."""
-        keys, values = self._sizes()
-        return [f"k{number}" for number in range(keys)] + [f"v{number}" for number in range(values)] + ["insert"]
+        return [*key_value_words(*self._sizes()), "insert"]
 
     def problems(self, seq_length: int) -> Iterator[str]:
         """Pairs."""
@@ -57,5 +57,4 @@ class Memorization(Task):
 
     def _sizes(self) -> tuple[int, int]:
         """Numbers of keys and values."""
-        keys = (self.vocab_size - 1) // 2
-        return keys, self.vocab_size - 1 - keys
+        return keys_and_values(self.vocab_size - 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsecod_megatron.config.fields import at_least, from_to_below
-from sparsecod_megatron.data.synthetic.recall import key_value_pairs, pair_problems
+from sparsecod_megatron.data.synthetic.recall import key_value_pairs, key_value_words, pair_problems
 from sparsecod_megatron.data.synthetic.task import Draw, Sample, Task, even_problem
 
 
@@ -28,8 +28,7 @@ class NoisyRecall(Task):
     def vocabulary(self) -> list[str]:
         """Keys, values, noise."""
         half = self._half()
-        names = [f"k{number}" for number in range(half)] + [f"v{number}" for number in range(half)]
-        return names + [f"n{number}" for number in range(self.noise_vocab_size)]
+        return [*key_value_words(half, half), *(f"n{number}" for number in range(self.noise_vocab_size))]
 
     def problems(self, seq_length: int) -> Iterator[str]:
         """Halves and pairs."""

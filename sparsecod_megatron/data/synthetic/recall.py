@@ -25,7 +25,7 @@ class Recall(Task):
     def vocabulary(self) -> list[str]:
         """Keys, then values."""
         half = self.vocab_size // 2
-        return [f"k{number}" for number in range(half)] + [f"v{number}" for number in range(half)]
+        return key_value_words(half, half)
 
     def problems(self, seq_length: int) -> Iterator[str]:
         """Halves and pairs."""
@@ -35,6 +35,16 @@ class Recall(Task):
     def make(self, draw: Draw, seq_length: int) -> Sample:
         """`seq_length / 2` pairs, the last of a key that came before."""
         return key_value_pairs(draw.generator(), self.vocab_size // 2, seq_length)
+
+
+def key_value_words(keys: int, values: int) -> list[str]:
+    """How keys and values are written, in the order of their ids."""
+    return [*(f"k{number}" for number in range(keys)), *(f"v{number}" for number in range(values))]
+
+
+def keys_and_values(count: int) -> tuple[int, int]:
+    """Numbers of keys and of values among `count` ids; an odd one is a value."""
+    return count // 2, count - count // 2
 
 
 def pair_problems(seq_length: int) -> Iterator[str]:
