@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsecod_megatron.config.fields import at_least, between
 from sparsecod_megatron.data.synthetic.knowledge import Knowledge, Piece
-from sparsecod_megatron.data.synthetic.task import END_OF_TEXT, Draw, Sample, Task
+from sparsecod_megatron.data.synthetic.task import END_OF_TEXT, Draw, Sample, Task, shuffled
 
 _NAMES = ("first", "middle", "last")
 _VALUES = ("month", "day", "year", "pronoun", "city", "university", "field", "employer")
@@ -75,7 +75,7 @@ class Biographies(Task):
         end = 0
         for slot in range(draw.number * count, (draw.number + 1) * count):
             epoch, place = divmod(slot, self.num_people)
-            person = _order(self.num_people, draw.seed, draw.held_out, epoch)[place]
+            person = shuffled(self.num_people, draw.seed, int(draw.held_out), epoch)[place]
             parts: list[tuple[np.ndarray, bool]] = [(np.zeros(1, dtype=np.int64), False), (names[person], True)]
             for templates, told in zip(self._templates, _SENTENCES, strict=True):
                 parts.append((templates[generator.integers(len(templates))], False))
@@ -120,9 +120,3 @@ class Biographies(Task):
             return first + generator.integers(self.num_words, size=length)
 
         return [[template() for _ in range(self.num_templates)] for _ in _SENTENCES]
-
-
-@functools.lru_cache(maxsize=8)
-def _order(people: int, seed: int, held_out: bool, epoch: int) -> np.ndarray:
-    """Who comes when in an epoch, `[people]`."""
-    return np.random.default_rng([seed, int(held_out), epoch, people]).permutation(people)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 
-from sparsecod_megatron.data.synthetic.task import END_OF_TEXT, Draw, Sample, Task
+from sparsecod_megatron.data.synthetic.task import END_OF_TEXT, Draw, Sample, Task, shuffled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +55,7 @@ class SyntheticDataset(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(index)
         if not self._held_out and (epoch_length := self._task.num_samples):
             epoch, place = divmod(index, epoch_length)
-            index = int(_shuffled(epoch_length, self._seed, epoch)[place])
+            index = int(shuffled(epoch_length, self._seed, epoch)[place])
         return self._task.make(Draw(self._seed, index, self._held_out), self._seq_length)
 
 
@@ -91,9 +90,3 @@ def synthetic_fingerprint(task: Task, *, seq_length: int, seed: int) -> dict[str
         "data.synthetic": f"{type(task).__name__} {settings}",
         "first samples": digest.hexdigest()[:16],
     }
-
-
-@functools.lru_cache(maxsize=4)
-def _shuffled(length: int, seed: int, epoch: int) -> np.ndarray:
-    """Numbers of an epoch's samples in its order, `[length]`."""
-    return np.random.default_rng([seed, epoch, length]).permutation(length)

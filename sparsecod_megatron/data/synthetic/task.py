@@ -6,6 +6,7 @@ size and resumed run sees the same ones, and none is ever stored.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,6 +92,12 @@ class Task(ABC):
 def task_vocabulary_size(task: Task) -> int:
     """Rows that an embedding table needs: the task's ids, and the end of text where it has none."""
     return len({*task.vocabulary(), END_OF_TEXT})
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(length: int, *key: int) -> np.ndarray:
+    """The numbers below `length` in the order that a key, such as seed and epoch, names, `[length]`."""
+    return np.random.default_rng([*key, length]).permutation(length)
 
 
 def even_problem(value: int, key: str, what: str) -> Iterator[str]:
