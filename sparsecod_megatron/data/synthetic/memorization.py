@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Memorization(Task):
         """Pairs."""
         yield from even_problem(seq_length, "data.seq_length", "a sample consists of pairs")
 
+    @functools.cached_property
     def facts(self) -> np.ndarray:
         """Value of each key, as an id, `[keys]`."""
         keys, values = self._sizes()
@@ -47,7 +49,7 @@ class Memorization(Task):
         tokens = np.full(seq_length, keys + values)
         tokens[::2] = asked
         labels, is_answer = tokens.copy(), np.zeros(seq_length, dtype=bool)
-        labels[1::2], is_answer[1::2] = self.facts()[asked], True
+        labels[1::2], is_answer[1::2] = self.facts[asked], True
         return Sample(tokens, labels, is_answer)
 
     def knowledge(self) -> Knowledge:

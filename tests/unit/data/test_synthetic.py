@@ -75,7 +75,7 @@ def oracle(name: str, task: Task, sample: Sample) -> list[str]:
     if name == "selective_copying":
         return [word for word in words if word.startswith("t")]
     if isinstance(task, Memorization):
-        return [task.vocabulary()[task.facts()[int(words[place - 1][1:])]] for place in places]
+        return [task.vocabulary()[task.facts[int(words[place - 1][1:])]] for place in places]
     return [said_before(words, place) or "" for place in places]
 
 
