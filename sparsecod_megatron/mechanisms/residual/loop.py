@@ -153,17 +153,18 @@ class LoopPlaces:
     maxima: tuple[str, ...] = ()
 
     def __init__(self, loop: Loop, models: Sequence[Any]) -> None:
+        import torch
+
         layers = [layer.layer_number - 1 for model in models for layer in model.decoder.layers]
-        self._places = {layer: place for layer in layers if (place := loop.place(layer)) is not None}
-        self._device = next(models[0].parameters()).device
+        places = {layer: place for layer in layers if (place := loop.place(layer)) is not None}
+        device = next(models[0].parameters()).device
+        self._places = {layer: torch.tensor(place, device=device) for layer, place in places.items()}
 
     @contextlib.contextmanager
     def collecting(self, sums: LayerAccumulator) -> Iterator[None]:
         """The same in every step. Local."""
-        import torch
-
         for layer, place in self._places.items():
-            sums.add_many(layer, self.names, torch.tensor(place, device=self._device), 1)
+            sums.add_many(layer, self.names, place, 1)
         yield
 
     def statistics(self, means: dict[str, float]) -> Statistics:
