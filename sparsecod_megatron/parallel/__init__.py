@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsecod_megatron.parallel.groups import ProcessGroups, process_groups, running_processes, world
-    from sparsecod_megatron.parallel.reduce import all_reduce_sums, any_rank, wait_for_all
+    from sparsecod_megatron.parallel.reduce import all_reduce_sums, any_rank, reduced, wait_for_all
 
-_HOME = dict.fromkeys(("all_reduce_sums", "any_rank", "wait_for_all"), "reduce")
+_HOME = dict.fromkeys(("all_reduce_sums", "any_rank", "reduced", "wait_for_all"), "reduce")
 __all__ = [
     "ProcessGroups",
     "all_reduce_sums",
     "any_rank",
     "process_groups",
+    "reduced",
     "running_processes",
     "wait_for_all",
     "world",

@@ -24,6 +24,24 @@ def all_reduce_sums(sums: torch.Tensor, group: dist.ProcessGroup | None = None) 
     return sums
 
 
+def reduced(
+    values: torch.Tensor, group: dist.ProcessGroup, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """Reduce a tensor over ranks, in place; one that is alone sends nothing. Collective over `group`.
+
+    Args:
+        values: any shape and type, the same on every rank.
+        group: ranks that take part.
+        operation: how.
+
+    Returns:
+        `values`, reduced.
+    """
+    if group.size() > 1:
+        dist.all_reduce(values, op=operation, group=group)
+    return values
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds on any process. Collective over all processes; waits for the device."""
     value = torch.full((1,), float(flag), device=device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.data.synthetic.task import Task
-from sparsecod_megatron.parallel import all_reduce_sums
+from sparsecod_megatron.parallel import all_reduce_sums, reduced
 from sparsecod_megatron.train.forward import Batch
 from sparsecod_megatron.train.passes import forward_backward
 from sparsecod_megatron.train.setup import Trainer
@@ -97,20 +97,14 @@ def answer_sums(batch: Batch, logits: Tensor, *, class_of: Tensor, count: int, t
     labels, values = batch["labels"][places], logits[places].double()
     first, size = tp_group.rank() * values.shape[-1], values.shape[-1]
     highest, chosen = values.max(-1) if len(values) else (values.new_zeros(0), labels)
-    top = _reduced(highest.clone(), dist.ReduceOp.MAX, tp_group)
+    top = reduced(highest.clone(), tp_group, dist.ReduceOp.MAX)
     beyond = size * tp_group.size()
-    lowest = _reduced(torch.where(highest == top, chosen + first, beyond), dist.ReduceOp.MIN, tp_group)
+    lowest = reduced(torch.where(highest == top, chosen + first, beyond), tp_group, dist.ReduceOp.MIN)
     mine = (labels >= first) & (labels < first + size)
     own = values.gather(-1, (labels - first).clamp(0, size - 1)[:, None])[:, 0]
-    own = _reduced(torch.where(mine, own, 0.0), dist.ReduceOp.SUM, tp_group)
-    normaliser = _reduced((values - top[:, None]).exp().sum(-1), dist.ReduceOp.SUM, tp_group)
+    own = reduced(torch.where(mine, own, 0.0), tp_group)
+    normaliser = reduced((values - top[:, None]).exp().sum(-1), tp_group)
     losses = top + normaliser.log() - own
     columns = torch.stack((losses, torch.ones_like(losses), (lowest == labels).double()), dim=-1)
     sums = columns.new_zeros(count, _ENTRIES).index_add_(0, class_of[labels], columns)
     return sums.view(-1)
-
-
-def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
-    if group.size() > 1:
-        dist.all_reduce(values, op=operation, group=group)
-    return values

@@ -15,11 +15,13 @@ its code for ε; Hinton et al., Distilling the Knowledge in a Neural Network (ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sparsecod_megatron.parallel import reduced
 
 EPSILON = torch.finfo(torch.bfloat16).eps
 
@@ -41,8 +43,7 @@ def inverse_squares(
         0, samples.flatten(), squares.flatten()
     )
     for group in groups:
-        if group.size() > 1:
-            dist.all_reduce(sums, group=group)
+        reduced(sums, group)
     return (1 / (sums + EPSILON * size))[samples]
 
 
@@ -74,22 +75,14 @@ def kl_divergence(
     """
     ours, theirs = (_log_probabilities(logits.detach().float() / temperature, group) for logits in (student, teacher))
     expected = theirs.exp()
-    value = (expected * (theirs - ours)).sum()
-    _reduce([value], group, dist.ReduceOp.SUM)
+    value = reduced((expected * (theirs - ours)).sum(), group)
     tokens = student[..., 0].numel()
     return value * temperature**2 / tokens, (ours.exp() - expected) * (temperature / tokens)
 
 
 def _log_probabilities(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     """log softmax over a vocabulary that ranks share."""
-    largest = logits.amax(-1, keepdim=True)
-    _reduce([largest], group, dist.ReduceOp.MAX)
+    largest = reduced(logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
     shifted = logits - largest
-    total = shifted.exp().sum(-1, keepdim=True)
-    _reduce([total], group, dist.ReduceOp.SUM)
+    total = reduced(shifted.exp().sum(-1, keepdim=True), group)
     return shifted - total.log()
-
-
-def _reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> None:
-    for tensor in tensors if group.size() > 1 else ():
-        dist.all_reduce(tensor, op, group=group)
