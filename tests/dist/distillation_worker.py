@@ -5,7 +5,6 @@ Arguments: the JSON file to write, {case: run}, and the folder of the teachers.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sparsecod_megatron.config import RunConfig, load_config
 from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.dist.layouts import BUCKETS, EP2, FULL_RECOMPUTE, PP2, SP, TP2
 from tests.helpers.megatron import SMALL
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import fresh_router_losses, trainer_batches
 
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -121,10 +121,9 @@ def heal(config: RunConfig, backend: Backend, groups: Any, pruned: Path) -> dict
 def main() -> None:
     """Write the file from rank 0."""
     backend = select_backend()
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
-    runs: dict[str, Any] = {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, sys.argv[1]) as runs:
         for teacher, layouts in LAYOUTS.items():
             for layout in layouts:
                 config = case_config(teacher, Path(sys.argv[2]), layout)
@@ -134,8 +133,6 @@ def main() -> None:
             config = case_config("untied", Path(sys.argv[2]), "", *HEALING, *overrides)
             with process_groups(config) as groups:
                 runs[f"{HEALED}-{layout}"] = heal(config, backend, groups, Path(sys.argv[2]) / HEALED)
-        if dist.get_rank() == 0:
-            Path(sys.argv[1]).write_text(json.dumps(runs))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,10 @@ Arguments: the JSON file to write, {case: run}, and a folder for the checkpoints
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
@@ -20,6 +17,7 @@ from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.dist.layouts import BUCKETS, CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, SpreadCase
 from tests.helpers.mechanisms import CASES, ONE_STAGE, TOGETHER, UNDIVIDED, settings
 from tests.helpers.megatron import SMALL
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 
 STEPS = 3
@@ -154,11 +152,11 @@ def train(
 def main() -> None:
     """Write the file from rank 0."""
     backend = select_backend()
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
-    runs, folder = {}, Path(sys.argv[2])
+    folder = Path(sys.argv[2])
     saving = [case for case in LAYOUT_CASES if SAVES[case.model] == case.layout]
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, sys.argv[1]) as runs:
         for case in [*saving, *(case for case in LAYOUT_CASES if case not in saving)]:
             config, checkpoints = case.config(), folder / f"{case.model}-{case.subject}"
             with process_groups(config) as groups:
@@ -166,8 +164,6 @@ def main() -> None:
                 runs[case.name] = train(config, backend, groups, save=save)
                 if case.layout in RESUMED[case.model]:
                     runs[f"{case.name}-resumed"] = train(config, backend, groups, resume=checkpoints)
-        if dist.get_rank() == 0:
-            Path(sys.argv[1]).write_text(json.dumps(runs))
 
 
 if __name__ == "__main__":

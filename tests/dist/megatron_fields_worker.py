@@ -5,18 +5,15 @@ Argument: the JSON file to write: {"losses": {case: [loss by step]}, "read": {fi
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import load_config
 from tests.dist.layouts import EP2, FULL_RECOMPUTE, PP2, SP, TP2, VPP2
 from tests.helpers.megatron import SMALL
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import fresh_router_losses, trainer_batches
 
 STEPS = 2
@@ -123,16 +120,14 @@ def series(backend: Backend, groups: Any, overrides: tuple[str, ...]) -> list[fl
 def main() -> None:
     """Write the file from rank 0."""
     backend = select_backend()
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
     read, losses = record_reads(), {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, sys.argv[1]) as found:
         for name, overrides in [*SAME.items(), *EXCHANGES.items(), *((f"other-{n}", o) for n, o in OTHER.items())]:
             with process_groups(load_config(None, [*RUN, *overrides])) as groups, fresh_router_losses():
                 losses[name] = series(backend, groups, overrides)
-        if dist.get_rank() == 0:
-            found = {field: sorted(files) for field, files in read.items()}
-            Path(sys.argv[1]).write_text(json.dumps({"losses": losses, "read": found}))
+        found |= {"losses": losses, "read": {field: sorted(files) for field, files in read.items()}}
 
 
 if __name__ == "__main__":

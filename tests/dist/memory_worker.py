@@ -5,9 +5,7 @@ Argument: the JSON file to write, {layout: [{part: bytes} by rank]}.
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -15,6 +13,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from tests.dist.layouts import CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP2, Layout
 from tests.helpers.memory import step_bytes
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import fresh_router_losses
 
 RUN = (
@@ -69,11 +68,10 @@ def main() -> None:
     """Write the file from rank 0."""
     # Memory is planned for Megatron-Core's own functions; the faster ones keep less.
     backend = select_backend(cpu_kernels="plain")
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
     from sparsecod_megatron.train.setup import build_trainer
 
-    measured = {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, sys.argv[1]) as measured:
         for layout in LAYOUTS:
             config = layout_config(layout)
             with fresh_router_losses(), process_groups(config) as groups:
@@ -81,8 +79,6 @@ def main() -> None:
                 ranks: list[dict[str, int]] = [{}] * dist.get_world_size()
                 dist.all_gather_object(ranks, {**parts, "stage": groups.pp.rank()})
                 measured[layout.name] = ranks
-        if dist.get_rank() == 0:
-            Path(sys.argv[1]).write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

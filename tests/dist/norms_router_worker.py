@@ -5,18 +5,17 @@ Arguments: the checkpoint of each model as dense=DIR moe=DIR, then the JSON file
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from tests.dist.layouts import BUCKETS, CP2, EP2, ETP1, PP2, SP, TP2, VPP2, Layout
 from tests.helpers.megatron import SMALL
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import collected_steps
 
 if TYPE_CHECKING:
@@ -92,16 +91,13 @@ def main() -> None:
     *sources, output = sys.argv[1:]
     source = {name: Path(path) for name, path in (item.split("=") for item in sources)}
     backend = select_backend()
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
-    collected = {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, output) as collected:
         for layout in ALL_LAYOUTS:
             config = layout_config(layout)
             with process_groups(config) as groups:
                 _, collected[layout.name] = statistics(config, backend, groups, source[layout.model])
-        if dist.get_rank() == 0:
-            Path(output).write_text(json.dumps(collected))
 
 
 if __name__ == "__main__":

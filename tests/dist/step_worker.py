@@ -5,9 +5,7 @@ Argument: the JSON file to write: {layout: [[loss, gradient norm] by step]}.
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from sparsecod_megatron.backend import Backend, choice, select_backend
 from sparsecod_megatron.config import load_config
 from tests.dist.layouts import CP2, EP2, ETP1, FULL_RECOMPUTE, PP2, SP, TP2, VPP2
 from tests.helpers.megatron import SMALL
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import trainer_batches
 
 STEPS = 3
@@ -74,10 +73,9 @@ def main() -> None:
     backend = select_backend()
     from megatron.core.tensor_parallel import layers
 
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
-    collected = {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, sys.argv[1]) as collected:
         for name, overrides in LAYOUTS.items():
             with process_groups(load_config(None, [*RUN, *overrides])) as groups:
                 collected[name] = series(backend, groups, overrides)
@@ -85,8 +83,6 @@ def main() -> None:
         for name in LEFT_UNMARKED:
             with process_groups(load_config(None, [*RUN, *LAYOUTS[name]])) as groups:
                 collected[f"{name}-unmarked"] = series(backend, groups, LAYOUTS[name])
-        if dist.get_rank() == 0:
-            Path(sys.argv[1]).write_text(json.dumps(collected))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,14 @@ Argument: the JSON file to write: {layout: numbers of the steps and of the valid
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import load_config
 from tests.dist.layouts import CP2, PP2, SP, TP2
 from tests.helpers.megatron import SMALL
+from tests.helpers.ranks import found_by_ranks
 
 STEPS = 3
 RUN = (
@@ -69,15 +66,12 @@ def measured(backend: Backend, groups: Any, overrides: tuple[str, ...]) -> dict[
 def main() -> None:
     """Write the file from rank 0."""
     backend = select_backend()
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
-    collected = {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, sys.argv[1]) as collected:
         for name, overrides in LAYOUTS.items():
             with process_groups(load_config(None, [*RUN, *overrides])) as groups:
                 collected[name] = measured(backend, groups, overrides)
-        if dist.get_rank() == 0:
-            Path(sys.argv[1]).write_text(json.dumps(collected))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,14 @@ Argument: the JSON file to write, {case: run}. Initial weights are the same unde
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from tests.dist.layouts import CP2, EP2, ETP1, PP2, SP, TP2, SpreadCase
 from tests.helpers.megatron import SMALL
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
 
@@ -107,16 +104,13 @@ def train(config: RunConfig, backend: Backend, groups: Any) -> dict[str, Any]:
 def main() -> None:
     """Write the file from rank 0."""
     backend = select_backend()
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
-    runs = {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, sys.argv[1]) as runs:
         for layout in dict.fromkeys((case.model, case.layout) for case in CASES):
             cases = [case for case in CASES if (case.model, case.layout) == layout]
             with process_groups(cases[0].config()) as groups:
                 runs.update({case.name: train(case.config(), backend, groups) for case in cases})
-        if dist.get_rank() == 0:
-            Path(sys.argv[1]).write_text(json.dumps(runs))
 
 
 if __name__ == "__main__":
