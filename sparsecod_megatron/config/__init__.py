@@ -1,6 +1,6 @@
 """What a run is: typed sections, read from YAML and `a.b=c` overrides, refused in one line where they cannot run."""
 
-from sparsecod_megatron.config.check import check_config, data_parallel_size
+from sparsecod_megatron.config.check import check_config, data_parallel_size, with_vocab_size
 from sparsecod_megatron.config.check_batch import batch_sizes
 from sparsecod_megatron.config.load import load_config, save_config
 from sparsecod_megatron.config.model_schema import ACTIVATIONS_WITH_GATE, InitStdConfig, ModelConfig
@@ -46,4 +46,5 @@ __all__ = [
     "load_config",
     "preset_names",
     "save_config",
+    "with_vocab_size",
 ]

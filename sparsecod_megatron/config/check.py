@@ -7,6 +7,7 @@ diverges silently).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sparsecod_megatron.config.blend import blend_problems
@@ -33,6 +34,17 @@ def check_config(config: RunConfig) -> None:
     """
     for problem in _problems(config):
         raise ConfigError(problem)
+
+
+def with_vocab_size(config: RunConfig, needed: int) -> RunConfig:
+    """The run with a vocabulary of `needed` entries, padded, and checked again.
+
+    Raises:
+        ConfigError: the layout does not divide it.
+    """
+    completed = replace(config, model=replace(config.model, vocab_size=config.model.padded_vocab_size(needed)))
+    check_config(completed)
+    return completed
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from sparsecod_megatron.config import RunConfig, check_config
+from sparsecod_megatron.config import RunConfig, with_vocab_size
 from sparsecod_megatron.data.synthetic.registry import task_of
 from sparsecod_megatron.data.synthetic.task import task_vocabulary_size
 from sparsecod_megatron.errors import ConfigError, DataError
@@ -32,10 +31,8 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str | None]:
         size, note = _vocabulary(name), f"vocabulary of {name}"
     else:
         size, note = PAPER_VOCABULARY, "model.vocab_size is not set and there is no tokenizer: the paper's is assumed"
-    padded = config.model.padded_vocab_size(size)
-    completed = replace(config, model=replace(config.model, vocab_size=padded))
-    check_config(completed)
-    return completed, f"{note}, {padded} entries"
+    completed = with_vocab_size(config, size)
+    return completed, f"{note}, {completed.model.vocab_size} entries"
 
 
 def _vocabulary(name: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from sparsecod_megatron.checkpoint.state import TrainState
-from sparsecod_megatron.config import RunConfig, check_config
+from sparsecod_megatron.config import RunConfig, with_vocab_size
 from sparsecod_megatron.config.blend import Blend, parse_blend
 from sparsecod_megatron.data.batches import BatchIterator
 from sparsecod_megatron.data.datasets import blend_weights, build_dataset
@@ -75,11 +74,7 @@ def prepare_data(config: RunConfig) -> tuple[RunConfig, PreTrainedTokenizerFast]
 
 def _with_vocabulary(config: RunConfig, needed: int) -> RunConfig:
     """The run with a vocabulary of `needed` entries, padded, where it has none."""
-    if config.model.vocab_size is not None:
-        return config
-    completed = replace(config, model=replace(config.model, vocab_size=config.model.padded_vocab_size(needed)))
-    check_config(completed)
-    return completed
+    return with_vocab_size(config, needed) if config.model.vocab_size is None else config
 
 
 def _check_tokenizer(prefix: str, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
