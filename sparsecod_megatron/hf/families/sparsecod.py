@@ -49,7 +49,7 @@ KEYS_IN_COMMON = (
 """Keys with one name in `model:` and in the architecture's configuration."""
 CODE = tuple(
     Path(__file__).parents[1] / f"{name}_sparsecod.py"
-    for name in ("configuration", "modeling", "moe", "rotary", "tokens")
+    for name in ("configuration", "modeling", "attention", "moe", "rotary", "tokens")
 )
 """What loading without this package needs beside the weights."""
 AUTO_MAP = {
