@@ -1,0 +1,80 @@
+"""Models of open families, written by transformers, imported and trained on: under every layout as in one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import (
+    GraniteConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoeConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    SmolLM3Config,
+)
+
+from sparsecod_megatron.backend import select_backend
+from sparsecod_megatron.cli import import_
+from tests.dist.families_worker import CASES, FAMILIES, Case, train
+from tests.helpers.cli import script_ranks
+from tests.unit.hf.test_source import EXPERTS, FACTORS, PARTIAL, SIZES, TOKENS, save
+
+pytestmark = pytest.mark.dist
+SHAPE = SIZES | {"num_hidden_layers": 4, "vocab_size": 64}
+WINDOWED = ["sliding_attention", "full_attention"] * 2
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(**SHAPE),
+    "smollm3": SmolLM3Config(**SHAPE, no_rope_layer_interval=2, **TOKENS),
+    "phi3": Phi3Config(**SHAPE, sliding_window=5, rope_parameters=PARTIAL, **TOKENS),
+    "granite": GraniteConfig(**SHAPE, **FACTORS, tie_word_embeddings=True),
+    "olmo2": Olmo2Config(**SHAPE),
+    "olmo3": Olmo3Config(**SHAPE, sliding_window=5, layer_types=WINDOWED),
+    "qwen2-moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=24),
+    "olmoe": OlmoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Imported, each compared with transformers' reading."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        directory = save(CONFIGS[name], folder / "hf" / name)
+        import_.run(argparse.Namespace(hf=directory, output=folder / name, config=None, verify=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spread(runs: Path, repo_root: Path) -> dict[str, Any]:
+    """All cases on two processes."""
+    output = runs / "runs.json"
+    script_ranks(repo_root / "tests/dist/families_worker.py", runs, output, nproc=2)
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def single(runs: Path) -> dict[str, Any]:
+    """Each family in this process."""
+    backend = select_backend()
+    from sparsecod_megatron.parallel import running_processes
+
+    cases = [Case(family, "") for family in FAMILIES]
+    config = cases[0].config(runs)
+    with running_processes(config, communication=backend.communication, device=backend.device) as groups:
+        return {case.model: train(case, runs, backend, groups) for case in cases}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_goes_on_as_in_one_process(case: Case, spread: dict[str, Any], single: dict[str, Any]) -> None:
+    """Losses and gradient norms to 1e-5; the second step has seen the gradients."""
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(spread[case.name][name], single[case.model][name], rtol=1e-5, err_msg=name)
