@@ -5,16 +5,14 @@ Arguments: the folder of imported runs, one called as each family, and the JSON 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from sparsecod_megatron.backend import Backend, select_backend
 from sparsecod_megatron.config import RunConfig, load_config
 from tests.dist.layouts import EP2, PP2, SP, TP2, SpreadCase
+from tests.helpers.ranks import found_by_ranks
 from tests.helpers.training import fresh_router_losses, recorded_steps, trainer_batches
 
 RUN = (
@@ -61,16 +59,13 @@ def main() -> None:
     """Write the file from rank 0."""
     runs, output = map(Path, sys.argv[1:])
     backend = select_backend()
-    from sparsecod_megatron.parallel import process_groups, world
+    from sparsecod_megatron.parallel import process_groups
 
-    found = {}
-    with world(communication=backend.communication):
+    with found_by_ranks(backend, output) as found:
         for layout in LAYOUTS:
             cases = [case for case in CASES if case.layout == layout]
             with process_groups(cases[0].config(runs)) as groups:
                 found.update({case.name: train(case, runs, backend, groups) for case in cases})
-        if dist.get_rank() == 0:
-            output.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
