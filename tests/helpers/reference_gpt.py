@@ -153,6 +153,8 @@ def _rotation(model: ModelConfig, positions: Tensor) -> Tensor:
         scaling["original_max_position_embeddings"] = model.rope_original_max_position_embeddings
     if model.rope_scaling == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if model.rotary_percent < 1:
+        scaling["partial_rotary_factor"] = model.rotary_percent
     half = round(model.head_dim * model.rotary_percent) // 2
     if model.rope_scaling == "none":
         frequencies, factor = model.rotary_base ** (-torch.arange(half) / half), 1.0
