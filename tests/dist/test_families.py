@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from transformers import (
+    Glm4MoeConfig,
     GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
@@ -18,6 +22,8 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -25,19 +31,25 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.cli import import_
 from tests.dist.families_worker import CASES, FAMILIES, Case, train
 from tests.helpers.cli import script_ranks
-from tests.unit.hf.test_source import EXPERTS, FACTORS, PARTIAL, SIZES, TOKENS, save
+from tests.unit.hf.test_source import EXPERTS, FACTORS, GLM, PARTIAL, SIZES, TOKENS, save
 
 pytestmark = pytest.mark.dist
 SHAPE = SIZES | {"num_hidden_layers": 4, "vocab_size": 64}
 WINDOWED = ["sliding_attention", "full_attention"] * 2
 CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=5),
     "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "smollm3": SmolLM3Config(**SHAPE, no_rope_layer_interval=2, **TOKENS),
     "phi3": Phi3Config(**SHAPE, sliding_window=5, rope_parameters=PARTIAL, **TOKENS),
     "granite": GraniteConfig(**SHAPE, **FACTORS, tie_word_embeddings=True),
     "olmo2": Olmo2Config(**SHAPE),
     "olmo3": Olmo3Config(**SHAPE, sliding_window=5, layer_types=WINDOWED),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=24),
+    "qwen3-moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),
+    "glm4-moe": Glm4MoeConfig(**SHAPE, **GLM),
     "olmoe": OlmoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2),
 }
 
