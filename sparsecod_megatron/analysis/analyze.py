@@ -54,6 +54,8 @@ def analyze(context: Context, scores: Sequence[Score], *, settings: dict[str, An
         "seed": context.seed,
         "sample_sha256": hashlib.sha256(context.windows.numpy().tobytes()).hexdigest(),
     }
+    if context.items is not None:
+        facts |= {"task": context.items.name, "items": len(context.items), "items_sha256": context.items.digest()}
     return Analysis(settings | facts, results)
 
 

@@ -65,7 +65,7 @@ def differences(first: AnalysisDirectory, second: AnalysisDirectory) -> list[Dif
     Raises:
         ConfigError: the two were measured on different sequences.
     """
-    for key in ("num_samples", "seq_length", "seed", "sample_sha256"):
+    for key in ("num_samples", "seq_length", "seed", "sample_sha256", "items_sha256"):
         one, other = first.settings.get(key), second.settings.get(key)
         if one != other:
             raise ConfigError(

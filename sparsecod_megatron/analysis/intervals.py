@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Strata = npt.NDArray[np.int64] | None
 NUM_RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50
 Z_95 = 1.959963984540054
@@ -58,7 +59,12 @@ def finite(value: float) -> float | None:
 
 
 def bootstrap(
-    statistic: Callable[[Array], Array], num_sequences: int, *, seed: int, num_resamples: int = NUM_RESAMPLES
+    statistic: Callable[[Array], Array],
+    num_sequences: int,
+    *,
+    seed: int,
+    num_resamples: int = NUM_RESAMPLES,
+    strata: Strata = None,
 ) -> Estimate:
     """A statistic of weighted sequences with its percentile interval when sequences are drawn with replacement.
 
@@ -67,14 +73,18 @@ def bootstrap(
         num_sequences: sequences of the sample.
         seed: seed of the draws; the same seed draws the same sequences for every statistic, so differences are paired.
         num_resamples: draws; fewer for a statistic that is costly.
+        strata: a number for each sequence; as many of each are drawn as there are. None draws from all alike.
     """
     value = statistic(np.ones((1, num_sequences)))[0]
     if num_sequences < 2:
         return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
-    draws = np.random.default_rng(seed).multinomial(
-        num_sequences, np.full(num_sequences, 1 / num_sequences), size=num_resamples
-    )
-    parts = np.split(draws.astype(np.float64), range(RESAMPLES_AT_ONCE, num_resamples, RESAMPLES_AT_ONCE))
+    draws, generator = np.zeros((num_resamples, num_sequences)), np.random.default_rng(seed)
+    of = np.zeros(num_sequences, dtype=np.int64) if strata is None else strata
+    for stratum in np.unique(of):
+        members = np.flatnonzero(of == stratum)
+        shares = np.full(len(members), 1 / len(members))
+        draws[:, members] = generator.multinomial(len(members), shares, size=num_resamples)
+    parts = np.split(draws, range(RESAMPLES_AT_ONCE, num_resamples, RESAMPLES_AT_ONCE))
     resampled = np.concatenate([statistic(part) for part in parts])
     # A resample in which the number is undefined makes its ends undefined, rather than a warning of numpy's.
     with np.errstate(invalid="ignore"):
@@ -82,13 +92,14 @@ def bootstrap(
     return Estimate(value, np.asarray(low), np.asarray(high))
 
 
-def ratio_of_sums(numerator: Array, denominator: Array, *, seed: int) -> Estimate:
+def ratio_of_sums(numerator: Array, denominator: Array, *, seed: int, strata: Strata = None) -> Estimate:
     """Σ numerator ÷ Σ denominator over sequences.
 
     Args:
         numerator: [sequences, ...].
         denominator: [sequences, ...], the same shape or one that broadcasts to it.
         seed: seed of the bootstrap.
+        strata: as of `bootstrap`.
 
     Returns:
         [...]; NaN where the denominator is zero.
@@ -100,7 +111,7 @@ def ratio_of_sums(numerator: Array, denominator: Array, *, seed: int) -> Estimat
             quotient = above / below
         return np.where(np.isfinite(quotient), quotient, np.nan)
 
-    return bootstrap(statistic, len(numerator), seed=seed)
+    return bootstrap(statistic, len(numerator), seed=seed, strata=strata)
 
 
 def mean_interval(values: Array, *, seed: int) -> Estimate:

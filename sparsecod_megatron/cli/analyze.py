@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsecod_megatron.cli.analysis_task import add_task_options, check_task, needs_text, read_task
 from sparsecod_megatron.cli.launch import share_work
 from sparsecod_megatron.cli.options import add_model_options, check_above_zero, check_at_least, names
 from sparsecod_megatron.errors import ConfigError
@@ -19,6 +20,7 @@ HELP = "Measure how a trained model uses its depth, or compare two models measur
 EXAMPLE = (
     "sparsecod analyze runs/dense --data data/x_val --scores causal,jacobian --samples 64 --output analysis\n"
     "  sparsecod analyze --compare analysis/dense analysis/moe --output comparison\n"
+    "  sparsecod analyze models/smollm --scores answers --task addition --samples 256 --output analysis/answers\n"
     "  sparsecod analyze runs/dense --every-checkpoint --data data/x_val --output analysis/over_training\n"
     "  sparsecod analyze runs/dense/checkpoints/step_00001000 runs/dense --scores update --output update"
 )
@@ -35,6 +37,7 @@ MEASURED_WITH = (
     "curve_score",
     "curve_pattern",
     "compat",
+    "difficulties",
 )
 """Options besides data and scores that numbers depend on, so that a series keeps them."""
 DEFAULT_SCORES = "causal,permutation,usefulness,jacobian,similarity,skip,lens"
@@ -57,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores", default=DEFAULT_SCORES, metavar="A,B", help=f"comma-separated (default {DEFAULT_SCORES})"
     )
+    add_task_options(parser)
     parser.add_argument(
         "--pairs", metavar="N", help="pairs of blocks that permutation samples, or `adjacent` (default all)"
     )
@@ -72,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--curve-score", metavar="S", help="what the pruning curve of weights cuts by: magnitude (default) or wanda"
     )
     parser.add_argument("--curve-pattern", metavar="N:M,…", help="n:m points beside that curve, such as 2:4,1:4")
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences drawn (default 64)")
+    parser.add_argument(
+        "--samples", type=int, default=64, metavar="N", help="sequences drawn, or questions of a task (default 64)"
+    )
     parser.add_argument("--seq-length", type=int, default=128, metavar="T", help="tokens per sequence (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of sample and intervals (default 0)")
     add_model_options(parser)
@@ -117,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
     if UPDATE in names(args.scores):
         _update(args)
         return
-    if not args.model or args.data is None:
+    check_task(args)
+    if not args.model or (args.data is None and needs_text(names(args.scores))):
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
     if len(args.model) > 1 and not args.every_checkpoint:
         raise ConfigError(
@@ -138,8 +145,8 @@ def _series(args: argparse.Namespace, processes: Processes) -> None:
     from sparsecod_megatron.cli.analysis_series import run_series
 
     request = {key: getattr(args, key) for key in MEASURED_WITH} | {
-        "data": str(args.data),
         "scores": names(args.scores),
+        **_sources(args),
     }
     whole = run_series(
         args.model, args.output, request, lambda path, facts: _measure(args, path, facts, processes), processes
@@ -178,7 +185,8 @@ def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], proces
         curve_score=args.curve_score,
         curve_patterns=None if args.curve_pattern is None else names(args.curve_pattern),
     )
-    dataset_prefix(args.data)  # a wrong path should not wait for the model
+    if args.data is not None:
+        dataset_prefix(args.data)  # a wrong path should not wait for the model
     with open_model(
         path,
         dtype=args.dtype,
@@ -187,19 +195,26 @@ def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], proces
         restored=False,  # what is rounded has no derivative, of which Jacobians are made
         processes=processes,
     ) as opened:
-        corpus = read_corpus(args.data, opened.tokenizer)
+        tokens = None if args.data is None else read_corpus(args.data, opened.tokenizer).tokens
         model = opened.model
+        items = read_task(args, path, opened.tokenizer, model.config.get_text_config().vocab_size)
     context = make_context(
         model,
-        corpus.tokens,
+        tokens,
         num_samples=args.samples,
         seq_length=args.seq_length,
         seed=args.seed,
         memory_gib=args.memory_gib,
         reference=args.compat == "reference",
         processes=processes,
+        items=items,
     )
-    return analyze(context, scores, settings={"model": str(path), "data": str(args.data), **facts})
+    return analyze(context, scores, settings={"model": str(path), **_sources(args), **facts})
+
+
+def _sources(args: argparse.Namespace) -> dict[str, str]:
+    """Where text and questions come from, as far as there are any."""
+    return {key: str(value) for key in ("data", "task") if (value := getattr(args, key)) is not None}
 
 
 def _update(args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ def read_corpus(source: Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens:
         DataError: the source is missing, damaged, empty, not text, or made with another tokenizer.
     """
     prefix = dataset_prefix(source)
-    leading = _leading_token(tokenizer, in_dataset=prefix is not None)
+    leading = leading_token(tokenizer, in_dataset=prefix is not None)
     wanted = None if max_tokens is None else max_tokens + (leading is None)
     if prefix is None:
         text = _read_text(source)
@@ -132,7 +132,7 @@ def _take(documents: Iterable[np.ndarray], max_tokens: int | None) -> list[np.nd
     return kept
 
 
-def _leading_token(tokenizer: PreTrainedTokenizerBase, *, in_dataset: bool) -> int | None:
+def leading_token(tokenizer: PreTrainedTokenizerBase, *, in_dataset: bool = False) -> int | None:
     """A dataset's documents follow an end-of-text token; a text follows what the tokenizer puts before it, or that."""
     ids = tokenizer("")["input_ids"]
     if not in_dataset and ids and ids[0] == tokenizer.bos_token_id:

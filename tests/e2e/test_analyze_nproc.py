@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from sparsecod_megatron.analysis.scores.registry import SCORES
+from sparsecod_megatron.analysis.scores.registry import ASKING, SCORES
 from sparsecod_megatron.cli.main import main
 from tests.helpers.cli import sparsecod_ranks
+from tests.helpers.questions import write_questions
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.analysis.scores.families import VOCAB_SIZE, tiny
 
@@ -46,6 +47,8 @@ def test_two_processes_find_what_one_finds(scores: list[str], length: int, tmp_p
         "cpu",
     ]
     command += ["--scores", ",".join(scores), "--compat", "reference"]
+    if set(scores) & set(ASKING):
+        command += ["--task", str(write_questions(tmp_path / "questions.jsonl", VOCAB_SIZE, 7))]
     sparsecod_ranks(*command, "--output", tmp_path / "two", nproc=2)
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8")) for name in ("one", "two"))

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparsecod_megatron.analysis.scores.context import make_context
 from sparsecod_megatron.analysis.scores.registry import find_scores
 from sparsecod_megatron.errors import SparsecodError
+from tests.helpers.questions import random_items
 
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 VOCAB_SIZE = 61
@@ -147,7 +148,7 @@ def outcomes(family: str, scores: Sequence[str]) -> dict[str, str] | str | None:
         return None
     tokens = torch.randint(3, VOCAB_SIZE, (52,), generator=torch.Generator().manual_seed(1))
     try:
-        context = make_context(model, tokens, num_samples=4, seq_length=12, seed=0)
+        context = make_context(model, tokens, num_samples=4, seq_length=12, seed=0, items=random_items(VOCAB_SIZE))
     except SparsecodError as error:
         return str(error)
     found = {}

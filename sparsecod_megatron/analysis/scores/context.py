@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparsecod_megatron.analysis.tasks.items import Items
 from sparsecod_megatron.errors import ConfigError, DataError
 from sparsecod_megatron.hf.blocks import Layers, find_layers
 from sparsecod_megatron.hf.calls import Replay, Trace
@@ -38,6 +39,7 @@ class Context:
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
         processes: those that share the sample; each runs its `places` in every part.
+        items: a task's, for scores that ask for answers; None where there is no task.
     """
 
     model: PreTrainedModel
@@ -47,6 +49,7 @@ class Context:
     memory_gib: float = 2.0
     reference: bool = False
     processes: Processes = Processes()
+    items: Items | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -99,6 +102,24 @@ class Context:
         """This process's windows of a part."""
         windows = self.part(part)
         return windows[self.processes.places(len(windows))]
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """This process's part of what has a row for each window."""
+        return rows[self.processes.places(len(rows))]
+
+    def items_for(self, score: str) -> Items:
+        """The task's items.
+
+        Raises:
+            ConfigError: there is no task.
+        """
+        if self.items is None:
+            raise ConfigError(f"--scores {score}: asks for answers; give --task addition, hops, synthetic or a file")
+        return self.items
+
+    def of_items(self, items: Items) -> Context:
+        """The same model on a task's items, whose labels are `items.labels` and not the next tokens."""
+        return replace(self, windows=items.windows)
 
     @property
     def micro_batch(self) -> int:
@@ -155,7 +176,7 @@ class Context:
 
 def make_context(
     model: PreTrainedModel,
-    tokens: Tensor,
+    tokens: Tensor | None,
     *,
     num_samples: int,
     seq_length: int,
@@ -163,6 +184,7 @@ def make_context(
     memory_gib: float = 2.0,
     reference: bool = False,
     processes: Processes | None = None,
+    items: Items | None = None,
 ) -> Context:
     """Draw the sample and find the blocks.
 
@@ -170,13 +192,15 @@ def make_context(
 
     Args:
         model: a causal LM; set to evaluation mode, and its parameters to need no gradients.
-        tokens: int64 [tokens], a stream with at least one window of `seq_length + 1`.
+        tokens: int64 [tokens], a stream with at least one window of `seq_length + 1`; None where the items of a task
+            are all that is scored, which are the sample then.
         num_samples: windows to draw, without overlap.
         seq_length: inputs of a window.
         seed: seed of the draw and of every later choice.
         memory_gib: what activations of a micro-batch may take.
         reference: also compute the reference's own numbers where they cost extra work.
         processes: which one this is of how many that share the sample; None for a single one.
+        items: a task's, for scores that ask for answers.
 
     Raises:
         ConfigError: a size below one, more positions than the model has, or more processes than half the windows.
@@ -192,13 +216,24 @@ def make_context(
             f"--nproc {processes.size}: each process needs a sequence of either half of --samples {num_samples}; "
             f"give at least {2 * processes.size} samples"
         )
+    if items is not None and processes.size > len(items):
+        raise ConfigError(
+            f"--nproc {processes.size}: each process needs a question of --task, and there are {len(items)}"
+        )
     if memory_gib <= 0:
         raise ConfigError(f"--memory-gib {memory_gib}: must be above 0")
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and 0 < longest < seq_length:  # some families write -1 for no limit
-        raise ConfigError(f"--seq-length {seq_length}: the model takes at most {longest} (max_position_embeddings)")
-    windows = draw_windows(tokens, num_samples=num_samples, seq_length=seq_length, seed=seed)
+    lengths = {} if tokens is None else {f"--seq-length {seq_length}": seq_length}
+    lengths |= {} if items is None else {f"--task {items.name}: {items.tokens.shape[1]} tokens": items.tokens.shape[1]}
+    for option, length in lengths.items():
+        if longest is not None and 0 < longest < length:  # some families write -1 for no limit
+            raise ConfigError(f"{option}: the model takes at most {longest} (max_position_embeddings)")
+    if tokens is not None:
+        windows = draw_windows(tokens, num_samples=num_samples, seq_length=seq_length, seed=seed)
+    else:
+        assert items is not None, "a context needs text or a task"
+        windows = items.windows
     largest, smallest = int(windows.max()), int(windows.min())
     if smallest < 0 or largest >= text.vocab_size:
         wrong = largest if largest >= text.vocab_size else smallest
@@ -207,7 +242,7 @@ def make_context(
             "this model's tokenizer"
         )
     model.eval().requires_grad_(False)
-    return Context(model, find_layers(model), windows, seed, memory_gib, reference, processes)
+    return Context(model, find_layers(model), windows, seed, memory_gib, reference, processes, items)
 
 
 def draw_windows(tokens: Tensor, *, num_samples: int, seq_length: int, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ SCORES = {
     "similarity": "sparsecod_megatron.analysis.scores.similarity:Similarity",
     "skip": "sparsecod_megatron.analysis.scores.skip:Skip",
     "lens": "sparsecod_megatron.analysis.scores.lens:Lens",
+    "answers": "sparsecod_megatron.analysis.scores.answers:Answers",
     "experts": "sparsecod_megatron.analysis.sparsity.experts:Experts",
     "weights": "sparsecod_megatron.analysis.sparsity.weights:Weights",
     "attention": "sparsecod_megatron.analysis.sparsity.attention_score:Attention",
@@ -29,6 +30,8 @@ SCORES = {
 
 LOOKING_AT_ALL_WEIGHTS = ("weights", "activation")
 """Scores that take the weights of all blocks at once; others only call blocks, whose weights may come and go."""
+ASKING = ("answers",)
+"""Scores of a task's items; they need no text."""
 BUDGETED = ("sparse_attention", "seer_gate")
 """Scores that take shares of the keys that a query keeps."""
 

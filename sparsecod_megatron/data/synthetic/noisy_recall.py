@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from sparsecod_megatron.config.fields import at_least, from_to_below
-from sparsecod_megatron.data.synthetic.recall import key_value_pairs, key_value_words, pair_problems
+from sparsecod_megatron.data.synthetic.recall import key_value_pairs, key_value_words, pair_problems, pairs_back
 from sparsecod_megatron.data.synthetic.task import Draw, Sample, Task, even_problem
 
 
@@ -46,6 +48,10 @@ class NoisyRecall(Task):
         half = self._half()
         noise_ids = range(2 * half, 2 * half + self.noise_vocab_size)
         return key_value_pairs(draw.generator(), half, seq_length, noise=self.noise, noise_ids=noise_ids)
+
+    def difficulty(self, sample: Sample) -> np.ndarray:
+        """How far back the key stood, in powers of two pairs, noise among them."""
+        return pairs_back(sample.tokens)
 
     def _half(self) -> int:
         return (self.vocab_size - self.noise_vocab_size) // 2

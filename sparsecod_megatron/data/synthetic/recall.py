@@ -36,6 +36,10 @@ class Recall(Task):
         """`seq_length / 2` pairs, the last of a key that came before."""
         return key_value_pairs(draw.generator(), self.vocab_size // 2, seq_length)
 
+    def difficulty(self, sample: Sample) -> np.ndarray:
+        """How far back the key stood, in powers of two pairs."""
+        return pairs_back(sample.tokens)
+
 
 def key_value_words(keys: int, values: int) -> list[str]:
     """How keys and values are written, in the order of their ids."""
@@ -81,3 +85,13 @@ def key_value_pairs(
     is_answer[::2] = ~is_noise
     is_answer[2 * first] = False
     return Sample(tokens, np.append(tokens[1:], tokens[-1]), is_answer)
+
+
+def pairs_back(tokens: np.ndarray) -> np.ndarray:
+    """⌊log₂ of the pairs⌋ since a key was last presented, at its place, int64 `[S]`; 0 where it was not."""
+    found, last = np.zeros(len(tokens), dtype=np.int64), dict[int, int]()
+    for number, key in enumerate(tokens[::2].tolist()):
+        if key in last:
+            found[2 * number] = (number - last[key]).bit_length() - 1
+        last[key] = number
+    return found

@@ -76,6 +76,10 @@ class Task(ABC):
         """Kinds of answers by name, each with the ids it consists of; accuracy is that of the last."""
         return {"answer": np.arange(len(self.vocabulary()))}
 
+    def difficulty(self, sample: Sample) -> np.ndarray:
+        """How hard each place's answer is, whole numbers int64 `[S]`; 0 where a task's answers are alike."""
+        return np.zeros(len(sample.tokens), dtype=np.int64)
+
     def knowledge(self) -> Knowledge | None:
         """What there is to know, where samples tell facts that stay; None where each sample has its own."""
         return None

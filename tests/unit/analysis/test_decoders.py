@@ -30,7 +30,7 @@ REFUSED: dict[str, dict[str, str] | str] = {
     "lfm2_moe": {"jacobian": "exchangeable"},  # convolutions
     "rwkv": NO_EXPERTS | NOT_EXCHANGEABLE,
     "xlstm": NO_EXPERTS | NOT_EXCHANGEABLE,
-    "prophetnet": NO_EXPERTS | NOT_EXCHANGEABLE | {"activation": "rows for"},  # several streams
+    "prophetnet": NO_EXPERTS | NOT_EXCHANGEABLE | {"activation": "rows for", "answers": "rows for"},  # several streams
     "bert": "changes with later tokens",
     "cpmant": "changes with later tokens",
     "xlnet": "changes with later tokens",

@@ -24,6 +24,7 @@ from sparsecod_megatron.errors import CheckpointError, ConversionError
 from sparsecod_megatron.models.loading import load_model, stream_model
 from sparsecod_megatron.parallel.processes import Processes
 from tests.helpers.decoders import VOCAB_SIZE, tiny_decoder
+from tests.helpers.questions import random_items
 from tests.helpers.streaming import streaming_outcome, tensors
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.compression.models import sequences, tiny
@@ -262,7 +263,7 @@ def test_scores_that_only_call_blocks_are_those_of_the_whole_model(score: str, t
     where = stream_model(tmp_path, dtype="float32", device="cpu", scratch=tmp_path)
     found = []
     for model in (load_model(tmp_path, dtype="float32", device="cpu"), where.model):
-        context = make_context(model, tokens, seed=0, **sizes)
+        context = make_context(model, tokens, seed=0, items=random_items(VOCAB_SIZE), **sizes)
         found.append(find_scores([score])[0].run(context))
     assert repr(found[0]) == repr(found[1])
     assert all(weight.device.type == "meta" for weight in where.model.model.layers.parameters())

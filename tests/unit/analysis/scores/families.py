@@ -7,6 +7,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.analysis.scores.context import Context, make_context
+from sparsecod_megatron.analysis.tasks.items import Items
 from sparsecod_megatron.hf import configuration_sparsecod, modeling_sparsecod
 
 VOCAB_SIZE = 67
@@ -95,6 +96,7 @@ def context(
     seq_length: int = 11,
     reference: bool = False,
     memory_gib: float = 2.0,
+    items: Items | None = None,
 ) -> Context:
     """A sample of random tokens."""
     return make_context(
@@ -105,4 +107,5 @@ def context(
         seed=3,
         reference=reference,
         memory_gib=memory_gib,
+        items=items,
     )

@@ -56,3 +56,15 @@ def test_same_seed_same_draws_and_chunks_do_not_matter() -> None:
     first, second = (bootstrap(statistic, 7, seed=4, num_resamples=120) for _ in range(2))
     assert (first.low, first.high) == (second.low, second.high)
     assert calls[:4] == [1, 50, 50, 20]
+
+
+def test_strata_keep_their_numbers() -> None:
+    """Of two kinds with one value each nothing is left to chance; drawn from all alike, their shares are."""
+    values, strata = np.repeat([0.0, 1.0], [4, 12]), np.repeat([0, 1], [4, 12])
+    whole = mean_interval(values, seed=1).at()
+    assert whole.low is not None and whole.low < 0.7 < 0.8 < (whole.high or 0)
+    kept = ratio_of_sums(values, np.ones(16), seed=1, strata=strata).at()
+    assert (kept.value, kept.low, kept.high) == (0.75, 0.75, 0.75)
+    mixed = ratio_of_sums(np.arange(16.0), np.ones(16), seed=1, strata=strata)
+    spread = np.sqrt(4 * np.var(range(4)) + 12 * np.var(range(12))) / 16
+    assert float(mixed.high - mixed.low) == pytest.approx(2 * 1.96 * spread, rel=0.1)
