@@ -33,6 +33,7 @@ COMMANDS = {
     "compress": "prune, round or factorise a trained model, and score it before and after",
     "analyze": "how a trained model uses its depth; --compare of two models",
     "study": "run a grid of configurations and make one table of their scores",
+    "atlas": "every mechanism of many studies in one table, against its own control",
     "fit": "fit a scaling law to a table, with intervals",
     "doctor": "whether a checkpoint is what its run trained; --repair where it is not",
     "report": "an HTML page, or a figure, of what runs and analyses measured",

@@ -19,6 +19,8 @@ SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
 """What a cell costs, known before it runs."""
 LIVED = "mean_live_parameters"
 """What mechanisms that hold weights at zero log: parameters of the whole model that were left, on average so far."""
+LIVE = "live_share"
+"""What they also log: the share that is left of the weights that may be zero."""
 ACTIVATION, RATIO = "activation/sparsity", "activation_ratio"
 """Share of neurons that can be cut, and its complement, which the Sparsing Law is of."""
 ANSWERS = ("validation_loss", "answer_accuracy", "knowledge_bits", "bits_per_parameter", "most_bits_per_parameter")
@@ -46,9 +48,10 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     """Every number of a cell that is finite.
 
     `SIZES`; `active_share` and `tokens_per_parameter`, of all parameters; `parameters_non_embedding`, and
-    `parameters_mean_live`, those of them that were not zero, on average over the steps; `loss`, `perplexity` and
-    `bits_per_byte` of held-out text, or `ANSWERS`; `SCORE/VALUE` of every score; `activation_ratio`, 1 −
-    `activation/sparsity`; `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc`
+    `parameters_mean_live`, those of them that were not zero, on average over the steps; `live_share_end`, the share
+    that one mechanism of weight sparsity left at the last step of the weights that it may set to zero; `loss`,
+    `perplexity` and `bits_per_byte` of held-out text, or `ANSWERS`; `SCORE/VALUE` of every score; `activation_ratio`,
+    1 − `activation/sparsity`; `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc`
     where a task has none;
     `out_var_first`, `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's;
     `NAME_start` and `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last
@@ -92,10 +95,12 @@ def _finite(found: dict[str, Any]) -> dict[str, float]:
 
 
 def _non_embedding(count: ParameterCount, last: dict[str, Any]) -> dict[str, float]:
-    """Parameters outside of embeddings, and how many of them were left on average by the last logged step."""
+    """Parameters outside of embeddings, how many of them were left on average, and the share left at the end."""
     zeros = sum(count.total - value for name, value in last.items() if name.rpartition("/")[2] == LIVED)
     body = count.total - count.embedding
-    return {"parameters_non_embedding": body, "parameters_mean_live": body - zeros}
+    found = {"parameters_non_embedding": body, "parameters_mean_live": body - zeros}
+    left = [value for name, value in last.items() if name.rpartition("/")[2] == LIVE]
+    return {**found, **({f"{LIVE}_end": left[0]} if len(left) == 1 else {})}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

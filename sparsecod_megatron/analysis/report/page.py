@@ -10,7 +10,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ SCRIPTS = (
     "training_view.js",
     "scores_view.js",
     "compressions_view.js",
+    "atlas_view.js",
     "app.js",
 )
 MAX_NAMES = 3
@@ -51,39 +52,54 @@ def write_report(
     *,
     analyses: Sequence[AnalysisDirectory] = (),
     compressions: Sequence[CompressionTable] = (),
+    atlases: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the page of one or more runs, analyses and tables of compressions.
+    """Write the page of one or more runs, analyses, tables of compressions and atlases.
 
     Args:
         runs: in the order of the page.
         analyses: likewise.
         compressions: likewise.
+        atlases: as `report_page` takes them.
         output: the HTML file; replaced whole.
 
     Raises:
         ConfigError: `output` cannot be written.
     """
-    page = report_page(runs, analyses, compressions)
+    page = report_page(runs, analyses, compressions, atlases)
     with replacing_output(output) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 def report_page(
-    runs: Sequence[Run], analyses: Sequence[AnalysisDirectory] = (), compressions: Sequence[CompressionTable] = ()
+    runs: Sequence[Run],
+    analyses: Sequence[AnalysisDirectory] = (),
+    compressions: Sequence[CompressionTable] = (),
+    atlases: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The page's text; the same directories always give the same text."""
+    """The page's text; the same directories always give the same text.
+
+    Args:
+        runs: in the order of the page.
+        analyses: likewise.
+        compressions: likewise.
+        atlases: each with `name`, `command`, `answer` [text], `columns` [title], `rows` [[cell]], a cell being a
+            number, a text or {text, value} with what its column is sorted by, and `picture`, a data URI of a PNG.
+    """
     script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS) + "})();"
     style = "\n".join(_asset(name) for name in STYLES)
     names = [
         *(run.name for run in runs),
         *(analysis.name for analysis in analyses),
         *(table.name for table in compressions),
+        *(atlas["name"] for atlas in atlases),
     ]
+    pictures = "; img-src data:" if atlases else ""
     parts = {
         "title": html.escape(_title(names)),
-        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}",
+        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}{pictures}",
         "style": style,
-        "data": embedded_json(report_payload(runs, analyses, compressions)),
+        "data": embedded_json(report_payload(runs, analyses, compressions) | {"atlases": list(atlases)}),
         "script": script,
     }
     page = _asset("page.html")

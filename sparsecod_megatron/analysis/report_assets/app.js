@@ -203,6 +203,7 @@ fillHeader();
 fillRunToggles();
 fillStatistics();
 fillCompressions();
+fillAtlases();
 fillPosition();
 fillViewTools();
 rebuild();

@@ -214,6 +214,19 @@ def test_journey_and_chinchilla_of_dense_runs_are_one_law(tmp_path: Path, repo_r
     last = {"mean_live_parameters": total - 1000, "second/mean_live_parameters": total - 10}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"loss": 1.0}) + "\n" + json.dumps(last) + "\n")
     assert measured()["parameters_mean_live"] == dense["parameters_non_embedding"] - 1010
+    assert "live_share_end" not in measured()
+
+
+@pytest.mark.parametrize("shares", [{"live_share": 0.25}, {"live_share": 0.25, "second/live_share": 0.5}])
+def test_the_share_left_at_the_end_is_that_of_one_mechanism(
+    tmp_path: Path, repo_root: Path, shares: dict[str, float]
+) -> None:
+    """The last step's; two mechanisms have no share in common."""
+    config = load_config(repo_root / "examples/configs/nano_dense.yaml", ["model.vocab_size=256"])
+    lines = [{"loss": 1.0, "live_share": 1.0}, {"loss": 1.0, **shares}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = cell_metrics(config, run=tmp_path, analysis=tmp_path, evaluation=tmp_path)
+    assert found.get("live_share_end") == (0.25 if len(shares) == 1 else None)
 
 
 def test_fit_of_selected_points(tmp_path: Path) -> None:
