@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.analysis.scores.context import make_context
-from sparsecod_megatron.analysis.scores.registry import SCORES, find_scores
+from sparsecod_megatron.analysis.scores.registry import ASKING, BUDGETED, SCORES, find_scores
 from sparsecod_megatron.compression.compress import compress
 from sparsecod_megatron.compression.registry import METHODS, find_method
 from sparsecod_megatron.errors import ConversionError, SparsecodError
@@ -25,8 +25,8 @@ from tests.unit.hf.test_source import CONFIGS, REFUSED, save
 BEGIN, END = "<!-- what works with each family: tools/family_table.py --write -->\n", "<!-- end of it -->\n"
 OPEN = {family.config_class.model_type: family for family in FAMILIES if not family.extensible}
 """model_type → family, without our own."""
-SCORED = tuple(name for name in SCORES if name not in ("sparse_attention", "seer_gate"))
-"""Depth scores and sparsity metrics; the two left out ask for a window or for training."""
+SCORED = tuple(name for name in SCORES if name not in (*ASKING, *BUDGETED))
+"""Depth scores and sparsity metrics, without those that ask for a task or a window."""
 COMPRESSED = {name: ["share=0.5"] if name == "low_rank" else [] for name in METHODS if name != "soups"}
 """Method → settings that it cannot do without; `soups` takes several models."""
 LAYOUTS = {"tp2-sp": "TP2 + SP", "pp2": "PP2", "ep2": "EP2"}
