@@ -32,6 +32,9 @@ def _norm_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.residual_multiplier: {model.residual_multiplier:g}, but {why}; use pre, or 1"
     if model.logits_scaling != 1 and not model.final_norm:
         yield f"model.logits_scaling: {model.logits_scaling:g} is a part of the final norm, which is off; set it to 1"
+    if model.layernorm_zero_centered_gamma and model.norms_projections:
+        key = "model.layernorm_zero_centered_gamma"
+        yield f"{key}: true, but norms of qk_norm_scope=projection multiply by their weight alone; use head"
     if not model.final_norm and model.norm_placement != "post":
         why = f"norm_placement={model.norm_placement} leaves the last residual stream unnormalised"
         yield f"model.final_norm: false, but {why}; set it to true or norm_placement to post"
@@ -49,6 +52,8 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
             yield f"model.no_rope_freq: {len(unrotated)} entries for num_layers={model.num_layers}; give one per layer"
         if not {*unrotated} <= {0, 1}:
             yield f"model.no_rope_freq: {unrotated} has other numbers than 0 and 1; give 1 for layers without rotation"
+    if model.rotary_base_local is not None and model.sliding_window is None:
+        yield f"model.rotary_base_local: {model.rotary_base_local}, but no layer has a window; set sliding_window too"
     if model.rotary_percent < 1:
         yield from _partial_rotation_problems(model)
     yield from indivisible(

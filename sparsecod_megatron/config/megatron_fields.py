@@ -188,6 +188,7 @@ KEYS_OF_FIELDS: dict[str, str] = {
             "init_method_std",
             "kv_channels",
             "layernorm_epsilon",
+            "layernorm_zero_centered_gamma",
             "moe_aux_loss_coeff",
             "moe_expert_capacity_factor",
             "moe_ffn_hidden_size",

@@ -21,7 +21,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "heterogeneous_block_specs",
         "is_hybrid_model",
         "kv_lora_rank",
-        "layernorm_zero_centered_gamma",
         "linear_attention_freq",
         "linear_conv_kernel_dim",
         "linear_key_head_dim",

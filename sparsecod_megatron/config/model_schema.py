@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sparsecod_megatron.config.fields import above, at_least, between, choice, from_to_below
 
-ACTIVATIONS_WITH_GATE = ("swiglu", "geglu")
+ACTIVATIONS_WITH_GATE = ("swiglu", "geglu", "geglu_tanh")
 """Activations of an MLP with two input projections."""
 
 
@@ -56,8 +56,10 @@ class ModelConfig:
 
     normalization: str = choice("RMSNorm")
     layernorm_epsilon: float = at_least(0, 1e-5)
+    layernorm_zero_centered_gamma: bool = False
+    """Norms multiply by 1 + weight, in fp32; their weights start at zero, and decay towards a factor of one."""
     embedding_multiplier: float = above(0, 1.0)
-    """Factor on the embeddings, before `embedding_norm`."""
+    """Factor on the embeddings, before `embedding_norm`; rounded to the type of the run, as Gemma has it."""
     residual_multiplier: float = above(0, 1.0)
     """Factor on what each branch adds to the residual stream; `pre` only."""
     logits_scaling: float = above(0, 1.0)
@@ -83,6 +85,8 @@ class ModelConfig:
     rope_scaling_factor: float = at_least(1, 8.0)
     rope_original_max_position_embeddings: int = at_least(1, 8192)
     """Sequence length before scaling (`llama3`, `yarn`)."""
+    rotary_base_local: int | None = at_least(1, None)
+    """Base of the layers within the window, which no scaling concerns; None: they rotate as the others."""
     no_rope_freq: list[int] | None = None
     """1 for each layer whose queries and keys do not rotate, 0 for the others; None: all layers rotate."""
     sliding_window: int | None = at_least(1, None)
@@ -97,7 +101,7 @@ class ModelConfig:
     """Biases of the query, key and value projections (and of the gate's)."""
     attention_output_bias: bool = False
 
-    activation: str = choice("swiglu", "geglu", "gelu", "relu", "relu2")
+    activation: str = choice("swiglu", "geglu", "geglu_tanh", "gelu", "relu", "relu2")
     mlp_bias: bool = False
     """Biases of both matrices of dense MLPs."""
 

@@ -18,16 +18,28 @@ from .rotary_sparsecod import Rotation, rotate
 
 
 class SparsecodRMSNorm(nn.Module):
-    """scale · weight · x / sqrt(mean(x²) + eps) over the last axis."""
+    """scale · weight · x / sqrt(mean(x²) + eps) over the last axis; 1 + weight in its place if that is zero-centred.
 
-    def __init__(self, size: int, eps: float, scale: float = 1.0) -> None:
+    Args:
+        size: channels.
+        config: says the epsilon, and whether weights are zero-centred.
+        scale: constant factor.
+    """
+
+    def __init__(self, size: int, config: SparsecodConfig, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.scale = eps, scale
+        self.is_zero_centred = config.layernorm_zero_centered_gamma
+        self.weight = nn.Parameter(torch.zeros(size) if self.is_zero_centred else torch.ones(size))
+        self.eps, self.scale = config.rms_norm_eps, scale
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
-        return self.scale * F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.is_zero_centred:
+            wide = x if x.dtype == torch.float64 else x.float()
+            normed = F.rms_norm(wide, self.weight.shape, 1 + self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        else:
+            normed = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.scale * normed
 
 
 def eager_attention(
@@ -70,7 +82,7 @@ class SparsecodAttention(nn.Module):
         self.g_proj = nn.Linear(hidden, width, bias=config.qkv_bias) if has_gate else None
         self.norms_heads = config.qk_norm_scope == "head"  # one by one, not together
         self.q_norm, self.k_norm = (
-            SparsecodRMSNorm(config.head_dim * (1 if self.norms_heads else heads), config.rms_norm_eps)
+            SparsecodRMSNorm(config.head_dim * (1 if self.norms_heads else heads), config)
             if config.qk_norm
             else nn.Identity()
             for heads in (config.num_attention_heads, config.num_key_value_heads)

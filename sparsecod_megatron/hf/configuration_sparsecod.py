@@ -46,10 +46,12 @@ class SparsecodConfig(PreTrainedConfig):
     norm_placement: str = "pre"
     mix_post_fraction: float = 0.25
     layernorm_scaling: bool = False
+    layernorm_zero_centered_gamma: bool = False
     embedding_norm: bool = False
     final_norm: bool = True
     qk_norm: bool = False
     qk_norm_scope: str = "head"
+    rotary_base_local: int | None = None
     no_rope_freq: list[int] | None = None
     softmax_scale: float | None = None
     embedding_multiplier: float = 1.0

@@ -68,7 +68,7 @@ class SparsecodLayer(nn.Module):
         scale = config.norm_scale(layer_idx)
 
         def norm(present: bool, scale: float = 1.0) -> nn.Module | None:
-            return SparsecodRMSNorm(config.hidden_size, config.rms_norm_eps, scale) if present else None
+            return SparsecodRMSNorm(config.hidden_size, config, scale) if present else None
 
         self.self_attn = SparsecodAttention(config, layer_idx)
         is_moe = config.is_moe_layer(layer_idx)
@@ -166,11 +166,11 @@ class SparsecodModel(SparsecodPreTrainedModel):
 
     def __init__(self, config: SparsecodConfig) -> None:
         super().__init__(config)
-        size, eps = config.hidden_size, config.rms_norm_eps
+        size = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size, config.pad_token_id)
-        self.embedding_norm = SparsecodRMSNorm(size, eps) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = SparsecodRMSNorm(size, config) if config.embedding_norm else nn.Identity()
         self.layers = nn.ModuleList(SparsecodLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = SparsecodRMSNorm(size, eps) if config.final_norm else nn.Identity()
+        self.norm = SparsecodRMSNorm(size, config) if config.final_norm else nn.Identity()
         self.rotary_emb = SparsecodRotaryEmbedding(config)
         self.post_init()
 
@@ -209,15 +209,16 @@ class SparsecodModel(SparsecodPreTrainedModel):
             position_ids = (torch.arange(embedded.shape[1], device=embedded.device) + seen).unsqueeze(0)
         masks = self._masks(embedded, attention_mask, cache, position_ids)
         tokens = self._tokens(input_ids, attention_mask, cache, position_ids)
-        rotation = self.rotary_emb(position_ids, embedded.dtype)
-        scaled = embedded if self.config.embedding_multiplier == 1.0 else self.config.embedding_multiplier * embedded
+        rotations = {kind: self.rotary_emb(position_ids, embedded.dtype, kind) for kind in masks}
+        factor = self.config.embedding_multiplier
+        scaled = embedded if factor == 1.0 else embedded * embedded.new_tensor(factor)
         x, streams = self._first(self.embedding_norm(scaled)), []
         # Apart from the first layer's own pass, so that a layer has one output, and is a function of what it is given.
         first: Any = self.layers[0]
         shared = {"first_values": first.values(x)} if first.shares_values else {}
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             streams.append(x)
-            x = layer(x, rotation, masks[kind], cache, **tokens, **shared)
+            x = layer(x, rotations[kind], masks[kind], cache, **tokens, **shared)
         x = self.norm(self._last(x))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(

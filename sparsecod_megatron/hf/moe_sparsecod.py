@@ -7,6 +7,7 @@ matrices of its own, under the names that Qwen's mixtures have in files.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from .configuration_sparsecod import SparsecodConfig
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-ACTIVATIONS_WITH_GATE = ("swiglu", "geglu")
+ACTIVATIONS_WITH_GATE = ("swiglu", "geglu", "geglu_tanh")
 
 
 class SparsecodMLP(nn.Module):

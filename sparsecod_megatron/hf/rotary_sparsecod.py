@@ -22,20 +22,28 @@ class SparsecodRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """[batch, seq] → two of [batch, seq, rotated], as transformers' own models hand them to blocks."""
-        frequencies, factor = self._frequencies(positions.device)
+    def forward(self, positions: Tensor, dtype: torch.dtype, kind: str = "full_attention") -> Rotation:
+        """[batch, seq] → two of [batch, seq, rotated], as transformers' own models hand them to blocks.
+
+        Args:
+            positions: of the tokens.
+            dtype: of the result.
+            kind: of the layers, as `layer_types` names it.
+        """
+        base = self.config.rotary_base_local if kind == "sliding_attention" else None
+        frequencies, factor = self._frequencies(positions.device, base)
         angles = positions[:, :, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (factor * angles.cos()).to(dtype), (factor * angles.sin()).to(dtype)
 
-    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+    def _frequencies(self, device: torch.device, base: float | None) -> tuple[Tensor, float]:
+        """Those of a base of their own, which no scaling concerns, or of the configuration."""
         parameters = self.config.rope_parameters
-        if parameters["rope_type"] != "default":
+        if base is None and parameters["rope_type"] != "default":
             return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
         rotated = int(self.config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         pairs = torch.arange(0, rotated, 2, dtype=torch.float, device=device)
-        return parameters["rope_theta"] ** (-pairs / rotated), 1.0
+        return (base or parameters["rope_theta"]) ** (-pairs / rotated), 1.0
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ Record = Callable[[str, Tensor], None]
 
 TOKENS = 32
 """Tokens of each sequence whose outputs are kept."""
+NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "attention_join_norm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "mlp_join_norm",
+}
+"""Norms of layers with some behind branches, in classes of transformers → in ours."""
 CAUSES_WITHOUT_TENSOR = {
     "self_attn": "attention between its projections: rotary embedding, window, number of heads or gate",
     "mlp.act": "the activation",
@@ -82,7 +90,10 @@ def transformers_outputs(model: Any, record: Record, own: Sequence[ExportedTenso
     hooks = Hooks(with_sequences)
     decoder = model.get_decoder()
     norm = getattr(decoder, "embedding_norm", None)
-    hooks.after(decoder.embed_tokens if norm is None else norm, "embed_tokens")
+    # Gemma's module multiplies what it looks up; ours does so behind it.
+    scale = getattr(decoder.embed_tokens, "embed_scale", 1.0) if norm is None else 1.0
+    first = decoder.embed_tokens if norm is None else norm
+    hooks.with_output(first, lambda output: with_sequences("embed_tokens", output / scale))
     for index, layer in enumerate(decoder.layers):
         _watch_transformers_layer(hooks, layer, f"layers.{index}")
     for tensor in own:
@@ -253,10 +264,15 @@ def _record_megatron_experts(record: Record, moe: Any, x: Tensor, at: str) -> No
 
 def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str) -> None:
     attention, record = layer.self_attn, hooks.record
-    for name in ("input_layernorm", "post_attention_layernorm", "attention_join_norm", "mlp_join_norm"):
-        hooks.after(getattr(layer, name, None), f"{at}.{name}")
-    for name in ("q_proj", "k_proj", "v_proj", "g_proj", "q_norm", "k_norm", "o_proj"):
+    names = NORMS if hasattr(layer, "post_feedforward_layernorm") else {name: name for name in NORMS.values()}
+    for theirs, ours in names.items():
+        hooks.after(getattr(layer, theirs, None), f"{at}.{ours}")
+    heads_first = hasattr(layer, "pre_feedforward_layernorm")  # Gemma normalises queries and keys when they are
+    for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"):
         hooks.after(getattr(attention, name, None), f"{at}.self_attn.{name}")
+    for name in ("q_norm", "k_norm"):
+        own = partial(_record_heads, record, f"{at}.self_attn.{name}", heads_first)
+        hooks.with_output(getattr(attention, name, None), own)
     hooks.with_input(attention.o_proj, lambda x: record(f"{at}.self_attn", x))
     if hasattr(layer.mlp, "experts"):
         hooks.with_input(
@@ -267,6 +283,11 @@ def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str) -> None:
             hooks.after(getattr(layer.mlp, name, None), f"{at}.mlp.{name}")
         hooks.with_input(layer.mlp.down_proj, lambda x: record(f"{at}.mlp.act", x))
     hooks.after(layer, at)
+
+
+def _record_heads(record: Record, name: str, heads_first: bool, output: Tensor) -> None:
+    """Normalised queries or keys, of each token together; one norm of all heads has them so already."""
+    record(name, output.transpose(1, 2) if heads_first and output.dim() == 4 else output)
 
 
 def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -23,6 +22,7 @@ from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.model.gpt import PreparedGPTModel
 from sparsecod_megatron.model.init import initialize
 from sparsecod_megatron.model.norms import ProjectionRMSNorm
+from sparsecod_megatron.model.rotary import rotate_by_kind, scale_as_llama3
 from sparsecod_megatron.model.sharding import mark_sharded
 from sparsecod_megatron.model.shared_layers import share_layers
 from sparsecod_megatron.model.specs import block_spec, spec_provider
@@ -80,6 +80,7 @@ def build_model(
         ).to(device)
         if config.model.rope_scaling == "llama3":
             scale_as_llama3(model.rotary_pos_emb, config.model)
+        rotate_by_kind(model, config.model)
         share_layers(model, table)
         for module in model.modules():
             if isinstance(module, ProjectionRMSNorm):
@@ -107,17 +108,6 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
         may_fuse = getattr(module, "gradient_accumulation_fusion", True)
         if has_weight and may_fuse and hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # torch types attributes as tensors
-
-
-def scale_as_llama3(embedding: RotaryEmbedding, model: ModelConfig) -> None:
-    """Give a rotary embedding Llama 3's frequencies; GPTModel's argument for it knows 8,192 positions alone. Local.
-
-    Source: Megatron-Core models/common/embeddings/rotary_pos_embedding.py, `_apply_scaling`.
-    """
-    original = model.rope_original_max_position_embeddings
-    embedding.inv_freq = embedding._apply_scaling(
-        embedding.inv_freq, factor=model.rope_scaling_factor, original_max_position_embeddings=original
-    )
 
 
 def _rotary(model: ModelConfig) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class PreparedGPTModel(GPTModel):
         decoder_input, *others = super()._preprocess(*args, **kwargs)
         if decoder_input is not None:
             if self.embedding_factor != 1:
-                decoder_input = self.embedding_factor * decoder_input
+                # Rounded as the embeddings are, which Gemma's were trained with.
+                decoder_input = decoder_input * decoder_input.new_tensor(self.embedding_factor)
             for name in ("embedding_norm", "expansion"):
                 decoder_input = getattr(self, name, _unchanged)(decoder_input)
         return (decoder_input, *others)

@@ -17,25 +17,30 @@ from sparsecod_megatron.backend import functional
 
 
 class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, over the last axis.
+    """x / sqrt(mean(x²) + eps) · weight, over the last axis; with zero-centred weights times 1 + weight, in fp32.
 
     Args:
         config: tells whether the sequence is sharded, in which case each tensor-parallel rank sees other tokens and
-            Megatron must sum this weight's gradient over the group (`weight.sequence_parallel`).
+            Megatron must sum this weight's gradient over the group (`weight.sequence_parallel`); and whether weights
+            are zero-centred.
         hidden_size: size of the last axis.
         eps: added to the mean square.
 
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467); zero-centred: transformers,
+    models/gemma3/modeling_gemma3.py.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps, self.is_zero_centred = eps, config.layernorm_zero_centered_gamma
+        start = torch.zeros if self.is_zero_centred else torch.ones
+        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """[S_local, B, H] → [S_local, B, H]."""
+        if self.is_zero_centred:
+            return functional.rms_norm(x.float(), 1 + self.weight.float(), self.eps).to(x.dtype)
         return functional.rms_norm(x, self.weight, self.eps)
 
 

@@ -25,10 +25,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from sparsecod_megatron.config.flops import is_windowed
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
 from sparsecod_megatron.model.layer import VariedAttention, VariedLayer
 from sparsecod_megatron.model.norms import ProjectionRMSNorm, RMSNorm
 from sparsecod_megatron.model.placement import Placement, final_norm, placement, placement_on_path
+from sparsecod_megatron.model.rotary import KindRotatedAttention, changes_by_kind
 from sparsecod_megatron.model.router import StepRouter
 from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, configured
 from sparsecod_megatron.seams.residual import residual_path
@@ -108,7 +110,7 @@ def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleS
         renamed["pre_mlp_layernorm.weight"] = "mlp.linear_fc1.layer_norm_weight"
     submodules = TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fuse_attention else attention.input_norm,
-        self_attention=_attention(model, provider, fuse=fuse_attention),
+        self_attention=_attention(site, fuse=fuse_attention),
         self_attn_bda=attention.join,
         pre_mlp_layernorm=IdentityOp if fuse_mlp else mlp.input_norm,
         mlp=_experts(model, site.megatron, provider) if is_moe else _mlp(provider, fuse=fuse_mlp),
@@ -141,7 +143,8 @@ def _has_own_input_norm(norms: Placement) -> bool:
     return norms.input_norm is not IdentityOp
 
 
-def _attention(model: ModelConfig, provider: BackendSpecProvider, *, fuse: bool) -> ModuleSpec:
+def _attention(site: LayerSite, *, fuse: bool) -> ModuleSpec:
+    model, provider = site.model, site.provider
     query_norm = key_norm = provider.layer_norm(rms_norm=True, for_qk=True) if model.qk_norm else IdentityOp
     if model.norms_projections:
         query_norm, key_norm = (
@@ -157,8 +160,14 @@ def _attention(model: ModelConfig, provider: BackendSpecProvider, *, fuse: bool)
     }
     params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
     module: type = SelfAttention
+    changes: dict[str, Any] = {}
     if model.attention_output_bias != model.mlp_bias:  # Megatron-Core has one field for both
-        module, params["changes"] = VariedAttention, {"add_bias_linear": model.attention_output_bias}
+        module, changes = VariedAttention, {"add_bias_linear": model.attention_output_bias}
+    if model.rotary_base_local is not None:
+        module, params["is_local"] = KindRotatedAttention, is_windowed(model, site.layer)
+        changes = changes | changes_by_kind(model, site.layer)
+    if module is not SelfAttention:
+        params["changes"] = changes
     return ModuleSpec(module=module, params=params, submodules=SelfAttentionSubmodules(**places))
 
 

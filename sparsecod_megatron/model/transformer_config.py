@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import traceback
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         "num_attention_heads",
         "normalization",
         "layernorm_epsilon",
+        "layernorm_zero_centered_gamma",
         "hidden_dropout",
         "attention_dropout",
     )
@@ -154,7 +156,14 @@ def _has_fused_rope(config: RunConfig, transformer_engine: bool) -> bool:
     return transformer_engine or not unknown
 
 
-_ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu, "relu2": squared_relu}
+_ACTIVATIONS = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": squared_relu,
+}
 
 
 def _activation(model: ModelConfig) -> dict[str, Any]:

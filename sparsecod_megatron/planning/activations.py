@@ -163,7 +163,8 @@ def _dense(layout: Layout, layer: int) -> int:
 def _before_output(layout: Layout, layer: int) -> int:
     """Bytes per channel that the activation function keeps, beside what the output projection keeps anyway."""
     # Unfused GEGLU: both projections, the activated gate, and a copy of the other one.
-    kept = {"swiglu": 2, "geglu": 2 if layout.transformer_engine else 4, "gelu": 1, "relu": 0, "relu2": 1}
+    geglu = 2 if layout.transformer_engine else 4
+    kept = {"swiglu": 2, "geglu": geglu, "geglu_tanh": geglu, "gelu": 1, "relu": 0, "relu2": 1}
     values = kept[layout.model.activation]
     if layout.model.activation == "relu" and layout.in_fp8(layer):
         values = 1  # its own output, which the projection keeps in FP8

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -141,11 +142,15 @@ def _mlp(
 
 
 def _rms_norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
+    weight = 1 + weight if model.layernorm_zero_centered_gamma else weight
     return weight * x / (x.square().mean(-1, keepdim=True) + model.layernorm_epsilon).sqrt()
 
 
-def _rotation(model: ModelConfig, positions: Tensor) -> Tensor:
+def _rotation(model: ModelConfig, layer: int, positions: Tensor) -> Tensor:
     """Complex factors `[..., rotated channels / 2]`; the frequencies are transformers'."""
+    if model.rotary_base_local is not None and not _sees_everything(model, layer):
+        local = {"rope_scaling": "none", "rotary_base": model.rotary_base_local, "rotary_base_local": None}
+        return _rotation(replace(model, **local), layer, positions)
     scaling = {"rope_theta": float(model.rotary_base), "rope_type": "default"}
     if model.rope_scaling != "none":
         scaling |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
@@ -178,12 +183,16 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
 
 
+def _sees_everything(model: ModelConfig, layer: int) -> bool:
+    """Whether a model with a window has none in this layer."""
+    return model.window_attn_skip_freq is not None and (layer + 1) % model.window_attn_skip_freq == 0
+
+
 def _mask(model: ModelConfig, layer: int, length: int, document_ids: Tensor | None) -> Tensor:
     """Whether query `[batch or 1, seq, 1]` sees key `[batch or 1, 1, seq]`."""
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     seen = (distance >= 0)[None]
-    everywhere = model.window_attn_skip_freq is not None and (layer + 1) % model.window_attn_skip_freq == 0
-    if model.sliding_window is not None and not everywhere:
+    if model.sliding_window is not None and not _sees_everything(model, layer):
         seen = seen & (distance < model.sliding_window)
     if document_ids is not None:
         seen = seen & (document_ids[:, :, None] == document_ids[:, None, :])
@@ -205,7 +214,7 @@ def _attention(
     projected = linear(weights, f"{at}.linear_qkv", x)
     slots = per_group * (2 if elementwise else 1) + 2
     rotates = not (model.no_rope_freq and model.no_rope_freq[layer])
-    rotation = _rotation(model, torch.arange(x.shape[1]) * rotates)
+    rotation = _rotation(model, layer, torch.arange(x.shape[1]) * rotates)
     rotation = rotation if rotates else rotation / rotation.abs()  # nor do they grow, which YaRN's do
     factor = model.softmax_scale or 1 / math.sqrt(size)
     hidden_keys = torch.where(_mask(model, layer, x.shape[1], document_ids), 0.0, float("-inf"))

@@ -14,6 +14,7 @@ from sparsecod_megatron.config import ModelConfig
 ACTIVATIONS = {
     "swiglu": lambda x: x * torch.sigmoid(x),
     "geglu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+    "geglu_tanh": lambda x: x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
     "relu": lambda x: x.clamp(min=0),
     "relu2": lambda x: x.clamp(min=0) ** 2,
@@ -23,7 +24,7 @@ ACTIVATIONS = {
 def dense(model: ModelConfig, weights: Mapping[str, Tensor], at: str, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x)), or down(act(up(x))), with biases if there are."""
     act, inner = ACTIVATIONS[model.activation], linear(weights, f"{at}.linear_fc1", x)
-    if model.activation in ("swiglu", "geglu"):
+    if model.activation in ("swiglu", "geglu", "geglu_tanh"):
         width = inner.shape[-1] // 2
         return linear(weights, f"{at}.linear_fc2", act(inner[..., :width]) * inner[..., width:])
     return linear(weights, f"{at}.linear_fc2", act(inner))

@@ -9,6 +9,7 @@ from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
 from sparsecod_megatron.hf.families.granite import GRANITE
 from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -22,7 +23,7 @@ from sparsecod_megatron.hf.table import NameTable
 from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
 FAMILIES = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE, OLMO2, OLMO3),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, OLMOE, SPARSECOD),
 )
 """In order of preference: the most widely supported class first, our own last."""
@@ -52,12 +53,14 @@ FEATURES: dict[str, tuple[object, ...]] = {
     "normalization": ("RMSNorm",),
     "norm_placement": ("pre",),
     "layernorm_scaling": (False,),
+    "layernorm_zero_centered_gamma": (False,),
     "embedding_norm": (None, False),
     "final_norm": (True,),
     "qk_norm": (False,),
     "qk_norm_scope": ("head",),
     "rope_scaling": ("none",),
     "rotary_percent": (1.0,),
+    "rotary_base_local": (None,),
     "no_rope_freq": (None,),
     "sliding_window": (None,),
     "window_attn_skip_freq": (None,),

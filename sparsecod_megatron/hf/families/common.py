@@ -18,6 +18,16 @@ def dense_obstacle(model: ModelConfig) -> str | None:
     return f"model.num_moe_experts={model.num_moe_experts}" if model.is_moe else None
 
 
+def indivisible_heads(model: ModelConfig) -> str | None:
+    """The obstacle of classes that refuse heads which do not divide the width."""
+    heads = model.num_attention_heads
+    return (
+        f"model.hidden_size={model.hidden_size} not a multiple of num_attention_heads={heads}"
+        if (model.hidden_size % heads)
+        else None
+    )
+
+
 def one_attention_bias(model: ModelConfig) -> str | None:
     """The obstacle of classes whose `attention_bias` is of all four projections."""
     if model.qkv_bias == model.attention_output_bias:

@@ -14,6 +14,7 @@ from sparsecod_megatron.hf.families.common import (
     PRE_NORM,
     bias_fields,
     dense_obstacle,
+    indivisible_heads,
     layer_types,
     one_attention_bias,
     read_attention_bias,
@@ -26,11 +27,7 @@ from sparsecod_megatron.hf.families.entries import dense_entries
 
 
 def _llama_obstacle(model: ModelConfig) -> str | None:
-    if model.hidden_size % model.num_attention_heads:
-        return (
-            f"model.hidden_size={model.hidden_size} not a multiple of num_attention_heads={model.num_attention_heads}"
-        )
-    return dense_obstacle(model) or one_attention_bias(model)
+    return indivisible_heads(model) or dense_obstacle(model) or one_attention_bias(model)
 
 
 def _qwen2_obstacle(model: ModelConfig) -> str | None:

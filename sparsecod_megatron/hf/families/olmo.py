@@ -1,7 +1,7 @@
 """OLMo-2, OLMo-3 and OLMoE: queries and keys normalised over all heads, and in the dense two no norm before a branch.
 
-The norms of those stand behind the branches. OLMo-3 has windows in some layers, and rotary parameters for layers with
-and without: both must be the same here. OLMoE's layers are pre-norm, with experts in each of them and no shared one.
+The norms of those stand behind the branches. OLMo-3 has windows in some layers, whose rotation may have a base of its
+own, as YaRN is of the others alone. OLMoE's layers are pre-norm, with experts in each of them and no shared one.
 
 Source: transformers, models/olmo2/modeling_olmo2.py, models/olmo3/modeling_olmo3.py, models/olmoe/modeling_olmoe.py.
 """
@@ -15,7 +15,6 @@ from typing import Any
 from transformers import Olmo2Config, Olmo3Config, OlmoeConfig
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.common import (
     ATTENTION_BIASES,
@@ -31,14 +30,12 @@ from sparsecod_megatron.hf.families.common import (
     shared_expert_obstacle,
 )
 from sparsecod_megatron.hf.families.entries import dense_entries, renamed, routed_entries
-from sparsecod_megatron.hf.families.rotary import rope_parameters
+from sparsecod_megatron.hf.families.rotary import one_rope, rope_by_kind
 
 NORMS = {"attention_join_norm": "post_attention_layernorm", "mlp_join_norm": "post_feedforward_layernorm"}
 """Norms behind a branch, in our class → here."""
 EXPERT_WIDTH = "intermediate_size"
 """OLMoE's field of an expert's inner width."""
-KINDS = ("full_attention", "sliding_attention")
-"""Kinds of layers that have rotary parameters of their own in OLMo-3."""
 PROJECTION_NORMS = frozenset({"qk_norm", "qk_norm_scope", "rope_scaling"}) | ATTENTION_BIASES
 """Keys that all three have a place for."""
 
@@ -81,26 +78,11 @@ def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _olmo3_fields(model: ModelConfig) -> dict[str, Any]:
     kinds = {name: layer_types(model)[name] for name in ("sliding_window", "layer_types")}
-    return _fields(model) | kinds | {"rope_parameters": {kind: rope_parameters(model) for kind in KINDS}}
+    return _fields(model) | kinds | rope_by_kind(model)
 
 
 def _read_olmo3(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return _read_dense(fields) | read_layer_types(fields)
-
-
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """One set of rotary parameters, which both kinds of layers have.
-
-    Raises:
-        ConversionError: they have two.
-    """
-    full, sliding = (fields["rope_parameters"][kind] for kind in KINDS)
-    if full != sliding:
-        raise ConversionError(
-            f"config.json: rope_parameters of full_attention {full} are others than those of sliding_attention "
-            f"{sliding}, and our layers have one kind of rotation; import a model without"
-        )
-    return {**fields, "rope_parameters": full}
+    return _read_dense(fields) | read_layer_types(fields) | {"rotary_base_local": fields["rotary_base_local"]}
 
 
 def _olmoe_fields(model: ModelConfig) -> dict[str, Any]:
@@ -124,13 +106,13 @@ OLMO2 = Family(
 OLMO3 = Family(
     "Olmo3ForCausalLM",
     Olmo3Config,
-    PROJECTION_NORMS | {"norm_placement", "sliding_window", "window_attn_skip_freq"},
+    PROJECTION_NORMS | {"norm_placement", "sliding_window", "window_attn_skip_freq", "rotary_base_local"},
     _olmo3_obstacle,
     dense_entries,
     _olmo3_fields,
     _read_olmo3,
     layout=partial(renamed, names=NORMS),
-    flat=_flat,
+    flat=one_rope,
 )
 OLMOE = Family(
     "OlmoeForCausalLM",

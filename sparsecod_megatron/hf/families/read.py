@@ -18,6 +18,7 @@ from sparsecod_megatron.hf.families.rotary import rope_keys
 FIELDS_WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path",
+        "_sliding_window_pattern",
         "architectures",
         "auto_map",
         "bos_token_id",

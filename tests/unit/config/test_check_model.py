@@ -30,6 +30,11 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
             ("model.logits_scaling=2", "model.norm_placement=post", "model.final_norm=false"),
             ["model.logits_scaling: 2", "final norm"],
         ),
+        (("model.rotary_base_local=100",), ["model.rotary_base_local: 100", "sliding_window"]),
+        (
+            ("model.layernorm_zero_centered_gamma=true", "model.qk_norm=true", "model.qk_norm_scope=projection"),
+            ["model.layernorm_zero_centered_gamma: true", "use head"],
+        ),
         (("model.qk_norm_scope=projection",), ["model.qk_norm_scope: projection", "qk_norm is false"]),
         (
             (

@@ -89,6 +89,12 @@ def test_our_tensors_survive_the_way_to_huggingface_and_back(name: str) -> None:
     assert all(torch.equal(back[key], ours[key]) for key in ours)
 
 
+GEMMA: dict[str, object] = {
+    "activation": "geglu_tanh",
+    "layernorm_zero_centered_gamma": True,
+    "embedding_multiplier": 32**0.5,
+}
+WINDOW: dict[str, object] = {"sliding_window": 5, "window_attn_skip_freq": 2}
 OLMO = {"norm_placement": "branch", "qk_norm": True, "qk_norm_scope": "projection"}
 IDENTITY = MODELS | {
     "window": tiny(sliding_window=5),
@@ -105,6 +111,10 @@ IDENTITY = MODELS | {
     "olmo2": tiny(**OLMO, qkv_bias=True, attention_output_bias=True),
     "olmo3": tiny(**OLMO, sliding_window=5, window_attn_skip_freq=2, num_query_groups=2),
     "olmoe": moe(qk_norm=True, qk_norm_scope="projection", moe_router_pre_softmax=True, num_query_groups=2),
+    "gemma": tiny(**GEMMA, num_query_groups=2),
+    "gemma2": tiny(**GEMMA, **WINDOW, softmax_scale=20**-0.5, norm_placement="sandwich"),
+    "gemma3": tiny(**GEMMA, **WINDOW, norm_placement="sandwich", qk_norm=True, rotary_base_local=100),
+    "own class zero-centred": moe(**GEMMA, layernorm_scaling=True, qk_norm=True),
     "own class norms behind branches": tiny(norm_placement="branch", layernorm_scaling=True, num_query_groups=2),
     "own class multipliers": moe(softmax_scale=0.2, embedding_multiplier=2.0, logits_scaling=3.0, no_rope_freq=[0, 1]),
     "own class": moe(norm_placement="peri", layernorm_scaling=True, moe_shared_expert_intermediate_size=28),

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     Glm4MoeConfig,
     GPT2Config,
     GraniteConfig,
@@ -80,6 +83,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GEMMA3 = {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20, **TOKENS}
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
@@ -103,6 +110,20 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "granite-biases": GraniteConfig(**SIZES, attention_bias=True, mlp_bias=True, attention_multiplier=0.5),
     "olmo2": Olmo2Config(**SIZES, attention_bias=True),
     "olmo3": Olmo3Config(**SIZES, sliding_window=5, layer_types=WINDOWED),
+    "olmo3-yarn": Olmo3Config(
+        **SIZES,
+        sliding_window=5,
+        layer_types=WINDOWED,
+        rope_parameters={"full_attention": YARN, "sliding_attention": LOCAL | {"rope_theta": 500.0}},
+    ),
+    "gemma": GemmaConfig(**SIZES, **TOKENS),
+    "gemma2": Gemma2Config(**SIZES, **UNCAPPED, sliding_window=5, **TOKENS),
+    "gemma3": Gemma3TextConfig(**SIZES, **GEMMA3),
+    "gemma3-biases": Gemma3TextConfig(**SIZES, **GEMMA3, attention_bias=True, tie_word_embeddings=False),
+    "gemma3-scaled": Gemma3TextConfig(
+        **SIZES, **GEMMA3, rope_parameters={"full_attention": LINEAR, "sliding_attention": LOCAL}
+    ),
+    "gemma3-window": Gemma3TextConfig(**SIZES, **GEMMA3 | {"sliding_window_pattern": 6}),
     "olmoe": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[0]),
@@ -175,9 +196,12 @@ REFUSED = {
         **TOKENS,
     ),
     "clip_qkv 8": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, clip_qkv=8.0),
-    "rope_parameters of full_attention": Olmo3Config(
-        **SIZES, rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default"}}
+    "rope_parameters of sliding_attention": Olmo3Config(
+        **SIZES, rope_parameters={"full_attention": LOCAL, "sliding_attention": YARN}
     ),
+    "attn_logit_softcapping 50.0": Gemma2Config(**SIZES, **TOKENS),
+    "final_logit_softcapping 30.0": Gemma2Config(**SIZES, **UNCAPPED | {"final_logit_softcapping": 30.0}, **TOKENS),
+    "use_bidirectional_attention True": Gemma3TextConfig(**SIZES, **GEMMA3, use_bidirectional_attention=True),
     "rope_theta 0.5": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 0.5}),
     "mlp_only_layers \\[1\\]": Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]),
     "num_nextn_predict_layers 1|num_mtp_layers 1": Glm4MoeConfig(**SIZES, **GLM | {"num_mtp_layers": 1}),

@@ -34,6 +34,7 @@ STOCK = {
     "dense-multipliers": "GraniteForCausalLM",
     "dense-rope-partial": "Phi3ForCausalLM",
     "dense-olmo": "Olmo2ForCausalLM",
+    "dense-gemma": "Gemma3ForCausalLM",
     "dense-mqa": "LlamaForCausalLM",
     "dense-mha": "LlamaForCausalLM",
     "dense-wide-heads": "LlamaForCausalLM",
