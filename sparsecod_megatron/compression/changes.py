@@ -30,6 +30,8 @@ class MatrixChange:
         unmeasured: why it is not, or empty.
         output_error: Frobenius norm of the outputs' change ÷ that of the old outputs, over the calibration inputs that
             the method saw; None where it is not measured.
+        neuron_distance: mean over rows of the matrix of W₁ between their outputs before and after, in standard
+            deviations of the outputs before; None where it is not measured.
     """
 
     name: str
@@ -41,6 +43,7 @@ class MatrixChange:
     relative_error: float | None
     unmeasured: str = ""
     output_error: float | None = None
+    neuron_distance: float | None = None
 
     @property
     def num_weights(self) -> int:
@@ -96,7 +99,7 @@ class Changes:
         self._require_finite(name, weight)
         if weight.shape != old.shape:
             unmeasured = f"its shape was {list(old.shape)} and is {list(weight.shape)}"
-            self._record(name, [weight], None, unmeasured)
+            self._record(name, [weight], None, unmeasured, output_error)
             module, _, leaf = name.rpartition(".")
             # A copy, because a slice of the old weights would keep all of them in memory.
             values = weight.detach().to(old).clone(memory_format=torch.contiguous_format)
@@ -135,7 +138,13 @@ class Changes:
 
     @torch.no_grad()
     def exchange(
-        self, name: str, module: nn.Module, *, product: Tensor | None, output_error: float | None = None
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        product: Tensor | None,
+        output_error: float | None = None,
+        neuron_distance: float | None = None,
     ) -> None:
         """Put another module in the place of a linear layer.
 
@@ -144,6 +153,7 @@ class Changes:
             module: what takes its place.
             product: `[out, in]`, the matrix that `module` multiplies by; None where it is not one matrix.
             output_error: as in `MatrixChange`, where the method knows it.
+            neuron_distance: likewise.
 
         Raises:
             ConversionError: non-finite values.
@@ -154,9 +164,9 @@ class Changes:
         old = self._model.get_parameter(name)
         if product is None:
             unmeasured = f"{type(module).__name__} does not multiply by one matrix"
-            self._record(name, weights, None, unmeasured, output_error)
+            self._record(name, weights, None, unmeasured, output_error, neuron_distance)
         else:
-            self._record(name, weights, relative_error(old, product), output_error=output_error)
+            self._record(name, weights, relative_error(old, product), "", output_error, neuron_distance)
         self._model.set_submodule(name.rpartition(".")[0], module)
 
     def rows(self, reason: Callable[[nn.Module, Tensor], str]) -> list[MatrixChange]:
@@ -193,11 +203,12 @@ class Changes:
         error: float | None,
         unmeasured: str = "",
         output_error: float | None = None,
+        neuron_distance: float | None = None,
     ) -> None:
         if name in self._shapes:
             stored, share = sum(weight.numel() for weight in weights), zeros(weights)
-            row = MatrixChange(name, self._shapes[name], True, "", stored, share, error, unmeasured, output_error)
-            self._rows[name] = row
+            measured = (error, unmeasured, output_error, neuron_distance)
+            self._rows[name] = MatrixChange(name, self._shapes[name], True, "", stored, share, *measured)
 
     @staticmethod
     def _require_finite(name: str, weight: Tensor) -> None:

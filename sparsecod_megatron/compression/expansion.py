@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsecod_megatron.compression.changes import zeros
 from sparsecod_megatron.compression.clusters import Router, fit_router, shrunk
 from sparsecod_megatron.compression.method import Material
+from sparsecod_megatron.compression.neuron_distance import neuron_distance, spaced
 from sparsecod_megatron.compression.patterns import Pattern
 from sparsecod_megatron.compression.reconstruct import squared_outputs, sweep
 from sparsecod_megatron.compression.statistics import InputStatistics
@@ -95,18 +96,20 @@ class Place:
         slots: their matrices.
         router: of the clusters, in the type of the weights.
         statistics: of each cluster's inputs.
+        rows: some of the inputs, `[rows, in]`, by which neurons before and after are compared.
     """
 
     slots: list[Slot]
     router: Router
     statistics: list[InputStatistics]
+    rows: Tensor
 
     @classmethod
-    def unseen(cls, slots: list[Slot], router: Router) -> Place:
+    def unseen(cls, slots: list[Slot], router: Router, rows: Tensor) -> Place:
         """A place before any input was counted."""
         width, device = slots[0].weight.shape[1], slots[0].weight.device
         statistics = [InputStatistics.empty(width, gram=True, device=device) for _ in router.offsets]
-        return cls(slots, router, statistics)
+        return cls(slots, router, statistics, rows)
 
     def count(self, rows: Tensor) -> None:
         """Count inputs `[rows, in]`, each for its cluster."""
@@ -149,10 +152,10 @@ class Expander:
             own = sample.rows(slots[0].weight)
             rows = torch.cat(processes.gather([own if processes.size == 1 else own.cpu()]))
             if len(rows):
-                places.append(Place.unseen(slots, self._router(slots[0].weight, rows)))
+                places.append(Place.unseen(slots, self._router(slots[0].weight, rows), spaced(rows)))
         run(partial(_seeing, [place.slots for place in places], [place.count for place in places]))
         totals = [[one.total(processes) for one in place.statistics] for place in places]
-        return [Place(place.slots, place.router, total) for place, total in zip(places, totals, strict=True)]
+        return [replace(place, statistics=total) for place, total in zip(places, totals, strict=True)]
 
     def exchange(self, place: Place) -> None:
         """Put a pruned copy for each cluster where each matrix of a place was. Collective."""
@@ -170,7 +173,11 @@ class Expander:
             self.zeros += slot.weight.numel() * zeros([new for new, _ in made])
             module = _expert_linear(slot, place.router, [new for new, _ in made])
             error = math.sqrt(change / size) if size else None
-            self._material.changes.exchange(slot.name, module, product=None, output_error=error)
+            rows = place.rows.to(slot.weight)
+            distance = neuron_distance(nn.functional.linear(rows, slot.weight, module.bias), module(rows))
+            self._material.changes.exchange(
+                slot.name, module, product=None, output_error=error, neuron_distance=distance
+            )
             self.clusters[slot.name.removesuffix(".weight")] = len(made)
 
     def warnings(self) -> list[str]:

@@ -42,7 +42,8 @@ def compression_row(
         "compressed_fraction": compressed_fraction(compression.matrices),
         "loss_change": changes["loss"].value if "loss" in changes else None,
         "loss_change_stderr": changes["loss"].stderr if "loss" in changes else None,
-        "output_error": _output_error(compression),
+        "output_error": _over_matrices(compression, "output_error"),
+        "neuron_distance": _over_matrices(compression, "neuron_distance"),
         **cost,
     }
 
@@ -75,9 +76,10 @@ def _zeros(compression: Compression) -> float:
     return sum(row.zeros * row.stored for row in rows) / sum(row.stored for row in rows)
 
 
-def _output_error(compression: Compression) -> dict[str, Any] | None:
-    """Mean over the matrices where it is measured, and the worst of them."""
-    measured = {row.name: row.output_error for row in compression.matrices if row.output_error is not None}
+def _over_matrices(compression: Compression, quantity: str) -> dict[str, Any] | None:
+    """Mean of a field of `MatrixChange` over the matrices where it is measured, and the worst of them."""
+    values = {row.name: getattr(row, quantity) for row in compression.matrices}
+    measured = {name: value for name, value in values.items() if value is not None}
     if not measured:
         return None
     worst = max(measured, key=lambda name: measured[name])

@@ -19,7 +19,9 @@ SAME_SPARSITY = 1e-3
 
 _NOTE = """All rows: the same calibration sequences, scored windows and seed. Zeros are counted among the weights
 outside embeddings and output layer. Changes of loss have the standard error over the same windows; errors of outputs
-are ‖X(W' − W)ᵀ‖ / ‖XWᵀ‖ over the inputs that the rule saw. Bytes are those of the tensors, zeros included."""
+are ‖X(W' − W)ᵀ‖ / ‖XWᵀ‖ over the inputs that the rule saw. Neurons' distance is W₁ between the outputs of a matrix's
+rows before and after, in their standard deviations before, where the method measures it. Bytes are those of the
+tensors, zeros included."""
 
 
 def unequal_sparsities(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -62,6 +64,9 @@ def _markdown(rows: Sequence[dict[str, Any]], warnings: Sequence[str], command: 
     header = ["method", "pattern", "zeros", "perplexity [95 %]", "change of loss ± s.e.", "output error, mean (worst)"]
     header += ["non-zero parameters", "bytes", "seconds", "peak memory"]
     lines = [[*_identity(row), *_quality(row), *_size(row)] for row in rows]
+    if any(row.get("neuron_distance") for row in rows):
+        header.append("neurons' distance, mean (worst)")
+        lines = [[*line, _mean_and_worst(row.get("neuron_distance"))] for line, row in zip(lines, rows, strict=True)]
     text = f"`{command}`\n\n{markdown_grid(header, lines)}"
     if any(row.get("scores") for row in rows):
         text += f"\n{_scores(rows)}"
@@ -75,10 +80,16 @@ def _identity(row: dict[str, Any]) -> list[str]:
 
 
 def _quality(row: dict[str, Any]) -> list[str]:
-    change, stderr, error = row.get("loss_change"), row.get("loss_change_stderr"), row.get("output_error")
+    change, stderr = row.get("loss_change"), row.get("loss_change_stderr")
     shown_change = "–" if change is None else f"{change:+.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-    shown_error = "–" if error is None else f"{error['mean']:.3f} ({error['worst']:.3f} {error['worst_matrix']})"
-    return [perplexity_text(row["perplexity"]), shown_change, shown_error]
+    return [perplexity_text(row["perplexity"]), shown_change, _mean_and_worst(row.get("output_error"))]
+
+
+def _mean_and_worst(quantity: dict[str, Any] | None) -> str:
+    """Of all matrices where it is measured."""
+    if quantity is None:
+        return "–"
+    return f"{quantity['mean']:.3f} ({quantity['worst']:.3f} {quantity['worst_matrix']})"
 
 
 def _size(row: dict[str, Any]) -> list[str]:
@@ -128,10 +139,12 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> list[tuple[str, float | None, float | None, float | None]]:
-    result, error = row["perplexity"], row.get("output_error") or {}
+    result = row["perplexity"]
     found = [("loss", result["loss"], result["loss_low"], result["loss_high"])]
-    plain = {"perplexity": result["perplexity"], "output_error_mean": error.get("mean")}
-    plain |= {"output_error_worst": error.get("worst")}
+    plain = {"perplexity": result["perplexity"]}
+    for quantity in ("output_error", "neuron_distance"):
+        found_of = row.get(quantity) or {}
+        plain |= {f"{quantity}_{which}": found_of.get(which) for which in ("mean", "worst")}
     names = ("zeros", "loss_change", "loss_change_stderr", "num_parameters", "nonzero_parameters", "bytes", "seconds")
     plain |= {name: row.get(name) for name in (*names, "peak_memory_bytes")}
     found += [(name, value, None, None) for name, value in plain.items() if value is not None]

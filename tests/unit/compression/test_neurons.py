@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from sparsecod_megatron.compression.compress import Compression, compress, write_model
+from sparsecod_megatron.compression.merging import merge_neurons
 from sparsecod_megatron.compression.registry import find_method
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.models.opening import open_model
@@ -98,6 +99,102 @@ def test_the_smallest_parts_of_the_output_go(
     assert torch.allclose(logits(model), logits(zeroed), atol=1e-5)
 
 
+def with_twins(family: str) -> PreTrainedModel:
+    """The second half of the neurons do what the first half do, up to size, and both have a part in the output."""
+    model, generator = tiny(family), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            experts = layer.mlp.experts if family == "mixtral" else None
+            for number in range(5 if experts else 1):
+                if experts:
+                    gate, up = experts.gate_up_proj[number].chunk(2)
+                    down = experts.down_proj[number]
+                else:
+                    gate, up, down = (getattr(layer.mlp, f"{kind}_proj").weight for kind in ("gate", "up", "down"))
+                sizes = 0.5 + torch.rand(24, 1, generator=generator)
+                gate[24:], up[24:] = gate[:24], sizes * up[:24]
+                down[:, 24:] = down[:, :24].flip(1) * (0.5 + torch.rand(24, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_twin_neurons_merge_without_a_trace(family: str) -> None:
+    """One of each pair stays and takes over the other's part; by the norms of their parts alone the output changes."""
+    before, tokens = logits(with_twins(family)), sequences()
+    model, cut = with_twins(family), with_twins(family)
+    result = narrowed(model, "share=0.5", "merge=true", "damping=1e-5")
+    assert (logits(model) - before).abs().max() < 2e-3  # what the damping leaves
+    narrowed(cut, "share=0.5")
+    assert (logits(cut) - before).abs().max() > 0.5
+    down = "experts.down_proj" if family == "mixtral" else "down_proj.weight"
+    errors = {row.name: row.output_error for row in result.matrices}
+    assert errors[f"model.layers.0.mlp.{down}"] == pytest.approx(0, abs=1e-4)
+    if family == "llama":
+        old, new = with_twins(family).model.layers[0].mlp, model.model.layers[0].mlp
+        rows = [int((old.gate_proj.weight == row).all(1).nonzero()[0]) for row in new.gate_proj.weight]
+        assert sorted(rows) == list(range(24)) and tokens.numel() > 48
+
+
+@pytest.mark.parametrize("damping", [1e-6, 0.1])
+def test_merging_is_greedy_least_squares(damping: float) -> None:
+    """Every step against all candidates, each solved as a least-squares problem of its own; the rest is given."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(40, 7, dtype=torch.float64, generator=generator)
+    inputs[:, 5] = inputs[:, 1] + 0.1 * inputs[:, 2]  # almost what two others do
+    inputs[:, 3] = 0
+    weight = torch.randn(4, 7, dtype=torch.float64, generator=generator)
+    weight[:, 3] *= 1e3  # a dead neuron goes first, whatever is behind it
+    pull = damping * inputs.square().sum(0).mean()
+
+    def solved(kept: list[int]) -> tuple[float, Tensor]:
+        rows = torch.cat([inputs[:, kept], pull.sqrt() * torch.eye(len(kept), dtype=torch.float64)])
+        wanted = torch.cat([inputs @ weight.T, pull.sqrt() * weight[:, kept].T])
+        found = torch.linalg.lstsq(rows, wanted).solution
+        return float((rows @ found - wanted).square().sum()), found.T
+
+    kept = list(range(7))
+    for width in (6, 5, 4, 3):
+        lost = {neuron: solved([other for other in kept if other != neuron])[0] for neuron in kept}
+        kept.remove(min(lost, key=lambda neuron: lost[neuron]))
+        stay, columns = merge_neurons(weight, inputs.T @ inputs, width, damping)
+        assert stay.tolist() == kept and 3 not in kept
+        assert torch.allclose(columns, solved(kept)[1], atol=1e-6)
+
+
+def test_merging_lessens_the_error_that_it_reports() -> None:
+    """For a layer as it is: the error in full, below that of cutting; share 0 is exact, and dead neurons go first."""
+    dense, model, cut = tiny("llama"), tiny("llama"), tiny("llama")
+    result = narrowed(model, "share=0.25", "merge=true")
+    narrowed(cut, "share=0.25")
+    exits = [each.model.layers[0].mlp for each in (dense, model, cut)]
+    seen = inputs_of(dense, exits[0].down_proj)
+    wanted = seen @ exits[0].down_proj.weight.T
+    errors = []
+    for mlp in exits[1:]:
+        kept = [int((exits[0].gate_proj.weight == row).all(1).nonzero()) for row in mlp.gate_proj.weight]
+        errors.append(float((seen[:, kept] @ mlp.down_proj.weight.T - wanted).detach().norm() / wanted.detach().norm()))
+    reported = {row.name: row.output_error for row in result.matrices}["model.layers.0.mlp.down_proj.weight"]
+    assert errors[0] == pytest.approx(reported, rel=1e-3) and errors[0] < 0.9 * errors[1]
+    same, dead = tiny("llama"), tiny("llama")
+    narrowed(same, "share=0", "merge=true")
+    assert torch.equal(logits(same), logits(dense))
+    with torch.no_grad():
+        for layer in dead.model.layers:
+            layer.mlp.up_proj.weight[5::6] = 0
+    before = logits(dead)
+    narrowed(dead, "share=0.167", "merge=true", "multiple=1")
+    assert dead.config.intermediate_size == 40 and torch.allclose(logits(dead), before, atol=1e-4)
+
+
+def test_merging_holds_few_products_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers in passes of their own give what they give together, for inputs are the dense model's in each."""
+    together, apart = tiny("llama"), tiny("llama")
+    narrowed(together, "share=0.5", "merge=true")
+    monkeypatch.setattr("sparsecod_megatron.compression.methods.neurons.MOST_GRAM_BYTES", 4 * 48**2)
+    narrowed(apart, "share=0.5", "merge=true")
+    assert torch.equal(logits(apart), logits(together))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe", "sparsecod"])
 def test_share_0_changes_nothing(family: str) -> None:
     model = tiny(family)
@@ -138,6 +235,11 @@ def bloom() -> PreTrainedModel:
         (lambda: tiny("mixtral"), ["share=0.02", "multiple=1"], "fused experts of 47 neurons cannot run"),
         (bloom, [], "BloomForCausalLM has no feed-forward layer whose width a field of its configuration sets"),
         (factored, [], "LlamaForCausalLM has no feed-forward layer whose width"),
+        (
+            lambda: with_twins("llama"),
+            ["merge=true", "damping=1e-12"],
+            "damping=1e-12: too little for sums of products",
+        ),
         (lambda: tiny("llama"), ["share=0.02"], "share=0.02 with multiple=8 removes none of 48 neurons"),
     ],
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecod_megatron.compression.compress import Compression, compress, write_model
 from sparsecod_megatron.compression.expansion import ExpertLinear
+from sparsecod_megatron.compression.neuron_distance import neuron_distance, spaced
 from sparsecod_megatron.compression.patterns import parse_pattern
 from sparsecod_megatron.compression.reconstruct import sweep
 from sparsecod_megatron.compression.registry import find_method
@@ -76,6 +79,51 @@ def test_two_clusters_lose_nothing_where_one_must() -> None:
         assert found == pytest.approx(rows[UP], abs=1e-3)
         errors.append(found)
     assert errors[0] > 0.1 and errors[1] < 1e-3
+
+
+def four_kinds_of_tokens() -> PreTrainedModel:
+    """As before, in quarters of the channels."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        weight = model.model.embed_tokens.weight
+        for kind in range(4):
+            own = weight[kind::4, 8 * kind : 8 * kind + 8].clone()
+            weight[kind::4] = 0
+            weight[kind::4, 8 * kind : 8 * kind + 8] = own
+            weight[kind::4, 8 * kind] = 3.0
+    return model
+
+
+def test_neurons_of_a_mixture_stay_nearer_with_every_cluster() -> None:
+    """Their W₁ is scipy's, falls from one cluster to two to four, and is gone where each kind has its own copy."""
+    dense, found = four_kinds_of_tokens(), []
+    inputs = inputs_of(dense, UP)
+    before = (inputs @ dense.get_parameter(UP).T).detach()
+    for clusters in (1, 2, 4):
+        result = expanded(four_kinds_of_tokens(), f"clusters={clusters}", "shrinkage=0", "damping=1e-6", "pattern=0.75")
+        after = result.model.get_submodule(UP.removesuffix(".weight"))(inputs).detach()
+        expected = [
+            scipy.stats.wasserstein_distance(old, new) / np.std(old)
+            for old, new in zip(before.T.double().numpy(), after.T.double().numpy(), strict=True)
+        ]
+        reported = {row.name: row.neuron_distance for row in result.matrices}
+        assert reported[UP] == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-6)
+        assert reported["model.layers.0.self_attn.q_proj.weight"] is None
+        found.append(reported[UP])
+    assert found[0] > 1.3 * found[1] and found[1] > 10 * found[2] and found[2] < 1e-3, found
+
+
+def test_distances_of_neurons_have_a_scale_and_a_sample() -> None:
+    """In standard deviations; a neuron that says nothing has none; long samples are thinned evenly, ends included."""
+    outputs = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    assert neuron_distance(outputs, outputs[torch.randperm(500)]) == 0
+    assert neuron_distance(7 * outputs, 7 * outputs + 7 * outputs.std(0, correction=0)) == pytest.approx(1, rel=1e-5)
+    mute = torch.cat([outputs, torch.ones(500, 1)], 1)
+    assert neuron_distance(mute, 2 * mute) == pytest.approx(neuron_distance(outputs, 2 * outputs))
+    assert neuron_distance(torch.ones(4, 2), torch.zeros(4, 2)) is None
+    rows = spaced(torch.arange(10_000.0)[:, None])[:, 0]
+    assert len(rows) == 2048 and (rows[0], rows[-1]) == (0, 9999) and rows.diff().max() <= 5 <= rows.diff().min() + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
