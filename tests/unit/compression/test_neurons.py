@@ -49,6 +49,23 @@ def test_a_dead_neuron_goes_first_whatever_its_weights() -> None:
         assert (layer.mlp.up_proj.out_features, layer.mlp.down_proj.in_features) == (47, 47)
 
 
+@pytest.mark.parametrize("merge", ["false", "true"])
+def test_neurons_without_a_part_in_any_output_go_and_change_nothing(merge: str) -> None:
+    """CETT 0: never on, whatever reads them, or always on and read by nothing."""
+    model, silent, unread = tiny("llama"), [3, 9, 40], [0, 21, 47]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[silent] = 0
+            layer.mlp.up_proj.weight[unread] *= 100
+            layer.mlp.down_proj.weight[:, unread] = 0
+    before, old = logits(model), [layer.mlp.gate_proj.weight.clone() for layer in model.model.layers]
+    narrowed(model, "share=0.125", "multiple=1", f"merge={merge}")
+    stay = [index for index in range(48) if index not in silent + unread]
+    assert torch.allclose(logits(model), before, atol=1e-4)
+    for layer, weight in zip(model.model.layers, old, strict=True):
+        assert torch.equal(layer.mlp.gate_proj.weight, weight[stay])
+
+
 def test_every_expert_loses_its_own() -> None:
     """Fused experts; the last of them is reached by no token, so weights alone decide there."""
     model = tiny("mixtral")
