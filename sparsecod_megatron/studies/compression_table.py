@@ -86,7 +86,7 @@ def _quality(row: dict[str, Any]) -> list[str]:
 
 
 def _mean_and_worst(quantity: dict[str, Any] | None) -> str:
-    """Of all matrices where it is measured."""
+    """What a row has of all matrices where it is measured."""
     if quantity is None:
         return "–"
     return f"{quantity['mean']:.3f} ({quantity['worst']:.3f} {quantity['worst_matrix']})"

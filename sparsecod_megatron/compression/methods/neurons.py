@@ -52,7 +52,7 @@ WIDTH_FIELDS = (
 
 
 GRAM_BYTES, MOST_GRAM_BYTES = 4, 4 * 2**30
-"""Of one entry of Σ n·nᵀ, and of all those that are taken in one pass over the calibration data."""
+"""One entry of Σ n·nᵀ, and all those that are taken in one pass over the calibration data at most."""
 
 
 class Chosen(NamedTuple):
