@@ -35,13 +35,14 @@ def check_task(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: any of these.
     """
-    from sparsecod_megatron.analysis.scores.registry import ASKING
+    from sparsecod_megatron.analysis.scores.registry import ASKING, TAKING_TASKS
     from sparsecod_megatron.analysis.tasks.built_in import BUILT_IN
 
-    asking = [score for score in names(args.scores) if score in ASKING]
-    if args.task is not None and not asking:
+    scores = names(args.scores)
+    asking = [score for score in scores if score in ASKING]
+    if args.task is not None and not set(scores) & set(TAKING_TASKS):
         raise ConfigError(
-            f"--task {args.task}: no score asks it; leave it out, or add {' or '.join(ASKING)} to --scores"
+            f"--task {args.task}: no score asks it; leave it out, or add {' or '.join(TAKING_TASKS)} to --scores"
         )
     if args.task is None and asking:
         raise ConfigError(f"--scores {asking[0]}: asks for answers; give --task addition, hops, synthetic or a file")

@@ -38,6 +38,7 @@ MEASURED_WITH = (
     "curve_pattern",
     "compat",
     "difficulties",
+    "skip_epsilon",
 )
 """Options besides data and scores that numbers depend on, so that a series keeps them."""
 DEFAULT_SCORES = "causal,permutation,usefulness,jacobian,similarity,skip,lens"
@@ -61,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores", default=DEFAULT_SCORES, metavar="A,B", help=f"comma-separated (default {DEFAULT_SCORES})"
     )
     add_task_options(parser)
+    parser.add_argument(
+        "--skip-epsilon", type=float, metavar="E", help="nats by which token_skip counts a token's loss (default 0.1)"
+    )
     parser.add_argument(
         "--pairs", metavar="N", help="pairs of blocks that permutation samples, or `adjacent` (default all)"
     )
@@ -173,6 +177,7 @@ def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], proces
     from sparsecod_megatron.analysis.analyze import analyze
     from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
+    from sparsecod_megatron.analysis.tasks.text import digit_ids
     from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
     from sparsecod_megatron.models.opening import open_model
 
@@ -183,6 +188,7 @@ def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], proces
         budgets=budgets,
         gate_steps=args.gate_steps,
         curve_score=args.curve_score,
+        skip_epsilon=args.skip_epsilon,
         curve_patterns=None if args.curve_pattern is None else names(args.curve_pattern),
     )
     if args.data is not None:
@@ -197,6 +203,7 @@ def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], proces
     ) as opened:
         tokens = None if args.data is None else read_corpus(args.data, opened.tokenizer).tokens
         model = opened.model
+        classes = {"digits": digit_ids(opened.tokenizer)} if "token_skip" in names(args.scores) else {}
         items = read_task(args, path, opened.tokenizer, model.config.get_text_config().vocab_size)
     context = make_context(
         model,
@@ -208,6 +215,7 @@ def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], proces
         reference=args.compat == "reference",
         processes=processes,
         items=items,
+        token_classes=classes,
     )
     return analyze(context, scores, settings={"model": str(path), **_sources(args), **facts})
 

@@ -184,9 +184,8 @@ class Replay:
             hidden = after
         return sequence_losses(self.logits(trace, hidden), trace.labels)
 
-    @torch.no_grad()
     def logits(self, trace: Trace, hidden: Tensor) -> Tensor:
-        """What the model predicts if `hidden` [B, T, d] is the last block's output: [B, T, V].
+        """What the model predicts if `hidden` [B, T, d] is the last block's output: [B, T, V]; gradients reach it.
 
         The model itself runs, its blocks replaced by ones that answer with `hidden`, so whatever it does after them
         (norm, scale, cap) is done here too.
@@ -276,12 +275,17 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B, T, V] and [B, T] → [B] mean cross entropy in nats, float64 on the CPU.
+    """[B, T, V] and [B, T] → [B] mean cross entropy in nats, float64 on the CPU."""
+    return token_losses(logits, labels).mean(dim=1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, T, V] and [B, T] → [B, T] cross entropy in nats, float64 on the CPU.
 
     Row by row: a float32 copy of a whole batch's logits can be huge.
     """
     rows = [
-        F.cross_entropy(row.float(), target, reduction="none").double().mean()
+        F.cross_entropy(row.float(), target, reduction="none").double()
         for row, target in zip(logits, labels, strict=True)
     ]
     return torch.stack(rows).cpu()

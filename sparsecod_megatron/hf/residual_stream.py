@@ -79,4 +79,6 @@ class ResidualStream:
     def logits(self) -> Iterator[Tensor]:
         """What the model predicts if the stream is the last block's output, [B, T, V] for each micro-batch."""
         for place, trace in enumerate(self._traces):
-            yield self._replay.logits(trace, self._hidden[place].to(self._replay.model.device))
+            with torch.no_grad():
+                logits = self._replay.logits(trace, self._hidden[place].to(self._replay.model.device))
+            yield logits

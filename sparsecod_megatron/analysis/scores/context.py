@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -40,6 +40,7 @@ class Context:
         reference: also compute the reference's own numbers where they cost extra work.
         processes: those that share the sample; each runs its `places` in every part.
         items: a task's, for scores that ask for answers; None where there is no task.
+        token_classes: class → bool [V], whether an id belongs to it, for scores that tell tokens apart.
     """
 
     model: PreTrainedModel
@@ -50,6 +51,7 @@ class Context:
     reference: bool = False
     processes: Processes = Processes()
     items: Items | None = None
+    token_classes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -185,6 +187,7 @@ def make_context(
     reference: bool = False,
     processes: Processes | None = None,
     items: Items | None = None,
+    token_classes: Mapping[str, Tensor] | None = None,
 ) -> Context:
     """Draw the sample and find the blocks.
 
@@ -201,6 +204,7 @@ def make_context(
         reference: also compute the reference's own numbers where they cost extra work.
         processes: which one this is of how many that share the sample; None for a single one.
         items: a task's, for scores that ask for answers.
+        token_classes: class → bool [V], ids that belong to it.
 
     Raises:
         ConfigError: a size below one, more positions than the model has, or more processes than half the windows.
@@ -242,7 +246,8 @@ def make_context(
             "this model's tokenizer"
         )
     model.eval().requires_grad_(False)
-    return Context(model, find_layers(model), windows, seed, memory_gib, reference, processes, items)
+    layers = find_layers(model)
+    return Context(model, layers, windows, seed, memory_gib, reference, processes, items, token_classes or {})
 
 
 def draw_windows(tokens: Tensor, *, num_samples: int, seq_length: int, seed: int) -> Tensor:

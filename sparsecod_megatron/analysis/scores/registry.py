@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ SCORES = {
     "skip": "sparsecod_megatron.analysis.scores.skip:Skip",
     "lens": "sparsecod_megatron.analysis.scores.lens:Lens",
     "answers": "sparsecod_megatron.analysis.scores.answers:Answers",
+    "integrated_gradients": "sparsecod_megatron.analysis.scores.integrated_gradients:IntegratedGradients",
+    "token_skip": "sparsecod_megatron.analysis.scores.token_skip:TokenSkip",
     "experts": "sparsecod_megatron.analysis.sparsity.experts:Experts",
     "weights": "sparsecod_megatron.analysis.sparsity.weights:Weights",
     "attention": "sparsecod_megatron.analysis.sparsity.attention_score:Attention",
@@ -30,8 +33,10 @@ SCORES = {
 
 LOOKING_AT_ALL_WEIGHTS = ("weights", "activation")
 """Scores that take the weights of all blocks at once; others only call blocks, whose weights may come and go."""
-ASKING = ("answers",)
+ASKING = ("answers", "integrated_gradients")
 """Scores of a task's items; they need no text."""
+TAKING_TASKS = (*ASKING, "token_skip")
+"""Those, and scores of text that look at answers too where there is a task."""
 BUDGETED = ("sparse_attention", "seer_gate")
 """Scores that take shares of the keys that a query keeps."""
 
@@ -44,6 +49,7 @@ def find_scores(
     gate_steps: int | None = None,
     curve_score: str | None = None,
     curve_patterns: Sequence[str] | None = None,
+    skip_epsilon: float | None = None,
 ) -> list[Score]:
     """The scores of these names, in this order.
 
@@ -54,11 +60,12 @@ def find_scores(
         gate_steps: of training, for seer_gate.
         curve_score: by what the curve of weights prunes.
         curve_patterns: n:m, further points of that curve.
+        skip_epsilon: nats, for token_skip.
 
     Raises:
         ConfigError: an unknown name, one given twice, or none at all; pairs that are neither, or without permutation;
             budgets outside of 0 to 1, or without a score that takes them; steps below 1, or without seer_gate; options
-            of the curve without weights.
+            of the curve without weights; an epsilon below 0, or without token_skip.
     """
     if not names:
         raise ConfigError(f"--scores: names no score; give some of {','.join(SCORES)}")
@@ -78,6 +85,10 @@ def find_scores(
         options.setdefault("seer_gate", {})["steps"] = gate_steps
     if curve_score is not None or curve_patterns is not None:
         options["weights"] = _curve(curve_score, curve_patterns, names)
+    if skip_epsilon is not None:
+        if "token_skip" not in names or not 0 <= skip_epsilon < math.inf:
+            raise ConfigError(f"--skip-epsilon {skip_epsilon}: nats, at least 0, for --scores token_skip alone")
+        options["token_skip"] = {"epsilon": skip_epsilon}
     return [_load(SCORES[name], options.get(name, {})) for name in names]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from sparsecod_megatron.analysis.tasks.items import Answered
 from sparsecod_megatron.errors import DataError
@@ -44,6 +46,12 @@ def read_pairs(path: Path) -> list[Pair]:
     if not pairs:
         raise DataError(f"--task {path}: holds no question; write one JSON object per line")
     return pairs
+
+
+def digit_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """bool [ids]: those whose text, spaces aside, consists of digits."""
+    texts = (tokenizer.decode([number]).strip() for number in range(len(tokenizer)))
+    return torch.tensor([text.isascii() and text.isdigit() for text in texts])
 
 
 def _pair(line: str, where: str) -> Pair:
