@@ -33,7 +33,7 @@ def merge_neurons(weight: Tensor, gram: Tensor, width: int, damping: float) -> t
     Raises:
         ConversionError: damping that rounding of `gram` outweighs.
     """
-    columns = weight.double()
+    columns = weight.to(torch.float64, copy=True)
     inner = columns.shape[1]
     pull = damping * float(gram.double().diagonal().mean()) or 1.0  # no input ever came: weights alone decide
     damped = gram.double() + pull * torch.eye(inner, dtype=torch.float64, device=gram.device)
@@ -47,8 +47,8 @@ def merge_neurons(weight: Tensor, gram: Tensor, width: int, damping: float) -> t
         costs = columns.square().sum(0) / inverse.diagonal() - pulled
         neuron = int(costs.masked_fill(gone, torch.inf).argmin())
         answer = inverse[neuron] / inverse[neuron, neuron]
-        columns = columns - torch.outer(columns[:, neuron], answer)
-        inverse -= torch.outer(inverse[:, neuron].clone(), answer)
+        columns.addr_(columns[:, neuron].clone(), answer, alpha=-1)
+        inverse.addr_(inverse[:, neuron].clone(), answer, alpha=-1)
         gone[neuron] = True
     stay = (~gone).nonzero().flatten()
     return stay, columns[:, stay]
