@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from sparsecod_megatron.analysis.directory import short_names
+from sparsecod_megatron.checkpoint.lineage import Parent, read_lineage
 from sparsecod_megatron.config import IntervalConfig, RunConfig, load_config
 from sparsecod_megatron.config.run_files import CONFIG_FILE, METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.errors import DataError
@@ -46,6 +47,7 @@ class Run:
     Attributes:
         name: the shortest end of its path that tells it from the other runs read with it.
         metrics: series by field name, as are `layers` (one number per layer) and `vectors` (several).
+        lineage: runs that it continues, the nearest first; empty where it began by itself.
         notes: what a reader should know about the files, one sentence each.
     """
 
@@ -56,6 +58,7 @@ class Run:
     layers: dict[str, Series]
     vectors: dict[str, Series]
     notes: tuple[str, ...]
+    lineage: tuple[Parent, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -103,7 +106,7 @@ def _load_run(path: Path, name: str) -> Run:
     notes = [*metrics.notes, *statistics.notes]
     for columns in (by_step, by_layer, vectors):
         notes.extend(filter(None, (_not_finite(title, series) for title, series in columns.items())))
-    return Run(name, path, config, by_step, by_layer, vectors, tuple(notes))
+    return Run(name, path, config, by_step, by_layer, vectors, tuple(notes), tuple(read_lineage(path)))
 
 
 def _not_finite(name: str, series: Series) -> str:

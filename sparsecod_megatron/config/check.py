@@ -157,6 +157,11 @@ def _checkpoint_problems(section: CheckpointConfig, last_step: int) -> Iterator[
             f"checkpoint.save_steps: {section.save_steps}; give steps from 1 to train.train_steps={last_step}, each "
             "once"
         )
+    if section.branch_from is not None and section.init_from is not None:
+        yield (
+            f"checkpoint.branch_from: {section.branch_from}, but checkpoint.init_from={section.init_from} starts "
+            "afresh from weights alone; remove one of them"
+        )
     if section.densify and section.init_from is None:
         yield "checkpoint.densify: true, but checkpoint.init_from names no weights; set it, or remove densify"
 

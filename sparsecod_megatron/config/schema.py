@@ -216,6 +216,9 @@ class CheckpointConfig:
     init_from: str | None = None
     """A step directory whose weights (not optimizer, schedule or data position) a fresh run starts from. What a
     mechanism keeps there, masks for one, stays in force where this run has the same mechanism."""
+    branch_from: str | None = None
+    """`RUN`, `RUN@STEP` or a step directory that a fresh run continues with all it holds (weights, optimizer, step,
+    random states, position in the data) under its own schedule; its parents go into RUN/lineage.json."""
     densify: bool = False
     """`init_from`: leave behind what mechanisms keep there, so that weights which masks held at zero train again."""
 

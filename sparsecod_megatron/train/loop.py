@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sparsecod_megatron.backend import Backend
+from sparsecod_megatron.checkpoint.lineage import parent_of, run_of
 from sparsecod_megatron.checkpoint.paths import resume_candidates
 from sparsecod_megatron.checkpoint.saver import CheckpointSaver
 from sparsecod_megatron.checkpoint.state import TrainState
@@ -69,10 +70,11 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
         checkpoints = run_dir / CHECKPOINTS_DIR
         earlier = resume_candidates(checkpoints) if config.checkpoint.resume else []
         refuse_foreign_run(run_dir, config, resuming=bool(earlier))
-        if earlier:
-            restore_products(run_dir)
+        parent = None if earlier else parent_of(config)
+        if earlier or parent:
+            restore_products(run_of(parent) if parent else run_dir)
         trainer = build_trainer(config, backend, groups)
-        state = initial_state(trainer, earlier)
+        state = initial_state(trainer, earlier, parent)
         last_step = config.train.exit_step or config.train.train_steps
         if state.step >= last_step:
             logger.info("nothing to do: already at step %d of %d", state.step, last_step)
@@ -81,7 +83,7 @@ def run_training(config: RunConfig, backend: Backend, evaluate: Evaluator | None
         state.data = data.check_unchanged(state.data)
         wait_for_all(backend.device)
         recorder = (
-            RunDirectory(run_dir, config, last_step=state.step, products=trainer.products)
+            RunDirectory(run_dir, config, last_step=state.step, products=trainer.products, parent=parent)
             if trainer.is_first_rank
             else None
         )

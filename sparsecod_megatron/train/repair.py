@@ -18,6 +18,7 @@ from sparsecod_megatron.config import RunConfig, load_config, save_config
 from sparsecod_megatron.config.run_files import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
+    LINEAGE_FILE,
     METRICS_FILE,
     STATISTICS_FILE,
     TOKENIZER_DIR,
@@ -28,7 +29,7 @@ from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 from sparsecod_megatron.parallel import running_processes
 from sparsecod_megatron.train.setup import build_trainer
 
-_FILES_KEPT = (METRICS_FILE, STATISTICS_FILE, VERSIONS_FILE, TOKENIZER_DIR)
+_FILES_KEPT = (METRICS_FILE, STATISTICS_FILE, VERSIONS_FILE, LINEAGE_FILE, TOKENIZER_DIR)
 """What of the old run the new one continues."""
 
 

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecod_megatron.checkpoint.native import load_latest, start_from_weights
+from sparsecod_megatron.checkpoint.lineage import run_of
+from sparsecod_megatron.checkpoint.native import load_checkpoint, load_latest, start_from_weights
 from sparsecod_megatron.checkpoint.paths import resolve_step_dir
 from sparsecod_megatron.checkpoint.saver import CheckpointSaver
 from sparsecod_megatron.checkpoint.state import TrainState
@@ -20,13 +21,14 @@ def checkpoint_saver(trainer: Trainer, checkpoints: Path) -> CheckpointSaver:
     return CheckpointSaver(checkpoints, trainer)
 
 
-def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
+def initial_state(trainer: Trainer, resume_from: Sequence[Path], parent: Path | None = None) -> TrainState:
     """Load what the run starts with. Collective over all processes.
 
     Args:
         trainer: filled with the checkpoint's tensors.
-        resume_from: step directories of this run, the preferred one first; without one the run starts at step 0, from
-            `checkpoint.init_from` if that is set.
+        resume_from: step directories of this run, the preferred one first; without one the run continues
+            the parent's, or starts at step 0, from `checkpoint.init_from` if that is set.
+        parent: step directory that the run branches from.
 
     Raises:
         CheckpointError: absent, all damaged, or of another model.
@@ -35,6 +37,10 @@ def initial_state(trainer: Trainer, resume_from: Sequence[Path]) -> TrainState:
     if resume_from:
         state = load_latest(resume_from, trainer)
         logger.info("resumed from step %d of %s", state.step, config.logging.run_dir)
+        return state
+    if parent is not None:
+        state = load_checkpoint(parent, trainer)
+        logger.info("branched from step %d of %s", state.step, run_of(parent))
         return state
     if config.checkpoint.init_from is not None:
         source = resolve_step_dir(Path(config.checkpoint.init_from))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecod_megatron.backend import choice
+from sparsecod_megatron.checkpoint.lineage import lineage_from, write_lineage
 from sparsecod_megatron.config import RunConfig, load_config, save_config
 from sparsecod_megatron.config.run_files import (
     CONFIG_FILE,
@@ -39,10 +40,17 @@ class RunDirectory:
         config: resolved, kept as config.yaml.
         last_step: step the run starts after; later lines of an earlier attempt are dropped.
         products: the trainer's, kept in versions.jsonl.
+        parent: step directory that the run branches from as it starts, kept in lineage.json.
     """
 
     def __init__(
-        self, path: Path, config: RunConfig, *, last_step: int, products: dict[str, Any] | None = None
+        self,
+        path: Path,
+        config: RunConfig,
+        *,
+        last_step: int,
+        products: dict[str, Any] | None = None,
+        parent: Path | None = None,
     ) -> None:
         path.mkdir(parents=True, exist_ok=True)
         trackers: list[Writer] = []  # the first, because they may refuse
@@ -53,6 +61,8 @@ class RunDirectory:
         save_config(config, path / CONFIG_FILE)
         _keep_tokenizer(config, path / TOKENIZER_DIR)
         _record_versions(path, last_step, products)
+        if parent is not None:
+            write_lineage(path, lineage_from(parent))
         self._metrics: list[Writer] = [JsonlWriter(path / METRICS_FILE, last_step=last_step)]
         self._statistics: list[Writer] = [JsonlWriter(path / STATISTICS_FILE, last_step=last_step)]
         self._metrics += trackers

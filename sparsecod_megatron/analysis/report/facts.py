@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from sparsecod_megatron.analysis.runs import Run, Series
 from sparsecod_megatron.config import ModelConfig, ParallelConfig
@@ -28,6 +29,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Peak learning rate", f"{run.config.optimizer.lr:g} ({run.config.schedule.lr_decay_style})"),
         ("Weight decay", f"{run.config.optimizer.weight_decay:g}"),
         ("Seed", str(train.seed)),
+        ("Branched from", " ← ".join(f"{Path(each.run).name} @ {each.step:,}" for each in run.lineage) or "no run"),
         ("Steps", f"{done:,} of {train.train_steps:,}"),
         ("Tokens", f"{tokens:,}"),
         ("Last loss", _last(run.metrics.get("loss"))),

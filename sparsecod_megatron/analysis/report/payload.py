@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sparsecod_megatron.analysis.compressions import CompressionTable
 from sparsecod_megatron.analysis.directory import AnalysisDirectory
 from sparsecod_megatron.analysis.report.analysis_payload import analyses_payload
+from sparsecod_megatron.analysis.report.branches import grown
 from sparsecod_megatron.analysis.report.compressions_payload import compressions_payload
 from sparsecod_megatron.analysis.report.decimate import evenly_spaced, kept_points
 from sparsecod_megatron.analysis.report.facts import run_facts
@@ -60,7 +61,7 @@ def report_payload(
                 "kind": run.kind,
                 "facts": run_facts(run),
                 "notes": list(run.notes),
-                "metrics": {name: _metric(run.metrics[name]) for name in sorted(run.metrics)},
+                "metrics": {name: _metric(series) for name, series in sorted(grown(run, runs).items())},
                 "layers": {name: _layers(run.layers[name], layer_limit) for name in sorted(run.layers)},
                 "vectors": {name: _vectors(run.vectors[name], vector_limit) for name in sorted(run.vectors)},
             }
