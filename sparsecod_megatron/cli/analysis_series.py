@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 SERIES_FILE = "series.json"
 """What was asked for; says that the analyses beside it belong together."""
-STEP, MODEL = "step", "model"
-"""What the axis is: steps of a run, or models in the order they were given."""
+STEP, REVISION, MODEL = "step", "revision", "model"
+"""What the axis is: steps of a run, numbers in the names of a folder's models, or models as they were given."""
 Measure = Callable[[Path, dict[str, Any]], "Analysis"]
 
 
@@ -43,7 +44,7 @@ def run_series(
     """Measure what has not been, and put all of it together. Collective over the processes.
 
     Args:
-        models: one run with checkpoints, or several models.
+        models: one run with checkpoints, one folder of models, or several models.
         output: an analysis directory for every model, and the series beside them.
         request: what numbers depend on besides the model.
         measure: analyses one model, recording the facts that it is given; collective.
@@ -54,16 +55,15 @@ def run_series(
 
     Raises:
         ConfigError: the output holds a series that was measured otherwise, or of other models.
-        CheckpointError: a run without checkpoints.
+        CheckpointError: a checkpoint whose progress cannot be read.
     """
     from sparsecod_megatron.analysis.analyze import write_analysis
     from sparsecod_megatron.analysis.directory import is_analysis
     from sparsecod_megatron.analysis.series import series_analysis
     from sparsecod_megatron.files import write_text
 
-    axis = STEP if len(models) == 1 else MODEL
-    members = processes.from_first(lambda: _members(models))
-    request = {**request, "axis": axis, **({"run": str(models[0])} if axis == STEP else {})}
+    axis, members = processes.from_first(lambda: _members(models))
+    request = {**request, "axis": axis, **({} if axis == MODEL else {"run": str(models[0])})}
     processes.from_first(lambda: _check(output, request, members))
     for member in members:
         folder = output / member.point.name
@@ -81,25 +81,48 @@ def run_series(
     return whole
 
 
-def _members(models: Sequence[Path]) -> list[Member]:
+def _members(models: Sequence[Path]) -> tuple[str, list[Member]]:
+    """What the axis is, and the models along it."""
     from sparsecod_megatron.analysis.series import Point
     from sparsecod_megatron.checkpoint.paths import step_dirs
     from sparsecod_megatron.checkpoint.state import read_state
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
 
     if len(models) > 1:
-        return [
+        return MODEL, [
             Member(path, Point(f"{place:03d}_{path.resolve().name}", place))
             for place, path in enumerate(models, start=1)
         ]
     steps = step_dirs(models[0] / CHECKPOINTS_DIR)
     if not steps:
-        raise ConfigError(
-            f"--every-checkpoint {models[0]}: no {CHECKPOINTS_DIR}/step_… in it; give a training run, or several models"
-        )
-    return [
+        return REVISION, _revisions(models[0])
+    return STEP, [
         Member(path, Point(path.name, step, read_state(path).train.consumed_tokens)) for step, path in steps.items()
     ]
+
+
+def _revisions(folder: Path) -> list[Member]:
+    """The HuggingFace directories in a folder, by the last number of their names, as in `step1000`."""
+    from sparsecod_megatron.analysis.series import Point
+    from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
+    from sparsecod_megatron.files import MODEL_CONFIG_FILE
+
+    found = sorted(path.parent for path in folder.glob(f"*/{MODEL_CONFIG_FILE}"))
+    if not found:
+        raise ConfigError(
+            f"--every-checkpoint {folder}: no {CHECKPOINTS_DIR}/step_… in it, and no folders of models; give a "
+            "training run, a folder of revisions, or several models"
+        )
+    by_number: dict[int, Path] = {}
+    for path in found:
+        numbers = re.findall(r"\d+", path.name)
+        if not numbers or int(numbers[-1]) in by_number:
+            raise ConfigError(
+                f"--every-checkpoint {folder}: {path.name} has no number of its own, and revisions stand in the order "
+                "of theirs; name them as in step1000, or give the models one by one"
+            )
+        by_number[int(numbers[-1])] = path
+    return [Member(path, Point(path.name, number)) for number, path in sorted(by_number.items())]
 
 
 def _check(output: Path, request: dict[str, Any], members: Sequence[Member]) -> None:

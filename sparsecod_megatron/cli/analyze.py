@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="MODEL_DIR",
         help="HuggingFace model directory, or a training run or one of its step directories; for `--scores update` the "
-        "one before and the one after, and a third to see what two updates changed alike; for --every-checkpoint a run "
-        "or several models",
+        "one before and the one after, and a third to see what two updates changed alike; for --every-checkpoint a "
+        "run, a folder of revisions, or several models",
     )
     parser.add_argument(
         "--data", type=Path, metavar="PREFIX_OR_TEXT", help="held-out dataset prefix or UTF-8 text file"
@@ -101,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every-checkpoint",
         action="store_true",
-        help="every checkpoint of a run, or each of several models, and the changes from one to the next; the same "
-        "command again adds what is new",
+        help="every checkpoint of a run, each model of a folder or each of several, and the changes from one to the "
+        "next; the same command again adds what is new",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="scores.json, *.csv and plots/*.png")
 

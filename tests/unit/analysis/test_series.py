@@ -85,6 +85,33 @@ def test_models_one_after_another(
     assert (output / "plots/skip_skip_loss_by_model.png").is_file() and (output / "skip_changes.csv").is_file()
 
 
+def test_a_folder_of_revisions(
+    models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the numbers of their names; one that comes later is measured alone, and stands where its number does."""
+    folder, output = tmp_path / "revisions", tmp_path / "series"
+    for name, model in (("step9", models[0]), ("step100", models[2])):
+        shutil.copytree(model, folder / name)
+    (folder / "notes").mkdir()
+    command = ["analyze", str(folder), "--data", str(text), *OPTIONS, "--output", str(output)]
+    assert main(command) == 0
+    before = (output / "step9" / "scores.json").stat().st_mtime_ns
+    shutil.copytree(models[1], folder / "step50")
+    assert main(command) == 0
+    whole = scores(output)
+    assert whole["settings"]["axis"] == "revision" and (output / "step9" / "scores.json").stat().st_mtime_ns == before
+    rows = [row for row in whole["scores"]["skip"]["tables"]["skip"] if row["name"] == "skip_loss"]
+    expected = [scores(output / f"step{number}")["scores"]["skip"]["values"]["skip_loss"] for number in (9, 50, 100)]
+    assert [row["revision"] for row in rows] == [9, 50, 100]
+    assert [(row["value"], row["low"], row["high"]) for row in rows] == [tuple(value.values()) for value in expected]
+    changes = whole["scores"]["skip"]["tables"]["skip_changes"]
+    assert {(row["from"], row["to"]) for row in changes} == {(9, 50), (50, 100)}
+    (folder / "notes").rename(folder / "final-50")
+    shutil.copy(models[0] / "config.json", folder / "final-50")
+    assert main(command) == 2
+    assert "step50 has no number of its own" in capsys.readouterr().err
+
+
 def test_every_checkpoint_of_a_run(text: Path, tmp_path: Path) -> None:
     """By step, with the tokens seen; what a run has removed stays, and what it has saved since is added."""
     words = save_with_words(tiny_of_run("llama"), tmp_path / "words")
@@ -121,7 +148,7 @@ def test_refused(models: list[Path], text: Path, tmp_path: Path, capsys: pytest.
         return line
 
     (tmp_path / "empty").mkdir()
-    assert "no checkpoints/step_… in it" in said(str(tmp_path / "empty"), *command)
+    assert "no checkpoints/step_… in it, and no folders of models" in said(str(tmp_path / "empty"), *command)
     assert "leave --compare and update out" in said(*pair, *command, "--scores", "update")
     assert "only --every-checkpoint and --scores update take several" in said(
         *pair, *[word for word in command if word != "--every-checkpoint"]
