@@ -26,9 +26,14 @@ def model_problems(config: RunConfig) -> Iterator[str]:
 def _norm_problems(model: ModelConfig) -> Iterator[str]:
     if model.layernorm_scaling and model.norm_placement in ("post", "mix"):
         why = f"has no place in norm_placement={model.norm_placement}, whose norms set the scale of the residual stream"
-        yield f"model.layernorm_scaling: true {why}; use it with pre, peri, sandwich or branch"
+        yield f"model.layernorm_scaling: true {why}; use it with pre, parallel, peri, sandwich or branch"
+    if model.layernorm_zero_centered_gamma and model.normalization != "RMSNorm":
+        why = f"normalization={model.normalization} multiplies by its weight alone"
+        yield f"model.layernorm_zero_centered_gamma: true, but {why}; use RMSNorm, or set it to false"
     if model.residual_multiplier != 1 and model.norm_placement != "pre":
         why = f"norm_placement={model.norm_placement} has a norm behind each branch, or behind the sum"
+        if model.is_parallel:
+            why = "norm_placement=parallel adds both branches as they are"
         yield f"model.residual_multiplier: {model.residual_multiplier:g}, but {why}; use pre, or 1"
     if model.logits_scaling != 1 and not model.final_norm:
         yield f"model.logits_scaling: {model.logits_scaling:g} is a part of the final norm, which is off; set it to 1"
@@ -67,8 +72,11 @@ def _attention_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def qk_norm_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
-    """One line for a scope without norm, or of heads that no rank has to itself."""
+    """One line for a scope without norm, or of heads that no rank has to itself, or of another norm."""
     key = f"model.qk_norm_scope: {model.qk_norm_scope}"
+    if model.qk_norm and model.normalization != "RMSNorm":
+        kind = model.normalization
+        yield f"model.normalization: {kind}, but model.qk_norm has RMSNorm alone; set RMSNorm, or qk_norm to false"
     if model.qk_norm_scope != "head" and not model.qk_norm:
         yield f"{key}, but model.qk_norm is false; set it to true, or the scope to head"
     if model.norms_projections and model.query_groups % tensor:

@@ -54,7 +54,8 @@ class ModelConfig:
     hidden_dropout: float = from_to_below(0, 1, 0.0)
     attention_dropout: float = from_to_below(0, 1, 0.0)
 
-    normalization: str = choice("RMSNorm")
+    normalization: str = choice("RMSNorm", "LayerNorm")
+    """What all norms are but those of queries and keys; LayerNorm takes the mean off and has a bias."""
     layernorm_epsilon: float = at_least(0, 1e-5)
     layernorm_zero_centered_gamma: bool = False
     """Norms multiply by 1 + weight, in fp32; their weights start at zero, and decay towards a factor of one."""
@@ -64,11 +65,11 @@ class ModelConfig:
     """Factor on what each branch adds to the residual stream; `pre` only."""
     logits_scaling: float = above(0, 1.0)
     """Divisor of the logits."""
-    norm_placement: str = choice("pre", "post", "peri", "sandwich", "branch", "mix")
+    norm_placement: str = choice("pre", "parallel", "post", "peri", "sandwich", "branch", "mix")
     mix_post_fraction: float = between(0, 1, 0.25)
     """`mix`: share of the layers, from the first on, that are post-norm; the others are pre-norm."""
     layernorm_scaling: bool = False
-    """Norms of layer l times 1 / sqrt(l + 1): the input norms of `pre`, the output norms of the others."""
+    """Norms of layer l times 1 / sqrt(l + 1): the input norms of `pre` and `parallel`, else the output norms."""
     embedding_norm: bool | None = None
     """A norm on the embeddings; None is true for `peri`, as its paper has it, and false otherwise."""
     final_norm: bool = True
@@ -101,7 +102,7 @@ class ModelConfig:
     """Biases of the query, key and value projections (and of the gate's)."""
     attention_output_bias: bool = False
 
-    activation: str = choice("swiglu", "geglu", "geglu_tanh", "gelu", "relu", "relu2")
+    activation: str = choice("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2")
     mlp_bias: bool = False
     """Biases of both matrices of dense MLPs."""
 
@@ -181,6 +182,16 @@ class ModelConfig:
     def has_branch_norm(self) -> bool:
         """Whether what branches add is normalised before it is added."""
         return self.norm_placement in ("peri", "sandwich", "branch")
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether both branches of a layer read the layer's input."""
+        return self.norm_placement == "parallel"
+
+    @property
+    def has_norm_biases(self) -> bool:
+        """Whether norms add a bias."""
+        return self.normalization == "LayerNorm"
 
     @property
     def norms_projections(self) -> bool:

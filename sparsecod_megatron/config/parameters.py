@@ -172,11 +172,10 @@ class ParameterTable:
     def _first(self) -> Iterator[ParameterKind]:
         model = self.model
         assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
-        shape = (model.vocab_size, model.hidden_size)
-        name = r"embedding\.word_embeddings\.weight"
+        shape, name = (model.vocab_size, model.hidden_size), r"embedding\.word_embeddings\.weight"
         yield ParameterKind("embedding", shape, name, "embeddings", "embedding", "tensor", 0, looked_up=True)
         if model.has_embedding_norm:
-            yield _norm("embedding_norm", model.hidden_size, r"embedding_norm\.weight")
+            yield from _norm(model, "embedding_norm", "embedding_norm.weight")
         for mechanism in self.mechanisms:
             yield from mechanism.end_parameters(model)[0]
 
@@ -192,7 +191,7 @@ class ParameterTable:
         model = self.model
         assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
         if model.final_norm:
-            yield _norm("final_norm", model.hidden_size, r"decoder\.final_layernorm\.weight")
+            yield from _norm(model, "final_norm", "decoder.final_layernorm.weight")
         for mechanism in self.mechanisms:
             yield from mechanism.end_parameters(model)[1]
         tied = not model.untie_embeddings_and_output_weights
@@ -285,27 +284,27 @@ class ParameterTable:
         return [*rows.values(), *replaced.values()]
 
 
-def _norm(name: str, channels: int, pattern: str) -> ParameterKind:
-    return ParameterKind(name, (channels,), pattern, "norms")
+def _norm(model: ModelConfig, name: str, *places: str) -> Iterator[ParameterKind]:
+    """A norm of the residual stream, and a LayerNorm's bias; `places` are names of the weight."""
+    for part, group in (("weight", "norms"), ("bias", "biases"))[: 1 + model.has_norm_biases]:
+        pattern = "|".join(re.escape(f"{place.removesuffix('weight')}{part}") for place in places)
+        yield ParameterKind(name if part == "weight" else f"{name}_bias", (model.hidden_size,), pattern, group)
 
 
 def _norms(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
     """Transformer Engine's fused layers hold the norm before them; checkpoints use their names (`NORM_RENAMES`)."""
-    places = (("attention", "input_layernorm", "self_attn_bda"), ("mlp", "pre_mlp_layernorm", "mlp_bda"))
-    fused = {norm: name for name, norm in NORM_RENAMES.items()}
     before = model.has_input_norm(layer)
-    for branch, norm, join in places:
+    for branch, linear, join in (("attention", _QKV, "self_attn_bda"), ("mlp", _FC1, "mlp_bda")):
         if before:
-            name = f"{norm}.weight"
-            yield _norm(f"{branch}_norm", model.hidden_size, f"{re.escape(name)}|{re.escape(fused[name])}")
+            fused = f"{linear}.layer_norm_weight"
+            yield from _norm(model, f"{branch}_norm", NORM_RENAMES[fused], fused)
         if not before or model.has_branch_norm:
-            yield _norm(f"{branch}_post_norm", model.hidden_size, rf"{join}\.norm\.weight")
+            yield from _norm(model, f"{branch}_post_norm", f"{join}.norm.weight")
 
 
-NORM_RENAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+_QKV, _FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
+_NORMS = {f"{_QKV}.layer_norm_": "input_layernorm.", f"{_FC1}.layer_norm_": "pre_mlp_layernorm."}
+NORM_RENAMES = {fused + part: norm + part for fused, norm in _NORMS.items() for part in ("weight", "bias")}
 """Names of input norms in checkpoints, where they are called as if fused into the next layer, and in the model."""
 
 
@@ -338,10 +337,10 @@ def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
     if model.attention_output_bias:
         yield _output_bias(model, "attention", rf"{at}linear_proj\.bias")
     if model.qk_norm:
-        for name, part, count in (("query", "q", heads), ("key", "k", model.query_groups)):
-            pattern = rf"{at}{part}_layernorm\.weight"
-            of_all = ParameterKind(f"{name}_norm", (count * width,), pattern, "norms", None, "tensor", 0)
-            yield of_all if model.norms_projections else _norm(f"{name}_norm", width, pattern)
+        for name, count in (("query", heads), ("key", model.query_groups)):
+            size, split, dimension = (count * width, "tensor", 0) if model.norms_projections else (width, "none", None)
+            at_norm = rf"{at}{name[0]}_layernorm\.weight"
+            yield ParameterKind(f"{name}_norm", (size,), at_norm, "norms", None, split, dimension)
 
 
 def _mlp(

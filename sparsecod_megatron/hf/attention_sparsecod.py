@@ -1,4 +1,4 @@
-"""Norms and attention of the `sparsecod` architecture.
+"""Attention of the `sparsecod` architecture.
 
 Copied as it is into an export, so it imports nothing of this package but its neighbours.
 """
@@ -14,32 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_sparsecod import SparsecodConfig
+from .norms_sparsecod import SparsecodRMSNorm
 from .rotary_sparsecod import Rotation, rotate
-
-
-class SparsecodRMSNorm(nn.Module):
-    """scale · weight · x / sqrt(mean(x²) + eps) over the last axis; 1 + weight in its place if that is zero-centred.
-
-    Args:
-        size: channels.
-        config: says the epsilon, and whether weights are zero-centred.
-        scale: constant factor.
-    """
-
-    def __init__(self, size: int, config: SparsecodConfig, scale: float = 1.0) -> None:
-        super().__init__()
-        self.is_zero_centred = config.layernorm_zero_centered_gamma
-        self.weight = nn.Parameter(torch.zeros(size) if self.is_zero_centred else torch.ones(size))
-        self.eps, self.scale = config.rms_norm_eps, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] → [..., size]."""
-        if self.is_zero_centred:
-            wide = x if x.dtype == torch.float64 else x.float()
-            normed = F.rms_norm(wide, self.weight.shape, 1 + self.weight.to(wide.dtype), self.eps).to(x.dtype)
-        else:
-            normed = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.scale * normed
 
 
 def eager_attention(

@@ -43,6 +43,7 @@ class SparsecodConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     activation: str = "swiglu"
+    normalization: str = "RMSNorm"
     norm_placement: str = "pre"
     mix_post_fraction: float = 0.25
     layernorm_scaling: bool = False

@@ -24,8 +24,7 @@ def computing_in_float64(model: Any) -> Iterator[None]:
     so weights that are mapped from a file stay the file's. What the class itself computes in fp32 (the statistics of
     norms, rotary tables, router probabilities) stays so.
     """
-    embeddings = model.get_decoder().embed_tokens
-    handle = embeddings.register_forward_hook(lambda _module, _inputs, output: output.double())
+    handle = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.double())
     # The products of all experts at once that torch has know no float64.
     experts = model.get_experts_implementation()
     model.set_experts_implementation("eager")
@@ -49,9 +48,14 @@ class _WideWeights(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and args[0].dtype == torch.float64:
             return _product(*args, **(kwargs or {}))
-        if func is F.rms_norm and args[0].dtype == torch.float64:
-            args = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
+        if func in (F.rms_norm, F.layer_norm) and args[0].dtype == torch.float64:
+            args = [_widened(arg) for arg in args]
+            kwargs = {name: _widened(arg) for name, arg in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
+
+
+def _widened(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) else argument
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

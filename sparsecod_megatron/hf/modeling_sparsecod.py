@@ -4,6 +4,7 @@ Copied as it is into an export, so it imports nothing of this package but its ne
 MLP, and s = 1 / sqrt(layer + 1) under LayerNorm scaling (1 otherwise), a branch joins the residual stream as
 
     pre              x + m · f(s · N(x))      m = residual_multiplier
+    parallel         x + attention(s · N(x)) + mlp(s · N'(x)) in one layer
     post             N(x + f(x))
     peri, sandwich   x + s · N'(f(N(x)))
     branch           x + s · N(f(x))
@@ -27,10 +28,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .attention_sparsecod import SparsecodAttention, SparsecodRMSNorm
+from .attention_sparsecod import SparsecodAttention
 from .configuration_sparsecod import SparsecodConfig
 from .extensions_sparsecod import EXTENSIONS
 from .moe_sparsecod import SparsecodMLP, SparsecodMoE
+from .norms_sparsecod import NORMS
 from .rotary_sparsecod import Rotation, SparsecodRotaryEmbedding
 from .tokens_sparsecod import token_inputs
 
@@ -62,13 +64,13 @@ class SparsecodLayer(nn.Module):
 
     def __init__(self, config: SparsecodConfig, layer_idx: int) -> None:
         super().__init__()
-        self.is_post_norm = config.is_post_norm(layer_idx)
+        self.is_post_norm, self.is_parallel = config.is_post_norm(layer_idx), config.norm_placement == "parallel"
         has_branch_norm = config.norm_placement in ("peri", "sandwich", "branch")
         has_input_norm = config.has_input_norm(layer_idx)
         scale = config.norm_scale(layer_idx)
 
         def norm(present: bool, scale: float = 1.0) -> nn.Module | None:
-            return SparsecodRMSNorm(config.hidden_size, config, scale) if present else None
+            return NORMS[config.normalization](config.hidden_size, config, scale) if present else None
 
         self.self_attn = SparsecodAttention(config, layer_idx)
         is_moe = config.is_moe_layer(layer_idx)
@@ -126,8 +128,9 @@ class SparsecodLayer(nn.Module):
         def mlp(x: Tensor) -> Tensor:
             return self.mlp(x, tokens) if getattr(self.mlp, "reads_tokens", False) else self.mlp(x)
 
-        x = self._joined(x, attention, self.attention_residual, self.input_layernorm, self.attention_join_norm)
-        return self._joined(x, mlp, self.mlp_residual, self.post_attention_layernorm, self.mlp_join_norm)
+        between = self._joined(x, x, attention, self.attention_residual, self.input_layernorm, self.attention_join_norm)
+        given = x if self.is_parallel else between
+        return self._joined(given, between, mlp, self.mlp_residual, self.post_attention_layernorm, self.mlp_join_norm)
 
     def values(self, state: Tensor) -> Tensor:
         """What its attention computes of a state as values, [batch, seq, key_value_heads, head_dim]."""
@@ -137,13 +140,15 @@ class SparsecodLayer(nn.Module):
 
     def _joined(
         self,
+        given: Tensor,
         state: Tensor,
         branch: Callable[[Tensor], Tensor],
         residual: SparsecodConnection,
         before: nn.Module | None,
         norm: nn.Module | None,
     ) -> Tensor:
-        x = residual(state)
+        """What the state becomes by a branch of what is given, the state itself but in a parallel layer."""
+        x = residual(given)
         output = branch(x if before is None else before(x))
         if norm is None:
             return residual.join(output, state)
@@ -168,9 +173,10 @@ class SparsecodModel(SparsecodPreTrainedModel):
         super().__init__(config)
         size = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size, config.pad_token_id)
-        self.embedding_norm = SparsecodRMSNorm(size, config) if config.embedding_norm else nn.Identity()
+        norm = NORMS[config.normalization]
+        self.embedding_norm = norm(size, config) if config.embedding_norm else nn.Identity()
         self.layers = nn.ModuleList(SparsecodLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = SparsecodRMSNorm(size, config) if config.final_norm else nn.Identity()
+        self.norm = norm(size, config) if config.final_norm else nn.Identity()
         self.rotary_emb = SparsecodRotaryEmbedding(config)
         self.post_init()
 

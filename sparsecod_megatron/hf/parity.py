@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.expert_modules import avoid_unaligned_products
+from sparsecod_megatron.hf.families import names_in
 from sparsecod_megatron.hf.float64 import computing_in_float64
 from sparsecod_megatron.hf.rounding import PASSES, limit_of, ulp_apart
 from sparsecod_megatron.hf.witness import (
@@ -199,10 +200,8 @@ def compare_loaded(found: Recorded, model: Any, hf_dir: Path, *, by_module: Watc
     if by_module is None or (name is None and report.passed):
         return report
     if name is None:
-        return replace(report, first_differing_tensor="the output layer: lm_head.weight")
-    module = dict(model.get_decoder().named_modules()).get(name)
-    has_bias = getattr(module, "bias", None) is not None
-    return replace(report, first_differing_tensor=described(name, has_bias=has_bias))
+        return replace(report, first_differing_tensor=f"the output layer: {names_in(model)('lm_head.weight')}")
+    return replace(report, first_differing_tensor=described(name, model))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def ulp_apart(model: Any, index: int) -> Iterator[None]:
         steps = torch.randint(-1, 2, output.shape, generator=generator).to(output.device)
         return output * (1 + ULP * steps)
 
-    handle = model.get_decoder().embed_tokens.register_forward_hook(move) if index else None
+    handle = model.get_input_embeddings().register_forward_hook(move) if index else None
     try:
         yield
     finally:

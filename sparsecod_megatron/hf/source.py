@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.errors import ConversionError
-from sparsecod_megatron.hf.families import FAMILIES, Family, exported_modules
+from sparsecod_megatron.hf.families import FAMILIES, Family, exported_modules, family_of
 from sparsecod_megatron.hf.families.read import model_config
 from sparsecod_megatron.seams.mechanism import Mechanism
 
@@ -75,7 +75,7 @@ def open_source(directory: Path) -> HFSource:
             weight files that are missing or damaged.
     """
     config, path = read_config(directory), directory / "config.json"
-    family = next((family for family in FAMILIES if type(config) is family.config_class), None)
+    family = family_of(config)
     if family is None:
         known = ", ".join(family.architecture for family in FAMILIES)
         raise ConversionError(f"{path}: model_type {config.model_type!r} has no name table; models of {known} import")
@@ -87,24 +87,34 @@ def open_source(directory: Path) -> HFSource:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConversionError(f"{path}: holds what no model can have ({reason}); get the file again") from error
     files = SafetensorsFiles(directory)
-    if not model.untie_embeddings_and_output_weights and {HEAD, EMBEDDING} <= files.keys():
+    embedding, head = family.named(EMBEDDING), family.named(HEAD)
+    if not model.untie_embeddings_and_output_weights and {head, embedding} <= files.keys():
         # As transformers does: it ties only where the files hold nothing else (PreTrainedModel.tie_weights).
-        if torch.equal(files[HEAD], files[EMBEDDING]):
-            files.leave_out(HEAD)
+        if torch.equal(files[head], files[embedding]):
+            files.leave_out(head)
         else:
             model = replace(model, untie_embeddings_and_output_weights=True)
-    _leave_out_derived(files, config)
+    _leave_out_derived(files, config, family)
     model = family.without_placeholders(model, files)
     settings = getattr(config, "mechanisms", {}) if family.extensible else {}
     return HFSource(directory, model, family, int(config.max_position_embeddings), settings, files)
 
 
-def _leave_out_derived(files: SafetensorsFiles, config: PreTrainedConfig) -> None:
-    """Leave rotary frequencies out, which transformers does not read, where they are those of the configuration.
+def _leave_out_derived(files: SafetensorsFiles, config: PreTrainedConfig, family: Family) -> None:
+    """Leave out what transformers does not read: rotary frequencies, and what the family knows of old files.
 
     Raises:
         ConversionError: they are others, so what the model was trained with is not what transformers computes.
     """
+    for name in list(files):
+        is_known = next((holds for end, holds in family.derived.items() if name.endswith(end)), None)
+        if is_known is not None:
+            if not is_known(files.stored(name)):
+                raise ConversionError(
+                    f"{files.directory}: {name} holds something else than {family.architecture} computes, and "
+                    "transformers does not read it; remove the tensor if the model was trained without"
+                )
+            files.leave_out(name)
     for name in [name for name in files if name.endswith(FREQUENCY_SUFFIX)]:
         held = files[name].double()
         base = float(config.rope_parameters["rope_theta"])
@@ -150,15 +160,19 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         Raises:
             ConversionError: unreadable, not floating-point numbers, or non-finite.
         """
-        path = self.directory / self._files[name]
-        with _opened(path) as file:
-            tensor = file.get_tensor(name)
+        path, tensor = self.directory / self._files[name], self.stored(name)
         if name in self.integers and tensor.dtype == torch.int32:
             return tensor
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ConversionError(f"{path}: {name} is of type {tensor.dtype}; dequantise the model first")
         if not bool(torch.isfinite(tensor).all()):
             raise ConversionError(f"{path}: {name} holds NaN or infinity, so the file is damaged; get it again")
+        return tensor
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor of whatever type and values."""
+        with _opened(self.directory / self._files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     @contextmanager

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsecod_megatron.config import ModelConfig
+from sparsecod_megatron.hf.families import names_in
 from sparsecod_megatron.hf.rounding import channel_limits
 from sparsecod_megatron.seams.mechanism import ExportedTensor
 
@@ -88,17 +89,18 @@ def transformers_outputs(model: Any, record: Record, own: Sequence[ExportedTenso
             record(name, value.detach()[:, :TOKENS].flatten(start_dim=2))
 
     hooks = Hooks(with_sequences)
-    decoder = model.get_decoder()
+    decoder, named = model.get_decoder(), names_in(model)
     norm = getattr(decoder, "embedding_norm", None)
     # Gemma's module multiplies what it looks up; ours does so behind it.
-    scale = getattr(decoder.embed_tokens, "embed_scale", 1.0) if norm is None else 1.0
-    first = decoder.embed_tokens if norm is None else norm
+    embedding = model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", 1.0) if norm is None else 1.0
+    first = embedding if norm is None else norm
     hooks.with_output(first, lambda output: with_sequences("embed_tokens", output / scale))
     for index, layer in enumerate(decoder.layers):
-        _watch_transformers_layer(hooks, layer, f"layers.{index}")
+        _watch_transformers_layer(hooks, layer, f"layers.{index}", named)
     for tensor in own:
         hooks.after(model.get_submodule(_module(tensor.hf)), _module(tensor.hf).removeprefix("model."))
-    hooks.after(decoder.norm, "norm")
+    hooks.after(getattr(decoder, named("norm")), "norm")
     try:
         yield
     finally:
@@ -150,20 +152,21 @@ def _is_residual_stream(name: str) -> bool:
     return name.startswith("layers.") and name.count(".") == 1
 
 
-def described(name: str, *, has_bias: bool = False) -> str:
+def described(name: str, model: Any) -> str:
     """`layer 3: model.layers.3.self_attn.q_proj.weight`, or what it is that no tensor decides.
 
     Args:
         name: of the module that differs.
-        has_bias: whether it adds one, which may be what is wrong.
+        model: transformers' own; the bias of a module that has one may be what is wrong.
     """
-    prefix = name.split(".")
+    prefix, module = name.split("."), names_in(model)(f"model.{name}")
+    has_bias = getattr(dict(model.named_modules()).get(module), "bias", None) is not None
+    tensor = f"{module}.weight{' or bias' if has_bias else ''}"
     if name == "embed_tokens":
-        return "the embeddings: model.embed_tokens.weight"
+        return f"the embeddings: {tensor}"
     if name == "norm":
-        return "after the last layer: model.norm.weight"
+        return f"after the last layer: {tensor}"
     inside = ".".join(prefix[2:])
-    tensor = f"model.{name}.weight{' or bias' if has_bias else ''}"
     what = CAUSES_WITHOUT_TENSOR.get(inside, tensor if inside else "the sum of its branches")
     return f"layer {prefix[1]}: {what}"
 
@@ -262,26 +265,26 @@ def _record_megatron_experts(record: Record, moe: Any, x: Tensor, at: str) -> No
         record(f"{at}.shared_expert", moe.shared_experts(x))
 
 
-def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str) -> None:
-    attention, record = layer.self_attn, hooks.record
+def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str, named: Callable[[str], str]) -> None:
+    attention, record = getattr(layer, named("self_attn")), hooks.record
     names = NORMS if hasattr(layer, "post_feedforward_layernorm") else {name: name for name in NORMS.values()}
     for theirs, ours in names.items():
         hooks.after(getattr(layer, theirs, None), f"{at}.{ours}")
     heads_first = hasattr(layer, "pre_feedforward_layernorm")  # Gemma normalises queries and keys when they are
     for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"):
-        hooks.after(getattr(attention, name, None), f"{at}.self_attn.{name}")
+        hooks.after(getattr(attention, named(name), None), f"{at}.self_attn.{name}")
     for name in ("q_norm", "k_norm"):
         own = partial(_record_heads, record, f"{at}.self_attn.{name}", heads_first)
         hooks.with_output(getattr(attention, name, None), own)
-    hooks.with_input(attention.o_proj, lambda x: record(f"{at}.self_attn", x))
+    hooks.with_input(getattr(attention, named("o_proj")), lambda x: record(f"{at}.self_attn", x))
     if hasattr(layer.mlp, "experts"):
         hooks.with_input(
             layer.mlp, lambda x: _record_transformers_experts(record, layer.mlp, x[:, :TOKENS], f"{at}.mlp")
         )
     else:
         for name in ("gate_proj", "up_proj", "down_proj"):
-            hooks.after(getattr(layer.mlp, name, None), f"{at}.mlp.{name}")
-        hooks.with_input(layer.mlp.down_proj, lambda x: record(f"{at}.mlp.act", x))
+            hooks.after(getattr(layer.mlp, named(name), None), f"{at}.mlp.{name}")
+        hooks.with_input(getattr(layer.mlp, named("down_proj")), lambda x: record(f"{at}.mlp.act", x))
     hooks.after(layer, at)
 
 

@@ -22,6 +22,7 @@ from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.model.gpt import PreparedGPTModel
 from sparsecod_megatron.model.init import initialize
 from sparsecod_megatron.model.norms import ProjectionRMSNorm
+from sparsecod_megatron.model.placement import stream_norm
 from sparsecod_megatron.model.rotary import rotate_by_kind, scale_as_llama3
 from sparsecod_megatron.model.sharding import mark_sharded
 from sparsecod_megatron.model.shared_layers import share_layers
@@ -58,7 +59,7 @@ def build_model(
     build: Any = GPTModel
     factor = config.model.embedding_multiplier
     if norm or path is not None or factor != 1:
-        embedding_norm = provider.layer_norm(rms_norm=True) if norm else None
+        embedding_norm = stream_norm(config.model, provider) if norm else None
         build = partial(PreparedGPTModel, factor=factor, embedding_norm=embedding_norm, path=path)
     table = ParameterTable.of(config)
     models: list[torch.nn.Module] = []

@@ -3,6 +3,7 @@
 With N a norm, f a branch (attention or MLP) and s = 1 / sqrt(layer + 1) under LayerNorm scaling (1 otherwise):
 
     pre              x + f(s · N(x))
+    parallel         x + attention(s · N(x)) + mlp(s · N'(x)) in one layer
     post             N(x + f(x))
     peri, sandwich   x + s · N'(f(N(x)))      peri also normalises the embeddings
     branch           x + s · N(f(x))
@@ -24,9 +25,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.model.norms import ScaledRMSNorm
-from sparsecod_megatron.model.residual import BranchJoin, BranchNorm, PostNorm, ScaledJoin
-from sparsecod_megatron.model.streams import BareRead, ReadNorm
+from sparsecod_megatron.model.norms import NORMS
+from sparsecod_megatron.model.residual import (
+    BranchJoin,
+    BranchNorm,
+    LayerInput,
+    ParallelEnd,
+    ParallelStart,
+    PostNorm,
+    ScaledJoin,
+)
+from sparsecod_megatron.model.streams import BareRead, read_of
 from sparsecod_megatron.seams.residual import ResidualPath
 
 
@@ -38,20 +47,49 @@ class Placement:
         input_norm: before the branch.
         join: how the branch is added to the residual stream.
         fusible: whether a kernel that fuses a plain norm into the next linear layer computes the same.
+        before_fused: stands in place of the norm where it is fused.
     """
 
     input_norm: ModuleSpec | type
     join: ModuleSpec | Callable[..., Any]
     fusible: bool
+    before_fused: type = IdentityOp
 
 
-def placement(model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider, layer: int) -> Placement:
-    """The norms of layer `layer` (from 0), the same around attention and MLP.
+def placements(
+    model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider, layer: int
+) -> tuple[Placement, Placement]:
+    """Around attention, and around the MLP, of layer `layer` (from 0).
+
+    Source: Wang and Komatsuzaki, GPT-J-6B (2021) for `parallel`, with GPT-NeoX's two norms (arXiv 2204.06745);
+    `_placement` for the others.
+    """
+    plain = _placement(model, megatron, provider, layer)
+    if not model.is_parallel:
+        return plain, plain
+    start, end = (ModuleSpec(join, params={"config": megatron}) for join in (ParallelStart, ParallelEnd))
+    reading = own_norm(model, {"scale": model.scale(layer), "read": LayerInput})
+    return replace(plain, join=start), replace(plain, input_norm=reading, join=end, before_fused=LayerInput)
+
+
+def stream_norm(model: ModelConfig, provider: BackendSpecProvider) -> type:
+    """The backend's norm of `model.normalization`."""
+    norm: type = provider.layer_norm(rms_norm=model.normalization == "RMSNorm")
+    return norm
+
+
+def own_norm(model: ModelConfig, params: dict[str, Any]) -> ModuleSpec:
+    """PyTorch's of that kind, of which no backend has a fused kernel."""
+    return ModuleSpec(NORMS[model.normalization], params=params)
+
+
+def _placement(model: ModelConfig, megatron: TransformerConfig, provider: BackendSpecProvider, layer: int) -> Placement:
+    """The same around both branches.
 
     Source: Mix-LN (arXiv 2412.13795) for `mix`, LayerNorm scaling (arXiv 2502.05795), `residual.py` for the others.
     """
-    norm = provider.layer_norm(rms_norm=True)
-    scaled = ModuleSpec(ScaledRMSNorm, params={"scale": model.scale(layer)}) if model.layernorm_scaling else norm
+    norm = stream_norm(model, provider)
+    scaled = own_norm(model, {"scale": model.scale(layer)}) if model.layernorm_scaling else norm
 
     def joined_by(join: type, norm: ModuleSpec | type) -> ModuleSpec:
         return ModuleSpec(join, params={"config": megatron, "norm": norm})
@@ -67,10 +105,13 @@ def placement(model: ModelConfig, megatron: TransformerConfig, provider: Backend
     return Placement(scaled, join, fusible=not model.layernorm_scaling)
 
 
-def placement_on_path(plain: Placement, path: ResidualPath, megatron: TransformerConfig, sublayer: int) -> Placement:
-    """What `placement` gives, with the reads and joins of a residual path.
+def placement_on_path(
+    model: ModelConfig, plain: Placement, path: ResidualPath, megatron: TransformerConfig, sublayer: int
+) -> Placement:
+    """One of what `placements` gives, with the reads and joins of a residual path.
 
     Args:
+        model: ours.
         plain: without the path.
         path: of a mechanism.
         megatron: Megatron-Core's configuration.
@@ -83,7 +124,7 @@ def placement_on_path(plain: Placement, path: ResidualPath, megatron: Transforme
     if not _has_reads(path):
         return replace(plain, join=join)
     own = plain.input_norm.params if isinstance(plain.input_norm, ModuleSpec) else {}
-    return Placement(ModuleSpec(ReadNorm, params={**where, **own}), join, fusible=False)
+    return Placement(own_norm(model, {"read": read_of(path, sublayer), **own}), join, fusible=False)
 
 
 def final_norm(
@@ -92,10 +133,12 @@ def final_norm(
     """What stands behind the layers; None: nothing. The output layer being linear, its scale is that of the logits."""
     scale = {} if model.logits_scaling == 1 else {"scale": 1 / model.logits_scaling}
     if path is None or not _has_reads(path):
-        norm = ModuleSpec(ScaledRMSNorm, params=scale) if scale else provider.layer_norm(rms_norm=True)
+        norm = own_norm(model, scale) if scale else stream_norm(model, provider)
         return norm if model.final_norm else None
-    last = {"path": path, "sublayer": 2 * model.num_layers}
-    return ModuleSpec(ReadNorm, params={**last, **scale}) if model.final_norm else ModuleSpec(BareRead, params=last)
+    last = 2 * model.num_layers
+    if not model.final_norm:
+        return ModuleSpec(BareRead, params={"path": path, "sublayer": last})
+    return own_norm(model, {"read": read_of(path, last), **scale})
 
 
 def _has_reads(path: ResidualPath) -> bool:

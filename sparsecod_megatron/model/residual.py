@@ -7,6 +7,7 @@ factories. Source: Megatron-Core fusions/fused_bias_dropout.py, transformer/tran
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,41 @@ class ScaledJoin(BranchJoin):
     def join(self, branch: Tensor, residual: Tensor) -> Tensor:
         """Both [S_local, B, H] → [S_local, B, H]."""
         return super().join(self.factor * branch, residual)
+
+
+class ParallelStart(BranchJoin):
+    """x and x + branch side by side: the other branch of a parallel layer reads x, and is added to the sum.
+
+    One tensor, so that what recomputes, offloads or captures a part of the layer sees all that follows from it.
+    """
+
+    def join(self, branch: Tensor, residual: Tensor) -> Tensor:
+        """Both [S_local, B, H] → [S_local, B, 2 · H]."""
+        return torch.cat((residual, super().join(branch, residual)), dim=-1)
+
+
+class ParallelEnd(BranchJoin):
+    """The second of what `ParallelStart` gave, and the branch."""
+
+    def join(self, branch: Tensor, residual: Tensor) -> Tensor:
+        """[S_local, B, H] and [S_local, B, 2 · H] → [S_local, B, H]."""
+        return super().join(branch, residual.chunk(2, dim=-1)[1])
+
+
+class LayerInput(torch.nn.Module):
+    """The first of what `ParallelStart` gave; stands before a linear layer with a norm of its own, or in a norm."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    @property
+    def read(self) -> torch.nn.Module:
+        """The module whose output the branch reads, for observers."""
+        return self
+
+    def forward(self, state: Tensor) -> Tensor:
+        """[S_local, B, 2 · H] → [S_local, B, H]."""
+        return state.chunk(2, dim=-1)[0].contiguous()
 
 
 class NormedJoin(BranchJoin):

@@ -26,10 +26,11 @@ from megatron.core.transformer.transformer_layer import (
 
 from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.config.flops import is_windowed
+from sparsecod_megatron.config.parameters import NORM_RENAMES
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
 from sparsecod_megatron.model.layer import VariedAttention, VariedLayer
-from sparsecod_megatron.model.norms import ProjectionRMSNorm, RMSNorm
-from sparsecod_megatron.model.placement import Placement, final_norm, placement, placement_on_path
+from sparsecod_megatron.model.norms import NORMS, ProjectionRMSNorm
+from sparsecod_megatron.model.placement import Placement, final_norm, placement_on_path, placements
 from sparsecod_megatron.model.rotary import KindRotatedAttention, changes_by_kind
 from sparsecod_megatron.model.router import StepRouter
 from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, configured
@@ -44,7 +45,7 @@ class ReferenceSpecProvider(LocalSpecProvider):
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """The norm of every place."""
-        return RMSNorm
+        return NORMS["RMSNorm" if rms_norm else "LayerNorm"]
 
     def core_attention(self) -> type:
         """The attention that fits the run's sequences."""
@@ -105,14 +106,12 @@ def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleS
     unfused = {branch for mechanism in mechanisms for branch in mechanism.unfused}
     fuse_attention = fused and attention.fusible and "attention" not in unfused
     fuse_mlp = fused and mlp.fusible and "mlp" not in unfused and not is_moe
-    renamed = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
-    if not is_moe:
-        renamed["pre_mlp_layernorm.weight"] = "mlp.linear_fc1.layer_norm_weight"
+    renamed = {own: name for name, own in NORM_RENAMES.items() if not is_moe or own.startswith("input_layernorm.")}
     submodules = TransformerLayerSubmodules(
-        input_layernorm=IdentityOp if fuse_attention else attention.input_norm,
+        input_layernorm=attention.before_fused if fuse_attention else attention.input_norm,
         self_attention=_attention(site, fuse=fuse_attention),
         self_attn_bda=attention.join,
-        pre_mlp_layernorm=IdentityOp if fuse_mlp else mlp.input_norm,
+        pre_mlp_layernorm=mlp.before_fused if fuse_mlp else mlp.input_norm,
         mlp=_experts(model, site.megatron, provider) if is_moe else _mlp(provider, fuse=fuse_mlp),
         mlp_bda=mlp.join,
         sharded_state_dict_keys_map=renamed if _has_own_input_norm(attention) else {},
@@ -128,14 +127,14 @@ def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleS
 
 def _placements(site: LayerSite, mechanisms: Sequence[Mechanism]) -> tuple[Placement, Placement]:
     """Around attention, and around the MLP."""
-    plain = placement(site.model, site.megatron, site.provider, site.layer)
+    attention, mlp = placements(site.model, site.megatron, site.provider, site.layer)
     path = residual_path(mechanisms, site.model)
     if path is None:
-        return plain, plain
+        return attention, mlp
     first = 2 * site.layer
     return (
-        placement_on_path(plain, path, site.megatron, first),
-        placement_on_path(plain, path, site.megatron, first + 1),
+        placement_on_path(site.model, attention, path, site.megatron, first),
+        placement_on_path(site.model, mlp, path, site.megatron, first + 1),
     )
 
 

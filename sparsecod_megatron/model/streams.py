@@ -6,45 +6,15 @@ neither the layer nor the block is another. Contract: `seams/residual.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sparsecod_megatron.model.norms import ScaledRMSNorm
 from sparsecod_megatron.model.residual import owned
 from sparsecod_megatron.seams.residual import ResidualPath
-
-
-class ReadNorm(ScaledRMSNorm):
-    """scale · RMSNorm(read(state)).
-
-    Args:
-        config: of the model.
-        hidden_size: H.
-        eps: added to the mean square.
-        path: whose state it reads.
-        sublayer: which of its reads.
-        scale: constant factor.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-        *,
-        path: ResidualPath,
-        sublayer: int,
-        scale: float = 1.0,
-    ) -> None:
-        super().__init__(config, hidden_size, eps, scale=scale)
-        self.read = _read(path, sublayer, config)
-
-    def forward(self, state: Tensor) -> Tensor:
-        """[S_local, B, columns · H] → [S_local, B, H]."""
-        return super().forward(self.read(state).to(self.weight.dtype))
 
 
 class BareRead(torch.nn.Module):
@@ -62,7 +32,7 @@ class BareRead(torch.nn.Module):
         self, config: TransformerConfig, hidden_size: int, eps: float, *, path: ResidualPath, sublayer: int
     ) -> None:
         super().__init__()
-        self.read, self.dtype = _read(path, sublayer, config), config.params_dtype
+        self.read, self.dtype = read_of(path, sublayer)(config), config.params_dtype
 
     def forward(self, state: Tensor) -> Tensor:
         """[S_local, B, columns · H] → [S_local, B, H]."""
@@ -70,9 +40,14 @@ class BareRead(torch.nn.Module):
         return result
 
 
-def _read(path: ResidualPath, sublayer: int, config: TransformerConfig) -> torch.nn.Module:
-    read = path.read(sublayer)
-    return torch.nn.Identity() if read is None else owned(read, config)
+def read_of(path: ResidualPath, sublayer: int) -> Callable[[TransformerConfig], torch.nn.Module]:
+    """What makes the module that a norm reads the state by."""
+
+    def made(config: TransformerConfig) -> torch.nn.Module:
+        read = path.read(sublayer)
+        return torch.nn.Identity() if read is None else owned(read, config)
+
+    return made
 
 
 class Expansion(torch.nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import traceback
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.config.check_megatron import needs_transformer_engine
@@ -156,11 +158,12 @@ def _has_fused_rope(config: RunConfig, transformer_engine: bool) -> bool:
     return transformer_engine or not unknown
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
     "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": squared_relu,
 }

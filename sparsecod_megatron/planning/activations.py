@@ -49,7 +49,10 @@ def kept_after_recompute(layout: Layout, layer: int, saved: Saved) -> Saved:
         for branch in ("attention", "mlp"):
             if not layout.transformer_engine or (branch == "mlp" and layout.model.is_moe_layer(layer)):
                 dropped.add(f"{branch}_input")
-                changed[f"{branch}_norm"] = layout.bytes_per_value * layout.norm_tokens * layout.model.hidden_size
+                # A parallel layer's second norm is given its input and the first sum.
+                given = 2 if branch == "mlp" and layout.model.is_parallel else 1
+                stream = layout.bytes_per_value * layout.norm_tokens * layout.model.hidden_size
+                changed[f"{branch}_norm"] = given * stream
     if "mlp" in modules:
         dropped.add("mlp")
     if "moe_act" in modules:
@@ -68,7 +71,7 @@ def first_activations(layout: Layout) -> Saved:
     if layout.tensor > 1:
         saved["embedding"] += tokens  # mask of the vocabulary's other shards
     if model.has_embedding_norm:
-        saved["embedding_norm"] = layout.norm_bytes(layout.norm_tokens, model.hidden_size)
+        saved["embedding_norm"] = layout.stream_norm_bytes(layout.norm_tokens)
     if model.hidden_dropout:
         saved["embedding_dropout"] = layout.norm_tokens * model.hidden_size * _mask_bytes(layout)
     return saved
@@ -80,7 +83,7 @@ def last_activations(layout: Layout) -> Saved:
     assert model.vocab_size is not None, "the vocabulary size comes from the tokenizer first"
     stream = layout.norm_tokens * model.hidden_size
     return {
-        "final_norm": layout.norm_bytes(layout.norm_tokens, model.hidden_size) if model.final_norm else 0,
+        "final_norm": layout.stream_norm_bytes(layout.norm_tokens) if model.final_norm else 0,
         "output_input": layout.bytes_per_value * stream,
         "logits": layout.tokens * (model.vocab_size // layout.tensor * _FP32 + 1 + _INDEX),
     }
@@ -93,7 +96,7 @@ def _mask_bytes(layout: Layout) -> int:
 
 def _norms(layout: Layout, layer: int) -> Saved:
     model, tokens = layout.model, layout.norm_tokens
-    norm = layout.norm_bytes(tokens, model.hidden_size)
+    norm = layout.stream_norm_bytes(tokens)
     stream = tokens * model.hidden_size
     moe = model.is_moe_layer(layer)
     saved = {
@@ -164,8 +167,8 @@ def _before_output(layout: Layout, layer: int) -> int:
     """Bytes per channel that the activation function keeps, beside what the output projection keeps anyway."""
     # Unfused GEGLU: both projections, the activated gate, and a copy of the other one.
     geglu = 2 if layout.transformer_engine else 4
-    kept = {"swiglu": 2, "geglu": geglu, "geglu_tanh": geglu, "gelu": 1, "relu": 0, "relu2": 1}
-    values = kept[layout.model.activation]
+    kept = {"swiglu": 2, "geglu": geglu, "geglu_tanh": geglu, "relu": 0}
+    values = kept.get(layout.model.activation, 1)
     if layout.model.activation == "relu" and layout.in_fp8(layer):
         values = 1  # its own output, which the projection keeps in FP8
     return values * layout.bytes_per_value

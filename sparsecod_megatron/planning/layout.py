@@ -137,7 +137,7 @@ class Layout:
             context=self.context,
             seq_length=self.config.data.seq_length,
             value_bytes=self.bytes_per_value,
-            norm_bytes=self.norm_bytes(1, self.model.hidden_size),
+            norm_bytes=self.stream_norm_bytes(1),
             is_reference=not self.transformer_engine,
         )
         saved: dict[str, int] = {}
@@ -149,6 +149,12 @@ class Layout:
         """An RMSNorm's input and its 1 / rms, fp32, for each vector; the reference keeps x and x / rms, both fp32."""
         value = self.bytes_per_value if self.transformer_engine else 2 * 4
         return vectors * (channels * value + 4)
+
+    def stream_norm_bytes(self, vectors: int) -> int:
+        """The same of a norm of the residual stream; a LayerNorm's input, mean and 1 / deviation, the latter fp32."""
+        if self.model.normalization == "RMSNorm":
+            return self.norm_bytes(vectors, self.model.hidden_size)
+        return vectors * (self.model.hidden_size * self.bytes_per_value + 2 * 4)
 
     @property
     def state_bytes(self) -> int:

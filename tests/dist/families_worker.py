@@ -27,7 +27,8 @@ RUN = (
 LAYOUTS = {"tp2-sp": (TP2, SP), "pp2": (PP2,), "ep2": (EP2,)}
 FAMILIES = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "olmo3"), ("tp2-sp", "pp2")
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "olmo3", "neox"),
+        ("tp2-sp", "pp2"),
     ),
     **dict.fromkeys(("mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe"), ("ep2", "pp2")),
 }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import (
     Glm4MoeConfig,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -31,7 +32,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.cli import import_
 from tests.dist.families_worker import CASES, FAMILIES, Case, train
 from tests.helpers.cli import script_ranks
-from tests.unit.hf.test_source import EXPERTS, FACTORS, GLM, PARTIAL, SIZES, TOKENS, save
+from tests.unit.hf.test_source import EXPERTS, FACTORS, GLM, NEOX, PARTIAL, SIZES, TOKENS, save
 
 pytestmark = pytest.mark.dist
 SHAPE = SIZES | {"num_hidden_layers": 4, "vocab_size": 64}
@@ -46,6 +47,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(**SHAPE, **FACTORS, tie_word_embeddings=True),
     "olmo2": Olmo2Config(**SHAPE),
     "olmo3": Olmo3Config(**SHAPE, sliding_window=5, layer_types=WINDOWED),
+    "neox": GPTNeoXConfig(**NEOX | {"num_hidden_layers": 4, "vocab_size": 64}),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=24),
     "qwen3-moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),

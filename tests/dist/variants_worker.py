@@ -33,12 +33,13 @@ DENSE_LAYOUTS = {"tp2": (TP2,), "tp2-sp": (TP2, SP), "pp2": (PP2,), "cp2": (CP2,
 MOE_LAYOUTS = {"ep2": (EP2,), "tp2-ep2": (TP2, SP, EP2, ETP1), "pp2": (PP2,)}
 CONCERNED = {
     # Without sequence parallelism norms are whole on each rank: what has weights that tensor parallelism leaves whole.
-    "tp2": {"pre", "qk-norm", "biases", "olmo", "gemma", "everything"},
+    "tp2": {"pre", "qk-norm", "biases", "olmo", "gemma", "neox", "everything"},
     # Stages: what depends on a layer's place, or lies outside of the layers.
     "pp2": {
         "pre",
         "post-no-final-norm",
         "olmo",
+        "neox",
         "mix",
         "lns-peri",
         "embedding-norm",
@@ -64,7 +65,8 @@ ADJUSTED = {
 }
 """For four layers instead of three."""
 ALIKE = {
-    *("gelu", "relu", "qkv-bias", "sandwich", "branch", "lns", "mha", "rope-linear", "rope-llama3"),
+    *("gelu", "gelu-tanh", "relu", "qkv-bias", "sandwich", "branch", "lns", "mha", "rope-linear", "rope-llama3"),
+    *("parallel", "layernorm"),
     *("sigmoid", "sigmoid-top-1", "scaled", "shared"),
 }
 """Differ from another variant in what each rank computes from what it holds, in no way that a layout could see."""

@@ -31,10 +31,14 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     def norm(size: int = hidden) -> Tensor:
         return 1 + 0.3 * torch.randn(size, generator=generator)
 
+    def stream_norm(at: str) -> dict[str, Tensor]:
+        bias = {f"{at}.bias": norm() - 1} if model.normalization == "LayerNorm" else {}
+        return {f"{at}.weight": norm()} | bias
+
     tensors = {"embedding.word_embeddings.weight": matrix(model.vocab_size or 0, hidden) * math.sqrt(hidden)}
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}"
-        tensors[f"{at}.input_layernorm.weight"] = norm()
+        tensors |= stream_norm(f"{at}.input_layernorm")
         tensors[f"{at}.self_attention.linear_qkv.weight"] = matrix((heads + 2 * groups) * head_dim, hidden)
         tensors[f"{at}.self_attention.linear_proj.weight"] = matrix(hidden, heads * head_dim)
         biases = {"qkv": model.qkv_bias, "proj": model.attention_output_bias}
@@ -43,7 +47,7 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
             tensors[f"{at}.self_attention.linear_{part}.bias"] = norm(rows) - 1
         if model.qk_norm:
             tensors |= {f"{at}.self_attention.{part}_layernorm.weight": norm(head_dim) for part in "qk"}
-        tensors[f"{at}.pre_mlp_layernorm.weight"] = norm()
+        tensors |= stream_norm(f"{at}.pre_mlp_layernorm")
         mlps = {f"{at}.mlp": model.ffn_hidden_size}
         if model.num_moe_experts is not None and model.is_moe_layer(layer):
             tensors[f"{at}.mlp.router.weight"] = matrix(model.num_moe_experts, hidden)
@@ -56,11 +60,12 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
             if model.moe_shared_expert_intermediate_size is not None:
                 mlps[f"{at}.mlp.shared_experts"] = model.moe_shared_expert_intermediate_size
         for name, width in mlps.items():
-            tensors[f"{name}.linear_fc1.weight"] = matrix(2 * width, hidden)
+            inner = 2 * width if model.activation in ("swiglu", "geglu", "geglu_tanh") else width
+            tensors[f"{name}.linear_fc1.weight"] = matrix(inner, hidden)
             tensors[f"{name}.linear_fc2.weight"] = matrix(hidden, width)
             if model.mlp_bias:
-                tensors[f"{name}.linear_fc1.bias"], tensors[f"{name}.linear_fc2.bias"] = norm(2 * width) - 1, norm() - 1
-    tensors["decoder.final_layernorm.weight"] = norm()
+                tensors[f"{name}.linear_fc1.bias"], tensors[f"{name}.linear_fc2.bias"] = norm(inner) - 1, norm() - 1
+    tensors |= stream_norm("decoder.final_layernorm")
     if model.untie_embeddings_and_output_weights:
         tensors["output_layer.weight"] = matrix(model.vocab_size or 0, hidden)
     return tensors
@@ -87,17 +92,22 @@ def forward(
     x, blocks, first_values = weights[tied][tokens], list[Tensor](), dict[int, Tensor]()
     x = model.embedding_multiplier * x
     if model.has_embedding_norm:
-        x = _rms_norm(x, weights["embedding_norm.weight"], model)
+        x = _norm(x, weights, "embedding_norm", model)
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}"
         attention = partial(_attention, model, weights, layer, first_values, document_ids=document_ids)
-        x = _sublayer(model, weights, layer, x, attention, f"{at}.input_layernorm", f"{at}.self_attn_bda")
         mlp = partial(_mlp, model, weights, layer, router_inputs)
-        x = _sublayer(model, weights, layer, x, mlp, f"{at}.pre_mlp_layernorm", f"{at}.mlp_bda")
+        if model.norm_placement == "parallel":
+            scale = 1 / math.sqrt(layer + 1) if model.layernorm_scaling else 1.0
+            first, second = (_norm(x, weights, f"{at}.{name}_layernorm", model) for name in ("input", "pre_mlp"))
+            x = x + attention(scale * first) + mlp(scale * second)
+        else:
+            x = _sublayer(model, weights, layer, x, attention, f"{at}.input_layernorm", f"{at}.self_attn_bda")
+            x = _sublayer(model, weights, layer, x, mlp, f"{at}.pre_mlp_layernorm", f"{at}.mlp_bda")
         blocks.append(x)
     output = weights["output_layer.weight" if model.untie_embeddings_and_output_weights else tied]
     if model.final_norm:
-        x = _rms_norm(x, weights["decoder.final_layernorm.weight"], model)
+        x = _norm(x, weights, "decoder.final_layernorm", model)
     return x @ output.T / model.logits_scaling, blocks
 
 
@@ -117,13 +127,13 @@ def _sublayer(
     if kind == "mix":
         kind = "post" if layer < post_layers else "pre"
     if kind == "post":
-        return _rms_norm(x + branch(x), weights[f"{join}.norm.weight"], model)
+        return _norm(x + branch(x), weights, f"{join}.norm", model)
     if kind == "branch":
-        return x + scale * _rms_norm(branch(x), weights[f"{join}.norm.weight"], model)
-    normed = _rms_norm(x, weights[f"{before}.weight"], model)
+        return x + scale * _norm(branch(x), weights, f"{join}.norm", model)
+    normed = _norm(x, weights, before, model)
     if kind == "pre":
         return x + model.residual_multiplier * branch(scale * normed)
-    return x + scale * _rms_norm(branch(normed), weights[f"{join}.norm.weight"], model)
+    return x + scale * _norm(branch(normed), weights, f"{join}.norm", model)
 
 
 def _mlp(
@@ -139,6 +149,15 @@ def _mlp(
     if router_inputs is not None:
         router_inputs[layer] = x
     return mixture(model, weights, at, x, layer=layer)
+
+
+def _norm(x: Tensor, weights: Mapping[str, Tensor], at: str, model: ModelConfig) -> Tensor:
+    """Of the residual stream, of the kind that the model has."""
+    if model.normalization == "RMSNorm":
+        return _rms_norm(x, weights[f"{at}.weight"], model)
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + model.layernorm_epsilon).sqrt()
+    return centred / deviation * weights[f"{at}.weight"] + weights[f"{at}.bias"]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:

@@ -6,7 +6,7 @@ A family file adds what differs: its feed-forward names, its own configuration f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,12 @@ class Family:
         code: files to copy beside the weights.
         extensible: whether mechanisms' modules can change its layers.
         layout: an entry with the names and the layout that this class has in place of Llama's.
-        flat: a configuration's fields, of which `rope_parameters` are those of all layers.
+        modules: names of modules, or parts of such names, in place of Llama's.
+        spelling: names of fields in place of those that other classes share; None for what this one has not.
+        older_fields: what readers before transformers 5 look for in place of `rope_parameters`.
+        flat: a configuration's fields, shared ones under their names; `rope_parameters` are those of all layers.
+        derived: ends of names of tensors that old files hold and transformers does not read → whether one of them holds
+            what the class computes without it.
         without_placeholders: the model that `read` gave, without the parts of the class whose tensors are those that
             export puts where ours has none.
     """
@@ -56,7 +61,12 @@ class Family:
     code: tuple[Path, ...] = ()
     extensible: bool = False
     layout: Callable[[Entry], Entry] = lambda entry: entry
+    modules: Mapping[str, str] = field(default_factory=dict)
+    spelling: Mapping[str, str | None] = field(default_factory=dict)
+    # They would silently fall back to their own default.
+    older_fields: Callable[[ModelConfig], dict[str, Any]] = lambda model: {"rope_theta": float(model.rotary_base)}
     flat: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    derived: Mapping[str, Callable[[Tensor], bool]] = field(default_factory=dict)
     without_placeholders: Callable[[ModelConfig, Mapping[str, Tensor]], ModelConfig] = lambda model, tensors: model
 
     def table(self, model: ModelConfig, modules: Mapping[str, Module] | None = None) -> NameTable:
@@ -68,7 +78,7 @@ class Family:
         """
         own = [tensor for module in (modules or {}).values() for tensor in module.tensors]
         replaced = {name for module in (modules or {}).values() for name in module.replaced}
-        plain = (self.layout(entry) for entry in self._entries(model) if not replaced.intersection(entry.megatron))
+        plain = (self._entry(entry) for entry in self._entries(model) if not replaced.intersection(entry.megatron))
         entries = [Entry((tensor.megatron,), (tensor.hf,), same(tensor.shape)) for tensor in own]
         return NameTable(self.architecture, (*plain, *entries))
 
@@ -93,7 +103,8 @@ class Family:
         Raises:
             ConversionError: transformers refuses a value.
         """
-        fields = _shared_fields(model) | self.fields(model)
+        shared = {self.spelling.get(name, name): value for name, value in _shared_fields(model).items()}
+        fields = {name: value for name, value in shared.items() if name is not None} | self.fields(model)
         if modules:
             fields["mechanisms"] = {name: module.settings for name, module in modules.items()}
         try:
@@ -108,9 +119,18 @@ class Family:
             raise ConversionError(
                 f"model: {self.config_class.__name__} refuses it ({' '.join(str(error).split())}); change that value"
             ) from None
-        # Readers older than transformers 5 know only this place, and would silently fall back to their own default.
-        config.rope_theta = float(model.rotary_base)
+        for name, value in self.older_fields(model).items():
+            setattr(config, name, value)
         return config
+
+    def named(self, name: str) -> str:
+        """What the class calls a module or tensor that is `name` in a Llama."""
+        return ".".join(self.modules.get(part, part) for part in name.split("."))
+
+    def _entry(self, entry: Entry) -> Entry:
+        """As the files have it."""
+        entry = self.layout(entry)
+        return Entry(entry.megatron, tuple(map(self.named, entry.hf)), entry.transform)
 
     def _entries(self, model: ModelConfig) -> Iterator[Entry]:
         vocab_size(model)  # refused by its key where it is not known yet

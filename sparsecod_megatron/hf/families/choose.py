@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.model_keys import TRAINING_KEYS
@@ -14,6 +16,7 @@ from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
 from sparsecod_megatron.hf.families.granite import GRANITE
 from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
+from sparsecod_megatron.hf.families.neox import NEOX
 from sparsecod_megatron.hf.families.olmo import OLMO2, OLMO3, OLMOE
 from sparsecod_megatron.hf.families.phi3 import PHI3
 from sparsecod_megatron.hf.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
@@ -23,7 +26,7 @@ from sparsecod_megatron.hf.table import NameTable
 from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
 FAMILIES = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, NEOX),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, OLMOE, SPARSECOD),
 )
 """In order of preference: the most widely supported class first, our own last."""
@@ -138,6 +141,17 @@ def choose_family(
         f"model: none of these classes expresses it ({'; '.join(obstacles)}); "
         "only models without these features convert"
     )
+
+
+def family_of(config: PreTrainedConfig) -> Family | None:
+    """The family that reads a configuration, if one does."""
+    return next((family for family in FAMILIES if type(config) is family.config_class), None)
+
+
+def names_in(model: PreTrainedModel) -> Callable[[str], str]:
+    """What a model calls a module or tensor, by its name in a Llama."""
+    family = family_of(model.config)
+    return str if family is None else family.named
 
 
 def name_table(model: ModelConfig, mechanisms: Sequence[Mechanism] = ()) -> NameTable:

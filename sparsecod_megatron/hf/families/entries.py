@@ -51,18 +51,19 @@ class LayerTensors:
 def outer_entries(model: ModelConfig) -> tuple[list[Entry], list[Entry]]:
     """What comes before the layers, and what comes after them, of a model whose vocabulary is known."""
     table = ParameterTable(model)
-    before = {
-        "embedding": ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-        "embedding_norm": ("embedding_norm.weight", "model.embedding_norm.weight"),
+    modules = {
+        "embedding": ("embedding.word_embeddings", "model.embed_tokens"),
+        "embedding_norm": ("embedding_norm", "model.embedding_norm"),
+        "final_norm": ("decoder.final_layernorm", "model.norm"),
+        "output": ("output_layer", "lm_head"),
     }
-    after = {
-        "final_norm": ("decoder.final_layernorm.weight", "model.norm.weight"),
-        "output": ("output_layer.weight", "lm_head.weight"),
-    }
-    return (
-        [_plain(row, *before[row.name]) for row in table.first()],
-        [_plain(row, *after[row.name]) for row in table.last(shares_embedding=True)],
-    )
+
+    def entry(row: ParameterKind) -> Entry:
+        module = row.name.removesuffix("_bias")
+        ours, theirs = (f"{name}.{'weight' if row.name == module else 'bias'}" for name in modules[module])
+        return _plain(row, ours, theirs)
+
+    return [entry(row) for row in table.first()], [entry(row) for row in table.last(shares_embedding=True)]
 
 
 def layer_entries(tensors: LayerTensors, *, norm_factor: float) -> Iterator[Entry]:
@@ -73,16 +74,23 @@ def layer_entries(tensors: LayerTensors, *, norm_factor: float) -> Iterator[Entr
         norm_factor: on the weights of the norms before the branches.
     """
     rows, ours, theirs = tensors.rows, tensors.ours, tensors.theirs
-    if (row := rows.get("attention_norm")) is not None:
-        names = (f"{ours}.input_layernorm.weight",), (f"{theirs}.input_layernorm.weight",)
-        yield Entry(*names, folded(row.shape, norm_factor))
+    names = (f"{ours}.input_layernorm", f"{theirs}.input_layernorm")
+    yield from _norm_entries(rows, "attention_norm", *names, norm_factor)
     yield from _attention_entries(tensors)
     for branch, place in (("attention", "self_attn"), ("mlp", "mlp")):
-        if (row := rows.get(f"{branch}_post_norm")) is not None:
-            yield _plain(row, f"{ours}.{place}_bda.norm.weight", f"{theirs}.{branch}_join_norm.weight")
-    if (row := rows.get("mlp_norm")) is not None:
-        names = (f"{ours}.pre_mlp_layernorm.weight",), (f"{theirs}.post_attention_layernorm.weight",)
-        yield Entry(*names, folded(row.shape, norm_factor))
+        names = (f"{ours}.{place}_bda.norm", f"{theirs}.{branch}_join_norm")
+        yield from _norm_entries(rows, f"{branch}_post_norm", *names)
+    names = (f"{ours}.pre_mlp_layernorm", f"{theirs}.post_attention_layernorm")
+    yield from _norm_entries(rows, "mlp_norm", *names, norm_factor)
+
+
+def _norm_entries(
+    rows: Mapping[str, ParameterKind], name: str, ours: str, theirs: str, factor: float = 1.0
+) -> Iterator[Entry]:
+    """Weight and bias of a norm, as far as the layer has them."""
+    for row, part in ((rows.get(name), "weight"), (rows.get(f"{name}_bias"), "bias")):
+        if row is not None:
+            yield Entry((f"{ours}.{part}",), (f"{theirs}.{part}",), folded(row.shape, factor))
 
 
 def _attention_entries(tensors: LayerTensors) -> Iterator[Entry]:
@@ -174,11 +182,11 @@ def renamed(entry: Entry, names: Mapping[str, str], change: Callable[[Transform]
         names: last part of the first tensor's name there → the class's one tensor.
         change: what the class does to the layout besides.
     """
-    module, _, last = entry.hf[0].removesuffix(".weight").rpartition(".")
+    *module, last, part = entry.hf[0].split(".")
     if last not in names:
         return entry
     transform = entry.transform if change is None else change(entry.transform)
-    return Entry(entry.megatron, (f"{module}.{names[last]}.weight",), transform)
+    return Entry(entry.megatron, (".".join((*module, names[last], part)),), transform)
 
 
 def _plain(row: ParameterKind, ours: str, theirs: str) -> Entry:

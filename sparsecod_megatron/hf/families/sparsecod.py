@@ -15,6 +15,7 @@ from sparsecod_megatron.hf.transforms import same
 
 KEYS_IN_COMMON = (
     "activation",
+    "normalization",
     "norm_placement",
     "mix_post_fraction",
     "layernorm_scaling",
@@ -51,7 +52,7 @@ KEYS_IN_COMMON = (
 """Keys with one name in `model:` and in the architecture's configuration."""
 CODE = tuple(
     Path(__file__).parents[1] / f"{name}_sparsecod.py"
-    for name in ("configuration", "modeling", "attention", "moe", "rotary", "tokens")
+    for name in ("configuration", "modeling", "attention", "moe", "norms", "rotary", "tokens")
 )
 """What loading without this package needs beside the weights."""
 AUTO_MAP = {

@@ -96,6 +96,8 @@ class ResidualMechanism(Mechanism):
                 f"model.residual_multiplier: {model.residual_multiplier:g}, but mechanisms.{self.name} joins branches "
                 "its own way; set it to 1"
             )
+        if self.has_own_norms and model.normalization != "RMSNorm":
+            yield f"model.normalization: {model.normalization}, but mechanisms.{self.name} has RMSNorms; set RMSNorm"
         if self.has_own_norms and model.layernorm_scaling:
             yield f"model.layernorm_scaling: true, but mechanisms.{self.name} has norms of its own; set it to false"
         recompute = config.megatron.get("recompute_granularity") == "full"

@@ -103,8 +103,9 @@ class EngramMemory:
                 tp_group=tp_group,
             )
             module.add_module(name, projection)
-        norms = {"query_norm": config, "key_norm": whole, "value_norm": whole}
+        norms = {"query_norm": copy.copy(config), "key_norm": whole, "value_norm": whole}
         for name, of in norms.items():
+            of.normalization = "RMSNorm"  # which Transformer Engine's go by, whatever the model's are
             module.add_module(
                 name, build_module(norm, config=of, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             )

@@ -18,7 +18,10 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ((LNS, "model.norm_placement=post"), ["model.layernorm_scaling: true", "pre, peri, sandwich or branch"]),
+        (
+            (LNS, "model.norm_placement=post"),
+            ["model.layernorm_scaling: true", "use it with pre, parallel, peri"],
+        ),
         ((LNS, "model.norm_placement=mix"), ["model.layernorm_scaling: true", "norm_placement=mix"]),
         (("model.final_norm=false",), ["model.final_norm: false", "norm_placement=pre"]),
         (("model.norm_placement=before",), ["model.norm_placement: 'before'", "sandwich"]),
@@ -26,6 +29,18 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
         (("model.no_rope_freq=[0,1]",), ["model.no_rope_freq: 2 entries", "num_layers=3"]),
         (("model.no_rope_freq=[0,1,2]",), ["model.no_rope_freq: [0, 1, 2]", "0 and 1"]),
         (("model.residual_multiplier=0.5", "model.norm_placement=peri"), ["residual_multiplier: 0.5", "use pre"]),
+        (
+            ("model.residual_multiplier=0.5", "model.norm_placement=parallel"),
+            ["residual_multiplier: 0.5", "as they are"],
+        ),
+        (
+            ("model.normalization=LayerNorm", "model.layernorm_zero_centered_gamma=true"),
+            ["layernorm_zero_centered_gamma: true", "by its weight alone"],
+        ),
+        (
+            ("model.normalization=LayerNorm", "model.qk_norm=true"),
+            ["normalization: LayerNorm", "set RMSNorm, or qk_norm"],
+        ),
         (
             ("model.logits_scaling=2", "model.norm_placement=post", "model.final_norm=false"),
             ["model.logits_scaling: 2", "final norm"],

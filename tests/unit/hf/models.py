@@ -34,6 +34,15 @@ LING: dict[str, object] = {
     "qk_norm": True,
     "rotary_percent": 0.5,
 }
+NEOX: dict[str, object] = {
+    "normalization": "LayerNorm",
+    "norm_placement": "parallel",
+    "activation": "gelu",
+    "rotary_percent": 0.25,
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+}
 MODELS = {
     "mha": tiny(),
     "gqa": tiny(num_query_groups=2),
@@ -48,6 +57,7 @@ MODELS = {
     "multipliers": tiny(
         embedding_multiplier=3.0, residual_multiplier=0.3, softmax_scale=0.2, logits_scaling=4.0, mlp_bias=True
     ),
+    "neox": tiny(**NEOX),
     "moe": moe(num_query_groups=2),
     "moe wide heads": moe(kv_channels=14),
     "moe tied": moe(untie_embeddings_and_output_weights=False),

@@ -18,7 +18,7 @@ from sparsecod_megatron.hf.families import FAMILIES, choose_family
 from sparsecod_megatron.hf.families.choose import DEPENDENT_KEYS, FEATURES, SHAPE_KEYS
 from sparsecod_megatron.hf.source import open_source
 from tests.helpers.reference_gpt import random_tensors
-from tests.unit.hf.models import LING, MODELS, moe, tiny
+from tests.unit.hf.models import LING, MODELS, NEOX, moe, tiny
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 EXPECTED = {
@@ -33,6 +33,7 @@ EXPECTED = {
     "no rotation in a layer": "SmolLM3ForCausalLM",
     "half of the channels rotate": "Phi3ForCausalLM",
     "multipliers": "GraniteForCausalLM",
+    "neox": "GPTNeoXForCausalLM",
     "moe": "MixtralForCausalLM",
     "moe wide heads": "MixtralForCausalLM",
     "moe tied": "MixtralForCausalLM",
@@ -115,6 +116,9 @@ IDENTITY = MODELS | {
     "gemma2": tiny(**GEMMA, **WINDOW, softmax_scale=20**-0.5, norm_placement="sandwich"),
     "gemma3": tiny(**GEMMA, **WINDOW, norm_placement="sandwich", qk_norm=True, rotary_base_local=100),
     "own class zero-centred": moe(**GEMMA, layernorm_scaling=True, qk_norm=True),
+    "neox one after the other": tiny(**NEOX | {"norm_placement": "pre", "activation": "gelu_tanh"}),
+    "neox all channels rotate": tiny(**NEOX | {"rotary_percent": 1.0, "activation": "relu2"}, hidden_dropout=0.1),
+    "own class parallel": moe(**NEOX | {"mlp_bias": False}, num_query_groups=2, embedding_norm=True),
     "own class norms behind branches": tiny(norm_placement="branch", layernorm_scaling=True, num_query_groups=2),
     "own class multipliers": moe(softmax_scale=0.2, embedding_multiplier=2.0, logits_scaling=3.0, no_rope_freq=[0, 1]),
     "own class": moe(norm_placement="peri", layernorm_scaling=True, moe_shared_expert_intermediate_size=28),
@@ -179,9 +183,23 @@ def test_features_beyond_the_stock_classes_are_named(change: dict[str, object]) 
         choose_family(tiny(**change), families=FAMILIES[:-1])
 
 
-def test_features_beyond_every_class_are_named() -> None:
-    with pytest.raises(ConversionError, match="SparsecodForCausalLM: model.normalization=LayerNorm"):
-        choose_family(tiny(normalization="LayerNorm"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization": "RMSNorm"}, "normalization=RMSNorm"),
+        ({"norm_placement": "post"}, "norm_placement=post"),
+        ({"activation": "geglu"}, "activation=geglu"),
+        ({"mlp_bias": False}, "mlp_bias=false"),
+        ({"num_query_groups": 2}, "num_query_groups=2, not num_attention_heads"),
+        ({"kv_channels": 16}, "kv_channels=16, not hidden_size"),
+        ({"attention_output_bias": False}, "qkv_bias=true with another"),
+    ],
+)
+def test_what_neox_has_no_place_for_is_exported_as_our_own(changes: dict[str, object], message: str) -> None:
+    model = tiny(**NEOX | changes)
+    assert choose_family(model).architecture == "SparsecodForCausalLM"
+    with pytest.raises(ConversionError, match=f"GPTNeoXForCausalLM: model.{message}"):
+        choose_family(model, families=FAMILIES[:-1])
 
 
 def test_a_feature_the_families_have_not_heard_of_is_refused() -> None:

@@ -59,6 +59,13 @@ OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "logits_scaling": st.sampled_from([1.0, 8.0]),
     },
     "olmo2": {"attention_bias": st.booleans()},
+    "gpt_neox": {
+        "attention_bias": st.booleans(),
+        "use_parallel_residual": st.booleans(),
+        "hidden_act": st.sampled_from(["gelu", "gelu_new", "relu", "silu"]),
+        "layer_norm_eps": st.sampled_from([1e-6, 1e-3]),
+        "partial": st.sampled_from([0.5, 1.0]),
+    },
     "olmo3": {"attention_bias": st.booleans(), "sliding_window": st.sampled_from([3, 9])},
     "olmoe": {"attention_bias": st.booleans(), "clip_qkv": st.sampled_from([None, None, 2.0])}
     | {name: EXPERTS[name] for name in ("num_experts", "num_experts_per_tok", "norm_topk_prob")},
@@ -88,6 +95,7 @@ OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
 }
 """model_type → fields beyond those of all families, `partial` being the share of channels that rotate."""
+LACKED_BY_NEOX = ("num_key_value_heads", "head_dim", "rms_norm_eps")
 CLASSES = {family.config_class.model_type: family.config_class for family in FAMILIES if not family.extensible}
 
 
@@ -102,7 +110,7 @@ def configurations(draw: st.DrawFn, kind: str) -> PreTrainedConfig:
     )
     heads = groups * draw(st.integers(1, 2))
     rotation = {"rope_type": rope, "rope_theta": draw(st.sampled_from([100.0, 10000.0])), **ROPES[rope]}
-    if (share := own.pop("partial", 1.0)) < 1:
+    if (share := own.pop("partial", 1.0)) < 1 or kind == "gpt_neox":  # which has another default
         rotation["partial_rotary_factor"] = share
     fields = {
         "vocab_size": draw(st.integers(33, 70)),
@@ -119,8 +127,11 @@ def configurations(draw: st.DrawFn, kind: str) -> PreTrainedConfig:
         "eos_token_id": 2,
         "pad_token_id": None,
     }
+    fields |= {"head_dim": head_dim} if draw(st.booleans()) else {}
+    if kind == "gpt_neox":
+        fields = {name: value for name, value in fields.items() if name not in LACKED_BY_NEOX}
     try:
-        return CLASSES[kind](**fields | ({"head_dim": head_dim} if draw(st.booleans()) else {}) | own)
+        return CLASSES[kind](**fields | own)
     except (StrictDataclassError, KeyError):  # no configuration of transformers' either
         assume(False)
         raise

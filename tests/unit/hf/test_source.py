@@ -16,6 +16,7 @@ from transformers import (
     GemmaConfig,
     Glm4MoeConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -88,6 +89,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+NEOX = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -125,6 +127,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "gemma3-window": Gemma3TextConfig(**SIZES, **GEMMA3 | {"sliding_window_pattern": 6}),
     "olmoe": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+    "neox": GPTNeoXConfig(**NEOX),
+    "neox-one-after-the-other": GPTNeoXConfig(
+        **NEOX,
+        use_parallel_residual=False,
+        hidden_act="gelu_fast",
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+    ),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[0]),
     "glm4-moe": Glm4MoeConfig(**SIZES, **GLM, attention_bias=True),
@@ -194,6 +205,10 @@ REFUSED = {
         sliding_window=5,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
         **TOKENS,
+    ),
+    "hidden_act 'quick_gelu'": GPTNeoXConfig(**NEOX, hidden_act="quick_gelu"),
+    "rope_type 'dynamic' has no counterpart": GPTNeoXConfig(
+        **NEOX, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
     ),
     "clip_qkv 8": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, clip_qkv=8.0),
     "rope_parameters of sliding_attention": Olmo3Config(
@@ -297,11 +312,20 @@ def theirs_and_ours(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_an_output_layer_beside_tied_embeddings_is_used_unless_it_is_the_embeddings(same: bool, tmp_path: Path) -> None:
-    folder = save(CONFIGS["llama-tied"], tmp_path / "m")
-    embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+@pytest.mark.parametrize(
+    ("family", "embedding", "output"),
+    [
+        ("llama-tied", "model.embed_tokens", "lm_head"),
+        ("neox-one-after-the-other", "gpt_neox.embed_in", "embed_out"),
+    ],
+)
+def test_an_output_layer_beside_tied_embeddings_is_used_unless_it_is_the_embeddings(
+    same: bool, family: str, embedding: str, output: str, tmp_path: Path
+) -> None:
+    folder = save(CONFIGS[family], tmp_path / "m")
+    embeddings = load_file(folder / "model.safetensors")[f"{embedding}.weight"]
     head = embeddings.clone() if same else embeddings.roll(1, 0).contiguous()
-    rewrite(lambda tensors: tensors.update({"lm_head.weight": head}))(folder)
+    rewrite(lambda tensors: tensors.update({f"{output}.weight": head}))(folder)
     assert open_source(folder).model.untie_embeddings_and_output_weights is not same
     expected, found = theirs_and_ours(folder)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)

@@ -33,6 +33,7 @@ STOCK = {
     "dense-no-rope": "SmolLM3ForCausalLM",
     "dense-multipliers": "GraniteForCausalLM",
     "dense-rope-partial": "Phi3ForCausalLM",
+    "dense-neox": "GPTNeoXForCausalLM",
     "dense-olmo": "Olmo2ForCausalLM",
     "dense-gemma": "Gemma3ForCausalLM",
     "dense-mqa": "LlamaForCausalLM",

@@ -20,7 +20,8 @@ from sparsecod_megatron.hf.verify import Verification, verify_directory
 from tests.helpers.megatron import SMALL, BuiltModel, megatron_model
 from tests.unit.hf.test_variants import CASES
 
-PASSING = ["dense-lns", "dense-everything", "dense-gate-elementwise", "dense-mix", "moe-shared-gate", "moe-deepseek"]
+DENSE = ("dense-lns", "dense-everything", "dense-gate-elementwise", "dense-mix", "dense-neox", "dense-layernorm-peri")
+PASSING = [*DENSE, "moe-shared-gate", "moe-parallel-layernorm", "moe-deepseek"]
 
 
 def gate(overrides: Sequence[str], folder: Path, dtype: torch.dtype, change: Callable[[Path], object]) -> Verification:
@@ -80,6 +81,29 @@ BROKEN = {
     "moe-shared-gate": ["mlp.gate", "mlp.experts.5", "mlp.shared_expert"],
     "dense-qk-norm": ["self_attn.q_norm", "mlp.gate_proj"],
 }
+
+
+NEOX_PARTS = {
+    "input_layernorm.bias": "input_layernorm.weight or bias",
+    "attention.query_key_value.weight": "attention between its projections",
+    "attention.dense.bias": "attention.dense.weight or bias",
+    "mlp.dense_h_to_4h.weight": "mlp.dense_h_to_4h.weight or bias",
+    "post_attention_layernorm.bias": "post_attention_layernorm.weight or bias",
+}
+
+
+@pytest.mark.parametrize("part", NEOX_PARTS)
+def test_a_broken_tensor_has_the_name_of_its_class(part: str, tmp_path: Path) -> None:
+    def break_it(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        name = f"gpt_neox.layers.1.{part}"
+        tensors[name] = tensors[name].roll(1, 0).clone() * 1.5
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    verification = gate(CASES["dense-neox"], tmp_path / "m", torch.float32, break_it)
+    told = NEOX_PARTS[part] if " between " in NEOX_PARTS[part] else f"gpt_neox.layers.1.{NEOX_PARTS[part]}"
+    with pytest.raises(ConversionError, match=rf"first tensor that differs: layer 1: {told}"):
+        verification.require()
 
 
 @pytest.mark.parametrize(("name", "part"), [(name, part) for name in BROKEN for part in BROKEN[name]])

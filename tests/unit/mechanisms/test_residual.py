@@ -129,9 +129,14 @@ def losses(*overrides: str, steps: int = 1) -> list[float]:
         return [train_step(trainer, data).loss for _ in range(steps)]
 
 
+NORMS = ("RMSNorm", "LayerNorm")
+
+
 @pytest.mark.parametrize("setting", ["hyper_connections={streams: 4}", "dense_average={}"])
-def test_begins_as_the_plain_model_bit_for_bit(setting: str) -> None:
-    plain, own = losses(steps=2), losses(f"mechanisms.{setting}", steps=2)
+@pytest.mark.parametrize("norm", NORMS)
+def test_begins_as_the_plain_model_bit_for_bit(setting: str, norm: str) -> None:
+    kind = f"model.normalization={norm}"
+    plain, own = losses(kind, steps=2), losses(kind, f"mechanisms.{setting}", steps=2)
     assert own[0].hex() == plain[0].hex() and own[1] != plain[1]
 
 
@@ -296,6 +301,14 @@ def test_deepnorm_is_a_scaled_post_norm() -> None:
         (
             ["mechanisms.keel={}", "model.layernorm_scaling=true"],
             "true, but mechanisms.keel has norms",
+        ),
+        (
+            ["mechanisms.keel={}", "model.normalization=LayerNorm"],
+            "normalization: LayerNorm, but mechanisms.keel has RMSNorms",
+        ),
+        (
+            ["mechanisms.delta={}", "model.norm_placement=parallel"],
+            "norm_placement: parallel, but mechanisms.delta takes pre",
         ),
         (
             ["mechanisms.siamese_norm={}", "model.layernorm_scaling=true"],

@@ -101,6 +101,25 @@ def test_equals_transformers_hidden_states(tmp_path: Path) -> None:
     assert_close(ours, theirs, rtol=1e-5)
 
 
+def test_both_ratios_of_a_parallel_layer_are_of_its_input() -> None:
+    tokens = torch.randint(0, 64, (4, 16))
+    seen: list[dict[str, torch.Tensor]] = [{} for _ in range(3)]
+    with megatron_model("model.norm_placement=parallel", "model.qkv_bias=true", "model.mlp_bias=true") as model:
+        for record, layer in zip(seen, model.decoder.layers, strict=True):
+            layer.input_layernorm.register_forward_pre_hook(lambda module, args, r=record: r.update(x=args[0]))
+            layer.register_forward_hook(lambda module, args, out, r=record: r.update(out=out[0]))
+            for name, branch in (("attn", layer.self_attention), ("mlp", layer.mlp)):
+                branch.register_forward_hook(
+                    lambda module, args, out, r=record, n=name: r.update({n: out[0] if out[1] is None else sum(out)})
+                )
+        ours = collect(model, tokens)
+    for layer, record in zip(ours, seen, strict=True):
+        torch.testing.assert_close(record["out"], record["x"] + record["attn"] + record["mlp"])
+        variances = {name: float(value.double().var(dim=-1).mean()) for name, value in record.items()}
+        for name in ("attn", "mlp"):
+            np.testing.assert_allclose(layer[f"{name}_ratio"], variances[name] / variances["x"], rtol=1e-5)
+
+
 def test_micro_batches_add_up() -> None:
     """Uneven micro-batches give what one batch gives: every token weighs the same."""
     tokens = torch.randint(0, 64, (5, 16))

@@ -18,8 +18,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 
 from sparsecod_megatron.model import transformer_config  # noqa: E402
 from sparsecod_megatron.model.layer import VariedLayer  # noqa: E402
-from sparsecod_megatron.model.norms import ScaledRMSNorm  # noqa: E402
-from sparsecod_megatron.model.residual import BranchNorm, PostNorm  # noqa: E402
+from sparsecod_megatron.model.norms import NORMS, RMSNorm  # noqa: E402
+from sparsecod_megatron.model.residual import (  # noqa: E402
+    BranchNorm,
+    LayerInput,
+    ParallelEnd,
+    ParallelStart,
+    PostNorm,
+)
 from sparsecod_megatron.model.specs import block_spec, layer_spec  # noqa: E402
 from sparsecod_megatron.seams.mechanism import LayerSite, configured  # noqa: E402
 
@@ -59,8 +65,22 @@ def test_fusion(overrides: tuple[str, ...], qkv: str, fc1: str, join: type | Non
 def test_layernorm_scaling_falls_with_depth() -> None:
     for layer in (0, 2):
         norm = spec("model.layernorm_scaling=true", layer=layer).submodules.input_layernorm
-        assert norm.module is ScaledRMSNorm
+        assert norm.module is RMSNorm
         assert norm.params["scale"] == pytest.approx((layer + 1) ** -0.5)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_second_branch_of_a_parallel_layer_reads_its_input(kind: str) -> None:
+    """Fused or not; of experts the norm is a module of its own."""
+    parallel = ("model.norm_placement=parallel", f"model.normalization={kind}")
+    for overrides, fused in ((parallel, True), ((*parallel, "model.layernorm_scaling=true"), False)):
+        places = spec(*overrides).submodules
+        assert (places.self_attn_bda.module, places.mlp_bda.module) == (ParallelStart, ParallelEnd)
+        assert places.mlp.submodules.linear_fc1 is LINEAR["fused" if fused else "plain"]
+        second = places.pre_mlp_layernorm
+        assert second is LayerInput if fused else (second.module, second.params["read"]) == (NORMS[kind], LayerInput)
+    second = spec(*parallel, *MOE_SHAPE).submodules.pre_mlp_layernorm
+    assert (second.module, second.params) == (NORMS[kind], {"scale": 1.0, "read": LayerInput})
 
 
 def test_experts_keep_their_norm_outside() -> None:

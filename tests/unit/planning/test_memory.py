@@ -54,6 +54,8 @@ STEPS = {
     "block": (FULL, "megatron.recompute_method=block", "megatron.recompute_num_layers=1"),
     "core-attention-and-norms": (SELECTIVE, "megatron.recompute_modules=[core_attn,layernorm]"),
     "mlp": (SELECTIVE, "megatron.recompute_modules=[mlp]"),
+    "parallel-norms": ("model.norm_placement=parallel", SELECTIVE, "megatron.recompute_modules=[layernorm]"),
+    "layernorm-bf16": ("model.normalization=LayerNorm", "precision.dtype=bf16"),
     "moe-layer": (*EXPERTS, SELECTIVE, "megatron.recompute_modules=[moe]"),
 }
 
