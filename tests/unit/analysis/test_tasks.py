@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsecod_megatron.analysis.tasks.built_in import CYCLE, make_pairs
 from sparsecod_megatron.analysis.tasks.items import items_of
 from sparsecod_megatron.analysis.tasks.synthetic import synthetic_items
-from sparsecod_megatron.analysis.tasks.text import Pair, drawn, read_pairs, tokenised
+from sparsecod_megatron.analysis.tasks.text import Pair, digit_ids, drawn, read_pairs, tokenised
 from sparsecod_megatron.data.synthetic.recall import Recall
 from sparsecod_megatron.data.synthetic.selective_copying import SelectiveCopying
 from sparsecod_megatron.data.synthetic.task import Draw
@@ -91,6 +91,11 @@ def test_an_answer_begins_where_tokens_depart_from_the_prompt(tokenizer: PreTrai
         assert items.is_told[row].nonzero()[:, 0].tolist() == [*range(1, each.start - 1)]
     with pytest.raises(DataError, match=r"question 1 \('=', '4'\) leaves the model nothing to read"):
         tokenised([Pair("=", "4", 1)], tokenizer, leading=None, name="sums")
+
+
+def test_digits_are_told_by_their_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = {tokenizer.decode([number]) for number in digit_ids(tokenizer).nonzero()[:, 0].tolist()}
+    assert found == {*"0123456789", " 7"}
 
 
 def test_files_of_questions(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsecod_megatron.analysis.scores.context import Context, make_context
 from sparsecod_megatron.analysis.scores.integrated_gradients import IntegratedGradients
+from sparsecod_megatron.analysis.scores.registry import find_scores
 from sparsecod_megatron.analysis.scores.token_skip import TokenSkip
 from sparsecod_megatron.analysis.tasks.items import Answered, Items, items_of
 from sparsecod_megatron.errors import ConfigError
@@ -140,6 +141,14 @@ def test_tokens_that_need_a_block_by_hooks() -> None:
         assert result.values[f"blocks_needed_{name}"]["value"] == pytest.approx(sum(pair[0] for pair in expected))
     assert result.warnings == ("the sample has no token of class none",)
     assert 0.2 < result.values["token_skip"]["low"] < result.values["token_skip"]["high"] < 1
+
+
+def test_epsilon_is_token_skips_alone() -> None:
+    for names, epsilon in ((["skip"], 0.1), (["token_skip"], -0.1), (["token_skip"], float("nan"))):
+        with pytest.raises(ConfigError, match="--skip-epsilon .*: nats, at least 0, for --scores token_skip alone"):
+            find_scores(names, skip_epsilon=epsilon)
+    (score,) = find_scores(["token_skip"], skip_epsilon=0.0)
+    assert score.run(context(tiny("llama"))).values["epsilon"] == 0
 
 
 def test_answers_are_needed() -> None:
