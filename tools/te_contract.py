@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -51,6 +52,16 @@ def as_on_hopper() -> None:
     cuda.default_generators = (torch.Generator(),)  # type: ignore[attr-defined]
 
 
+class OnMeta(TorchFunctionMode):
+    """What modules make on "cuda" by name, as attention's sinks, is on the meta device as everything else."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def measured() -> dict[str, Any]:
     """Version, signatures, and tensors of every variant."""
     from sparsecod_megatron.backend import select_backend
@@ -63,7 +74,7 @@ def measured() -> dict[str, Any]:
     from tests.helpers.tensor_table import VARIANTS, tensors
 
     config = load_config(None, [*SMALL])
-    with running_processes(config, communication="gloo", device=torch.device("cpu")) as groups:
+    with OnMeta(), running_processes(config, communication="gloo", device=torch.device("cpu")) as groups:
         states = {name: tensors(overrides, groups, transformer_engine=True) for name, overrides in VARIANTS.items()}
     return {"version": metadata.version("transformer-engine"), "signatures": signatures(), "tensors": states}
 

@@ -22,9 +22,20 @@ def layout_problems(config: RunConfig) -> Iterator[str]:
     # from the tokenizer is checked when it is known.
     if model.vocab_size is not None:
         yield from indivisible("model.vocab_size", model.vocab_size, tp_key, tp)
+    yield from _sink_problems(model, parallel)
     yield from _pipeline_problems(config)
     yield from _sequence_problems(parallel, config.data.seq_length)
     yield from _expert_problems(model, parallel)
+
+
+def _sink_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Transformer Engine shares heads with sinks out among context-parallel ranks, never keys."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if model.softmax_type != "vanilla" and max(1, model.query_groups // tensor) % context:
+        yield (
+            f"parallel.context_parallel_size: {context} ranks share the {model.query_groups} key heads over {tensor} "
+            f"tensor-parallel ranks, which model.softmax_type={model.softmax_type} asks for; lower it"
+        )
 
 
 def _pipeline_problems(config: RunConfig) -> Iterator[str]:
@@ -61,6 +72,9 @@ def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
     etp_key, etp = "parallel.expert_tensor_parallel_size", parallel.expert_tensor_size
     yield from indivisible("model.num_moe_experts", model.num_moe_experts or 0, ep_key, ep)
     yield from indivisible("model.moe_ffn_hidden_size", model.expert_ffn_hidden_size, etp_key, etp)
+    if model.mlp_bias and etp > 1:
+        adds = "each of them would add the experts' output bias (model.mlp_bias)"
+        yield f"{etp_key}: {etp}, but {adds}; set it to 1, with {ep_key} above 1"
     shared = model.moe_shared_expert_intermediate_size
     if shared is not None:
         yield from indivisible("model.moe_shared_expert_intermediate_size", shared, tp_key, tp)

@@ -116,6 +116,8 @@ def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
         yield f"model.activation={model.activation} is not relu2; remove it"
     if field == "glu_linear_offset" and not model.is_gated:
         yield f"model.activation={model.activation} has no gate to add it to; remove it"
+    if field == "glu_linear_offset" and model.activation == "clamped_swiglu":
+        yield "model.activation=clamped_swiglu has an offset of 1; remove it"
     if field == "bias_activation_fusion" and megatron[field] and model.activation != "swiglu":
         yield f"only swiglu's fused function is model.activation={model.activation} without bias; set it to false"
 
@@ -131,6 +133,8 @@ def _context_obstacles(config: RunConfig) -> Iterator[str]:
         yield "there is one context-parallel rank; raise parallel.context_parallel_size or remove it"
     elif kind == "p2p" and model.sliding_window is not None:
         yield "a ring has no sliding window (model.sliding_window); use all_gather or a2a"
+    elif kind != "a2a" and model.softmax_type != "vanilla":
+        yield f"model.softmax_type={model.softmax_type} needs whole heads on each rank; use a2a or remove it"
     elif kind == "a2a" and max(1, model.query_groups // tensor) % size:
         yield f"it deals {model.query_groups} query groups over {tensor} tensor × {size} context ranks; use all_gather"
 

@@ -87,8 +87,8 @@ def _bias_problems(model: ModelConfig) -> Iterator[str]:
     """Biases that Megatron-Core's modules have only with others, or not at all."""
     if model.attention_output_bias and not model.qkv_bias:
         yield "model.attention_output_bias: true, but model.qkv_bias is false; set both, or qkv_bias alone"
-    if model.mlp_bias and model.is_moe:
-        yield f"model.mlp_bias: true, but the {model.num_moe_experts} experts of a layer have none; set it to false"
+    if model.mlp_bias and model.is_moe and model.moe_shared_expert_intermediate_size is not None:
+        yield "model.mlp_bias: true, but Megatron-Core's shared expert has none; set it to false, or remove that expert"
 
 
 def _partial_rotation_problems(model: ModelConfig) -> Iterator[str]:
@@ -110,6 +110,9 @@ def _document_problems(config: RunConfig) -> Iterator[str]:
     if data.reset_attention_mask and _has_sequence_loss(config.model):
         key = "model.moe_router_load_balancing_type"
         yield f"{key}: seq_aux_loss, but data.reset_attention_mask packs all samples into one sequence; use aux_loss"
+    if data.reset_attention_mask and config.model.softmax_type != "vanilla":
+        why = "Transformer Engine has no sinks in packed documents"
+        yield f"data.reset_attention_mask: true, but {why} (model.softmax_type); set it to false"
     if data.reset_attention_mask and context > 1:
         yield (
             f"data.reset_attention_mask: true, but parallel.context_parallel_size={context} would cut documents "

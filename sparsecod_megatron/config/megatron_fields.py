@@ -180,6 +180,7 @@ KEYS_OF_FIELDS: dict[str, str] = {
     **{
         name: f"model.{name}"
         for name in (
+            "activation_func_clamp_value",
             "attention_dropout",
             "attention_output_gate",
             "ffn_hidden_size",
@@ -213,6 +214,7 @@ KEYS_OF_FIELDS: dict[str, str] = {
             "num_query_groups",
             "rotary_base",
             "softmax_scale",
+            "softmax_type",
             "window_attn_skip_freq",
         )
     },

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 REFUSALS: dict[str, tuple[str, ...]] = {
     "it changes the architecture, and the model section has no key for it": (
-        "activation_func_clamp_value",
         "apply_residual_connection_post_layernorm",
         "beta_fast",
         "beta_slow",
@@ -49,7 +48,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "qk_l2_norm",
         "qk_pos_emb_head_dim",
         "rotary_percent",
-        "softmax_type",
         "use_mamba_mem_eff_path",
         "v_head_dim",
     ),

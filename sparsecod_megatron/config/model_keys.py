@@ -37,6 +37,8 @@ EFFECT_CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "rope_scaling_factor": lambda model: model.rope_scaling != "none",
     "rope_original_max_position_embeddings": lambda model: model.rope_scaling in ("llama3", "yarn"),
     "window_attn_skip_freq": lambda model: model.sliding_window is not None,
+    "activation_func_clamp_value": lambda model: model.activation == "clamped_swiglu",
+    "yarn_correction_range_round_to_int": lambda model: model.rope_scaling == "yarn",
     "rotary_base_local": lambda model: model.sliding_window is not None,
     "ffn_hidden_size": lambda model: not model.is_moe or model.moe_first_k_dense_layers > 0,
     "moe_router_topk": lambda model: model.moe_router_topk_per_layer is None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sparsecod_megatron.config.fields import above, at_least, between, choice, from_to_below
 
-ACTIVATIONS_WITH_GATE = ("swiglu", "geglu", "geglu_tanh")
+ACTIVATIONS_WITH_GATE = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
 """Activations of an MLP with two input projections."""
 
 
@@ -86,6 +86,8 @@ class ModelConfig:
     rope_scaling_factor: float = at_least(1, 8.0)
     rope_original_max_position_embeddings: int = at_least(1, 8192)
     """Sequence length before scaling (`llama3`, `yarn`)."""
+    yarn_correction_range_round_to_int: bool = True
+    """`yarn`: whether the channels between which frequencies change are whole numbers."""
     rotary_base_local: int | None = at_least(1, None)
     """Base of the layers within the window, which no scaling concerns; None: they rotate as the others."""
     no_rope_freq: list[int] | None = None
@@ -96,15 +98,19 @@ class ModelConfig:
     """Every n-th layer attends without the window; None: all layers have it."""
     softmax_scale: float | None = above(0, None)
     """Factor on the scores of attention; None is 1 / sqrt(channels of a head)."""
+    softmax_type: str = choice("vanilla", "learnable")
+    """`learnable`: each head has a sink, one more score in the softmax's sum, which no value belongs to."""
     attention_output_gate: str = choice("none", "elementwise")
     """Attention output times sigmoid of a projection of the layer's input, one value per channel."""
     qkv_bias: bool = False
     """Biases of the query, key and value projections (and of the gate's)."""
     attention_output_bias: bool = False
 
-    activation: str = choice("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2")
+    activation: str = choice("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu", "gelu_tanh", "relu", "relu2")
+    activation_func_clamp_value: float = above(0, 7.0)
+    """`clamped_swiglu`: what the gate is at most, and the up projection at most away from zero."""
     mlp_bias: bool = False
-    """Biases of both matrices of dense MLPs."""
+    """Biases of both matrices of MLPs, experts' too, and of routers."""
 
     num_moe_experts: int | None = at_least(1, None)
     """None is a dense model; the keys below then have no effect."""

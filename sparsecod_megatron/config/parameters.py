@@ -230,7 +230,8 @@ class ParameterTable:
         else:
             names = r"mlp\.linear_fc{}\.weight"
             yield from _mlp(model, "mlp", model.ffn_hidden_size, names, channels="model.ffn_hidden_size")
-            yield from _mlp_biases(model) if model.mlp_bias else ()
+            if model.mlp_bias:
+                yield from _mlp_biases(model, "mlp", model.ffn_hidden_size, names)
 
     def _stepped(self, kinds: Iterable[ParameterKind], layer: int | None) -> Iterator[ParameterKind]:
         """With the factors that mechanisms put on their steps; `layer` is None at the ends of the model."""
@@ -335,7 +336,11 @@ def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
         channels="model.num_attention_heads × head channels",
     )
     if model.attention_output_bias:
-        yield _output_bias(model, "attention", rf"{at}linear_proj\.bias")
+        # Added once to the sum over tensor-parallel ranks, so each holds it whole.
+        yield ParameterKind("attention_output_bias", (hidden,), rf"{at}linear_proj\.bias", "biases")
+    if model.softmax_type == "learnable":
+        name = rf"{at}core_attention\.softmax_offset"
+        yield ParameterKind("attention_sinks", (heads,), name, "biases", None, "tensor", 0)
     if model.qk_norm:
         for name, count in (("query", heads), ("key", model.query_groups)):
             size, split, dimension = (count * width, "tensor", 0) if model.norms_projections else (width, "none", None)
@@ -344,55 +349,44 @@ def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
 
 
 def _mlp(
-    model: ModelConfig,
-    prefix: str,
-    width: int,
-    names: str,
-    *,
-    channels: str,
-    split: str = "tensor",
-    copies: int = 1,
-    used: int = 1,
+    model: ModelConfig, prefix: str, width: int, names: str, *, channels: str, **spread: Any
 ) -> Iterator[ParameterKind]:
     """Both matrices of an MLP; `names` is their pattern, with a place for the number of the layer."""
     stacked = 2 if model.is_gated else 1
-    shared: dict[str, Any] = {"split": split, "copies": copies, "used": used, "fp8": True, "channels": channels}
+    shared: dict[str, Any] = {"split": "tensor", "fp8": True, "channels": channels, **spread}
     shape, name = (stacked * width, model.hidden_size), names.replace("{}", "1")
     yield ParameterKind(f"{prefix}_input", shape, name, init="mlp_input", dimension=0, stacked=stacked, **shared)
     shape, name = (model.hidden_size, width), names.replace("{}", "2")
     yield ParameterKind(f"{prefix}_output", shape, name, init="mlp_output", dimension=1, **shared)
 
 
-def _mlp_biases(model: ModelConfig) -> Iterator[ParameterKind]:
-    stacked = 2 if model.is_gated else 1
-    shape, name = (stacked * model.ffn_hidden_size,), r"mlp\.linear_fc1\.bias"
-    yield ParameterKind("mlp_input_bias", shape, name, "biases", split="tensor", dimension=0, stacked=stacked)
-    yield _output_bias(model, "mlp", r"mlp\.linear_fc2\.bias")
-
-
-def _output_bias(model: ModelConfig, branch: str, pattern: str) -> ParameterKind:
-    """Added once to the sum over tensor-parallel ranks, so each holds it whole."""
-    return ParameterKind(f"{branch}_output_bias", (model.hidden_size,), pattern, "biases")
+def _mlp_biases(
+    model: ModelConfig, prefix: str, width: int, names: str, *, split: str = "tensor", copies: int = 1, used: int = 1
+) -> Iterator[ParameterKind]:
+    """Biases of both matrices; an expert with some is whole on its rank, others add the second once to a sum."""
+    stacked, names = 2 if model.is_gated else 1, names.replace("weight", "bias")
+    shared: dict[str, Any] = {"group": "biases", "copies": copies, "used": used}
+    dimension, whole = (0, "none") if split == "tensor" else (None, split)
+    cut: dict[str, Any] = {"split": split, "dimension": dimension, "stacked": stacked}
+    yield ParameterKind(f"{prefix}_input_bias", (stacked * width,), names.replace("{}", "1"), **cut, **shared)
+    yield ParameterKind(f"{prefix}_output_bias", (model.hidden_size,), names.replace("{}", "2"), split=whole, **shared)
 
 
 def _experts(model: ModelConfig, layer: int) -> Iterator[ParameterKind]:
     experts, hidden = model.num_moe_experts, model.hidden_size
     assert experts is not None
+    # One by one, counted on the rank or in the whole model; or grouped by Transformer Engine.
+    names = r"mlp\.experts\.(?:(?:local_experts\.)?\d+\.linear_fc{}\.weight|linear_fc{}\.weight\d+)"
+    spread: dict[str, Any] = {"split": "expert", "copies": experts, "used": model.topk(layer)}
     yield ParameterKind("router", (experts, hidden), r"mlp\.router\.weight", "router", "router")
-    yield from _mlp(
-        model,
-        "expert",
-        model.expert_ffn_hidden_size,
-        # One by one, counted on the rank or in the whole model; or grouped by Transformer Engine.
-        r"mlp\.experts\.(?:(?:local_experts\.)?\d+\.linear_fc{}\.weight|linear_fc{}\.weight\d+)",
-        channels="model.moe_ffn_hidden_size",
-        split="expert",
-        copies=experts,
-        used=model.topk(layer),
-    )
-    if (width := model.moe_shared_expert_intermediate_size) is not None:
+    width = model.expert_ffn_hidden_size
+    yield from _mlp(model, "expert", width, names, channels="model.moe_ffn_hidden_size", **spread)
+    if model.mlp_bias:
+        yield ParameterKind("router_bias", (experts,), r"mlp\.router\.bias", "biases")
+        yield from _mlp_biases(model, "expert", width, names, **spread)
+    if (shared := model.moe_shared_expert_intermediate_size) is not None:
         names = r"mlp\.shared_experts\.linear_fc{}\.weight"
-        yield from _mlp(model, "shared_expert", width, names, channels="model.moe_shared_expert_intermediate_size")
+        yield from _mlp(model, "shared_expert", shared, names, channels="model.moe_shared_expert_intermediate_size")
         if model.moe_shared_expert_gate:
             name = r"mlp\.shared_experts\.gate_weight"
             yield ParameterKind("shared_expert_gate", (1, hidden), name, init="router")

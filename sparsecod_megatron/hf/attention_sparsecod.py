@@ -34,13 +34,15 @@ def eager_attention(
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if (sinks := getattr(module, "sinks", None)) is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[-2]]
     weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
 class SparsecodAttention(nn.Module):
-    """Causal self-attention with grouped queries, optional norms of queries and keys, window and output gate."""
+    """Causal self-attention with grouped queries, optional norms of queries and keys, sinks, window and output gate."""
 
     def __init__(self, config: SparsecodConfig, layer_idx: int) -> None:
         super().__init__()
@@ -63,6 +65,8 @@ class SparsecodAttention(nn.Module):
             else nn.Identity()
             for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
+        has_sinks = config.softmax_type == "learnable"
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if has_sinks else None
         self.value_mix: nn.Module | None = None  # of a mechanism: what becomes of values and the first layer's
 
     def forward(

@@ -52,6 +52,8 @@ class SparsecodConfig(PreTrainedConfig):
     final_norm: bool = True
     qk_norm: bool = False
     qk_norm_scope: str = "head"
+    softmax_type: str = "vanilla"
+    activation_func_clamp_value: float = 7.0
     rotary_base_local: int | None = None
     no_rope_freq: list[int] | None = None
     softmax_scale: float | None = None

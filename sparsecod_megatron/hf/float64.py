@@ -36,6 +36,10 @@ def computing_in_float64(model: Any) -> Iterator[None]:
         handle.remove()
 
 
+_WIDENED = (F.rms_norm, F.layer_norm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+"""Norms; and products of classes that multiply by a parameter themselves, as GPT-OSS's experts do."""
+
+
 class _WideWeights(TorchFunctionMode):
     """Products and norms of float64 activations take fp32 weights, which torch itself refuses or warns about."""
 
@@ -48,7 +52,7 @@ class _WideWeights(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and args[0].dtype == torch.float64:
             return _product(*args, **(kwargs or {}))
-        if func in (F.rms_norm, F.layer_norm) and args[0].dtype == torch.float64:
+        if func in _WIDENED and args[0].dtype == torch.float64:
             args = [_widened(arg) for arg in args]
             kwargs = {name: _widened(arg) for name, arg in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))

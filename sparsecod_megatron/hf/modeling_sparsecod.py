@@ -162,8 +162,13 @@ class SparsecodPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["SparsecodLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        """Not with sinks, which torch's function has no place for."""
+        return self.config.softmax_type == "vanilla"
+
+    _supports_flash_attn = _supports_sdpa
 
 
 class SparsecodModel(SparsecodPreTrainedModel):

@@ -18,17 +18,20 @@ from .configuration_sparsecod import SparsecodConfig
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "clamped_swiglu": lambda x: x * torch.sigmoid(1.702 * x),
     "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-ACTIVATIONS_WITH_GATE = ("swiglu", "geglu", "geglu_tanh")
+ACTIVATIONS_WITH_GATE = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
 
 
 class SparsecodMLP(nn.Module):
     """down(act(gate(x)) · up(x)), or down(act(up(x))) for activations without gate.
+
+    `clamped_swiglu` limits the gate from above and up(x) on both sides, and multiplies by up(x) + 1.
 
     Args:
         config: configuration of the model.
@@ -38,6 +41,7 @@ class SparsecodMLP(nn.Module):
     def __init__(self, config: SparsecodConfig, width: int) -> None:
         super().__init__()
         self.act, hidden, bias = ACTIVATIONS[config.activation], config.hidden_size, config.mlp_bias
+        self.limit = config.activation_func_clamp_value if config.activation == "clamped_swiglu" else None
         has_gate = config.activation in ACTIVATIONS_WITH_GATE
         self.gate_proj = nn.Linear(hidden, width, bias=bias) if has_gate else None
         self.up_proj = nn.Linear(hidden, width, bias=bias)
@@ -47,7 +51,10 @@ class SparsecodMLP(nn.Module):
         """[..., hidden] → [..., hidden]."""
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + 1
+        return self.down_proj(self.act(gate) * up)
 
 
 class SparsecodRouter(nn.Module):
@@ -66,6 +73,7 @@ class SparsecodRouter(nn.Module):
         experts = config.num_moe_experts or 0
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
+        self.bias = nn.Parameter(torch.zeros(experts)) if config.mlp_bias else None
         self.expert_bias = nn.Parameter(torch.zeros(experts)) if config.moe_router_enable_expert_bias else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +94,8 @@ class SparsecodRouter(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., hidden] → [..., experts]; a mechanism may put its own in place of it."""
-        return F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
 
     def _within_groups(self, ranking: Tensor) -> Tensor:
         """Experts outside a token's best groups at -inf; [tokens, experts]."""

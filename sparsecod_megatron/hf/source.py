@@ -79,6 +79,9 @@ def open_source(directory: Path) -> HFSource:
     if family is None:
         known = ", ".join(family.architecture for family in FAMILIES)
         raise ConversionError(f"{path}: model_type {config.model_type!r} has no name table; models of {known} import")
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ConversionError(f"{path}: quantization_config is {method!r}; dequantise the model first")
     try:
         model = model_config(config, family, where=path)
     except ConversionError:

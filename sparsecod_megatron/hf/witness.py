@@ -260,7 +260,8 @@ def _record_megatron_experts(record: Record, moe: Any, x: Tensor, at: str) -> No
     """Router logits, every routed expert on every token, and the shared expert with its gate."""
     record(f"{at}.gate", moe.router.gating(x))
     for index, expert in enumerate(moe.experts.local_experts):
-        record(f"{at}.experts.{index}", expert(x)[0])
+        output, bias = expert(x)
+        record(f"{at}.experts.{index}", output if bias is None else output + bias)
     if moe.shared_experts is not None:
         record(f"{at}.shared_expert", moe.shared_experts(x))
 
@@ -294,8 +295,9 @@ def _record_heads(record: Record, name: str, heads_first: bool, output: Tensor) 
 
 
 def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -> None:
-    router = moe.gate
-    record(f"{at}.gate", router.logits(x) if hasattr(router, "logits") else F.linear(x, router.weight))
+    router = moe.gate if hasattr(moe, "gate") else moe.router
+    bias = getattr(router, "bias", None)
+    record(f"{at}.gate", router.logits(x) if hasattr(router, "logits") else F.linear(x, router.weight, bias))
     if getattr(moe, "shared_expert", None) is not None:
         gate = moe.shared_expert_gate
         record(f"{at}.shared_expert", moe.shared_expert(x) * (1.0 if gate is None else torch.sigmoid(gate(x))))
@@ -303,6 +305,12 @@ def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -
     if isinstance(experts, nn.ModuleList):
         for index, expert in enumerate(experts):
             record(f"{at}.experts.{index}", expert(x))
+        return
+    if hasattr(experts, "gate_up_proj_bias"):  # GPT-OSS
+        entered, left = experts.gate_up_proj_bias, experts.down_proj_bias
+        for index in range(len(entered)):
+            inner = experts._apply_gate(x @ experts.gate_up_proj[index] + entered[index])
+            record(f"{at}.experts.{index}", inner @ experts.down_proj[index] + left[index])
         return
     for index in range(len(experts.gate_up_proj)):
         gate, up = F.linear(x, experts.gate_up_proj[index]).chunk(2, dim=-1)

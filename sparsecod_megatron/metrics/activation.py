@@ -131,6 +131,7 @@ class ActivationGroup:
             packing=kwargs.get("packed_seq_params"),
             sampling=self._sampling,
             context=self._groups.cp,
+            sinks=getattr(module, "softmax_offset", None),
         )
         sums.add(layer, "first_token_mass", weights.sum(), weights.numel())
 

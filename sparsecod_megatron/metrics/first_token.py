@@ -23,7 +23,14 @@ class SeesKeys(Protocol):
 
 
 def first_token_weights(
-    attention: SeesKeys, query: Tensor, key: Tensor, *, packing: Any, sampling: int, context: ProcessGroup
+    attention: SeesKeys,
+    query: Tensor,
+    key: Tensor,
+    *,
+    packing: Any,
+    sampling: int,
+    context: ProcessGroup,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ)[first key] of the sampled queries that this rank holds, [B, groups/TP, heads a group, queries].
 
@@ -34,6 +41,7 @@ def first_token_weights(
         packing: Megatron's PackedSeqParams; None where a sequence is one document.
         sampling: distance between two sampled queries.
         context: ranks that share a sequence.
+        sinks: scores of no key in the sum, [heads/TP].
     """
     if packing is not None:
         query, key = query.unsqueeze(1), key.unsqueeze(1)
@@ -52,7 +60,11 @@ def first_token_weights(
     picked = query[chosen].float().unflatten(2, (key.shape[2], -1))
     scores = torch.einsum("nbgrd,sbgd->bgrns", picked, keys.float())
     scores *= query.shape[-1] ** -0.5 if attention.softmax_scale is None else attention.softmax_scale
-    weights = scores.masked_fill_(~allowed, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill_(~allowed, -torch.inf)
+    if sinks is not None:
+        own = sinks.float().view(key.shape[2], -1)[..., None, None]
+        scores = torch.cat((scores, own.expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = scores.softmax(dim=-1)
     return weights.gather(-1, first[:, None].expand(*weights.shape[:-1], 1)).squeeze(-1)
 
 

@@ -5,6 +5,8 @@ Megatron's DotProductAttention materialises every head's scores and refuses cont
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -12,12 +14,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from sparsecod_megatron.model.sinks import with_sinks, without_sinks
 
 
 class SDPAttention(torch.nn.Module):
     """softmax(q·kᵀ/√d + mask)·v with grouped queries; the mask is causal, and a window in the layers that have one.
+
+    With `softmax_type` learnable each head has a sink, `softmax_offset` as in Transformer Engine.
 
     Args:
         config: dropout probability; `window_size` (left, 0) and `window_attn_skip_freq`, as in Transformer Engine.
@@ -48,6 +54,10 @@ class SDPAttention(torch.nn.Module):
         self.pg_collection = pg_collection
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed and config.window_size else None
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
 
     def forward(
         self,
@@ -62,6 +72,10 @@ class SDPAttention(torch.nn.Module):
         """query [S, B, heads/TP, D], key and value [S, B, groups/TP, D] → [S, B, heads/TP · D]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         key, value, mask = self.visible(query, key, value)
+        scale, is_causal = self.softmax_scale, mask is None
+        if self.softmax_offset is not None:
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            query, key, value, mask = with_sinks(query, key, value, mask, self.softmax_offset, scale=scale)
         if mask is not None and mask.dim() == 3:
             mask = mask.unsqueeze(0)  # torch's fused kernels take two axes or four
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -71,11 +85,14 @@ class SDPAttention(torch.nn.Module):
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
+            is_causal=is_causal,
+            scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return context.permute(2, 0, 1, 3).flatten(start_dim=2)
+        context = context.permute(2, 0, 1, 3)
+        if self.softmax_offset is not None:
+            context = without_sinks(context, is_causal=is_causal)
+        return context.flatten(start_dim=2)
 
     def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [S_key, B, groups/TP, D] that these queries see; mask [(heads/TP,) S, S_key] or None."""
@@ -84,6 +101,16 @@ class SDPAttention(torch.nn.Module):
             return key, value, None
         positions = torch.arange(length, device=query.device)
         return key, value, self.allowed(positions, positions)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """The sinks, cut as the heads are."""
+        if self.softmax_offset is None:
+            return {}
+        assert self.pg_collection is not None
+        groups = {"tp_group": self.pg_collection.tp, "dp_cp_group": metadata["dp_cp_group"]}
+        own, axes = {"softmax_offset": self.softmax_offset}, {"softmax_offset": 0}
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets, **groups)
+        return state
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Whether each query [S] sees each key [S_key]: not after it, and inside the window. [S, S_key], bool."""

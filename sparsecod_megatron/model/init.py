@@ -21,6 +21,8 @@ from sparsecod_megatron.model.matrices import WholeMatrix, matrices, named_gener
 
 _OUTPUTS = ("attention_output", "mlp_output")
 """Kinds whose product is added to the residual stream."""
+_EMPTY = ("attention_sinks", "router_bias")
+"""Kinds that upstream's modules leave as the memory was."""
 
 
 def leave_as_is(tensor: Tensor) -> Tensor:
@@ -48,6 +50,9 @@ def initialize(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupColle
             if hasattr(parameter, "get_high_precision_init_val"):
                 # Weights kept in FP8: Transformer Engine holds what the optimizer's master weights start from.
                 parameter.get_high_precision_init_val().copy_(mine)
+    for name, parameter in chunk.named_parameters():
+        if table.find(name).name in _EMPTY:
+            parameter.data.zero_()
     for mechanism in table.mechanisms:
         mechanism.initialize(chunk, {shard.parameter: shard for shard in shards}, seed)
 

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 
 
 class Varied:
@@ -27,6 +28,19 @@ class Varied:
             setattr(own, name, value)
         parent: Any = super()
         parent.__init__(own, *arguments, **options)
+
+
+class OwnOutput:
+    """Mixed into an expert's output projection, whose bias Megatron-Core adds in place (mlp.py:247).
+
+    With one rank its result is a view of what a function of its own made, which autograd lets nobody change.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The projection's, with an output in memory of its own."""
+        parent: Any = super()
+        output, bias = parent.forward(x)
+        return output.clone(), bias
 
 
 class VariedLayer(Varied, TransformerLayer):

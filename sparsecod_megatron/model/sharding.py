@@ -33,3 +33,6 @@ def mark_sharded(chunk: GPTModel, table: ParameterTable, groups: ProcessGroupCol
         parameter.tensor_model_parallel = kind.dimension is not None or (kind.split == "expert" and experts_are_whole)
         parameter.partition_dim = -1 if kind.dimension is None else kind.dimension
         parameter.partition_stride = kind.stacked
+        if kind.split == "expert" and kind.group == "biases":
+            # Upstream's mark would sum gradients over ranks that hold other experts (tensor_parallel/layers.py:1228).
+            parameter.sequence_parallel = False

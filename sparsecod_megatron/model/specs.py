@@ -28,12 +28,12 @@ from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, R
 from sparsecod_megatron.config.flops import is_windowed
 from sparsecod_megatron.config.parameters import NORM_RENAMES
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
-from sparsecod_megatron.model.layer import VariedAttention, VariedLayer
+from sparsecod_megatron.model.layer import OwnOutput, VariedAttention, VariedLayer
 from sparsecod_megatron.model.norms import NORMS, ProjectionRMSNorm
 from sparsecod_megatron.model.placement import Placement, final_norm, placement_on_path, placements
 from sparsecod_megatron.model.rotary import KindRotatedAttention, changes_by_kind
 from sparsecod_megatron.model.router import StepRouter
-from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, configured
+from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, configured, mixed
 from sparsecod_megatron.seams.residual import residual_path
 
 
@@ -187,6 +187,9 @@ def _experts(model: ModelConfig, megatron: TransformerConfig, provider: BackendS
         provider, num_experts=model.num_moe_experts, moe_grouped_gemm=megatron.moe_grouped_gemm
     )
     spec.submodules.router = StepRouter
+    if model.mlp_bias and not megatron.moe_grouped_gemm:
+        projections = spec.submodules.experts.submodules
+        projections.linear_fc2 = mixed(OwnOutput, projections.linear_fc2)
     return spec
 
 

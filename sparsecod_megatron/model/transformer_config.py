@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
@@ -63,14 +63,15 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
         # The fused GeGLU is the tanh approximation, and the others have none without bias.
         "bias_activation_fusion": config.model.activation == "swiglu" and not config.megatron.get("glu_linear_offset"),
         "apply_rope_fusion": _has_fused_rope(config, transformer_engine),
-        "bias_dropout_fusion": transformer_engine,
+        # Megatron-Core refuses it beside experts with biases (experts.py:530).
+        "bias_dropout_fusion": transformer_engine and not (config.model.is_moe and config.model.mlp_bias),
         # Megatron-Core's rounds its gradient to bf16 whatever the model's type (fused_cross_entropy.py:82).
         "cross_entropy_loss_fusion": transformer_engine and dtype == torch.bfloat16,
         # Of Megatron-Core's own layers: the CPU backend has a function for it, and CUDA an extension of apex.
         # Transformer Engine's have their own (`fuse_weight_gradients`).
         "gradient_accumulation_fusion": layers._grad_accum_fusion_available,
         # A ring of keys, which Transformer Engine would choose, has no window (its context_parallel.py:4026).
-        "cp_comm_type": None if config.model.sliding_window is None else "all_gather",
+        "cp_comm_type": _exchange_of_keys(config.model),
         **_exchange_between_stages(config.parallel, config.megatron),
     }
     for mechanism in configured(config):
@@ -91,6 +92,13 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
     for name, value in _yarn(config.model).items():
         setattr(megatron, name, value)
     return megatron
+
+
+def _exchange_of_keys(model: ModelConfig) -> str | None:
+    """Between context-parallel ranks, in Transformer Engine; None leaves it the choice."""
+    if model.softmax_type != "vanilla":
+        return "a2a"  # its others have no sinks (context_parallel.py:4046)
+    return None if model.sliding_window is None else "all_gather"
 
 
 def layers_differ(config: RunConfig) -> bool:
@@ -129,6 +137,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
         "window_attn_skip_freq": model.window_attn_skip_freq,
         "no_rope_freq": model.no_rope_freq,
         "softmax_scale": model.softmax_scale,
+        "softmax_type": model.softmax_type,
     }
 
 
@@ -143,7 +152,7 @@ def _yarn(model: ModelConfig) -> dict[str, Any]:
         "yarn_beta_slow": 1.0,
         "yarn_mscale": None,
         "yarn_mscale_all_dim": None,
-        "yarn_correction_range_round_to_int": True,
+        "yarn_correction_range_round_to_int": model.yarn_correction_range_round_to_int,
     }
 
 
@@ -161,6 +170,7 @@ def _has_fused_rope(config: RunConfig, transformer_engine: bool) -> bool:
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "clamped_swiglu": quick_gelu,
     "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -170,7 +180,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _activation(model: ModelConfig) -> dict[str, Any]:
-    return {
+    clamped: dict[str, Any] = {}
+    if model.activation == "clamped_swiglu":
+        clamped = {"glu_linear_offset": 1.0, "activation_func_clamp_value": model.activation_func_clamp_value}
+    return clamped | {
         "gated_linear_unit": model.is_gated,
         "activation_func": _ACTIVATIONS[model.activation],
         # Attention reads it too, from a copy of its own where that differs (`specs.py`).

@@ -167,7 +167,7 @@ def _before_output(layout: Layout, layer: int) -> int:
     """Bytes per channel that the activation function keeps, beside what the output projection keeps anyway."""
     # Unfused GEGLU: both projections, the activated gate, and a copy of the other one.
     geglu = 2 if layout.transformer_engine else 4
-    kept = {"swiglu": 2, "geglu": geglu, "geglu_tanh": geglu, "relu": 0}
+    kept = {"swiglu": 2, "geglu": geglu, "geglu_tanh": geglu, "clamped_swiglu": 6, "relu": 0}
     values = kept.get(layout.model.activation, 1)
     if layout.model.activation == "relu" and layout.in_fp8(layer):
         values = 1  # its own output, which the projection keeps in FP8

@@ -30,7 +30,8 @@ FAMILIES = {
         ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "olmo3", "neox"),
         ("tp2-sp", "pp2"),
     ),
-    **dict.fromkeys(("mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe"), ("ep2", "pp2")),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), ("tp2-sp", "pp2")),
+    **dict.fromkeys(("mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe", "gpt-oss"), ("ep2", "pp2")),
 }
 """Family → its layouts."""
 

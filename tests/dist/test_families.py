@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     Glm4MoeConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -32,7 +36,19 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.cli import import_
 from tests.dist.families_worker import CASES, FAMILIES, Case, train
 from tests.helpers.cli import script_ranks
-from tests.unit.hf.test_source import EXPERTS, FACTORS, GLM, NEOX, PARTIAL, SIZES, TOKENS, save
+from tests.unit.hf.test_source import (
+    EXPERTS,
+    FACTORS,
+    GEMMA3,
+    GLM,
+    GPT_OSS,
+    NEOX,
+    PARTIAL,
+    SIZES,
+    TOKENS,
+    UNCAPPED,
+    save,
+)
 
 pytestmark = pytest.mark.dist
 SHAPE = SIZES | {"num_hidden_layers": 4, "vocab_size": 64}
@@ -47,6 +63,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(**SHAPE, **FACTORS, tie_word_embeddings=True),
     "olmo2": Olmo2Config(**SHAPE),
     "olmo3": Olmo3Config(**SHAPE, sliding_window=5, layer_types=WINDOWED),
+    "gemma": GemmaConfig(**SHAPE, **TOKENS),
+    "gemma2": Gemma2Config(**SHAPE, **UNCAPPED, sliding_window=5, **TOKENS),
+    "gemma3": Gemma3TextConfig(**SHAPE, **GEMMA3),
+    "gpt-oss": GptOssConfig(**SHAPE, **GPT_OSS),
     "neox": GPTNeoXConfig(**NEOX | {"num_hidden_layers": 4, "vocab_size": 64}),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=24),

@@ -33,7 +33,7 @@ DENSE_LAYOUTS = {"tp2": (TP2,), "tp2-sp": (TP2, SP), "pp2": (PP2,), "cp2": (CP2,
 MOE_LAYOUTS = {"ep2": (EP2,), "tp2-ep2": (TP2, SP, EP2, ETP1), "pp2": (PP2,)}
 CONCERNED = {
     # Without sequence parallelism norms are whole on each rank: what has weights that tensor parallelism leaves whole.
-    "tp2": {"pre", "qk-norm", "biases", "olmo", "gemma", "neox", "everything"},
+    "tp2": {"pre", "qk-norm", "biases", "olmo", "gemma", "neox", "sinks", "everything"},
     # Stages: what depends on a layer's place, or lies outside of the layers.
     "pp2": {
         "pre",
@@ -49,14 +49,24 @@ CONCERNED = {
         "multipliers",
         "gemma",
         "everything",
+        "gpt-oss",
         "first-dense",
         "topk-per-layer",
         "deepseek",
     },
     # Slices of the sequence: what depends on a token's place, or on keys of other tokens.
-    "cp2": {"pre", "qk-norm", "olmo", "mqa", "rope-yarn", "rope-local", "window", "window-skip", "everything"},
+    "cp2": {"pre", "qk-norm", "olmo", "mqa", "rope-yarn", "rope-local", "sinks", "window", "window-skip", "everything"},
     # Whole experts move: what their shapes, the router's state, or the layers without experts change.
-    "ep2": {"post-softmax", "sigmoid-bias", "shared-gate", "first-dense", "topk-per-layer", "deepseek"},
+    "ep2": {
+        "post-softmax",
+        "gpt-oss",
+        "expert-biases",
+        "sigmoid-bias",
+        "shared-gate",
+        "first-dense",
+        "topk-per-layer",
+        "deepseek",
+    },
 }
 """Variants that a layout treats unlike `pre` or `post-softmax`; tensor with sequence parallelism concerns all."""
 ADJUSTED = {

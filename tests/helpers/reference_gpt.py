@@ -174,6 +174,7 @@ def _rotation(model: ModelConfig, layer: int, positions: Tensor) -> Tensor:
     if model.rope_scaling != "none":
         scaling |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
     if model.rope_scaling in ("llama3", "yarn"):
+        scaling["truncate"] = model.yarn_correction_range_round_to_int
         scaling["original_max_position_embeddings"] = model.rope_original_max_position_embeddings
     if model.rope_scaling == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -255,7 +256,13 @@ def _attention(
             query = _rms_norm(query, weights[f"{at}.q_layernorm.weight"], model)
             key = _rms_norm(key, weights[f"{at}.k_layernorm.weight"], model)
         scores = _rotate(query, rotation) @ _rotate(key, rotation).transpose(1, 2) * factor
-        output = (scores + hidden_keys).softmax(-1) @ value
+        scores = scores + hidden_keys
+        if (sinks := weights.get(f"{at}.core_attention.softmax_offset")) is not None:
+            highest = torch.maximum(scores.amax(-1, keepdim=True), sinks[head])
+            exponentials = (scores - highest).exp()
+            output = exponentials @ value / (exponentials.sum(-1, keepdim=True) + (sinks[head] - highest).exp())
+        else:
+            output = scores.softmax(-1) @ value
         if elementwise:
             output = output * torch.sigmoid(slot(first + per_group + within))
         if (gates := weights.get(f"{at}.linear_gate.weight")) is not None:

@@ -14,6 +14,7 @@ from sparsecod_megatron.config import ModelConfig
 ACTIVATIONS = {
     "swiglu": lambda x: x * torch.sigmoid(x),
     "geglu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+    "clamped_swiglu": lambda x: x * torch.sigmoid(1.702 * x),
     "geglu_tanh": lambda x: x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -25,6 +26,10 @@ ACTIVATIONS = {
 def dense(model: ModelConfig, weights: Mapping[str, Tensor], at: str, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x)), or down(act(up(x))), with biases if there are."""
     act, inner = ACTIVATIONS[model.activation], linear(weights, f"{at}.linear_fc1", x)
+    if model.activation == "clamped_swiglu":
+        limit, width = model.activation_func_clamp_value, inner.shape[-1] // 2
+        gate, up = inner[..., :width].clamp(max=limit), inner[..., width:].clamp(-limit, limit)
+        return linear(weights, f"{at}.linear_fc2", act(gate) * (up + 1))
     if model.activation in ("swiglu", "geglu", "geglu_tanh"):
         width = inner.shape[-1] // 2
         return linear(weights, f"{at}.linear_fc2", act(inner[..., :width]) * inner[..., width:])
@@ -43,7 +48,7 @@ def mixture(model: ModelConfig, weights: Mapping[str, Tensor], at: str, x: Tenso
     # Megatron holds the sequence first, which decides who comes first where scores tie.
     flat = x.transpose(0, 1).reshape(-1, x.shape[-1])
     bias = weights.get(f"{at}.router.expert_bias")
-    logits = flat @ weights[f"{at}.router.weight"].T
+    logits = linear(weights, f"{at}.router", flat)
     chosen = [_choose(model, row, model.topk(layer), bias) for row in logits]
     _drop(model, chosen, model.topk(layer))
     outputs = []

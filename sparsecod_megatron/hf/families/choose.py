@@ -13,6 +13,7 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
+from sparsecod_megatron.hf.families.gpt_oss import GPT_OSS
 from sparsecod_megatron.hf.families.granite import GRANITE
 from sparsecod_megatron.hf.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from sparsecod_megatron.hf.families.mixtral import MIXTRAL
@@ -27,7 +28,7 @@ from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
 FAMILIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, NEOX),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, OLMOE, SPARSECOD),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, OLMOE, GPT_OSS, SPARSECOD),
 )
 """In order of preference: the most widely supported class first, our own last."""
 
@@ -71,6 +72,7 @@ FEATURES: dict[str, tuple[object, ...]] = {
     "embedding_multiplier": (1.0,),
     "residual_multiplier": (1.0,),
     "logits_scaling": (1.0,),
+    "softmax_type": ("vanilla",),
     "attention_output_gate": ("none",),
     "qkv_bias": (False,),
     "attention_output_bias": (False,),
@@ -89,6 +91,8 @@ DEPENDENT_KEYS = frozenset(
     {
         "mix_post_fraction",
         "rope_scaling_factor",
+        "yarn_correction_range_round_to_int",
+        "activation_func_clamp_value",
         "rope_original_max_position_embeddings",
         "moe_router_group_topk",
         "moe_router_dtype",

@@ -106,6 +106,8 @@ def _attention_entries(tensors: LayerTensors) -> Iterator[Entry]:
     yield _plain(rows["attention_output"], f"{ours}.linear_proj.weight", f"{theirs}.o_proj.weight")
     if (row := rows.get("attention_output_bias")) is not None:
         yield _plain(row, f"{ours}.linear_proj.bias", f"{theirs}.o_proj.bias")
+    if (row := rows.get("attention_sinks")) is not None:
+        yield _plain(row, f"{ours}.core_attention.softmax_offset", f"{theirs}.sinks")
 
 
 def mlp_entries(
@@ -160,6 +162,8 @@ def routed_entries(
     """
     ours, theirs = f"{tensors.ours}.mlp", f"{tensors.theirs}.{place}"
     yield _plain(tensors.rows["router"], f"{ours}.router.weight", f"{theirs}.gate.weight")
+    if (row := tensors.rows.get("router_bias")) is not None:
+        yield _plain(row, f"{ours}.router.bias", f"{theirs}.gate.bias")
     for expert in range(tensors.rows["expert_input"].copies):
         names = f"{ours}.experts.local_experts.{expert}", f"{theirs}.experts.{expert}"
         yield from mlp_entries(tensors, "expert", *names, hf_names=hf_names)

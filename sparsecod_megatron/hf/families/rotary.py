@@ -21,6 +21,8 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
         parameters |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
     if model.rotary_percent < 1:
         parameters["partial_rotary_factor"] = model.rotary_percent
+    if model.rope_scaling == "yarn" and not model.yarn_correction_range_round_to_int:
+        parameters["truncate"] = False
     if model.rope_scaling in ("llama3", "yarn"):
         parameters["original_max_position_embeddings"] = model.rope_original_max_position_embeddings
     return parameters | (LLAMA3_RANGE if model.rope_scaling == "llama3" else {})
@@ -73,6 +75,8 @@ def rope_keys(parameters: Mapping[str, Any], *, has_partial: bool) -> dict[str, 
     keys: dict[str, Any] = {"rotary_base": _whole(base)}
     if kind != "default":
         keys |= {"rope_scaling": kind, "rope_scaling_factor": float(parameters["factor"])}
+    if kind == "yarn":
+        keys["yarn_correction_range_round_to_int"] = bool(parameters.get("truncate", True))
     if has_partial:
         keys["rotary_percent"] = float(parameters.get("partial_rotary_factor", 1.0))
     if "original_max_position_embeddings" in parameters:

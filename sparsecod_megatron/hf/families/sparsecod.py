@@ -23,6 +23,8 @@ KEYS_IN_COMMON = (
     "final_norm",
     "qk_norm",
     "qk_norm_scope",
+    "softmax_type",
+    "activation_func_clamp_value",
     "rotary_base_local",
     "no_rope_freq",
     "softmax_scale",

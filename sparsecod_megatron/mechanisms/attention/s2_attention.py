@@ -68,6 +68,8 @@ class S2Attention(Mechanism):
                 yield (
                     f"{self.key('dense_layers')}: {layer} is not below model.num_layers={model.num_layers}; remove it"
                 )
+        if model.softmax_type != "vanilla":
+            yield f"model.softmax_type: {model.softmax_type}, but mechanisms.{self.name} has no sinks; set vanilla"
         if model.sliding_window is not None:
             yield f"model.sliding_window: {model.sliding_window} beside mechanisms.{self.name}; keep one of them"
         if config.data.reset_attention_mask:

@@ -67,6 +67,8 @@ class Comet(Mechanism):
         if not model.is_moe:
             yield f"model.num_moe_experts: null, but {name} is a router; set it, or remove the mechanism"
             return
+        if model.mlp_bias:
+            yield f"model.mlp_bias: true, but {name} has no bias; set it to false"
         experts = model.num_moe_experts or 0
         if experts < 2 or experts & (experts - 1):
             yield f"model.num_moe_experts: {experts} is not a power of two, as the leaves of {name} must be; change it"

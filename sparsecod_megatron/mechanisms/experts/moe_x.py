@@ -54,6 +54,8 @@ class MoeX(Mechanism):
         name, model = f"mechanisms.{self.name}", config.model
         if not model.is_moe:
             yield f"model.num_moe_experts: null, but {name} is a router; set it, or remove the mechanism"
+        if model.mlp_bias:
+            yield f"model.mlp_bias: true, but {name} has no bias; set it to false"
         if model.activation not in ACTIVATIONS:
             yield f"model.activation: {model.activation} has no units that are off, which {name} counts; set relu"
         if config.precision.fp8:

@@ -11,6 +11,7 @@ from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
 
 LNS = "model.layernorm_scaling=true"
 DOCUMENTS = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
+SINKS = "model.softmax_type=learnable"
 SIGMOID = "model.moe_router_score_function=sigmoid"
 GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
 
@@ -59,7 +60,11 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
             ["model.qk_norm_scope: projection", "2 tensor-parallel ranks share 1 key heads"],
         ),
         (("model.attention_output_bias=true",), ["model.attention_output_bias: true", "qkv_bias is false"]),
-        ((*MOE_SHAPE, "model.mlp_bias=true"), ["model.mlp_bias: true", "8 experts"]),
+        (
+            (*MOE_SHAPE, "model.mlp_bias=true", "model.moe_shared_expert_intermediate_size=24"),
+            ["model.mlp_bias: true", "shared expert has none"],
+        ),
+        ((*DOCUMENTS, SINKS), ["data.reset_attention_mask: true", "model.softmax_type"]),
         (DOCUMENTS[:1], ["data.reset_position_ids: false", "both or neither"]),
         (
             (*DOCUMENTS, "parallel.context_parallel_size=2"),

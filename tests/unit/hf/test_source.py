@@ -17,6 +17,7 @@ from transformers import (
     Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -85,6 +86,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 GEMMA3 = {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20, **TOKENS}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "swiglu_limit": 0.5}
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
@@ -127,6 +129,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "gemma3-window": Gemma3TextConfig(**SIZES, **GEMMA3 | {"sliding_window_pattern": 6}),
     "olmoe": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+    "gpt-oss": GptOssConfig(**SIZES, **GPT_OSS),
+    "gpt-oss-plain": GptOssConfig(
+        **SIZES, **GPT_OSS, attention_bias=False, rope_parameters=LOCAL, layer_types=WINDOWED
+    ),
     "neox": GPTNeoXConfig(**NEOX),
     "neox-one-after-the-other": GPTNeoXConfig(
         **NEOX,
@@ -216,6 +222,8 @@ REFUSED = {
     ),
     "attn_logit_softcapping 50.0": Gemma2Config(**SIZES, **TOKENS),
     "final_logit_softcapping 30.0": Gemma2Config(**SIZES, **UNCAPPED | {"final_logit_softcapping": 30.0}, **TOKENS),
+    "swiglu_alpha 1.5": GptOssConfig(**SIZES, **GPT_OSS, swiglu_alpha=1.5),
+    "quantization_config is 'mxfp4'; dequantise": GptOssConfig(**SIZES, quantization_config={"quant_method": "mxfp4"}),
     "use_bidirectional_attention True": Gemma3TextConfig(**SIZES, **GEMMA3, use_bidirectional_attention=True),
     "rope_theta 0.5": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 0.5}),
     "mlp_only_layers \\[1\\]": Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]),

@@ -49,6 +49,7 @@ STOCK = {
     "moe-top-1": "Qwen2MoeForCausalLM",
     "moe-shared": "Qwen2MoeForCausalLM",
     "moe-shared-gate": "Qwen2MoeForCausalLM",
+    "moe-gpt-oss": "GptOssForCausalLM",
     "moe-first-dense": "Qwen2MoeForCausalLM",
     "moe-fp64-router": "MixtralForCausalLM",
     "moe-ling": "Glm4MoeForCausalLM",

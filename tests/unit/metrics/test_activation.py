@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -188,6 +189,20 @@ def test_packed_documents_look_at_their_own_first_token() -> None:
         alone = [first_token_weights(attention, q[:, None], k[:, None], packing=None, **options) for q, k in parts]
         torch.testing.assert_close(ours, torch.cat(alone, dim=-1))
         assert bool((ours[..., [0, 5, 13, 14]] == 1).all())
+
+
+def test_a_sink_takes_its_share_of_the_first_tokens_weight() -> None:
+    from sparsecod_megatron.metrics.first_token import first_token_weights
+
+    with megatron_model("model.softmax_type=learnable") as model:
+        attention = model.decoder.layers[0].self_attention.core_attention
+        query, key, sinks = torch.randn(6, 1, 4, 8), torch.randn(6, 1, 2, 8), torch.tensor([0.5, -1.0, 2.0, 0.0])
+        context = model.pg_collection.cp
+        ours = first_token_weights(attention, query, key, packing=None, sampling=1, context=context, sinks=sinks)
+        for head, place in itertools.product(range(4), range(6)):
+            scores = (key[: place + 1, 0, head // 2] @ query[place, 0, head] / 8**0.5).exp()
+            expected = scores[0] / (scores.sum() + sinks[head].exp())
+            torch.testing.assert_close(ours[0, head // 2, head % 2, place], expected)
 
 
 @pytest.mark.parametrize(("sequence", "size"), [(64, 2), (24, 2), (40, 4)])
