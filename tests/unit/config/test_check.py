@@ -34,6 +34,14 @@ TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_par
         ([*MOE, TP2], ["sequence_parallel: false"]),
         ([*MOE, "model.moe_ffn_hidden_size=63", TP2, "parallel.sequence_parallel=true"], ["moe_ffn_hidden_size: 63"]),
         (
+            [*MOE, TP2, "parallel.sequence_parallel=true", "model.mlp_bias=true"],
+            ["expert_tensor_parallel_size: 2", "model.mlp_bias", "set it to 1"],
+        ),
+        (
+            ["parallel.context_parallel_size=4", "model.num_query_groups=2", "model.softmax_type=learnable"],
+            ["parallel.context_parallel_size: 4", "2 key heads", "softmax_type=learnable"],
+        ),
+        (
             [*MOE, TP2, "parallel.sequence_parallel=true", "parallel.expert_tensor_parallel_size=1"],
             ["expert_tensor_parallel_size: 1", "never sums"],
         ),

@@ -181,6 +181,7 @@ CP2 = "parallel.context_parallel_size=2"
         (("megatron.cp_comm_type=all_gather",), "there is one context-parallel rank"),
         ((CP2, "model.sliding_window=8", "megatron.cp_comm_type=p2p"), "a ring has no sliding window"),
         ((CP2, "megatron.cp_comm_type=a2a", "model.num_query_groups=1"), "it deals 1 query groups"),
+        ((CP2, "model.softmax_type=learnable", "megatron.cp_comm_type=p2p"), "needs whole heads on each rank"),
     ],
 )
 def test_exchanges_of_keys_that_would_fail(overrides: tuple[str, ...], expected: str) -> None:
@@ -189,9 +190,15 @@ def test_exchanges_of_keys_that_would_fail(overrides: tuple[str, ...], expected:
     assert expected in line
 
 
-@pytest.mark.parametrize(("window", "expected"), [((), None), (("model.sliding_window=8",), "all_gather")])
+SINKS = "model.softmax_type=learnable"
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [((), None), (("model.sliding_window=8",), "all_gather"), (("model.sliding_window=8", SINKS), "a2a")],
+)
 def test_a_window_gathers_its_keys(window: tuple[str, ...], expected: str | None) -> None:
-    """What Transformer Engine's own choice, a ring, would refuse in the first forward pass."""
+    """What Transformer Engine's own choice, a ring, would refuse in the first forward pass; sinks need whole heads."""
     from sparsecod_megatron.model import transformer_config
 
     run = load_config(None, ["model.vocab_size=64", CP2, *window])
