@@ -25,7 +25,8 @@ class Tolerance:
         grad_norm: limit on a step's gradient norm.
         gradients: ‖a − b‖ / ‖b‖ of one tensor's gradient.
         statistics: limit on a layer statistic, over the largest of its name in any layer.
-        state: ‖a − b‖ / ‖b‖ of one tensor of weights or one buffer, in the middle and at the end.
+        state: ‖a − b‖ / ‖b‖ of one tensor of weights or one buffer, in the middle and at the end. One that began at
+            zero consists of a few updates, which are as far apart as gradients are: it has their limit.
     """
 
     loss: float
@@ -126,7 +127,8 @@ def compare(
             verdict.gradients[difference.kind] = max(verdict.gradients.get(difference.kind, 0.0), size)
         else:
             setattr(verdict, section, max(getattr(verdict, section), size))
-        if verdict.first is None and not size <= getattr(tolerance, section) * difference.scale:
+        limit = getattr(tolerance, difference.judged_as or section) * difference.scale
+        if verdict.first is None and not size <= limit:
             verdict.first = f"{difference.what}, off by {size:.1e}"
     return verdict
 
@@ -141,6 +143,7 @@ class _Difference:
         size: relative.
         kind: the gradient's kind of tensor.
         scale: how many times the tolerance is allowed.
+        judged_as: field of `Tolerance`, where it is not that of the section.
     """
 
     section: str
@@ -148,6 +151,7 @@ class _Difference:
     size: float
     kind: str = ""
     scale: float = 1.0
+    judged_as: str = ""
 
 
 def _differences(found: Measurement, expected: Measurement, table: ParameterTable) -> Iterator[_Difference]:
@@ -167,7 +171,17 @@ def _differences(found: Measurement, expected: Measurement, table: ParameterTabl
             what = f"{where}: {label} {ours:.6g} instead of {theirs:.6g}"
             yield _Difference(section, what, _off(ours, theirs))
         for name, size in _tensors(found.states.get(step + 1, {}), expected.states.get(step + 1, {})):
-            yield _Difference("state", f"{name} after {where}", size)
+            judged_as = "gradients" if _began_at_zero(name, table) else ""
+            yield _Difference("state", f"{name} after {where}", size, judged_as=judged_as)
+
+
+def _began_at_zero(name: str, table: ParameterTable) -> bool:
+    """Whether a weight or its master was zero before the first step."""
+    try:
+        kind = table.find(name.partition(" (")[0])
+    except LookupError:
+        return False  # a buffer
+    return kind.group == "biases" or (kind.group == "norms" and table.model.layernorm_zero_centered_gamma)
 
 
 def _statistic(where: str, name: str, layer: int, size: float) -> _Difference:

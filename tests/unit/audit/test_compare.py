@@ -134,3 +134,24 @@ def test_table() -> None:
     assert [line.split()[-1] for line in lines[2:5]] == ["reference", "ok", "RED"]
     assert f"dp2: step 1: gradient of {NAMES[0]}, off by inf" in lines
     assert lines[-2:] == ["left out: cp2: documents", "note: no dropout"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "red"),
+    [
+        ("decoder.layers.0.self_attention.linear_qkv.bias", {"qkv_bias": True}, False),
+        ("decoder.layers.0.self_attention.linear_qkv.bias (fp32 master)", {"qkv_bias": True}, False),
+        ("decoder.final_layernorm.weight", {"layernorm_zero_centered_gamma": True}, False),
+        ("decoder.final_layernorm.weight", {}, True),
+        (NAMES[1], {}, True),
+    ],
+)
+def test_what_began_at_zero_is_as_far_off_as_gradients(name: str, model: dict[str, bool], red: bool) -> None:
+    """In bf16 a bias after two steps is two updates, each with a gradient's error; weights are far larger."""
+    table = ParameterTable(ModelConfig(num_layers=1, vocab_size=4, **model))
+    row = Row(REFERENCE, "overlap", "bf16", against="1 process", exact=False)
+    found, expected = measured(), measured()
+    expected.states[2][name] = torch.ones(8)
+    for factor, is_red in ((1.05, red), (1.5, True)):
+        found.states[2][name] = factor * torch.ones(8)
+        assert compare(row, found, expected, table=table, on_cpu=True).red is is_red
