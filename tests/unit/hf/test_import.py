@@ -65,7 +65,7 @@ def test_what_is_read_otherwise_than_by_transformers_is_not_imported(
         yield fc2
 
     wrong = dataclasses.replace(llama, mlp_entries=entries)
-    monkeypatch.setattr("sparsecod_megatron.hf.source.FAMILIES", (wrong, *FAMILIES[1:]))
+    monkeypatch.setattr("sparsecod_megatron.hf.families.choose.FAMILIES", (wrong, *FAMILIES[1:]))
     folder = save(CONFIGS["llama"], tmp_path / "hf")
     with pytest.raises(ConversionError, match=r"first tensor that differs: layer 0: model\.layers\.0\.mlp\.gate_proj"):
         imported(folder)

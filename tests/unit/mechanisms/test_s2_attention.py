@@ -51,6 +51,7 @@ def attention(pattern: S2Attention, *, size: int = 1, rank: int = 0) -> Any:
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
         attention_dropout=0.0,
+        softmax_type="vanilla",
         window_size=None,
         window_attn_skip_freq=None,
     )
