@@ -122,7 +122,9 @@ def process_groups(config: RunConfig, *, timeout_s: float = TIMEOUT_S) -> Iterat
         )
         # The one group that upstream makes without it (megatron-core 0.16.1 parallel_state.py:1279).
         forgotten = parallel_state.get_expert_data_parallel_group_gloo()
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), forgotten)
+        # torch 2.14 has a public name, and a warning for this one.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(datetime.timedelta(seconds=timeout_s), forgotten)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         _seed(config.train.seed, groups)
         yield groups
