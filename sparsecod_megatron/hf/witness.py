@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families import names_in
+from sparsecod_megatron.hf.families.common import SANDWICH_NORMS
 from sparsecod_megatron.hf.rounding import channel_limits
 from sparsecod_megatron.seams.mechanism import ExportedTensor
 
@@ -26,12 +27,7 @@ Record = Callable[[str, Tensor], None]
 
 TOKENS = 32
 """Tokens of each sequence whose outputs are kept."""
-NORMS = {
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "attention_join_norm",
-    "pre_feedforward_layernorm": "post_attention_layernorm",
-    "post_feedforward_layernorm": "mlp_join_norm",
-}
+NORMS = {"input_layernorm": "input_layernorm", **{theirs: ours for ours, theirs in SANDWICH_NORMS.items()}}
 """Norms of layers with some behind branches, in classes of transformers → in ours."""
 CAUSES_WITHOUT_TENSOR = {
     "self_attn": "attention between its projections: rotary embedding, window, number of heads or gate",

@@ -11,6 +11,7 @@ from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
+from sparsecod_megatron.hf.families.common import stated
 from sparsecod_megatron.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
 from sparsecod_megatron.hf.families.gpt_oss import GPT_OSS
@@ -173,7 +174,7 @@ def _missing_feature(model: ModelConfig, family: Family) -> str | None:
         value = getattr(model, key)
         is_of_experts = key.startswith("moe_")
         if key not in family.features and value not in neutral and (model.is_moe or not is_of_experts):
-            return f"model.{key}={str(value).lower() if isinstance(value, bool) else value}"
+            return stated(model, key)
     return None
 
 

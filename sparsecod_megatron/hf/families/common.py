@@ -11,11 +11,31 @@ PRE_NORM = frozenset({"layernorm_scaling", "rope_scaling"})
 """Keys that every class of pre-norm layers has a place for."""
 ATTENTION_BIASES = frozenset({"qkv_bias", "attention_output_bias"})
 """Keys of one `attention_bias`."""
+BRANCH_NORMS = {"attention_join_norm": "post_attention_layernorm", "mlp_join_norm": "post_feedforward_layernorm"}
+"""Norms behind branches, in our class → in classes that have them."""
+SANDWICH_NORMS = BRANCH_NORMS | {"post_attention_layernorm": "pre_feedforward_layernorm"}
+"""The same of classes that have norms before branches too."""
 
 
 def dense_obstacle(model: ModelConfig) -> str | None:
     """The obstacle of classes without experts."""
     return f"model.num_moe_experts={model.num_moe_experts}" if model.is_moe else None
+
+
+def stated(model: ModelConfig, key: str) -> str:
+    """A key with its value, as an obstacle names it."""
+    value = getattr(model, key)
+    return f"model.{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def other_value(model: ModelConfig, **wanted: object) -> str | None:
+    """The obstacle of classes that have one value of each of these keys; the first that is another."""
+    return next((stated(model, key) for key, value in wanted.items() if getattr(model, key) != value), None)
+
+
+def window_obstacle(model: ModelConfig) -> str | None:
+    """The obstacle of classes some of whose layers have a window."""
+    return "model.sliding_window=null" if model.sliding_window is None else None
 
 
 def indivisible_heads(model: ModelConfig) -> str | None:
@@ -72,13 +92,17 @@ def read_window(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_types(model: ModelConfig) -> dict[str, Any]:
-    """Windows as classes have them that name the kind of every layer."""
+    """Windows as classes have them that name the kind of every layer, and can do without."""
+    return {"use_sliding_window": model.sliding_window is not None, **windows_by_layer(model)}
+
+
+def windows_by_layer(model: ModelConfig) -> dict[str, Any]:
+    """The same of classes that always have a window."""
     skip = model.window_attn_skip_freq
     windowed = [
         model.sliding_window is not None and not (skip and (layer + 1) % skip == 0) for layer in range(model.num_layers)
     ]
     return {
-        "use_sliding_window": model.sliding_window is not None,
         "sliding_window": model.sliding_window,
         "layer_types": ["sliding_attention" if here else "full_attention" for here in windowed],
     }
@@ -117,5 +141,25 @@ def read_routed(fields: Mapping[str, Any], *, width: str = "moe_intermediate_siz
         "moe_router_topk": fields["num_experts_per_tok"],
         "moe_router_pre_softmax": not fields["norm_topk_prob"],
         "moe_ffn_hidden_size": fields[width],
+        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
+    }
+
+
+def local_experts_fields(model: ModelConfig) -> dict[str, Any]:
+    """Experts as classes have them whose every layer has some, and whose weights sum to one."""
+    return {
+        "intermediate_size": model.expert_ffn_hidden_size,
+        "num_local_experts": model.num_moe_experts,
+        "num_experts_per_tok": model.moe_router_topk,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+    }
+
+
+def read_local_experts(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys of what `local_experts_fields` wrote."""
+    return {
+        "num_moe_experts": fields["num_local_experts"],
+        "moe_router_topk": fields["num_experts_per_tok"],
+        "moe_ffn_hidden_size": fields["intermediate_size"],
         "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
     }

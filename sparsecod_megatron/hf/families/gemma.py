@@ -18,22 +18,19 @@ from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.common import (
     ATTENTION_BIASES,
+    SANDWICH_NORMS,
     dense_obstacle,
     indivisible_heads,
-    layer_types,
     one_attention_bias,
+    other_value,
     read_attention_bias,
     read_layer_types,
+    window_obstacle,
+    windows_by_layer,
 )
 from sparsecod_megatron.hf.families.entries import dense_entries, renamed
 from sparsecod_megatron.hf.families.rotary import one_rope, rope_by_kind
 
-NORMS = {
-    "attention_join_norm": "post_attention_layernorm",
-    "post_attention_layernorm": "pre_feedforward_layernorm",
-    "mlp_join_norm": "post_feedforward_layernorm",
-}
-"""Norms in our class → here."""
 ACTIVATION = "gelu_pytorch_tanh"
 """What the classes call `geglu_tanh`."""
 FEATURES = ATTENTION_BIASES | {"activation", "layernorm_zero_centered_gamma", "embedding_multiplier", "rope_scaling"}
@@ -48,26 +45,25 @@ def _scalar(model: ModelConfig) -> int:
 
 
 def _obstacle(model: ModelConfig) -> str | None:
-    for key, value in (
-        ("layernorm_zero_centered_gamma", True),
-        ("activation", "geglu_tanh"),
-        ("embedding_multiplier", model.hidden_size**0.5),
-    ):
-        if (found := getattr(model, key)) != value:
-            return f"model.{key}={str(found).lower() if isinstance(found, bool) else found}"
-    return dense_obstacle(model) or indivisible_heads(model) or one_attention_bias(model)
+    fixed = {"layernorm_zero_centered_gamma": True, "activation": "geglu_tanh"}
+    return (
+        other_value(model, **fixed, embedding_multiplier=model.hidden_size**0.5)
+        or dense_obstacle(model)
+        or indivisible_heads(model)
+        or one_attention_bias(model)
+    )
 
 
 def _gemma2_obstacle(model: ModelConfig) -> str | None:
-    if model.norm_placement != "sandwich":
-        return f"model.norm_placement={model.norm_placement}"
+    if obstacle := other_value(model, norm_placement="sandwich"):
+        return obstacle
     if model.softmax_scale not in (None, _scalar(model) ** -0.5):
         return f"model.softmax_scale={model.softmax_scale}, not the inverse root of a whole number"
-    return "model.sliding_window=null" if model.sliding_window is None else _obstacle(model)
+    return window_obstacle(model) or _obstacle(model)
 
 
 def _gemma3_obstacle(model: ModelConfig) -> str | None:
-    return _gemma2_obstacle(model) if model.qk_norm else "model.qk_norm=false"
+    return other_value(model, qk_norm=True) or _gemma2_obstacle(model)
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
@@ -83,10 +79,14 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma2_fields(model: ModelConfig) -> dict[str, Any]:
-    kinds = {name: layer_types(model)[name] for name in ("sliding_window", "layer_types")}
     # `hidden_act` stays, for readers of other classes who would take it for another.
     own = {"hidden_activation": ACTIVATION, "query_pre_attn_scalar": _scalar(model)}
-    return _fields(model) | kinds | own | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    return (
+        _fields(model)
+        | windows_by_layer(model)
+        | own
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    )
 
 
 def _read_gemma2(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ GEMMA2 = Family(
     dense_entries,
     _gemma2_fields,
     _read_gemma2,
-    layout=partial(renamed, names=NORMS),
+    layout=partial(renamed, names=SANDWICH_NORMS),
 )
 GEMMA3 = Family(
     "Gemma3ForCausalLM",
@@ -122,6 +122,6 @@ GEMMA3 = Family(
     dense_entries,
     _gemma3_fields,
     _read_gemma3,
-    layout=partial(renamed, names=NORMS),
+    layout=partial(renamed, names=SANDWICH_NORMS),
     flat=one_rope,
 )

@@ -21,11 +21,15 @@ from sparsecod_megatron.hf.families.common import (
     ATTENTION_BIASES,
     PRE_NORM,
     experts_obstacle,
-    layer_types,
+    local_experts_fields,
     one_attention_bias,
+    other_value,
     read_attention_bias,
     read_layer_types,
+    read_local_experts,
     shared_expert_obstacle,
+    window_obstacle,
+    windows_by_layer,
 )
 from sparsecod_megatron.hf.families.entries import LayerTensors
 from sparsecod_megatron.hf.table import Entry
@@ -36,17 +40,14 @@ ALPHA = 1.702
 
 
 def _obstacle(model: ModelConfig) -> str | None:
-    if obstacle := experts_obstacle(model) or shared_expert_obstacle(model):
-        return obstacle
-    for key, value in (
-        ("activation", "clamped_swiglu"),
-        ("mlp_bias", True),
-        ("softmax_type", "learnable"),
-        ("moe_router_pre_softmax", False),
-    ):
-        if (found := getattr(model, key)) != value:
-            return f"model.{key}={str(found).lower() if isinstance(found, bool) else found}"
-    return "model.sliding_window=null" if model.sliding_window is None else one_attention_bias(model)
+    fixed = {"activation": "clamped_swiglu", "mlp_bias": True, "softmax_type": "learnable"}
+    return (
+        experts_obstacle(model)
+        or shared_expert_obstacle(model)
+        or other_value(model, **fixed, moe_router_pre_softmax=False)
+        or window_obstacle(model)
+        or one_attention_bias(model)
+    )
 
 
 def _of_all_experts(shape: Shape, experts: int, *, takes_turns: bool) -> Transform:
@@ -80,13 +81,10 @@ def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    kinds = {name: layer_types(model)[name] for name in ("sliding_window", "layer_types")}
-    return kinds | {
+    return {
+        **windows_by_layer(model),
+        **local_experts_fields(model),
         "attention_bias": model.qkv_bias,
-        "intermediate_size": model.expert_ffn_hidden_size,
-        "num_local_experts": model.num_moe_experts,
-        "num_experts_per_tok": model.moe_router_topk,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
         "swiglu_alpha": ALPHA,
         "swiglu_limit": model.activation_func_clamp_value,
     }
@@ -96,14 +94,11 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **read_attention_bias(fields),
         **read_layer_types(fields),
+        **read_local_experts(fields),
         "activation": "clamped_swiglu",
         "activation_func_clamp_value": float(fields["swiglu_limit"]),
         "mlp_bias": True,
         "softmax_type": "learnable",
-        "num_moe_experts": fields["num_local_experts"],
-        "moe_router_topk": fields["num_experts_per_tok"],
-        "moe_ffn_hidden_size": fields["intermediate_size"],
-        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
     }
 
 

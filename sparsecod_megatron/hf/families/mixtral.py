@@ -13,14 +13,23 @@ from transformers import MixtralConfig
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
-from sparsecod_megatron.hf.families.common import PRE_NORM, experts_obstacle, shared_expert_obstacle
+from sparsecod_megatron.hf.families.common import (
+    PRE_NORM,
+    experts_obstacle,
+    local_experts_fields,
+    other_value,
+    read_local_experts,
+    read_window,
+    shared_expert_obstacle,
+    window_fields,
+)
 from sparsecod_megatron.hf.families.entries import LayerTensors, routed_entries
 from sparsecod_megatron.hf.table import Entry
 
 
 def _obstacle(model: ModelConfig) -> str | None:
-    pre_softmax = "model.moe_router_pre_softmax=true" if model.moe_router_pre_softmax else None
-    return experts_obstacle(model) or shared_expert_obstacle(model) or pre_softmax
+    sums_to_one = other_value(model, moe_router_pre_softmax=False)
+    return experts_obstacle(model) or shared_expert_obstacle(model) or sums_to_one
 
 
 def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
@@ -28,23 +37,11 @@ def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "intermediate_size": model.expert_ffn_hidden_size,
-        "num_local_experts": model.num_moe_experts,
-        "num_experts_per_tok": model.moe_router_topk,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
-        "sliding_window": model.sliding_window,
-    }
+    return local_experts_fields(model) | window_fields(model)
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "num_moe_experts": fields["num_local_experts"],
-        "moe_router_topk": fields["num_experts_per_tok"],
-        "moe_ffn_hidden_size": fields["intermediate_size"],
-        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
-        "sliding_window": fields.get("sliding_window"),
-    }
+    return read_local_experts(fields) | read_window(fields)
 
 
 MIXTRAL = Family(

@@ -23,7 +23,9 @@ from sparsecod_megatron.hf.families.common import (
     PRE_NORM,
     dense_obstacle,
     one_attention_bias,
+    other_value,
     read_attention_bias,
+    stated,
 )
 from sparsecod_megatron.hf.families.entries import dense_entries, renamed
 from sparsecod_megatron.hf.families.rotary import rope_parameters
@@ -47,14 +49,14 @@ SYNONYMS = {"gelu_fast": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
 
 
 def _obstacle(model: ModelConfig) -> str | None:
-    if model.normalization != "LayerNorm":
-        return f"model.normalization={model.normalization}"
+    if obstacle := other_value(model, normalization="LayerNorm"):
+        return obstacle
     if model.norm_placement not in ("pre", "parallel"):
-        return f"model.norm_placement={model.norm_placement}"
+        return stated(model, "norm_placement")
     if model.activation not in ACTIVATIONS:
-        return f"model.activation={model.activation}"
-    if not model.mlp_bias:
-        return "model.mlp_bias=false"
+        return stated(model, "activation")
+    if obstacle := other_value(model, mlp_bias=True):
+        return obstacle
     if model.query_groups != model.num_attention_heads:
         return f"model.num_query_groups={model.query_groups}, not num_attention_heads"
     if model.num_attention_heads * model.head_dim != model.hidden_size:

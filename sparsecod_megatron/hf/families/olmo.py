@@ -18,22 +18,22 @@ from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.common import (
     ATTENTION_BIASES,
+    BRANCH_NORMS,
     PRE_NORM,
     dense_obstacle,
     experts_obstacle,
-    layer_types,
     one_attention_bias,
     read_attention_bias,
     read_layer_types,
     read_routed,
     routed_fields,
     shared_expert_obstacle,
+    window_obstacle,
+    windows_by_layer,
 )
 from sparsecod_megatron.hf.families.entries import dense_entries, renamed, routed_entries
 from sparsecod_megatron.hf.families.rotary import one_rope, rope_by_kind
 
-NORMS = {"attention_join_norm": "post_attention_layernorm", "mlp_join_norm": "post_feedforward_layernorm"}
-"""Norms behind a branch, in our class → here."""
 EXPERT_WIDTH = "intermediate_size"
 """OLMoE's field of an expert's inner width."""
 PROJECTION_NORMS = frozenset({"qk_norm", "qk_norm_scope", "rope_scaling"}) | ATTENTION_BIASES
@@ -53,7 +53,7 @@ def _dense_obstacle(model: ModelConfig) -> str | None:
 
 
 def _olmo3_obstacle(model: ModelConfig) -> str | None:
-    return "model.sliding_window=null" if model.sliding_window is None else _dense_obstacle(model)
+    return window_obstacle(model) or _dense_obstacle(model)
 
 
 def _olmoe_obstacle(model: ModelConfig) -> str | None:
@@ -77,8 +77,7 @@ def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _olmo3_fields(model: ModelConfig) -> dict[str, Any]:
-    kinds = {name: layer_types(model)[name] for name in ("sliding_window", "layer_types")}
-    return _fields(model) | kinds | rope_by_kind(model)
+    return _fields(model) | windows_by_layer(model) | rope_by_kind(model)
 
 
 def _read_olmo3(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +100,7 @@ OLMO2 = Family(
     dense_entries,
     _fields,
     _read_dense,
-    layout=partial(renamed, names=NORMS),
+    layout=partial(renamed, names=BRANCH_NORMS),
 )
 OLMO3 = Family(
     "Olmo3ForCausalLM",
@@ -111,7 +110,7 @@ OLMO3 = Family(
     dense_entries,
     _olmo3_fields,
     _read_olmo3,
-    layout=partial(renamed, names=NORMS),
+    layout=partial(renamed, names=BRANCH_NORMS),
     flat=one_rope,
 )
 OLMOE = Family(
