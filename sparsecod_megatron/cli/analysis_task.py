@@ -45,7 +45,9 @@ def check_task(args: argparse.Namespace) -> None:
             f"--task {args.task}: no score asks it; leave it out, or add {' or '.join(TAKING_TASKS)} to --scores"
         )
     if args.task is None and asking:
-        raise ConfigError(f"--scores {asking[0]}: asks for answers; give --task addition, hops, synthetic or a file")
+        from sparsecod_megatron.analysis.tasks.items import without_task
+
+        raise without_task(asking[0])
     if args.difficulties is None:
         return
     if args.task not in BUILT_IN:

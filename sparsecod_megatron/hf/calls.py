@@ -168,6 +168,12 @@ class Replay:
             hidden = self.run_block(trace, layer, hidden)
             yield hidden
 
+    def after(self, trace: Trace, order: Sequence[int], hidden: Tensor) -> Tensor:
+        """What the last of these blocks leaves, or `hidden` itself where there is none, [B, T, d]."""
+        for layer in order:
+            hidden = self.run_block(trace, layer, hidden)
+        return hidden
+
     @torch.no_grad()
     def losses_after(self, trace: Trace, order: Sequence[int], hidden: Tensor) -> Tensor:
         """Cross entropy when only the blocks in `order` are left.
@@ -180,9 +186,7 @@ class Replay:
         Returns:
             [B] mean over tokens in nats, float64 on the CPU.
         """
-        for after in self.run_blocks(trace, order, hidden):
-            hidden = after
-        return sequence_losses(self.logits(trace, hidden), trace.labels)
+        return sequence_losses(self.logits(trace, self.after(trace, order, hidden)), trace.labels)
 
     def logits(self, trace: Trace, hidden: Tensor) -> Tensor:
         """What the model predicts if `hidden` [B, T, d] is the last block's output: [B, T, V]; gradients reach it.

@@ -11,7 +11,6 @@ here all tokens that answers are not read at are erased together, which costs on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -76,16 +75,11 @@ def collect_sums(context: Context, items: Items) -> Tensor:
     given = context.of_items(items)
     means = told_means(given, items)
     levels, labels, told = (given.own_rows(part) for part in (items.level, items.labels, items.is_told))
-    first = 0
-
-    def batches() -> Iterator[tuple[Tensor]]:
-        nonlocal first
-        for trace in given.traces("all", title=Answers.name):
-            rows = slice(first, first + len(trace.tokens))
-            first = rows.stop
-            yield (_sums(given.replay, trace, labels[rows], levels[rows], told[rows], means, len(items.difficulties)),)
-
-    (sums,) = given.collect("all", batches())
+    found = (
+        (_sums(given.replay, trace, labels[rows], levels[rows], told[rows], means, len(items.difficulties)),)
+        for trace, rows in given.traces_with_rows("all", title=Answers.name)
+    )
+    (sums,) = given.collect("all", found)
     return sums
 
 
@@ -99,15 +93,14 @@ def told_means(given: Context, items: Items) -> Tensor:
     Raises:
         ConversionError: blocks that pass more than one row for a token.
     """
-    told, first = given.own_rows(items.is_told), 0
+    told = given.own_rows(items.is_told)
     width = given.hidden_size * given.layers.state.columns
     sums = torch.zeros(len(given.layers), width, dtype=torch.float64, device=given.device)
-    for trace in given.traces("all", title="means"):
-        kept = told[first : first + len(trace.tokens)].to(given.device)
-        first += len(trace.tokens)
-        if (rows := trace.hidden[0].shape[1]) != trace.tokens.shape[1]:
+    for trace, rows in given.traces_with_rows("all", title="means"):
+        kept = told[rows].to(given.device)
+        if (passed := trace.hidden[0].shape[1]) != trace.tokens.shape[1]:
             raise ConversionError(
-                f"--scores {Answers.name}: blocks pass {rows} rows for {trace.tokens.shape[1]} tokens; leave it out"
+                f"--scores {Answers.name}: blocks pass {passed} rows for {trace.tokens.shape[1]} tokens; leave it out"
             )
         for layer, hidden in enumerate(trace.hidden[:-1]):
             sums[layer] += hidden[kept].double().sum(dim=0)
@@ -123,9 +116,7 @@ def _sums(
     layers = range(len(trace.calls))
 
     def measured(order: list[int], hidden: Tensor) -> Tensor:
-        for after in replay.run_blocks(trace, order, hidden):
-            hidden = after
-        return answer_sums(replay.logits(trace, hidden), labels, level, count)
+        return answer_sums(replay.logits(trace, replay.after(trace, order, hidden)), labels, level, count)
 
     found = [measured([], trace.hidden[-1])]
     for kind, layer in interventions(len(layers)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsecod_megatron.analysis.tasks.items import Items
+from sparsecod_megatron.analysis.tasks.items import Items, without_task
 from sparsecod_megatron.errors import ConfigError, DataError
 from sparsecod_megatron.hf.blocks import Layers, find_layers
 from sparsecod_megatron.hf.calls import Replay, Trace
@@ -116,7 +116,7 @@ class Context:
             ConfigError: there is no task.
         """
         if self.items is None:
-            raise ConfigError(f"--scores {score}: asks for answers; give --task addition, hops, synthetic or a file")
+            raise without_task(score)
         return self.items
 
     def of_items(self, items: Items) -> Context:
@@ -151,6 +151,14 @@ class Context:
         replay = self.replay
         for tokens, labels in self.batches(part, title=title):
             yield replay.trace(tokens, labels)
+
+    def traces_with_rows(self, part: Part, *, title: str) -> Iterator[tuple[Trace, slice]]:
+        """The same, and which of this process's windows each is of, for what has a row for each (`own_rows`)."""
+        first = 0
+        for trace in self.traces(part, title=title):
+            rows = slice(first, first + len(trace.tokens))
+            yield trace, rows
+            first = rows.stop
 
     def collect(self, part: Part, found: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Results of every micro-batch as tensors of all sequences, those of all processes in the sample's order.

@@ -52,13 +52,9 @@ class IntegratedGradients:
         items = context.items_for(self.name)
         given = context.of_items(items)
         levels, labels = given.own_rows(items.level), given.own_rows(items.labels)
-        first = 0
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            nonlocal first
-            for trace in given.traces("all", title=self.name):
-                rows = slice(first, first + len(trace.tokens))
-                first = rows.stop
+            for trace, rows in given.traces_with_rows("all", title=self.name):
                 asked = _Asked(given.replay, trace, labels[rows], levels[rows])
                 yield asked.attributions(self._num_points), asked.ends()
 

@@ -5,7 +5,7 @@ A mean over tokens hides that one block serves few tokens much and another all a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,16 +63,11 @@ class Part(NamedTuple):
 
 def _shares(given: Context, labels: Tensor, members: Members, epsilon: float) -> Array:
     """`Part.sums` of a context's windows, whose labels [own windows, T] these are. Collective over the processes."""
-    first = 0
-
-    def batches() -> Iterator[tuple[Tensor]]:
-        nonlocal first
-        for trace in given.traces("all", title=TokenSkip.name):
-            rows = slice(first, first + len(trace.tokens))
-            first = rows.stop
-            yield (_changes(given.replay, trace, labels[rows], members(labels[rows], rows), epsilon),)
-
-    (sums,) = given.collect("all", batches())
+    found = (
+        (_changes(given.replay, trace, labels[rows], members(labels[rows], rows), epsilon),)
+        for trace, rows in given.traces_with_rows("all", title=TokenSkip.name)
+    )
+    (sums,) = given.collect("all", found)
     return sums.numpy()
 
 
@@ -104,9 +99,7 @@ def _changes(replay: Replay, trace: Trace, labels: Tensor, members: Tensor, epsi
     base = token_losses(replay.logits(trace, trace.hidden[-1]), wanted)
     counted = [torch.ones_like(base)]
     for layer in range(num_layers):
-        hidden = trace.hidden[layer]
-        for after in replay.run_blocks(trace, range(layer + 1, num_layers), hidden):
-            hidden = after
+        hidden = replay.after(trace, range(layer + 1, num_layers), trace.hidden[layer])
         change = token_losses(replay.logits(trace, hidden), wanted) - base
         counted += [(change > epsilon).double(), (change < -epsilon).double()]
     return torch.einsum("bkt,btc->bkc", torch.stack(counted, dim=1), members)

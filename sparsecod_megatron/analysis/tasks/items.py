@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecod_megatron.errors import DataError
+from sparsecod_megatron.errors import ConfigError, DataError
 
 
 class Answered(NamedTuple):
@@ -72,6 +72,11 @@ class Items:
         for part in (self.tokens, self.labels, self.level, self.lengths):
             found.update(part.contiguous().numpy().tobytes())
         return found.hexdigest()
+
+
+def without_task(score: str) -> ConfigError:
+    """What is said of a score that asks for answers where there is no task."""
+    return ConfigError(f"--scores {score}: asks for answers; give --task addition, hops, synthetic or a file")
 
 
 def items_of(name: str, answered: Sequence[Answered], *, vocab_size: int) -> Items:
