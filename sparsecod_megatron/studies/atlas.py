@@ -60,7 +60,7 @@ def load_atlas(path: Path, results: Sequence[Path]) -> Atlas:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     given = {kept.study for kept in files}
-    shown = {(row.kept.path, place) for row in rows for place in (row.place, row.control) if place is not None}
+    shown = [(row.kept, place) for row in rows for place in (row.place, row.control) if place is not None]
     missing = sorted({comparison.study for comparison in config.comparisons} - given)
     left_out = {name: why for name, why in config.left_out.items() if name.partition("/")[0] in given}
     return Atlas(config, rows, list(shorter_runs(files, shown)), missing, left_out)
@@ -72,15 +72,13 @@ def _rows(config: AtlasConfig, files: Sequence[Kept]) -> Iterator[AtlasRow]:
     Raises:
         ConfigError: see `load_atlas`.
     """
-    numbers = iter(range(1, 10_000))
     given = list(dict.fromkeys(kept.study for kept in files))
-    kinds = dict.fromkeys(kind for each in config.comparisons for kind in _kinds(each))
-    pending: dict[str, list[AtlasRow]] = {kind: [] for kind in kinds}
+    kinds = list(dict.fromkeys(kind for each in config.comparisons for kind in _kinds(each)))
+    found: list[AtlasRow] = []
     for comparison in config.comparisons:
         if comparison.study not in given:
             continue
-        known = {place for kept in files if kept.study == comparison.study for place in kept.cells}
-        for place, own in (comparison.places or _others(config, comparison, files, known)).items():
+        for place, own in (comparison.places or _others(config, comparison, files)).items():
             kept = longest_of(files, comparison.study, place, comparison.control)
             kind = own.kind or comparison.kind
             sparsity = comparison.sparsity if own.sparsity is None else own.sparsity
@@ -89,12 +87,11 @@ def _rows(config: AtlasConfig, files: Sequence[Kept]) -> Iterator[AtlasRow]:
                 0, kind, mechanism, place if setting is None else setting, kind in config.remedies, kept, place,
                 comparison.control, comparison.match, sparsity, {},
             )  # fmt: skip
-            pending[kind].append(row)
+            found.append(row)
     for study in given:
         _check_named(config, study, {place for kept in files if kept.study == study for place in kept.cells})
-    for kind in kinds:
-        for row in pending[kind]:
-            yield replace(row, number=next(numbers))
+    for number, row in enumerate(sorted(found, key=lambda row: kinds.index(row.kind)), start=1):
+        yield replace(row, number=number)
 
 
 def _kinds(comparison: ComparisonConfig) -> Iterator[str]:
@@ -103,13 +100,11 @@ def _kinds(comparison: ComparisonConfig) -> Iterator[str]:
         yield comparison.kind
 
 
-def _others(
-    config: AtlasConfig, comparison: ComparisonConfig, files: Sequence[Kept], known: set[str]
-) -> dict[str, PlaceConfig]:
+def _others(config: AtlasConfig, comparison: ComparisonConfig, files: Sequence[Kept]) -> dict[str, PlaceConfig]:
     """Places of a comparison that names none, in the order of the files."""
     taken = {f"{comparison.study}/{place}" for place in _named(config, comparison.study)} | set(config.left_out)
     order = dict.fromkeys(place for kept in files if kept.study == comparison.study for place in kept.cells)
-    return {place: PlaceConfig() for place in order if place in known and f"{comparison.study}/{place}" not in taken}
+    return {place: PlaceConfig() for place in order if f"{comparison.study}/{place}" not in taken}
 
 
 def _named(config: AtlasConfig, study: str) -> set[str]:

@@ -78,7 +78,7 @@ def answer(rows: Sequence[AtlasRow]) -> list[str]:
 
 
 def _scale(rows: Iterable[AtlasRow]) -> str:
-    """Parameters, tokens and layers' cost of what is compared, as ranges."""
+    """Parameters and tokens of what is compared, as ranges."""
     rows = list(rows)
     if not rows:
         return "nothing was compared"

@@ -115,14 +115,15 @@ def longest_of(files: Sequence[Kept], study: str, place: str, control: str | Non
     return max(whole, key=lambda kept: kept.tokens(place if control is None else control) or 0.0)
 
 
-def shorter_runs(files: Sequence[Kept], shown: set[tuple[Path, str]]) -> Iterator[tuple[Kept, list[str]]]:
-    """Files with places that a longer run of the same study shows: the file, and these places."""
+def shorter_runs(files: Sequence[Kept], shown: Sequence[tuple[Kept, str]]) -> Iterator[tuple[Kept, list[str]]]:
+    """Files with places that a longer run of the same study shows: the file, and these places.
+
+    Args:
+        files: all that were read.
+        shown: each place that the atlas shows, and the one of `files` that it shows it of.
+    """
     for kept in files:
-        longer = {place for path, place in shown if path != kept.path and _is_same(files, path, kept)}
-        hidden = [place for place in kept.cells if place in longer and (kept.path, place) not in shown]
-        if hidden:
+        own = {place for other, place in shown if other is kept}
+        elsewhere = {place for other, place in shown if other is not kept and other.study == kept.study}
+        if hidden := [place for place in kept.cells if place in elsewhere - own]:
             yield kept, hidden
-
-
-def _is_same(files: Sequence[Kept], path: Path, kept: Kept) -> bool:
-    return any(other.path == path and other.study == kept.study for other in files)
