@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
@@ -46,11 +48,16 @@ class PreparedGPTModel(GPTModel):
         decoder_input, *others = super()._preprocess(*args, **kwargs)
         if decoder_input is not None:
             if self.embedding_factor != 1:
-                # Rounded as the embeddings are, which Gemma's were trained with.
-                decoder_input = decoder_input * decoder_input.new_tensor(self.embedding_factor)
+                decoder_input = decoder_input * _rounded(self.embedding_factor, decoder_input.dtype)
             for name in ("embedding_norm", "expansion"):
                 decoder_input = getattr(self, name, _unchanged)(decoder_input)
         return (decoder_input, *others)
+
+
+@functools.cache
+def _rounded(factor: float, dtype: torch.dtype) -> float:
+    """As the embeddings are, which Gemma's were trained with; a number, so that no step copies it to the device."""
+    return float(torch.tensor(factor, dtype=dtype))
 
 
 def _unchanged(x: Any) -> Any:
