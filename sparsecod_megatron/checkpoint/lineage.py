@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsecod_megatron.checkpoint.paths import resolve_step_dir, step_dirs
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir, run_of, step_dirs
 from sparsecod_megatron.checkpoint.state import read_state
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, LINEAGE_FILE
@@ -37,7 +37,7 @@ class Parent:
 
 
 def parent_of(config: RunConfig) -> Path | None:
-    """The step directory that a run branches from, named by `RUN`, `RUN@STEP` or itself; None without one.
+    """The step directory that a run branches from, absolute, named by `RUN`, `RUN@STEP` or itself; None without one.
 
     Raises:
         CheckpointError: no run there, it has no checkpoint of that step, or it has no optimizer to continue.
@@ -66,12 +66,7 @@ def parent_of(config: RunConfig) -> Path | None:
             f"{KEY}: {source} holds weights without an optimizer, so there is nothing to continue; start from them "
             "with checkpoint.init_from"
         )
-    return source
-
-
-def run_of(step_dir: Path) -> Path:
-    """The run directory that a step directory belongs to."""
-    return step_dir.absolute().parent.parent
+    return source.absolute()
 
 
 def lineage_from(step_dir: Path) -> list[Parent]:

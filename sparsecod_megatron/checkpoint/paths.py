@@ -78,7 +78,12 @@ def resolve_step_dir(path: Path) -> Path:
     )
 
 
+def run_of(step_dir: Path) -> Path:
+    """The run directory that a step directory belongs to."""
+    return step_dir.parent.parent
+
+
 def tokenizer_dir(step_dir: Path) -> Path | None:
     """HuggingFace tokenizer of the run that a step directory belongs to, or None if it has none."""
-    folder = step_dir.parent.parent / TOKENIZER_DIR
+    folder = run_of(step_dir) / TOKENIZER_DIR
     return folder if folder.is_dir() else None

@@ -82,13 +82,14 @@ def run(args: argparse.Namespace) -> None:
 def _examined(step_dir: Path, overrides: list[str]) -> Iterator[Finding]:
     """What the files show, each finding by itself: one that fails does not hide the others."""
     from sparsecod_megatron.checkpoint.examination import Finding, examine_files, examine_moments, examine_weights
+    from sparsecod_megatron.checkpoint.paths import run_of
 
     for subject, examine in (
         ("files", lambda: examine_files(step_dir)),
         ("fp32 weights", lambda: examine_weights(step_dir)),
         ("moments", lambda: examine_moments(step_dir)),
         ("data", lambda: _data(step_dir, overrides)),
-        ("versions", lambda: _versions(step_dir.parent.parent)),
+        ("versions", lambda: _versions(run_of(step_dir))),
     ):
         try:
             yield examine()
@@ -132,11 +133,12 @@ def _versions(run_dir: Path) -> Finding:
 
 def _rehearsed(args: argparse.Namespace, step_dir: Path) -> Finding:
     from sparsecod_megatron.checkpoint.examination import Finding
+    from sparsecod_megatron.checkpoint.paths import run_of
     from sparsecod_megatron.config import load_config
     from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
     from sparsecod_megatron.train.rehearsal import STEPS, first_deviation, recorded_steps, same_layout
 
-    recorded = recorded_steps(step_dir.parent.parent, until=step_dir)
+    recorded = recorded_steps(run_of(step_dir), until=step_dir)
     if recorded is None:
         return Finding("rehearsal", None, f"no checkpoint with {STEPS} recorded steps behind it")
     config = load_config(recorded.config, args.overrides, mechanisms=SAVED_MECHANISMS)
@@ -176,18 +178,18 @@ def _be_rank(args: argparse.Namespace) -> None:
     from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
 
     select_backend()
-    from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+    from sparsecod_megatron.checkpoint.paths import resolve_step_dir, run_of
     from sparsecod_megatron.train.rehearsal import recorded_steps, rehearse
     from sparsecod_megatron.train.repair import repair
 
     step_dir = resolve_step_dir(args.run)
-    recorded = None if args.repair else recorded_steps(step_dir.parent.parent, until=step_dir)
+    recorded = None if args.repair else recorded_steps(run_of(step_dir), until=step_dir)
     saved = recorded.config if recorded else step_dir / CONFIG_FILE
     config = load_config(saved, args.overrides, mechanisms=SAVED_MECHANISMS)
     backend = select_backend(config.backend, precision=config.precision, cpu_kernels=config.cpu_kernels)
     if recorded is None:
         one = replace(config, parallel=ParallelConfig()) if args.nproc == 1 else config
-        repair(step_dir.parent.parent, step_dir, args.repair, one, backend)
+        repair(run_of(step_dir), step_dir, args.repair, one, backend)
         answer(args, None)
         return
     answer(args, rehearse(recorded, config, backend, nproc=args.nproc))

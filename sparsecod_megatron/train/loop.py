@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sparsecod_megatron.backend import Backend
-from sparsecod_megatron.checkpoint.lineage import parent_of, run_of
-from sparsecod_megatron.checkpoint.paths import resume_candidates
+from sparsecod_megatron.checkpoint.lineage import parent_of
+from sparsecod_megatron.checkpoint.paths import resume_candidates, run_of
 from sparsecod_megatron.checkpoint.saver import CheckpointSaver
 from sparsecod_megatron.checkpoint.state import TrainState
 from sparsecod_megatron.config import RunConfig

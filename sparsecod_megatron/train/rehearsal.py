@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsecod_megatron.backend import Backend
 from sparsecod_megatron.checkpoint.native import load_checkpoint
-from sparsecod_megatron.checkpoint.paths import step_dirs
+from sparsecod_megatron.checkpoint.paths import run_of, step_dirs
 from sparsecod_megatron.checkpoint.state import read_state
 from sparsecod_megatron.config import ParallelConfig, RunConfig
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE
@@ -91,7 +91,7 @@ def rehearse(recorded: Recorded, config: RunConfig, backend: Backend, *, nproc: 
         config = replace(config, parallel=ParallelConfig())
     config, tokenizer = prepare_data(config)
     with running_processes(config, communication=backend.communication, device=backend.device) as groups:
-        restore_products(recorded.step_dir.parent.parent)
+        restore_products(run_of(recorded.step_dir))
         trainer = build_trainer(config, backend, groups)
         state = load_checkpoint(recorded.step_dir, trainer)
         data = RunData(trainer, tokenizer, state)

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecod_megatron.checkpoint.lineage import run_of
 from sparsecod_megatron.checkpoint.native import load_checkpoint, load_latest, start_from_weights
-from sparsecod_megatron.checkpoint.paths import resolve_step_dir
+from sparsecod_megatron.checkpoint.paths import resolve_step_dir, run_of
 from sparsecod_megatron.checkpoint.saver import CheckpointSaver
 from sparsecod_megatron.checkpoint.state import TrainState
 from sparsecod_megatron.train.setup import Trainer
