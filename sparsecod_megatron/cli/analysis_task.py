@@ -1,9 +1,8 @@
-"""The task that `sparsecod analyze` asks a model: a file of questions, one made here, or the run's own."""
+"""The options of `sparsecod analyze` that say which task a model is asked."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,8 @@ from sparsecod_megatron.cli.options import names
 from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from sparsecod_megatron.analysis.tasks.items import Items
+    from sparsecod_megatron.analysis.tasks.request import TaskRequest
+    from sparsecod_megatron.config import DataConfig
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
@@ -29,87 +27,26 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_task(args: argparse.Namespace) -> None:
-    """Refuse a task that no score asks, scores without their task, and difficulties of a task that has its own.
+def requested_task(args: argparse.Namespace) -> TaskRequest | None:
+    """The task that the command asks; None without one.
 
     Raises:
-        ConfigError: any of these.
+        ConfigError: a task that no score asks, a score without its task, or difficulties that cannot be.
     """
-    from sparsecod_megatron.analysis.scores.registry import ASKING, TAKING_TASKS
-    from sparsecod_megatron.analysis.tasks.built_in import BUILT_IN
+    from sparsecod_megatron.analysis.tasks.request import TaskRequest, check_task
 
-    scores = names(args.scores)
-    asking = [score for score in scores if score in ASKING]
-    if args.task is not None and not set(scores) & set(TAKING_TASKS):
-        raise ConfigError(
-            f"--task {args.task}: no score asks it; leave it out, or add {' or '.join(TAKING_TASKS)} to --scores"
-        )
-    if args.task is None and asking:
-        from sparsecod_megatron.analysis.tasks.items import without_task
-
-        raise without_task(asking[0])
-    if args.difficulties is None:
-        return
-    if args.task not in BUILT_IN:
-        raise ConfigError(f"--difficulties {args.difficulties}: only of --task {' and '.join(BUILT_IN)}; leave it out")
-    if not all(name.isdecimal() for name in names(args.difficulties)) or not names(args.difficulties):
+    texts = () if args.difficulties is None else names(args.difficulties)
+    if args.difficulties is not None and not (texts and all(text.isdecimal() for text in texts)):
         raise ConfigError(f"--difficulties {args.difficulties}: give whole numbers, such as 1,2,4")
+    difficulties = tuple(map(int, texts))
+    check_task(names(args.scores), args.task, difficulties)
+    return None if args.task is None else TaskRequest(args.task, args.samples, args.seed, difficulties)
 
 
-def needs_text(scores: Sequence[str]) -> bool:
-    """Whether any of the scores is measured on text."""
-    from sparsecod_megatron.analysis.scores.registry import ASKING
-
-    return not scores or any(score not in ASKING for score in scores)
-
-
-def read_task(
-    args: argparse.Namespace, path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> Items | None:
-    """The task's items in the model's tokens, at most `--samples`; None without a task.
-
-    Args:
-        args: the command's.
-        path: the model as it was given.
-        tokenizer: the model's.
-        vocab_size: the model's.
-
-    Raises:
-        ConfigError: `synthetic` of a model that is not a run on `data.synthetic`.
-        DataError: a file without questions, or tokens that the model lacks.
-    """
-    from sparsecod_megatron.analysis.tasks.built_in import BUILT_IN, make_pairs
-    from sparsecod_megatron.analysis.tasks.items import items_of
-    from sparsecod_megatron.analysis.tasks.synthetic import SYNTHETIC
-    from sparsecod_megatron.analysis.tasks.text import drawn, read_pairs, tokenised
-    from sparsecod_megatron.evaluation.corpus import leading_token
-
-    if args.task is None:
-        return None
-    if args.task == SYNTHETIC:
-        return _synthetic(path, args.samples, args.seed)
-    if args.task in BUILT_IN:
-        wanted = None if args.difficulties is None else [*map(int, names(args.difficulties))]
-        pairs = make_pairs(args.task, wanted, count=args.samples, seed=args.seed)
-    else:
-        pairs = drawn(read_pairs(Path(args.task)), args.samples, seed=args.seed)
-    answered = tokenised(pairs, tokenizer, leading=leading_token(tokenizer), name=args.task)
-    return items_of(args.task, answered, vocab_size=vocab_size)
-
-
-def _synthetic(path: Path, count: int, seed: int) -> Items:
-    from sparsecod_megatron.analysis.tasks.synthetic import SYNTHETIC, synthetic_items
+def data_of(path: Path) -> DataConfig | None:
+    """The data section of the run that a model is, or is a step of; None for other models."""
     from sparsecod_megatron.checkpoint.paths import resolve_step_dir
     from sparsecod_megatron.checkpoint.state import saved_config
-    from sparsecod_megatron.data.synthetic.registry import task_of
     from sparsecod_megatron.files import MODEL_CONFIG_FILE
 
-    task = None
-    if not (path / MODEL_CONFIG_FILE).is_file():
-        data = saved_config(resolve_step_dir(path)).data
-        task = task_of(data)
-    if task is None:
-        raise ConfigError(
-            f"--task {SYNTHETIC}: {path} is not a run on data.synthetic; give such a run or step, or another task"
-        )
-    return synthetic_items(task, seq_length=data.seq_length, count=count, seed=seed)
+    return None if (path / MODEL_CONFIG_FILE).is_file() else saved_config(resolve_step_dir(path)).data

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecod_megatron.cli.analysis_task import add_task_options, check_task, needs_text, read_task
+from sparsecod_megatron.cli.analysis_task import add_task_options, data_of, requested_task
 from sparsecod_megatron.cli.launch import share_work
 from sparsecod_megatron.cli.options import add_model_options, check_above_zero, check_at_least, names
 from sparsecod_megatron.errors import ConfigError
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SparsecodError: arguments, model or data that cannot be used.
     """
+    from sparsecod_megatron.analysis.scores.registry import needs_text
     from sparsecod_megatron.files import check_writable
 
     check_writable(args.output)
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     if UPDATE in names(args.scores):
         _update(args)
         return
-    check_task(args)
+    requested_task(args)
     if not args.model or (args.data is None and needs_text(names(args.scores))):
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
     if len(args.model) > 1 and not args.every_checkpoint:
@@ -175,10 +176,9 @@ def _print_changes(whole: Analysis) -> None:
 def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], processes: Processes) -> Analysis:
     """Analyse one model, and record the facts. Collective over the processes."""
     from sparsecod_megatron.analysis.analyze import analyze
-    from sparsecod_megatron.analysis.scores.context import make_context
     from sparsecod_megatron.analysis.scores.registry import find_scores
-    from sparsecod_megatron.analysis.tasks.text import digit_ids
-    from sparsecod_megatron.evaluation.corpus import dataset_prefix, read_corpus
+    from sparsecod_megatron.evaluation.corpus import dataset_prefix
+    from sparsecod_megatron.models.measured import context_of
     from sparsecod_megatron.models.opening import open_model
 
     budgets = None if args.budgets is None else names(args.budgets)
@@ -201,22 +201,20 @@ def _measure(args: argparse.Namespace, path: Path, facts: dict[str, Any], proces
         restored=False,  # what is rounded has no derivative, of which Jacobians are made
         processes=processes,
     ) as opened:
-        tokens = None if args.data is None else read_corpus(args.data, opened.tokenizer).tokens
-        model = opened.model
-        classes = {"digits": digit_ids(opened.tokenizer)} if "token_skip" in names(args.scores) else {}
-        items = read_task(args, path, opened.tokenizer, model.config.get_text_config().vocab_size)
-    context = make_context(
-        model,
-        tokens,
-        num_samples=args.samples,
-        seq_length=args.seq_length,
-        seed=args.seed,
-        memory_gib=args.memory_gib,
-        reference=args.compat == "reference",
-        processes=processes,
-        items=items,
-        token_classes=classes,
-    )
+        context = context_of(
+            opened,
+            names(args.scores),
+            model=str(path),
+            text=args.data,
+            task=requested_task(args),
+            data=data_of(path),
+            num_samples=args.samples,
+            seq_length=args.seq_length,
+            seed=args.seed,
+            memory_gib=args.memory_gib,
+            reference=args.compat == "reference",
+            processes=processes,
+        )
     return analyze(context, scores, settings={"model": str(path), **_sources(args), **facts})
 
 

@@ -109,6 +109,7 @@ def measurement(study: Study) -> dict[str, Any]:
     """What changes a cell's numbers besides its run."""
     scores, held_out = study.config.scores, study.config.evaluation
     steps = {"steps": scores.steps, "spacing": scores.spacing} if scores.steps else {}
+    asked = {"task": scores.task, "difficulties": scores.difficulties} if scores.task is not None else {}
     return {
         "scores": {
             "names": scores.names,
@@ -116,6 +117,7 @@ def measurement(study: Study) -> dict[str, Any]:
             "seq_length": scores.seq_length,
             "seed": scores.seed,
             **steps,
+            **asked,
         },
         "evaluation": {"windows": held_out.windows, "tasks": held_out.tasks, "limit": held_out.limit},
     }

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from sparsecod_megatron.analysis.depth_plot import COLORS, MARKERS
+from sparsecod_megatron.studies.block_metrics import by_block
 from sparsecod_megatron.studies.cell import trained_run
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.law_figure import draw_law
@@ -19,10 +20,16 @@ from sparsecod_megatron.studies.schema import Labels, setting_name
 from sparsecod_megatron.studies.table import Row, Table
 
 FIGURES_FOLDER = "figures"
+BY_BLOCK = {
+    "answers/skip_accuracy": "change of accuracy without the block",
+    "integrated_gradients/integrated_gradients": "nats per item that the branch accounts for",
+    "token_skip/needs": "share of tokens that need the block",
+}
+"""Metric of single blocks → what a figure's axis calls it."""
 
 
 def draw_figures(study: Study, table: Table) -> list[Path]:
-    """Write one picture per measured column, pair of metrics and law, and one of the residual variance by depth.
+    """Write one picture per measured column, pair of metrics and law, one of the variance and one of answers by depth.
 
     Raises:
         ConfigError: a file cannot be written.
@@ -43,7 +50,12 @@ def draw_figures(study: Study, table: Table) -> list[Path]:
     variances = {labels: found for labels in table.results if (found := _mean_variances(study, labels, table))}
     if variances:
         drawn.append(study.output / FIGURES_FOLDER / "variance_by_depth.png")
-        _draw_variances(drawn[-1], variances, study)
+        _draw_by_layer(drawn[-1], variances, "residual stream variance", f"{study.config.name}: out_var after training")
+    for metric, meaning in BY_BLOCK.items():
+        means = {labels: found for labels in table.results if (found := _mean_by_block(table, labels, metric))}
+        if means:
+            drawn.append(study.output / FIGURES_FOLDER / f"{metric.rpartition('/')[2]}_by_block.png")
+            _draw_by_layer(drawn[-1], means, meaning, f"{study.config.name}: what each block is for", log=False)
     return drawn
 
 
@@ -55,16 +67,26 @@ def _mean_variances(study: Study, labels: Labels, table: Table) -> list[float]:
     return np.exp(np.log(known).mean(axis=0)).tolist() if known else []
 
 
-def _draw_variances(path: Path, variances: Mapping[Labels, Sequence[float]], study: Study) -> None:
+def _mean_by_block(table: Table, labels: Labels, metric: str) -> list[float]:
+    """A metric of every block, the mean over the seeds that have it."""
+    known = [found for metrics in table.results[labels].values() if (found := by_block(metrics, metric))]
+    return np.mean(known, axis=0).tolist() if known else []
+
+
+def _draw_by_layer(
+    path: Path, lines: Mapping[Labels, Sequence[float]], meaning: str, title: str, *, log: bool = True
+) -> None:
+    """A line over the layers for every place of the grid."""
     with picture(path) as axes:
-        for index, (labels, layers) in enumerate(variances.items()):
+        for index, (labels, layers) in enumerate(lines.items()):
             color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
             axes.plot(range(len(layers)), layers, color=color, marker=marker, label=setting_name(labels))
-        axes.set_yscale("log")
+        if log:
+            axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
-        axes.set_ylabel("residual stream variance")
-        axes.set_title(f"{study.config.name}: out_var after training", loc="left")
+        axes.set_ylabel(meaning)
+        axes.set_title(title, loc="left")
         axes.legend()
 
 

@@ -16,8 +16,8 @@ from sparsecod_megatron.config.typed import merge_typed, read_updates
 from sparsecod_megatron.data.synthetic.registry import task_of
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
-from sparsecod_megatron.seams.mechanism import configured
 from sparsecod_megatron.studies.budget import set_budget
+from sparsecod_megatron.studies.cell_checks import NamedRun, check_cells
 from sparsecod_megatron.studies.forms import find_law
 from sparsecod_megatron.studies.schema import AxisConfig, Labels, ScoresConfig, StudyConfig, setting_name
 from sparsecod_megatron.studies.steps import scored_steps
@@ -95,42 +95,8 @@ def load_study(path: Path, output: Path, overrides: Sequence[str] = ()) -> Study
         for labels, changes in runs.items()
         for seed in config.seeds
     )
-    for cell in cells:
-        _check_scores(path, config, cell)
+    check_cells(path, config, [NamedRun(cell.name, cell.config) for cell in cells])
     return Study(config, cells, output)
-
-
-def _check_scores(path: Path, config: StudyConfig, cell: Cell) -> None:
-    """Refuse what would only fail after the cell has trained."""
-    names, length = config.scores.names, config.scores.seq_length
-    if cell.config.data.synthetic:
-        _check_synthetic(path, config, cell)
-    if names and length > cell.config.data.seq_length:
-        raise ConfigError(
-            f"{path}: scores.seq_length: {length} is above data.seq_length={cell.config.data.seq_length} of cell "
-            f"{cell.name}, whose model takes no more; lower it"
-        )
-    for mechanism in configured(cell.config):
-        if "jacobian" in names and mechanism.mixes_tokens:
-            raise ConfigError(
-                f"{path}: scores.names: jacobian cannot be computed of cell {cell.name}, because mechanisms."
-                f"{mechanism.name} mixes tokens outside of attention; leave jacobian out"
-            )
-
-
-def _check_synthetic(path: Path, config: StudyConfig, cell: Cell) -> None:
-    """Refuse what needs text, which a synthetic task has none of, and a run that would say nothing of its answers."""
-    for key, names in (("scores.names", config.scores.names), ("evaluation.tasks", config.evaluation.tasks)):
-        if names:
-            raise ConfigError(
-                f"{path}: {key}: {', '.join(names)} need text, and cell {cell.name} trains on data.synthetic; set it "
-                "to []"
-            )
-    if cell.config.train.eval_interval == 0:
-        raise ConfigError(
-            f"{path}: train.eval_interval: 0, but the numbers of cell {cell.name} on data.synthetic come from "
-            "validation; set an interval"
-        )
 
 
 def _cell(base: Path, changes: Sequence[str], labels: Labels, seed: int, output: Path, scores: ScoresConfig) -> Cell:

@@ -13,6 +13,7 @@ from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.parameters import ParameterCount, ParameterTable
 from sparsecod_megatron.config.run_files import METRICS_FILE, STATISTICS_FILE
 from sparsecod_megatron.planning.vocabulary import with_vocabulary
+from sparsecod_megatron.studies.block_metrics import block_metrics
 from sparsecod_megatron.studies.budget import training_flops_per_token, training_tokens
 
 SIZES = ("parameters_total", "parameters_active", "tokens", "train_flops")
@@ -50,9 +51,9 @@ def cell_metrics(config: RunConfig, *, run: Path, analysis: Path, evaluation: Pa
     `SIZES`; `active_share` and `tokens_per_parameter`, of all parameters; `parameters_non_embedding`, and
     `parameters_mean_live`, those of them that were not zero, on average over the steps; `live_share_end`, the share
     that one mechanism of weight sparsity left at the last step of the weights that it may set to zero; `loss`,
-    `perplexity` and `bits_per_byte` of held-out text, or `ANSWERS`; `SCORE/VALUE` of every score; `activation_ratio`,
-    1 − `activation/sparsity`; `TASK/METRIC` of every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc`
-    where a task has none;
+    `perplexity` and `bits_per_byte` of held-out text, or `ANSWERS`; `SCORE/VALUE` of every score, and
+    `SCORE/VALUE/BLOCK` of those of `block_metrics`; `activation_ratio`, 1 − `activation/sparsity`; `TASK/METRIC` of
+    every task and `task_mean`, the mean over tasks of `acc_norm`, or `acc` where a task has none;
     `out_var_first`, `out_var_last` and `out_var_growth` of the last collected step, the last layer's over the first's;
     `NAME_start` and `NAME_end` of every statistic in `OVER_TRAINING`, means over layers at the first and the last
     collected step, and `NAME_end_first` of the first layer that has it; `first_loss`, of the first logged step; the
@@ -146,6 +147,7 @@ def _scores(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if f"{score}/{name}" == ACTIVATION:
                 turned = {"value": ends["value"], "low": ends["high"], "high": ends["low"]}
                 yield RATIO, {end: None if number is None else 1 - number for end, number in turned.items()}
+        yield from block_metrics(result["tables"])
 
 
 def _evaluated(path: Path) -> Iterator[tuple[str, Any]]:

@@ -46,10 +46,17 @@ class ScoresConfig:
     names: list[str] = field(
         default_factory=lambda: ["causal", "permutation", "usefulness", "jacobian", "skip", "lens"]
     )
+    task: str | None = None
+    """What `answers`, `integrated_gradients` and `token_skip` ask: `addition`, `hops`, a file of questions (relative to
+    the folder that the command is run in), or `synthetic`, each cell's own `data.synthetic`."""
+    difficulties: list[int] = field(default_factory=list)
+    """Digits of `addition` or steps of `hops`; empty takes the task's own."""
     samples: int = at_least(2, 64)
+    """Sequences of text, and questions of the task."""
     seq_length: int = at_least(1, 128)
-    """Seed of the sample, the same for all cells, so that their scores can be compared."""
+    """Tokens of a sequence of text."""
     seed: int = at_least(0, 0)
+    """Seed of the sample, the same for all cells, so that their scores can be compared."""
     memory_gib: float = at_least(0, 2.0)
     steps: int = at_least(0, 0)
     """Checkpoints of a cell that are scored, on held-out text too, the last among them; 0 scores the last alone."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsecod_megatron.config import DataConfig
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies.schema import HeldOutConfig, ScoresConfig
+
+if TYPE_CHECKING:
+    from sparsecod_megatron.analysis.tasks.request import TaskRequest
 
 MODEL_FOLDER, ANALYSIS_FOLDER, EVALUATION_FOLDER = "hf", "analysis", "eval"
 """What the three make beside each other, of a cell or one of its earlier checkpoints."""
@@ -34,34 +38,51 @@ def export(run: Path, output: Path, *, verify: bool) -> None:
 def score(settings: ScoresConfig, data: DataConfig, model_directory: Path, output: Path) -> None:
     """Write the analysis directory of an exported model; nothing where it is there or no score is asked for.
 
-    The sample is drawn from the first validation source.
+    The sample is drawn from the first validation source; scores that ask for answers take `settings.task` alone.
 
     Raises:
-        SparsecodError: scores, data or model that cannot be used.
+        SparsecodError: scores, data, task or model that cannot be used.
     """
     from sparsecod_megatron.analysis.analyze import analyze, write_analysis
     from sparsecod_megatron.analysis.directory import is_analysis
-    from sparsecod_megatron.analysis.scores.context import make_context
-    from sparsecod_megatron.analysis.scores.registry import find_scores
-    from sparsecod_megatron.evaluation.corpus import read_corpus
+    from sparsecod_megatron.analysis.scores.registry import find_scores, needs_text
+    from sparsecod_megatron.models.measured import context_of
     from sparsecod_megatron.models.opening import open_model
 
     if not settings.names or is_analysis(output):
         return
     scores = find_scores(settings.names)
-    source = held_out_text(data)
+    source = held_out_text(data) if needs_text(settings.names) else None
     with open_model(model_directory, restored=False) as opened:
-        corpus, model = read_corpus(source, opened.tokenizer), opened.model
-    context = make_context(
-        model,
-        corpus.tokens,
-        num_samples=settings.samples,
-        seq_length=settings.seq_length,
-        seed=settings.seed,
-        memory_gib=settings.memory_gib,
-    )
-    analysis = analyze(context, scores, settings={"model": str(model_directory), "data": str(source)})
-    write_analysis(analysis, output)
+        context = context_of(
+            opened,
+            settings.names,
+            model=str(model_directory),
+            text=source,
+            task=requested_task(settings),
+            data=data,
+            num_samples=settings.samples,
+            seq_length=settings.seq_length,
+            seed=settings.seed,
+            memory_gib=settings.memory_gib,
+        )
+    sources = {"data": source, "task": settings.task}
+    facts = {key: str(value) for key, value in sources.items() if value is not None}
+    write_analysis(analyze(context, scores, settings={"model": str(model_directory), **facts}), output)
+
+
+def requested_task(settings: ScoresConfig) -> TaskRequest | None:
+    """The task that the scores ask; None without one.
+
+    Raises:
+        ConfigError: a task that no score asks, a score without its task, or difficulties that cannot be.
+    """
+    from sparsecod_megatron.analysis.tasks.request import TaskRequest, check_task
+
+    check_task(settings.names, settings.task, settings.difficulties)
+    if settings.task is None:
+        return None
+    return TaskRequest(settings.task, settings.samples, settings.seed, tuple(settings.difficulties))
 
 
 def evaluate(settings: HeldOutConfig, data: DataConfig, model_directory: Path, output: Path) -> None:

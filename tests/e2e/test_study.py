@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sparsecod_megatron.cli.main import main
+from sparsecod_megatron.studies import load_study
+from sparsecod_megatron.studies.cell import run_cell
+from sparsecod_megatron.studies.figures import draw_figures
+from sparsecod_megatron.studies.table import make_table, write_table
 from tests.helpers.cli import sparsecod
 from tests.helpers.running import ended_with_block, until
 from tests.helpers.text import write_corpus
@@ -91,6 +96,52 @@ def test_a_study_of_two_cells(study: list[str], tmp_path: Path) -> None:
     assert json.loads((fine / "result.json").read_text())["metrics"] == metrics
     refused = sparsecod(*command, "run.train.train_steps=6", check=False)
     assert refused.returncode == 2 and "gives this cell another run" in refused.stderr
+
+
+def test_a_study_of_answers(tmp_path: Path) -> None:
+    """Cells of a synthetic task are scored by what their blocks do for its answers, as `analyze` scores the run."""
+    run = {"data": {"synthetic": {"task": "recall", "vocab_size": 8}}, "train": {"eval_interval": 4}}
+    first = "answers/skip_accuracy/0"
+    asked = {
+        "question": "What is each block for?",
+        "run": run,
+        "grid": [{"name": "depth", "key": "model.num_layers", "values": [1, 2]}],
+        "scores": {"names": ["answers", "integrated_gradients"], "task": "synthetic", "samples": 6},
+        "columns": ["answer_accuracy", "answers/useful_share", first, "answers/skip_accuracy/1"],
+        "claims": [
+            {"text": "a block alone does more", "metric": first, "higher": {"depth": "2"}, "lower": {"depth": "1"}}
+        ],
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | asked, sort_keys=False))
+    output = tmp_path / "out"
+    study = load_study(tmp_path / "study.yaml", output, ["keep_checkpoints=true", "verify=false"])
+    for each in study.cells:
+        run_cell(study, each)
+    table = make_table(study)
+    text = write_table(study, table, command="sparsecod study …")
+    content = json.loads((output / "table.json").read_text())
+    found = {row["labels"]["depth"]: row["metrics"] for row in content["rows"]}
+    assert first in found["1"] and "answers/skip_accuracy/1" not in found["1"]
+    (verdict,) = content["claims"]
+    assert verdict["verdict"] == "not separable" and verdict["difference"]["value"] == pytest.approx(
+        found["2"][first]["value"] - found["1"][first]["value"]
+    )
+    assert "| a block alone does more | – | answers/skip_accuracy/0 |" in text
+    assert {path.stem for path in draw_figures(study, table)} >= {
+        "answers_useful_share",
+        "skip_accuracy_by_block",
+        "integrated_gradients_by_block",
+    }
+    cell = output / "cells/depth=2,seed=1"
+    options = ["--scores", "answers", "--task", "synthetic", "--samples", "6", "--no-verify"]
+    assert main(["analyze", str(cell / "run"), *options, "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again/scores.json").read_text())["scores"]["answers"]
+    assert again == json.loads((cell / "analysis/scores.json").read_text())["scores"]["answers"]
+    rows = [row for row in again["tables"]["answers"] if (row["intervention"], row["difficulty"]) == ("skip", "all")]
+    metrics, point = (json.loads((cell / "result.json").read_text())[key] for key in ("metrics", "measured"))
+    assert [metrics[f"answers/skip_accuracy/{block}"] for block in (0, 1)] == [row["accuracy"] for row in rows]
+    assert (point["scores"]["task"], point["scores"]["difficulties"]) == ("synthetic", [])
 
 
 def test_a_stopped_study_has_saved(study: list[str], tmp_path: Path) -> None:

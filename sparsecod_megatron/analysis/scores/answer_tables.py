@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsecod_megatron.analysis.intervals import Array, Estimate, Strata, bootstrap, ratio_of_sums
+from sparsecod_megatron.analysis.intervals import Array, Estimate, Strata, bootstrap, ratio_of_sums, wilson
 from sparsecod_megatron.analysis.scores.base import Lines, Number, Result
 from sparsecod_megatron.analysis.tasks.items import Items
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 METRICS = {"accuracy": (3, 2), "exact_match": (1, 0), "log_likelihood": (4, 0)}
 """Number → which of an item's sums is divided by which, both summed over items."""
 ALL = "all"
+USEFUL = 0.1
+"""Share of the intact accuracy that a useful block is worth, as `usefulness` asks for a tenth of the loss."""
 KINDS = {"skip": "is skipped", "swap": "and the next are swapped", "erase": "reads means in place of the context"}
 """Intervention → how a figure's title says it."""
 
@@ -50,6 +52,7 @@ def answers_result(sums: Array, changes: Sequence[Intervention], items: Items, n
     ]
     kinds = {kind: [place for place, change in enumerate(changes) if change.kind == kind] for kind in KINDS}
     values: dict[str, Any] = {name: numbers[name].at(0, 0).as_dict() for name in METRICS}
+    values["useful_share"] = _useful_share(numbers["accuracy"], kinds["skip"])
     values |= _means(whole, changes, kinds, num_layers, seed, strata)
     return Result(
         values=values,
@@ -111,6 +114,15 @@ def _means(
                 if label.endswith("_second_half") and whole.shape[2] > 2:
                     found[f"{label}_harder"] = _harder(change, whole[:, 0, :, below], seed, strata)
     return found
+
+
+def _useful_share(accuracy: Estimate, skips: Sequence[int]) -> dict[str, Number]:
+    """Share of the blocks without which accuracy falls by more than `USEFUL` of itself, with Wilson's interval."""
+    intact = accuracy.value[0, 0]
+    if not intact > 0:
+        return {"value": None, "low": None, "high": None}
+    fallen = [-accuracy.value[1 + place, 0] > USEFUL * intact for place in skips]
+    return wilson(sum(map(int, fallen)), len(fallen)).as_dict()
 
 
 def _harder(change: Array, base: Array, seed: int, strata: Strata) -> dict[str, Number]:

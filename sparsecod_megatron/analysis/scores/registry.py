@@ -41,6 +41,11 @@ BUDGETED = ("sparse_attention", "seer_gate")
 """Scores that take shares of the keys that a query keeps."""
 
 
+def needs_text(names: Sequence[str]) -> bool:
+    """Whether any of the scores is measured on text; where none is named, the default ones are."""
+    return not names or any(name not in ASKING for name in names)
+
+
 def find_scores(
     names: Sequence[str],
     *,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sparsecod_megatron.data.tokenizer import train_tokenizer
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.studies import Study, load_study
 from tests.unit.studies.conftest import WriteStudy
@@ -83,6 +84,11 @@ def test_a_score_that_a_mechanism_rules_out_is_refused_before_anything_trains(
     ("change", "said"),
     [
         ("scores.names=[causal]", "scores.names: causal need text, and cell seed=1 trains on data.synthetic"),
+        ("scores={names: [answers, token_skip], task: synthetic}", "scores.names: token_skip need text"),
+        (
+            "scores={names: [answers], task: addition}",
+            "scores.task: addition is text, and cell seed=1 trains on data.s",
+        ),
         ("evaluation.tasks=[piqa]", "evaluation.tasks: piqa need text"),
         ("run.train.eval_interval=0", "train.eval_interval: 0, but the numbers of cell seed=1"),
         ("run.data.synthetic.task=recal", "cell seed=1: data.synthetic.task: 'recal' is not a task"),
@@ -94,9 +100,52 @@ def test_a_synthetic_task_is_refused_what_needs_text(
     run = {"data": {"synthetic": {"task": "recall"}}, "train": {"eval_interval": 5}}
     path = write_study(grid=[], seeds=[1], run=run, scores={"names": []})
     assert len(load_study(path, tmp_path / "out").cells) == 1
+    asking = ["scores={names: [answers, integrated_gradients], task: synthetic, seq_length: 999}"]
+    assert len(load_study(path, tmp_path / "out", asking).cells) == 1, "no text, so its length says nothing"
     with pytest.raises(ConfigError) as refusal:
         load_study(path, tmp_path / "out", [change])
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("scores.names=[answrs]", "scores.names answrs: no such score; give some of causal"),
+        ("scores.names=[answers]", "scores.names answers: asks for answers; give scores.task addition, hops, synth"),
+        ("scores.task=hops", "scores.task hops: no score asks it; leave it out, or add answers or"),
+        ("scores={names: [], task: hops}", "scores.task: hops, but scores.names is []"),
+        (
+            "scores={names: [answers], task: synthetic}",
+            "scores.task: synthetic, but cell depth=2,decay=none,seed=1 doe",
+        ),
+        ("scores={names: [answers], task: absent.jsonl}", "scores.task absent.jsonl: cannot be read as text"),
+        ("scores={names: [answers], task: hops, difficulties: [8]}", "scores.difficulties 8: hops has 1 to 7"),
+        (
+            "scores={names: [answers], task: hops, samples: 2}",
+            "scores.samples 2: fewer than the 3 difficulties of hops",
+        ),
+        ("scores={names: [answers], task: synthetic, difficulties: [1]}", "scores.difficulties 1: only of scores.task"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused(
+    change: str, said: str, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_study(write_study(), tmp_path / "out", [change])
+    assert said in str(refusal.value)
+
+
+def test_questions_longer_than_a_cells_sequences_are_refused(write_study: WriteStudy, tmp_path: Path) -> None:
+    """Where its tokenizer is there already: of bytes here, so that a question has a token for each character."""
+    tokenizer = train_tokenizer(["From A to B, steps 2: C. 12+34=46"], 257)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = write_study(seeds=[1], run={"data": {"tokenizer": str(tmp_path / "tokenizer"), "seq_length": 64}})
+    asking = "scores={names: [answers], task: addition, difficulties: [2]}"
+    assert load_study(path, tmp_path / "out", [asking]).cells
+    with pytest.raises(
+        ConfigError, match=r"scores.task: hops has questions of \d+ tokens, above data.seq_length=64 of c"
+    ):
+        load_study(path, tmp_path / "out", ["scores={names: [answers], task: hops}"])
 
 
 AXIS: dict[str, Any] = {"name": "depth", "key": "model.num_layers", "values": [2, 4]}

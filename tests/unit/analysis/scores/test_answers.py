@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparsecod_megatron.analysis.intervals import ratio_of_sums
-from sparsecod_megatron.analysis.scores.answers import Answers, answer_sums, collect_sums
+from sparsecod_megatron.analysis.scores.answer_tables import answers_result
+from sparsecod_megatron.analysis.scores.answers import SUMS, Answers, Intervention, answer_sums, collect_sums
 from sparsecod_megatron.analysis.scores.context import make_context
 from sparsecod_megatron.analysis.tasks.items import Answered, items_of
 from sparsecod_megatron.errors import ConfigError, DataError
@@ -196,6 +197,7 @@ def planted(kinds: dict[int, str], *, num_layers: int) -> PreTrainedModel:
 
 
 def exact_changes(model: PreTrainedModel) -> dict[str, list[float]]:
+    """Change of exact match by intervention and block; the share of useful blocks is checked on the way."""
     questions = [Answered([16, symbol, 17, HALF + symbol], 3, 1) for symbol in range(1, HALF)]
     items = items_of("planted", questions, vocab_size=20)
     result = Answers().run(make_context(model, None, num_samples=7, seq_length=4, seed=0, items=items))
@@ -205,6 +207,7 @@ def exact_changes(model: PreTrainedModel) -> dict[str, list[float]]:
         if row["layer"] is not None and row["difficulty"] == "all":
             assert row["exact_match"] == row["accuracy"]
             found[row["intervention"]].append(row["exact_match"])
+    assert result.values["useful_share"]["value"] == found["skip"].count(-1) / len(found["skip"])
     return found
 
 
@@ -223,6 +226,24 @@ def test_copying_before_answering_is_found_in_its_order() -> None:
     changes = exact_changes(planted({1: "copy", 2: "answer"}, num_layers=4))
     assert (changes["skip"], changes["swap"]) == ([0, -1, -1, 0], [0, -1, 0])
     assert changes["erase"] == pytest.approx([-6 / 7, -6 / 7, 0, 0], abs=1e-9)
+
+
+def test_no_block_is_useful_for_answers_that_are_all_wrong() -> None:
+    """And one that costs a tenth of the accuracy is not yet."""
+    model = planted({}, num_layers=2)
+    wrong = items_of("wrong", [Answered([16, symbol, 17, HALF + symbol], 3, 1) for symbol in (1, 2)], vocab_size=20)
+    result = Answers().run(make_context(model, None, num_samples=2, seq_length=4, seed=0, items=wrong))
+    assert result.values["accuracy"]["value"] == 0
+    assert result.values["useful_share"] == {"value": None, "low": None, "high": None}
+    sums = np.zeros((10, 3, 1, SUMS))
+    sums[:, :, 0, [0, 2]] = 1.0
+    sums[:, 0, 0, [1, 3]] = 1.0  # right in all, but for what a block takes away
+    for block, lost in ((1, 1), (2, 2)):
+        sums[lost:, block, 0, [1, 3]] = 1.0
+    skips = [Intervention("skip", 0), Intervention("skip", 1)]
+    items = items_of("ten", [Answered([1, 2], 1, 1)] * 10, vocab_size=3)
+    share = answers_result(sums, skips, items, 2, seed=0).values["useful_share"]
+    assert share["value"] == 0.5 and share["low"] == pytest.approx(0.0945, abs=1e-4)
 
 
 def test_of_equal_logits_the_lowest_is_said() -> None:
