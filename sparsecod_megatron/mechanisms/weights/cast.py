@@ -14,6 +14,7 @@ Models (arXiv 2509.25996).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -25,6 +26,7 @@ from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import at_least
 from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
+from sparsecod_megatron.mechanisms.weights.engine.masking import numbered
 from sparsecod_megatron.mechanisms.weights.engine.patterns import indivisible_groups, parsed_pattern, smallest_of_each
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece
 from sparsecod_megatron.mechanisms.weights.engine.schedules import is_choice, step_of_share
@@ -108,6 +110,9 @@ class DrawnToZero(ZeroedWeights):
             return
         group = piece.group
         decay = self.settings.decay * min(context.progress / self.settings.rise, 1.0)
-        variance = piece.moments[1] / (1 - group["betas"][1] ** group["step"])
-        threshold = marks * (group["lr"] * decay / (variance.sqrt() + group["eps"]))
-        piece.master.copy_(torch.sign(piece.master) * (piece.master.abs() - threshold).clamp(min=0))
+        # η λ / (√(v / c) + ε) is η λ √c / (√v + ε √c), whose factors are numbers.
+        correction = math.sqrt(1 - group["betas"][1] ** group["step"])
+        for numbers, weights, squares in numbered(marks, piece.master, piece.moments[1]):
+            deviation = squares.sqrt().add_(group["eps"] * correction)
+            threshold = numbers.to(weights.dtype).mul_(group["lr"] * decay * correction).div_(deviation)
+            weights.sub_(torch.clamp(weights, -threshold, threshold))

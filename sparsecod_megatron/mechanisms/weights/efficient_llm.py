@@ -87,14 +87,14 @@ class SalientGroups(GroupMarks):
 
     def on_gradients(self, context: StepContext) -> None:
         """Take the saliency first: a dead weight's is zero. Collective over all processes."""
-        values = [(piece.master * piece.gradient).square() for piece in self.places.pieces]
+        values = ((piece.master * piece.gradient).square_() for piece in self.places.pieces)
         memory = self.settings.memory
         self.saliency = memory * self.saliency + (1 - memory) * self.groups.sums(values)
         super().on_gradients(context)
 
     def chosen(self, context: StepContext) -> list[Tensor]:
         """The least salient; dead groups first, which stay dead. Collective over all processes."""
-        dead = self.groups.sums([piece.marked.float() for piece in self.places.pieces]) > 0
+        dead = self.groups.sums(piece.marked for piece in self.places.pieces) > 0
         return self.smallest(self.saliency.masked_fill(dead, -1.0), context)
 
     def sharded_state(self, model_state: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,6 @@ class LassoedGroups(GroupMarks):
         if self._norms is None:
             super().change_weights(piece, marks, context)
             return
-        ids = self.groups.ids[self.places.pieces.index(piece)]
         kept = (1 - piece.learning_rate * self.settings.strength / self._norms.clamp(min=1e-30)).clamp(min=0)
-        piece.master.mul_(kept[ids].where(marks, 1.0))
+        for part in self.groups.rectangles[piece]:
+            part.of(piece.master).mul_(part.spread(kept).where(part.line(marks), 1.0))

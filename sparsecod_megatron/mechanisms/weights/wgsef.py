@@ -85,7 +85,8 @@ class EnvelopedGroups(GroupMarks):
         weight = piece.learning_rate * self.settings.strength
         if weight not in self._kept:
             self._kept[weight] = self._kept_of_all(self._sizes, weight)
-        piece.master.mul_(self._kept[weight][self.groups.ids[self.places.pieces.index(piece)]])
+        for part in self.groups.rectangles[piece]:
+            part.of(piece.master).mul_(part.spread(self._kept[weight]))
 
     def _kept_of_all(self, sizes: Tensor, weight: float) -> Tensor:
         blocks = self.groups.blocks

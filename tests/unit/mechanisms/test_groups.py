@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -43,6 +44,32 @@ def test_norms_are_of_the_coupled_weights(pattern: str, weights: Any, count: int
                 expected = torch.cat([part.flatten() for part in weights(model, layer, index)])
                 torch.testing.assert_close(norms[layer * count + index], expected.norm(), rtol=1e-5, atol=0)
                 assert plugin.groups.sizes[layer * count + index] == expected.numel()
+
+
+@pytest.mark.parametrize("pattern", ["neuron", "head"])
+@pytest.mark.parametrize("span", [(0, None), (64, 192), (5, 69), (70, 90), (37, None), (64, 101)])
+def test_slices_begin_and_end_anywhere(pattern: str, span: tuple[int, int | None]) -> None:
+    """Sums, values and views of a slice that cuts rows, against the group of each weight by its place."""
+    from sparsecod_megatron.mechanisms.weights.engine.groups import Groups
+
+    with small_trainer(*STEPS, f"mechanisms.wgsef.pattern={pattern}") as trainer:
+        places, model = trainer.plugins[0].places, trainer.config.model
+        part = slice(*span)
+        places.pieces = [
+            dataclasses.replace(piece, span=part.indices(len(piece.master))[:2], master=piece.master[part])
+            for piece in places.pieces
+        ]
+        groups = Groups(places, model, pattern)
+        ids = [groups.whole_ids(piece.index)[part].long() for piece in places.pieces]
+        expected = torch.zeros(groups.number)
+        for piece, each in zip(places.pieces, ids, strict=True):
+            expected.index_add_(0, each, piece.master)
+        torch.testing.assert_close(groups.sums(piece.master for piece in places.pieces), expected)
+        numbers = torch.arange(groups.number)
+        assert all(map(torch.equal, groups.spread(numbers), ids))
+        for piece, each in zip(places.pieces, ids, strict=True):
+            for rectangle in groups.rectangles[piece]:
+                assert torch.equal(rectangle.line(each), rectangle.spread(numbers))
 
 
 @pytest.mark.parametrize(("pattern", "weights", "count"), [("neuron", neuron, 48), ("head", head, 2)])

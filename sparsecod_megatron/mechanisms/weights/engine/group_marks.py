@@ -16,8 +16,6 @@ from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
 from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
-BYTES_OF_MARK_AND_GROUP = 5
-
 
 @dataclass
 class GroupMechanism(WeightMechanism):
@@ -74,10 +72,6 @@ class GroupMechanism(WeightMechanism):
         dead = [self.dead_of(block.count, share) / block.count for block in blocks]
         return [matrix.size * (1 - dead[number]) for matrix, number in zip(matrices, of_matrix, strict=True)]
 
-    def optimizer_bytes(self, kind: ParameterKind) -> int:
-        """The marks, and which group a weight is in."""
-        return BYTES_OF_MARK_AND_GROUP if self.marks(kind) else 0
-
 
 class GroupMarks(ZeroedWeights):
     """Marks that weights of a group share.
@@ -104,7 +98,7 @@ class GroupMarks(ZeroedWeights):
         dead = [self.settings.dead_of(block.count, share) for block in self.groups.blocks]
         is_global = self.settings.scope == "global"
         marks = smallest_groups(scores, self.groups.blocks, dead, is_global=is_global)
-        return [marks[ids] for ids in self.groups.ids]
+        return self.groups.spread(marks)
 
     def root_mean_squares(self) -> Tensor:
         """Root mean square of each group, [groups]: groups of all sizes compare. Collective over all processes."""

@@ -9,6 +9,7 @@ Source: Ma et al., LLM-Pruner (arXiv 2305.11627) names these couplings.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, Places
+from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, Piece, Places
 
 PATTERN_KINDS = {"neuron": ("mlp_input", "mlp_output"), "head": ("qkv", "attention_output")}
 """Kinds of matrices in which each pattern has groups."""
@@ -68,6 +69,35 @@ def model_blocks(matrices: list[MarkedMatrix], model: ModelConfig, pattern: str)
     return blocks, of_matrix
 
 
+@dataclass(frozen=True)
+class Rectangle:
+    """Whole rows of a piece, or the part of one that a slice cuts: groups go along one axis, so each has one number.
+
+    Attributes:
+        start: where it begins in the piece.
+        shape: (rows, columns).
+        axis: along which groups change.
+        ids: group of each row, or of each column, int64.
+    """
+
+    start: int
+    shape: tuple[int, int]
+    axis: int
+    ids: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """Its part of a piece's flat values, [rows, columns]: a view."""
+        return values[self.start : self.start + self.shape[0] * self.shape[1]].view(self.shape)
+
+    def line(self, values: Tensor) -> Tensor:
+        """One of each group's values, where all are equal: [rows, 1] or [1, columns]."""
+        return self.of(values).narrow(1 - self.axis, 0, 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The value of each group, [groups], where its weights are: [rows, 1] or [1, columns]."""
+        return values[self.ids].unsqueeze(1 - self.axis)
+
+
 class Groups:
     """Which group each weight of this process is in.
 
@@ -80,7 +110,7 @@ class Groups:
         blocks: of the whole model.
         of_matrix: the block of each matrix.
         number: of groups of the whole model.
-        ids: group of each weight of each piece, int32, flat.
+        rectangles: that each piece consists of.
         sizes: weights of each group, [groups].
     """
 
@@ -88,33 +118,63 @@ class Groups:
         self._places = places
         self.blocks, self.of_matrix = model_blocks(places.matrices, model, pattern)
         self.number = self.blocks[-1].first + self.blocks[-1].count
-        self.ids = [self._ids(number) for number in range(len(places.pieces))]
+        self.rectangles = {piece: self._rectangles(piece) for piece in places.pieces}
         sizes = [size for block in self.blocks for size in [block.size] * block.count]
         self.sizes = torch.tensor(sizes, dtype=torch.float32, device=places.device)
 
-    def sums(self, values: list[Tensor]) -> Tensor:
+    def sums(self, values: Iterable[Tensor]) -> Tensor:
         """Sum of a value of each weight over each group, [groups] fp32. Collective over all processes.
 
         Args:
             values: of each piece, flat.
         """
-        total = torch.zeros(self.number, dtype=torch.float32, device=self._places.device)
-        for ids, value in zip(self.ids, values, strict=True):
-            total.index_add_(0, ids, value.float())
-        dist.all_reduce(total)
-        return total
+        return self._total(values, lambda part, axis: part.sum(axis, dtype=torch.float32))
 
     def norms(self) -> Tensor:
         """L2 norm of each group's fp32 weights, [groups]. Collective over all processes."""
-        return self.sums([piece.master.square() for piece in self._places.pieces]).sqrt()
+        masters = (piece.master for piece in self._places.pieces)
+        return self._total(masters, lambda part, axis: torch.linalg.vector_norm(part, dim=axis).square()).sqrt()
+
+    def spread(self, values: Tensor) -> list[Tensor]:
+        """The value of each weight's group, piece by piece, flat. Local.
+
+        Args:
+            values: [groups].
+        """
+        return [
+            torch.cat([part.spread(values).expand(part.shape).reshape(-1) for part in parts])
+            for parts in self.rectangles.values()
+        ]
+
+    def _total(self, values: Iterable[Tensor], reduced: Callable[[Tensor, int], Tensor]) -> Tensor:
+        total = torch.zeros(self.number, dtype=torch.float32, device=self._places.device)
+        for parts, value in zip(self.rectangles.values(), values, strict=True):
+            for part in parts:
+                total.index_add_(0, part.ids, reduced(part.of(value), 1 - part.axis))
+        dist.all_reduce(total)
+        return total
 
     def whole_ids(self, index: int) -> Tensor:
         """The group of each weight of a whole matrix, flat, on the CPU. Local."""
         return self._ids_of(index, torch.arange(self._places.matrices[index].size))
 
-    def _ids(self, number: int) -> Tensor:
-        index = self._places.pieces[number].index
-        return self._ids_of(index, self._places.positions(number) - self._places.matrices[index].first)
+    def _rectangles(self, piece: Piece) -> list[Rectangle]:
+        matrix = self._places.matrices[piece.index]
+        place = piece.shard.cut(torch.arange(matrix.size).view(matrix.row.shape))
+        axis = 1 if matrix.row.init in ("mlp_output", "attention_output") else 0
+        ids = self._ids_of(piece.index, place.select(1 - axis, 0)).long().to(self._places.device)
+        (start, end), columns = piece.span, place.shape[1]
+        # Up to where the first whole row begins, to where the last one ends, and the rest.
+        first = min(-(-start // columns) * columns, end)
+        last = max(end // columns * columns, first)
+        found = []
+        for begin, stop in ((start, first), (first, last), (last, end)):
+            if begin < stop:
+                row, column = divmod(begin, columns)
+                shape = (-(-stop // columns) - row, min(stop - begin, columns))
+                part = ids[row : row + shape[0]] if axis == 0 else ids[column : column + shape[1]]
+                found.append(Rectangle(begin - start, shape, axis, part))
+        return found
 
     def _ids_of(self, index: int, place: Tensor) -> Tensor:
         matrix, block = self._places.matrices[index], self.blocks[self.of_matrix[index]]

@@ -1,8 +1,7 @@
 """Values where a mask is set, changed block by block: what hard and soft masks do in every step.
 
 torch's `masked_fill` looks at one weight after another on a CPU and took 31 ms for 8.4M of them, a product took 3;
-a mask as numbers is four times the mask's size. So on a CPU a block is done at a time, whose numbers stay in the cache.
-On CUDA the whole is.
+a mask as numbers is four times the mask's size, and is made block by block.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 17
-"""Weights of a block on a CPU: fp32 values, mask and its numbers are 1.1 MiB."""
+from sparsecod_megatron.mechanisms.weights.engine.blocks import blocks
+
 INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the bytes of a value."""
 
@@ -53,7 +52,7 @@ def scale_(values: Tensor, marked: Tensor, factor: float) -> None:
         marked: bool, of the same shape.
         factor: of marked values.
     """
-    for numbers, block in _blocks(marked, values):
+    for numbers, block in numbered(marked, values):
         block.mul_(numbers.to(block.dtype).mul_(factor - 1).add_(1))
 
 
@@ -66,19 +65,22 @@ def add_(values: Tensor, marked: Tensor, other: Tensor, factor: float) -> None:
         other: of the same shape.
         factor: of what is added.
     """
-    for numbers, block, addend in _blocks(marked, values, other):
+    for numbers, block, addend in numbered(marked, values, other):
         block.addcmul_(addend, numbers.to(block.dtype), value=factor)
 
 
 def _clear(values: Tensor, marked: Tensor, result: Tensor) -> None:
     integers = INTEGER_TYPES[values.element_size()]
-    for numbers, block, target in _blocks(marked, values.view(integers), result.view(integers)):
+    for numbers, block, target in numbered(marked, values.view(integers), result.view(integers)):
         # −1, all bits, keeps a value and 0 clears it; a product with 0 would make NaN of infinities.
         torch.bitwise_and(block, numbers.to(integers).sub_(1), out=target)
 
 
-def _blocks(marked: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Flat views of each block: marks as 0 or 1, and the others, which are contiguous."""
-    flat = [marked.reshape(-1).view(torch.int8), *(values.view(-1) for values in others)]
-    size = max(marked.numel(), 1) if marked.is_cuda else BLOCK_ELEMENTS
-    return zip(*(values.split(size) for values in flat), strict=True)
+def numbered(marked: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat views of each block: marks as 0 or 1, and the others.
+
+    Args:
+        marked: bool.
+        others: contiguous, of the same shape.
+    """
+    return blocks(marked.contiguous().view(torch.int8), *others)

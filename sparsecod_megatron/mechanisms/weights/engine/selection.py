@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparsecod_megatron.mechanisms.weights.engine.blocks import blocks
+
 BYTE_VALUES = 256
 NO_CANDIDATE = -1
 """The key of what cannot be chosen; all others are at least 0."""
@@ -102,10 +104,11 @@ def _threshold(
     for shift in range(8 * (key_bytes - 1), -1, -8):
         histogram = torch.zeros(len(counts) * BYTE_VALUES, dtype=torch.int64, device=counts.device)
         for part, row in zip(keys, rows, strict=True):
-            is_first = shift == 8 * (key_bytes - 1)
-            same = part >= 0 if is_first else (part >> (shift + 8)) == prefix[row]
-            place = ((part >> shift) & (BYTE_VALUES - 1)).long() + row * BYTE_VALUES
-            histogram.scatter_add_(0, place, same.long())
+            for (block,) in blocks(part):
+                is_first = shift == 8 * (key_bytes - 1)
+                same = block >= 0 if is_first else (block >> (shift + 8)) == prefix[row]
+                place = ((block >> shift) & (BYTE_VALUES - 1)).long() + row * BYTE_VALUES
+                histogram.scatter_add_(0, place, same.long())
         dist.all_reduce(histogram)
         # Number of keys whose byte is at least 255, 254, …
         above = histogram.view(-1, BYTE_VALUES).flip(1).cumsum(1)
