@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sparsecod_megatron.mechanisms.weights.engine import masking
+from sparsecod_megatron.mechanisms.weights.engine.blocks import BLOCK_ELEMENTS
 
-ELEMENTS = masking.BLOCK_ELEMENTS + 1001  # a block and a part of one
+ELEMENTS = BLOCK_ELEMENTS + 1001  # a block and a part of one
 
 
 @pytest.fixture(name="marked")

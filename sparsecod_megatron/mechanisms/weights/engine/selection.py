@@ -18,6 +18,8 @@ from torch import Tensor
 from sparsecod_megatron.mechanisms.weights.engine.blocks import blocks
 
 BYTE_VALUES = 256
+HISTOGRAM_SLOTS = BYTE_VALUES + 2
+"""A byte's values, and what is below and above them."""
 NO_CANDIDATE = -1
 """The key of what cannot be chosen; all others are at least 0."""
 
@@ -101,17 +103,17 @@ def _threshold(
     """
     prefix, remaining = torch.zeros_like(counts), counts.clone()
     found = torch.zeros_like(counts)
+    one = torch.ones(1, dtype=torch.int64, device=counts.device)
     for shift in range(8 * (key_bytes - 1), -1, -8):
-        histogram = torch.zeros(len(counts) * BYTE_VALUES, dtype=torch.int64, device=counts.device)
+        histogram = torch.zeros(len(counts), HISTOGRAM_SLOTS, dtype=torch.int64, device=counts.device)
         for part, row in zip(keys, rows, strict=True):
             for (block,) in blocks(part):
-                is_first = shift == 8 * (key_bytes - 1)
-                same = block >= 0 if is_first else (block >> (shift + 8)) == prefix[row]
-                place = ((block >> shift) & (BYTE_VALUES - 1)).long() + row * BYTE_VALUES
-                histogram.scatter_add_(0, place, same.long())
+                # What differs in a higher byte is below 0 or above 255, and is counted in the first or the last slot.
+                slots = ((block >> shift) - (prefix[row] << 8)).clamp_(-1, BYTE_VALUES).add_(1)
+                histogram[row].index_add_(0, slots, one.expand(slots.shape))
         dist.all_reduce(histogram)
         # Number of keys whose byte is at least 255, 254, …
-        above = histogram.view(-1, BYTE_VALUES).flip(1).cumsum(1)
+        above = histogram[:, 1:-1].flip(1).cumsum(1)
         place = (above < remaining[:, None]).sum(1, keepdim=True).clamp(max=BYTE_VALUES - 1)
         bigger = torch.where(place > 0, above.gather(1, (place - 1).clamp(min=0)), 0)
         found = (above.gather(1, place) - bigger).squeeze(1)
@@ -119,4 +121,4 @@ def _threshold(
         prefix = (prefix << 8) | (BYTE_VALUES - 1 - place.squeeze(1))
     # Of a row from which nothing is taken the walk stops at a key that there cannot be, which int32 may not hold.
     nothing = counts == 0
-    return prefix.masked_fill(nothing, (1 << (8 * key_bytes - 1)) - 1), remaining, found
+    return prefix.masked_fill(nothing, (1 << (8 * key_bytes - 1)) - 1), remaining, found.masked_fill(nothing, 0)
