@@ -294,7 +294,8 @@ def test_cast_draws_to_zero_without_passing_it() -> None:
         assert torch.equal(ours[~marked], plain[~marked]) and marked.float().mean().item() == 0.5
         threshold = 1e-2 * 0.002 / ((variance / (1 - 0.95)).sqrt() + eps)
         expected = torch.sign(plain) * (plain.abs() - threshold).clamp(min=0)
-        torch.testing.assert_close(ours[marked], expected[marked], rtol=1e-5, atol=1e-9)
+        # Where little is left of a weight, what is left has the rounding of the weight, of up to 0.06.
+        torch.testing.assert_close(ours[marked], expected[marked], rtol=1e-5, atol=4e-9)
         crossed += int((ours[marked] == 0).sum())
         left += int((ours[marked] != 0).sum())
     assert crossed > 100 and left > 100
