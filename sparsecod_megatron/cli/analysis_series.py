@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 SERIES_FILE = "series.json"
 """What was asked for; says that the analyses beside it belong together."""
 STEP, REVISION, MODEL = "step", "revision", "model"
-"""What the axis is: steps of a run, numbers in the names of a folder's models, or models as they were given."""
+"""What the axis is: steps of a run, steps in the names of a folder's models, or models as they were given."""
+STAGE = re.compile(r"stage\d+")
+"""What OLMo's revisions begin with, as in `stage1-step721901-tokens6056B`."""
 Measure = Callable[[Path, dict[str, Any]], "Analysis"]
 
 
@@ -102,7 +104,7 @@ def _members(models: Sequence[Path]) -> tuple[str, list[Member]]:
 
 
 def _revisions(folder: Path) -> list[Member]:
-    """The HuggingFace directories in a folder, by the last number of their names, as in `step1000`."""
+    """The HuggingFace directories in a folder, in the order of the steps that their names tell."""
     from sparsecod_megatron.analysis.series import Point
     from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR
     from sparsecod_megatron.files import MODEL_CONFIG_FILE
@@ -113,16 +115,35 @@ def _revisions(folder: Path) -> list[Member]:
             f"--every-checkpoint {folder}: no {CHECKPOINTS_DIR}/step_… in it, and no folders of models; give a "
             "training run, a folder of revisions, or several models"
         )
-    by_number: dict[int, Path] = {}
+    stages = sorted({match[0] for path in found if (match := STAGE.search(path.name))})
+    if len(stages) > 1:
+        raise ConfigError(
+            f"--every-checkpoint {folder}: has revisions of {' and '.join(stages)}, whose steps each begin at 0; give "
+            "a folder of one of them"
+        )
+    by_number: dict[int, Member] = {}
     for path in found:
-        numbers = re.findall(r"\d+", path.name)
-        if not numbers or int(numbers[-1]) in by_number:
+        number = revision_number(path.name)
+        if number is None or number in by_number:
             raise ConfigError(
                 f"--every-checkpoint {folder}: {path.name} has no number of its own, and revisions stand in the order "
                 "of theirs; name them as in step1000, or give the models one by one"
             )
-        by_number[int(numbers[-1])] = path
-    return [Member(path, Point(path.name, number)) for number, path in sorted(by_number.items())]
+        by_number[number] = Member(path, Point(path.name, number, revision_tokens(path.name)))
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def revision_number(name: str) -> int | None:
+    """What `step` is followed by in a revision's name, else its last number; None where it has none."""
+    step = re.search(r"step[-_]?(\d+)", name)
+    numbers = [step[1]] if step else re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else None
+
+
+def revision_tokens(name: str) -> int | None:
+    """What `tokens` is followed by, in thousands (K), millions, billions or trillions; None where it is not there."""
+    found = re.search(r"tokens[-_]?(\d+)([KMBT]?)", name)
+    return int(found[1]) * 1000 ** " KMBT".index(found[2] or " ") if found else None
 
 
 def _check(output: Path, request: dict[str, Any], members: Sequence[Member]) -> None:

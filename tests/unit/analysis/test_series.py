@@ -12,6 +12,7 @@ import torch
 
 from sparsecod_megatron.analysis.compare import compare
 from sparsecod_megatron.checkpoint.state import TrainState
+from sparsecod_megatron.cli.analysis_series import revision_number, revision_tokens
 from sparsecod_megatron.cli.main import main
 from tests.helpers.words import save_with_words, write_words
 from tests.unit.analysis.scores.families import VOCAB_SIZE, tiny
@@ -85,31 +86,52 @@ def test_models_one_after_another(
     assert (output / "plots/skip_skip_loss_by_model.png").is_file() and (output / "skip_changes.csv").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "tokens"),
+    [
+        ("stage1-step721901-tokens6056B", 721901, 6_056_000_000_000),
+        ("stage1-step25-tokens51K", 25, 51_000),
+        ("step-40-tokens-81920", 40, 81920),
+        ("step1000", 1000, None),
+        ("step_00000020", 20, None),
+        ("step512-seed3", 512, None),
+        ("final-50", 50, None),
+        ("main", None, None),
+    ],
+)
+def test_what_a_revisions_name_tells(name: str, number: int | None, tokens: int | None) -> None:
+    assert (revision_number(name), revision_tokens(name)) == (number, tokens)
+
+
 def test_a_folder_of_revisions(
     models: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the numbers of their names; one that comes later is measured alone, and stands where its number does."""
+    """By the steps of their names, OLMo's here; one that comes later is measured alone, in its place."""
     folder, output = tmp_path / "revisions", tmp_path / "series"
-    for name, model in (("step9", models[0]), ("step100", models[2])):
+    early, late, between = "stage1-step9-tokens1B", "stage1-step100-tokens3B", "stage1-step50-tokens1B"
+    for name, model in ((early, models[0]), (late, models[2])):
         shutil.copytree(model, folder / name)
     (folder / "notes").mkdir()
     command = ["analyze", str(folder), "--data", str(text), *OPTIONS, "--output", str(output)]
     assert main(command) == 0
-    before = (output / "step9" / "scores.json").stat().st_mtime_ns
-    shutil.copytree(models[1], folder / "step50")
+    before = (output / early / "scores.json").stat().st_mtime_ns
+    shutil.copytree(models[1], folder / between)
     assert main(command) == 0
     whole = scores(output)
-    assert whole["settings"]["axis"] == "revision" and (output / "step9" / "scores.json").stat().st_mtime_ns == before
+    assert whole["settings"]["axis"] == "revision" and (output / early / "scores.json").stat().st_mtime_ns == before
     rows = [row for row in whole["scores"]["skip"]["tables"]["skip"] if row["name"] == "skip_loss"]
-    expected = [scores(output / f"step{number}")["scores"]["skip"]["values"]["skip_loss"] for number in (9, 50, 100)]
-    assert [row["revision"] for row in rows] == [9, 50, 100]
+    expected = [scores(output / name)["scores"]["skip"]["values"]["skip_loss"] for name in (early, between, late)]
+    assert [(row["revision"], row["tokens"]) for row in rows] == [(9, 10**9), (50, 10**9), (100, 3 * 10**9)]
     assert [(row["value"], row["low"], row["high"]) for row in rows] == [tuple(value.values()) for value in expected]
     changes = whole["scores"]["skip"]["tables"]["skip_changes"]
     assert {(row["from"], row["to"]) for row in changes} == {(9, 50), (50, 100)}
     (folder / "notes").rename(folder / "final-50")
     shutil.copy(models[0] / "config.json", folder / "final-50")
     assert main(command) == 2
-    assert "step50 has no number of its own" in capsys.readouterr().err
+    assert f"{between} has no number of its own" in capsys.readouterr().err
+    (folder / "final-50").rename(folder / "stage2-ingredient1-step9-tokens1B")
+    assert main(command) == 2
+    assert "has revisions of stage1 and stage2, whose steps each begin at 0" in capsys.readouterr().err
 
 
 def test_every_checkpoint_of_a_run(text: Path, tmp_path: Path) -> None:
