@@ -25,14 +25,24 @@ RUN = (
     "optimizer.adam_eps=1e-3",  # as in variants_worker.py
 )
 LAYOUTS = {"tp2-sp": (TP2, SP), "pp2": (PP2,), "ep2": (EP2,)}
-FAMILIES = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "olmo3", "neox"),
-        ("tp2-sp", "pp2"),
-    ),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3"), ("tp2-sp", "pp2")),
-    **dict.fromkeys(("mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe", "gpt-oss"), ("ep2", "pp2")),
-}
+DENSE = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "phi3",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "neox",
+    "neox-sequential",
+    "gemma",
+    "gemma2",
+    "gemma3",
+]
+EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe", "gpt-oss"]
+FAMILIES = dict.fromkeys(DENSE, ("tp2-sp", "pp2")) | dict.fromkeys(EXPERTS, ("ep2", "pp2"))
 """Family → its layouts."""
 
 

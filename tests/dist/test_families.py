@@ -51,7 +51,8 @@ from tests.unit.hf.test_source import (
 )
 
 pytestmark = pytest.mark.dist
-SHAPE = SIZES | {"num_hidden_layers": 4, "vocab_size": 64}
+DEPTH = {"num_hidden_layers": 4, "vocab_size": 64}
+SHAPE = SIZES | DEPTH
 WINDOWED = ["sliding_attention", "full_attention"] * 2
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
@@ -67,7 +68,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**SHAPE, **UNCAPPED, sliding_window=5, **TOKENS),
     "gemma3": Gemma3TextConfig(**SHAPE, **GEMMA3),
     "gpt-oss": GptOssConfig(**SHAPE, **GPT_OSS),
-    "neox": GPTNeoXConfig(**NEOX | {"num_hidden_layers": 4, "vocab_size": 64}),
+    "neox": GPTNeoXConfig(**NEOX | DEPTH),
+    "neox-sequential": GPTNeoXConfig(**NEOX | DEPTH, use_parallel_residual=False, tie_word_embeddings=True),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
     "qwen2-moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=24),
     "qwen3-moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),
