@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds, p_value, slope
+from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds, p_value, seeds_to_separate, slope
 from sparsecod_megatron.studies.schema import ClaimConfig, Labels
 
 SUPPORTED, REFUTED, NOT_SEPARABLE, NOT_MEASURED = "supported", "not supported", "not separable", "not measured"
@@ -36,6 +36,7 @@ class Verdict:
         p_value: two-sided, of Student's t; None without two seeds.
         p_holm: corrected for the claims that it was judged with.
         verdict_holm: the verdict by it.
+        seeds_needed: of a difference that is not separable, how many would do if mean and spread stayed.
     """
 
     claim: ClaimConfig
@@ -44,6 +45,7 @@ class Verdict:
     p_value: float | None
     p_holm: float | None
     verdict_holm: str
+    seeds_needed: int | None = None
 
 
 def judge_all(claims: Sequence[ClaimConfig], results: Results) -> list[Verdict]:
@@ -69,8 +71,8 @@ def judge(claim: ClaimConfig, results: Results) -> Verdict:
         verdict = NOT_SEPARABLE
     else:
         verdict = SUPPORTED if mean.low > 0 else REFUTED
-    value = p_value(mean)
-    return Verdict(claim, verdict, mean, value, value, verdict)
+    value, needed = p_value(mean), seeds_to_separate(mean) if verdict == NOT_SEPARABLE else None
+    return Verdict(claim, verdict, mean, value, value, verdict, needed)
 
 
 def _differences(claim: ClaimConfig, results: Results) -> list[float]:

@@ -10,6 +10,8 @@ from sparsecod_megatron.analysis.intervals import Z_95
 
 T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)
 """The 97.5 % points of Student's t for 1, 2, … degrees of freedom."""
+MOST_SEEDS = 1000
+"""Beyond which a difference is called too small to look for."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ def p_value(mean: Mean) -> float | None:
         return max(1 - math.sin(angle) * series, 0.0)
     beyond = math.sin(angle) * math.cos(angle) * series if freedom > 1 else 0.0
     return max(1 - 2 / math.pi * (angle + beyond), 0.0)
+
+
+def seeds_to_separate(mean: Mean) -> int | None:
+    """Seeds with which the interval would leave out zero, if mean and spread stayed; None if a thousand would not do.
+
+    Args:
+        mean: over two seeds or more.
+    """
+    if mean.low is None or mean.high is None:
+        return None
+    deviation = (mean.high - mean.low) / 2 / t_95(mean.count - 1) * math.sqrt(mean.count)
+    counts = range(2, MOST_SEEDS + 1)
+    return next((count for count in counts if t_95(count - 1) * deviation < abs(mean.value) * math.sqrt(count)), None)
 
 
 def slope(values: Sequence[float]) -> float:

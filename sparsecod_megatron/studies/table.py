@@ -151,16 +151,23 @@ def _markdown(study: Study, table: Table, command: str) -> str:
     if table.verdicts:
         claims = [
             [verdict.claim.text, verdict.claim.published or "–", verdict.claim.metric, shown(verdict.difference)]
-            + [f"**{verdict.verdict}**", _corrected(verdict)]
+            + [_plain(verdict), _corrected(verdict)]
             for verdict in table.verdicts
         ]
         tested = sum(verdict.p_value is not None for verdict in table.verdicts)
         header = ["claim", "published", "metric", "difference or slope [95 %], above 0 as claimed", "here"]
         header.append(f"corrected for {tested} claims (Holm)")
         text += f"\n{markdown_grid(header, claims)}"
+        if any(verdict.seeds_needed is not None for verdict in table.verdicts):
+            text += "\nBehind *not separable*: seeds that would do if mean and spread stayed as they are.\n"
     if table.laws:
         text += f"\n{markdown_grid(HEADER, [law.cells for law in table.laws])}"
     return text
+
+
+def _plain(verdict: Verdict) -> str:
+    needed = "" if verdict.seeds_needed is None else f" ({verdict.seeds_needed} seeds)"
+    return f"**{verdict.verdict}**{needed}"
 
 
 def _corrected(verdict: Verdict) -> str:

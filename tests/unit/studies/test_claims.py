@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecod_megatron.studies.claims import NOT_MEASURED, NOT_SEPARABLE, REFUTED, SUPPORTED, Results, judge, judge_all
-from sparsecod_megatron.studies.intervals import mean_over_seeds, p_value, slope
+from sparsecod_megatron.studies.intervals import mean_over_seeds, p_value, seeds_to_separate, slope
 from sparsecod_megatron.studies.schema import ClaimConfig
 
 VALUES = st.floats(-1e6, 1e6)
@@ -44,6 +44,26 @@ def test_probability_without_spread() -> None:
     assert p_value(mean_over_seeds([2.0, 2.0])) == 0
     assert p_value(mean_over_seeds([0.0, 0.0])) == 1
     assert p_value(mean_over_seeds([2.0])) is None
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.2, 1.0), (-0.05, 0.3), (0.5, 0.4), (3.0, 0.1)])
+def test_seeds_that_would_do_are_the_fewest_whose_interval_leaves_zero_out(mean: float, deviation: float) -> None:
+    three = mean_over_seeds([mean - deviation, mean, mean + deviation])  # whose standard deviation that is
+    needed = seeds_to_separate(three)
+    assert needed is not None
+
+    def separates(count: int) -> bool:
+        return bool(scipy.stats.t.ppf(0.975, count - 1) * deviation / math.sqrt(count) < abs(mean))
+
+    assert separates(needed) and (needed == 2 or not separates(needed - 1))
+
+
+def test_no_number_of_seeds_finds_a_difference_that_is_not_there() -> None:
+    assert seeds_to_separate(mean_over_seeds([-1.0, 0.0, 1.0])) is None
+    assert seeds_to_separate(mean_over_seeds([2.0])) is None
+    claim = ClaimConfig("b is above a", "m", higher={"x": "b"}, lower={"x": "a"})
+    assert judge(claim, results({"a": [0, 0, 0], "b": [0.5, -0.2, 1.0]})).seeds_needed == 10
+    assert judge(claim, results({"a": [0, 0, 0], "b": [0.9, 1.0, 1.1]})).seeds_needed is None
 
 
 def test_one_seed_has_no_interval() -> None:
