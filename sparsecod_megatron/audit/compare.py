@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sparsecod_megatron.audit.measurement import Measurement
 from sparsecod_megatron.audit.rows import Row
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _model(config: RunConfig) -> ModelConfig:
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=channels,
+        kv_channels=None if model.multi_latent_attention else channels,
         vocab_size=VOCABULARY,
         make_vocab_size_divisible_by=2,
         hidden_dropout=0.0,
@@ -161,6 +161,7 @@ def _model(config: RunConfig) -> ModelConfig:
         no_rope_freq=model.no_rope_freq and _few(model.no_rope_freq),
         mup_base_hidden_size=model.mup_base_hidden_size and max(1, round(hidden / model.width_ratio)),
         **_positions(model, config.data.seq_length),
+        **_latents(model),
     )
     if not model.is_moe:
         return small
@@ -170,6 +171,14 @@ def _model(config: RunConfig) -> ModelConfig:
         moe_ffn_hidden_size=expert,
         moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size and shared,
     )
+
+
+def _latents(model: ModelConfig) -> dict[str, Any]:
+    """Widths of latent attention, no two alike, of multiples that FP8 takes."""
+    if not model.multi_latent_attention:
+        return {}
+    widths = {"kv_lora_rank": 32, "qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 16}
+    return widths | {"q_lora_rank": model.q_lora_rank and 48}
 
 
 def _share_of_layers(model: ModelConfig) -> float:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
 from sparsecod_megatron.backend import adamw
@@ -42,6 +44,42 @@ def l2_norm(
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors[0]))).float().reshape(1), None
 
 
+class WholeLinear(torch.nn.Linear):
+    """A linear layer that every tensor-parallel rank holds whole: Transformer Engine's that is called `duplicated`.
+
+    Args:
+        input_size: channels of the input.
+        output_size: channels of the output.
+        config: Megatron-Core's.
+        init_method: fills the weight.
+        bias: never.
+        **options: of Megatron-Core's linear layers, which say nothing of a layer that is not split.
+
+    Source: Megatron-Core 0.16.1 extensions/transformer_engine.py, `TELinear` (arguments, marks on the weight).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        init_method: Callable[[torch.Tensor], Any],
+        bias: bool,
+        **options: Any,
+    ) -> None:
+        assert not bias and options.get("parallel_mode", "duplicated") == "duplicated", options
+        super().__init__(input_size, output_size, bias=False, dtype=config.params_dtype)
+        init_method(self.weight)
+        self.weight.allreduce = True  # type: ignore[attr-defined]
+        # Ranks of a sharded sequence see other tokens, so that their gradients are summed.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """[..., input_size] → [..., output_size], and no bias."""
+        return super().forward(input), None
+
+
 def redirections() -> list[Redirection]:
     """Redirections of what this process lacks, whatever its device."""
     from_muon: list[Redirection] = []
@@ -65,6 +103,7 @@ def _names_of_the_engine() -> list[Redirection]:
         return []
     table: list[tuple[Any, str, Any, str]] = [
         (moe_utils, "te_general_gemm", None, "transformer/moe/moe_utils.py:1192"),
+        (multi_latent_attention, "TELinear", WholeLinear, "transformer/multi_latent_attention.py:181"),
         (megatron_random, "FP8GlobalStateManager", NoFP8, "tensor_parallel/random.py:589"),
         (megatron_random, "activation_recompute_forward", _no_context, "tensor_parallel/random.py:592"),
         (megatron_random, "fp8_autocast", _no_context, "tensor_parallel/random.py:687"),

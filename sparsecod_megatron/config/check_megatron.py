@@ -13,6 +13,7 @@ from sparsecod_megatron.config.megatron_fields import (
     FIELDS_PASSED,
     FP8_FIELDS,
     KEYS_OF_FIELDS,
+    LATENT_CONFLICTS,
     MODULES_TO_RECOMPUTE,
     MOE_FIELDS,
     MUON_FIELDS,
@@ -104,6 +105,8 @@ def _obstacles(config: RunConfig, field: str) -> Iterator[str]:
         yield from _stage_obstacles(config, field)
     if field == "batch_p2p_comm" and megatron[field] and megatron.get("overlap_p2p_comm"):
         yield "what is batched cannot overlap (megatron.overlap_p2p_comm); set one of them to false"
+    if model.multi_latent_attention and field in LATENT_CONFLICTS and megatron[field]:
+        yield f"{LATENT_CONFLICTS[field]} (model.multi_latent_attention); remove it"
     if field == "cp_comm_type":
         yield from _context_obstacles(config)
     if field.startswith("recompute_"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sparsecod_megatron.config.check_latents import latent_problems
 from sparsecod_megatron.config.fields import indivisible
 from sparsecod_megatron.config.model_schema import ModelConfig
 from sparsecod_megatron.config.schema import RunConfig
@@ -12,6 +13,7 @@ from sparsecod_megatron.config.schema import RunConfig
 def model_problems(config: RunConfig) -> Iterator[str]:
     """One line for each problem of the model section (and the document masks, which its attention applies)."""
     model = config.model
+    yield from latent_problems(config)
     yield from _norm_problems(model)
     yield from _attention_problems(model)
     yield from _bias_problems(model)
@@ -46,11 +48,11 @@ def _norm_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _attention_problems(model: ModelConfig) -> Iterator[str]:
-    if model.kv_channels is None:
+    if model.kv_channels is None and not model.multi_latent_attention:
         yield from indivisible(
             "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
         )
-    if model.head_dim % 2:
+    if model.head_dim % 2 and not model.multi_latent_attention:
         yield f"model.kv_channels: {model.head_dim} is odd, but rotary embeddings rotate pairs; use an even number"
     if (unrotated := model.no_rope_freq) is not None:
         if len(unrotated) != model.num_layers:

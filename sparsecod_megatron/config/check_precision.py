@@ -75,7 +75,9 @@ def _product_sizes(config: RunConfig) -> Iterator[tuple[str, int, str, int]]:
     sizes = [(kind, kind.shape[kind.dimension or 0] // kind.stacked) for kind in kinds.values()]
     for kind, size in sorted(sizes, key=lambda item: item[1]):  # heads before the sum of heads
         shared = (etp_key, etp) if kind.split == "expert" else (tp_key, tp)
-        yield kind.channels, size, *shared
+        yield kind.channels, size, shared[0], 1 if kind.dimension is None else shared[1]
+    if config.model.multi_latent_attention:  # what rotates stands beside it in the product that makes it
+        yield "model.kv_lora_rank", config.model.kv_lora_rank, tp_key, 1
     tokens = config.train.micro_batch_size * config.data.seq_length
     yield (
         "data.seq_length × train.micro_batch_size",

@@ -14,8 +14,8 @@ def flops_per_token(table: ParameterTable, seq_length: int, *, convention: str =
     """Forward and backward operations of one token, a multiplication and an addition being two.
 
     6 for each weight that multiplies it (look-ups and norms are free, the output layer is not; a routed token meets its
-    top-k experts only), and 12 · (heads · head_dim) for each key that its queries meet, in each layer. The conventions
-    differ in the keys that a query meets on average, of S positions:
+    top-k experts only), and 6 · heads · (channels of a key + those of a value) for each key that its queries meet, in
+    each layer. The conventions differ in the keys that a query meets on average, of S positions:
 
     - `full`: S, although half of them are masked. The number in metrics.jsonl, and in most papers.
     - `causal`: S / 2, what a kernel that skips masked blocks computes.
@@ -32,7 +32,8 @@ def flops_per_token(table: ParameterTable, seq_length: int, *, convention: str =
     matrices = sum(kind.multiplied for layer in layers for kind in table.layer(layer))
     matrices += sum(kind.multiplied for kind in table.last(shares_embedding=False))
     keys = sum(keys_per_query(model, layer, seq_length, convention=convention) for layer in layers)
-    return BACKWARD_FACTOR * (2.0 * matrices + 4.0 * model.num_attention_heads * model.head_dim * keys)
+    channels = model.score_channels + model.value_channels
+    return BACKWARD_FACTOR * (2.0 * matrices + 2.0 * model.num_attention_heads * channels * keys)
 
 
 def keys_per_query(model: ModelConfig, layer: int, seq_length: int, *, convention: str) -> float:

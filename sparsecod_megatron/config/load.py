@@ -89,7 +89,8 @@ def _complete(config: RunConfig) -> None:
     """Fill in what follows from other keys, so that config.yaml shows the values used."""
     model = config.model
     model.num_query_groups = model.query_groups
-    if model.kv_channels is None and model.hidden_size % model.num_attention_heads == 0:
+    is_plain = not model.multi_latent_attention
+    if is_plain and model.kv_channels is None and model.hidden_size % model.num_attention_heads == 0:
         model.kv_channels = model.head_dim
     if model.is_moe:
         model.moe_ffn_hidden_size = model.expert_ffn_hidden_size

@@ -164,6 +164,14 @@ TRANSFORMER_ENGINE_FIELDS = frozenset(
 """Fields that nothing reads, or that end in a traceback, without Transformer Engine: on the CPU, and on CUDA without
 the package."""
 
+LATENT_CONFLICTS: dict[str, str] = {
+    "apply_rope_fusion": "its fused rotation is of yarn alone, whose range of channels it always rounds",
+    "fused_single_qkv_rope": "there is no one projection of queries, keys and values",
+    "muon_split_qkv": "there is no one projection of queries, keys and values",
+    "rotary_interleaved": "its channels rotate by neighbouring pairs already",
+}
+"""Fields that pass beside ordinary attention alone, and why."""
+
 KEYS_OF_FIELDS: dict[str, str] = {
     **{
         name: f"parallel.{name}"
@@ -188,6 +196,7 @@ KEYS_OF_FIELDS: dict[str, str] = {
             "hidden_size",
             "init_method_std",
             "kv_channels",
+            "kv_lora_rank",
             "layernorm_epsilon",
             "layernorm_zero_centered_gamma",
             "moe_aux_loss_coeff",
@@ -206,15 +215,22 @@ KEYS_OF_FIELDS: dict[str, str] = {
             "moe_shared_expert_gate",
             "moe_shared_expert_intermediate_size",
             "moe_z_loss_coeff",
+            "mscale",
+            "mscale_all_dim",
+            "multi_latent_attention",
             "no_rope_freq",
             "normalization",
             "num_attention_heads",
             "num_layers",
             "num_moe_experts",
             "num_query_groups",
+            "q_lora_rank",
+            "qk_head_dim",
+            "qk_pos_emb_head_dim",
             "rotary_base",
             "softmax_scale",
             "softmax_type",
+            "v_head_dim",
             "window_attn_skip_freq",
         )
     },

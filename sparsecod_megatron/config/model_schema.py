@@ -106,6 +106,23 @@ class ModelConfig:
     """Biases of the query, key and value projections (and of the gate's)."""
     attention_output_bias: bool = False
 
+    multi_latent_attention: bool = False
+    """Heads are projected from small normalised latents of a token; the seven keys below belong to it."""
+    q_lora_rank: int | None = at_least(1, None)
+    """Channels of the latent of queries; None: they are projected from the layer's input, as ordinary ones are."""
+    kv_lora_rank: int = at_least(1, 512)
+    """Channels of the latent of keys and values."""
+    qk_head_dim: int = at_least(1, 128)
+    """Channels of a head's queries and keys that do not rotate."""
+    qk_pos_emb_head_dim: int = at_least(2, 64)
+    """Those that do, whose key all heads share."""
+    v_head_dim: int = at_least(1, 128)
+    """Channels of a head's values."""
+    mscale: float = at_least(0, 1.0)
+    """`yarn`: rotated channels times m(mscale) / m(mscale_all_dim), m(a) = 1 + 0.1 · a · log(rope_scaling_factor)."""
+    mscale_all_dim: float = at_least(0, 0.0)
+    """`yarn`: and scores times m(mscale_all_dim)²."""
+
     activation: str = choice("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu", "gelu_tanh", "relu", "relu2")
     activation_func_clamp_value: float = above(0, 7.0)
     """`clamped_swiglu`: what the gate is at most, and the up projection at most away from zero."""
@@ -163,6 +180,16 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def score_channels(self) -> int:
+        """Channels of a head's queries and keys."""
+        return self.qk_head_dim + self.qk_pos_emb_head_dim if self.multi_latent_attention else self.head_dim
+
+    @property
+    def value_channels(self) -> int:
+        """Channels of a head's values."""
+        return self.v_head_dim if self.multi_latent_attention else self.head_dim
 
     @property
     def expert_ffn_hidden_size(self) -> int:

@@ -7,124 +7,15 @@ nor Megatron-Core.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsecod_megatron.config.model_schema import ModelConfig
+from sparsecod_megatron.config.parameter_kind import ParameterKind, StepFactors
 from sparsecod_megatron.config.schema import RunConfig
-
-GROUPS = ("norms", "biases", "embeddings", "output", "router", "residual", "hidden")
-"""What `ParameterKind.group` says; the first five are choices of `optimizer.no_weight_decay`."""
-NEVER_DECAYS = "residual"
-"""The group of what reads and joins the residual path: factors, gates and mixing matrices that mean something at 0."""
-RATE_FALLS_WITH_WIDTH = ("hidden", "output", "router")
-"""Groups whose learning rate muP divides by `model.width_ratio`."""
-
-
-class StepFactors(NamedTuple):
-    """What a parameter's step is multiplied by.
-
-    Attributes:
-        rate: on the learning rate.
-        decay: on the weight decay.
-        epsilon: on Adam's ε.
-    """
-
-    rate: float
-    decay: float
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class ParameterKind:
-    """One parameter of a layer (or of the ends of the model), with its equals in other experts.
-
-    Attributes:
-        name: `qkv`, `mlp_input`, `expert_output`, …
-        shape: [out, in] of a matrix, [channels] of a norm or bias; of one copy, whole.
-        pattern: regular expression of its names in a GPTModel, of whichever backend and stage, without what stands
-            before the layer's own part.
-        group: one of `GROUPS`: how it decays and learns.
-        init: the field of `model.init_std` that a matrix is drawn by; None for vectors, which start at one or zero.
-        split: over the ranks of tensor parallelism, of `expert` parallelism (and the experts' tensor parallelism), or
-            `none`.
-        dimension: the one that tensor parallelism splits; None where ranks hold it whole.
-        stacked: matrices that stand one above the other in it, each of which is split (gate over up: 2).
-        copies: experts.
-        used: copies that one token meets.
-        fp8: whether Transformer Engine multiplies it in FP8 under an FP8 recipe.
-        looked_up: whether a token takes a row of it, which multiplies nothing.
-        rate: factor on the learning rate.
-        decay: factor on the weight decay.
-        epsilon: factor on Adam's ε.
-        rows_read: rows of a table that a token takes, where the others do not count as its active parameters.
-        products: numbers of one copy that a token's vector is multiplied by, where they are not the parameter's own: of
-            a matrix that is computed from several parameters, all for one of them; None elsewhere.
-        channels: key of the configuration, for messages, that gives the size which tensor parallelism splits.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    pattern: str
-    group: str = "hidden"
-    init: str | None = None
-    split: str = "none"
-    dimension: int | None = None
-    stacked: int = 1
-    copies: int = 1
-    used: int = 1
-    fp8: bool = False
-    looked_up: bool = False
-    rate: float = 1.0
-    decay: float = 1.0
-    epsilon: float = 1.0
-    rows_read: int | None = None
-    products: int | None = None
-    channels: str = ""
-
-    @property
-    def total(self) -> int:
-        """Number of parameters."""
-        return math.prod(self.shape) * self.copies
-
-    @property
-    def active(self) -> int:
-        """Number of them that one token uses."""
-        shape = self.shape if self.rows_read is None else (self.rows_read, *self.shape[1:])
-        return math.prod(shape) * self.used
-
-    @property
-    def multiplied(self) -> int:
-        """Number of those in a matrix that a token's vector is multiplied by: no norms, no look-up."""
-        if self.products is not None:
-            return self.products * self.used
-        return self.active if len(self.shape) == 2 and not self.looked_up else 0
-
-    @property
-    def step_factors(self) -> StepFactors:
-        """What its step is multiplied by."""
-        return StepFactors(self.rate, self.decay, self.epsilon)
-
-    @property
-    def is_orthogonalised(self) -> bool:
-        """Whether Muon steps it; AdamW steps vectors, embeddings and the output layer."""
-        return len(self.shape) == 2 and self.group not in ("embeddings", "output", NEVER_DECAYS)
-
-    def on_rank(self, *, tensor: int, expert: int, expert_tensor: int) -> int:
-        """Number of parameters that one rank holds.
-
-        Args:
-            tensor: tensor parallel size.
-            expert: expert parallel size.
-            expert_tensor: tensor parallel size of the experts.
-        """
-        if self.split == "expert":
-            return self.total // (expert * (1 if self.dimension is None else expert_tensor))
-        return self.total // {"none": 1, "tensor": tensor}[self.split]
 
 
 @dataclass(frozen=True)
@@ -310,24 +201,11 @@ NORM_RENAMES = {fused + part: norm + part for fused, norm in _NORMS.items() for 
 
 
 def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
-    hidden, heads, width = model.hidden_size, model.num_attention_heads, model.head_dim
-    queries = 2 * heads if model.attention_output_gate == "elementwise" else heads
-    channels, at = (queries + 2 * model.query_groups) * width, r"self_attention\."
-    yield ParameterKind(
-        "qkv",
-        (channels, hidden),
-        rf"{at}linear_qkv\.weight",
-        init="qkv",
-        split="tensor",
-        dimension=0,
-        fp8=True,
-        channels="model.num_query_groups: query, key and value channels",
-    )
-    if model.qkv_bias:
-        yield ParameterKind("qkv_bias", (channels,), rf"{at}linear_qkv\.bias", "biases", None, "tensor", 0)
+    hidden, heads, at = model.hidden_size, model.num_attention_heads, r"self_attention\."
+    yield from _latents(model) if model.multi_latent_attention else _queries_keys_values(model)
     yield ParameterKind(
         "attention_output",
-        (hidden, heads * width),
+        (hidden, heads * model.value_channels),
         rf"{at}linear_proj\.weight",
         init="attention_output",
         split="tensor",
@@ -341,11 +219,50 @@ def _attention(model: ModelConfig) -> Iterator[ParameterKind]:
     if model.softmax_type == "learnable":
         name = rf"{at}core_attention\.softmax_offset"
         yield ParameterKind("attention_sinks", (heads,), name, "biases", None, "tensor", 0)
+
+
+def _queries_keys_values(model: ModelConfig) -> Iterator[ParameterKind]:
+    heads, width, at = model.num_attention_heads, model.head_dim, r"self_attention\."
+    queries = 2 * heads if model.attention_output_gate == "elementwise" else heads
+    channels = (queries + 2 * model.query_groups) * width
+    yield ParameterKind(
+        "qkv",
+        (channels, model.hidden_size),
+        rf"{at}linear_qkv\.weight",
+        init="qkv",
+        split="tensor",
+        dimension=0,
+        fp8=True,
+        channels="model.num_query_groups: query, key and value channels",
+    )
+    if model.qkv_bias:
+        yield ParameterKind("qkv_bias", (channels,), rf"{at}linear_qkv\.bias", "biases", None, "tensor", 0)
     if model.qk_norm:
         for name, count in (("query", heads), ("key", model.query_groups)):
             size, split, dimension = (count * width, "tensor", 0) if model.norms_projections else (width, "none", None)
             at_norm = rf"{at}{name[0]}_layernorm\.weight"
             yield ParameterKind(f"{name}_norm", (size,), at_norm, "norms", None, split, dimension)
+
+
+def _latents(model: ModelConfig) -> Iterator[ParameterKind]:
+    """Latents are whole on each rank, as the norms on them are; what makes heads of them is split by heads."""
+    hidden, heads, at = model.hidden_size, model.num_attention_heads, r"self_attention\."
+    queries, per_head = heads * model.score_channels, model.qk_head_dim + model.v_head_dim
+    latents = {"q": ("query", model.q_lora_rank), "kv": ("key_value", model.kv_lora_rank)}
+    beside = {"q": 0, "kv": model.qk_pos_emb_head_dim}
+    made = {"q": queries, "kv": heads * per_head}
+    split: dict[str, Any] = {"split": "tensor", "dimension": 0, "channels": "model.num_attention_heads × head channels"}
+    for part, (name, rank) in latents.items():
+        if rank is None:
+            pattern = rf"{at}linear_{part}_proj\.weight"
+            yield ParameterKind(name, (made[part], hidden), pattern, init="qkv", fp8=True, **split)
+            continue
+        pattern, key = rf"{at}linear_{part}_down_proj\.weight", f"model.{part}_lora_rank and what rotates beside it"
+        shape = (rank + beside[part], hidden)
+        yield ParameterKind(f"{name}_down", shape, pattern, init="qkv", fp8=True, channels=key)
+        yield ParameterKind(f"{name}_latent_norm", (rank,), rf"{at}{part}_layernorm\.weight", "norms")
+        pattern = rf"{at}linear_{part}_up_proj\.weight"
+        yield ParameterKind(f"{name}_up", (made[part], rank), pattern, init="qkv", fp8=True, **split)
 
 
 def _mlp(

@@ -5,7 +5,8 @@ models come first, then small ones of the same proportions for a CPU: depth, FFN
 experts are kept, the width falls to what trains in minutes (under 20M parameters with a vocabulary of 8,192).
 
 Source: When Does Sparsity Mitigate the Curse of Depth in LLMs (arXiv 2603.15389). `ling-mini`: Ling 2.0 (arXiv
-2510.22115) and the published configuration of Ling-mini-2.0, without multi-token prediction.
+2510.22115) and the published configuration of Ling-mini-2.0, without multi-token prediction. `deepseek-v2-lite`:
+DeepSeek-V2 (arXiv 2405.04434), appendix B, and the published sizes, before its context was extended.
 """
 
 from __future__ import annotations
@@ -88,6 +89,29 @@ def _ling(
     }
 
 
+def _deepseek(
+    layers: int, hidden: int, heads: int, ffn: int, expert_ffn: int, latent: int, head: int
+) -> dict[str, Any]:
+    """DeepSeek-V2-Lite: the first layer dense, 6 of 64 experts and two shared ones, keys and values from a latent.
+
+    Queries have none. A head's channels that rotate are half of those that do not.
+    """
+    return {
+        **_moe(layers, hidden, heads, expert_ffn, topk=6, experts=64, shared=2 * expert_ffn, vocab=None),
+        "ffn_hidden_size": ffn,
+        "layernorm_epsilon": 1e-6,
+        "moe_first_k_dense_layers": 1,
+        "multi_latent_attention": True,
+        "kv_lora_rank": latent,
+        "qk_head_dim": head,
+        "qk_pos_emb_head_dim": head // 2,
+        "v_head_dim": head,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": 1e-3,
+        "moe_z_loss_coeff": 0.0,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # name                 layers hidden heads FFN
     "dense-1B": _dense(16, 2048, 16, 8192),
@@ -99,6 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "moe-1B-13B-ref": _moe(16, 2048, 16, 2048, topk=8, experts=64),
     "moe-ablation": _moe(32, 1120, 16, 1120, topk=8, experts=64),
     "ling-mini": _ling(2048, 16, 4, 5120, 512, topk=8, experts=256, vocab=157_184),
+    "deepseek-v2-lite": _deepseek(27, 2048, 16, 10944, 1408, 512, 128) | {"vocab_size": 102_400},
     # The same in small, in the same order. Four heads everywhere: tensor parallelism of 2 and 4 divides them.
     "nano-dense": _dense(16, 128, 4, 512, vocab=None),
     **{f"nano-dense-L{layers}": _dense(layers, 128, 4, 512, vocab=None) for layers in DEPTH_SWEEP},
@@ -108,6 +133,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nano-moe-ref": _moe(16, 128, 4, 128, topk=2, experts=16, vocab=None),
     "nano-moe-ablation": _moe(32, 64, 4, 64, topk=2, experts=16, vocab=None),
     "nano-ling": _ling(64, 4, 2, 160, 16, topk=2, experts=64, vocab=None),
+    "nano-deepseek": _deepseek(27, 64, 4, 320, 40, 16, 16),
 }
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.hf.expert_modules import FUSED_MULTIPLE
 from sparsecod_megatron.hf.families import choose_family
 

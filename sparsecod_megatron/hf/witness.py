@@ -29,6 +29,16 @@ TOKENS = 32
 """Tokens of each sequence whose outputs are kept."""
 NORMS = {"input_layernorm": "input_layernorm", **{theirs: ours for ours, theirs in SANDWICH_NORMS.items()}}
 """Norms of layers with some behind branches, in classes of transformers → in ours."""
+_OF_LATENTS = {
+    "linear_q_proj": "q_proj",
+    "linear_q_down_proj": "q_a_proj",
+    "q_layernorm": "q_a_layernorm",
+    "linear_q_up_proj": "q_b_proj",
+    "linear_kv_down_proj": "kv_a_proj_with_mqa",
+    "kv_layernorm": "kv_a_layernorm",
+    "linear_kv_up_proj": "kv_b_proj",
+}
+"""Modules of latent attention in Megatron-Core → in transformers, in order."""
 CAUSES_WITHOUT_TENSOR = {
     "self_attn": "attention between its projections: rotary embedding, window, number of heads or gate",
     "mlp.act": "the activation",
@@ -225,9 +235,13 @@ def _watch_megatron_layer(hooks: Hooks, layer: Any, at: str, config: ModelConfig
         if has_gate:
             record(f"{at}.self_attn.g_proj", slots[..., per_group:first_key, :].flatten(start_dim=2))
 
-    hooks.with_output(attention.linear_qkv, split)
-    hooks.after(attention.q_layernorm, f"{at}.self_attn.q_norm")
-    hooks.after(attention.k_layernorm, f"{at}.self_attn.k_norm")
+    if config.multi_latent_attention:
+        for ours, theirs in _OF_LATENTS.items():
+            hooks.after(getattr(attention, ours, None), f"{at}.self_attn.{theirs}")
+    else:
+        hooks.with_output(attention.linear_qkv, split)
+        hooks.after(attention.q_layernorm, f"{at}.self_attn.q_norm")
+        hooks.after(attention.k_layernorm, f"{at}.self_attn.k_norm")
     hooks.with_input(attention.linear_proj, lambda x: record(f"{at}.self_attn", x))
     hooks.after(attention.linear_proj, f"{at}.self_attn.o_proj")
     hooks.after(getattr(layer.self_attn_bda, "norm", None), f"{at}.attention_join_norm")
@@ -268,8 +282,9 @@ def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str, named: Callable
     for theirs, ours in names.items():
         hooks.after(getattr(layer, theirs, None), f"{at}.{ours}")
     heads_first = hasattr(layer, "pre_feedforward_layernorm")  # Gemma normalises queries and keys when they are
-    for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"):
-        hooks.after(getattr(attention, named(name), None), f"{at}.self_attn.{name}")
+    for name in dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", *_OF_LATENTS.values())):
+        own = partial(_record_one_head, record, f"{at}.self_attn.{name}")
+        hooks.with_output(getattr(attention, named(name), None), own)
     for name in ("q_norm", "k_norm"):
         own = partial(_record_heads, record, f"{at}.self_attn.{name}", heads_first)
         hooks.with_output(getattr(attention, name, None), own)
@@ -288,6 +303,11 @@ def _watch_transformers_layer(hooks: Hooks, layer: Any, at: str, named: Callable
 def _record_heads(record: Record, name: str, heads_first: bool, output: Tensor) -> None:
     """Normalised queries or keys, of each token together; one norm of all heads has them so already."""
     record(name, output.transpose(1, 2) if heads_first and output.dim() == 4 else output)
+
+
+def _record_one_head(record: Record, name: str, output: Tensor) -> None:
+    """What a projection gives; latents have an axis of one head there."""
+    record(name, output.squeeze(1) if output.dim() == 4 else output)
 
 
 def _record_transformers_experts(record: Record, moe: Any, x: Tensor, at: str) -> None:
@@ -324,6 +344,7 @@ _STAGES = (
     "self_attn.k_proj",
     "self_attn.v_proj",
     "self_attn.g_proj",
+    *(f"self_attn.{name}" for name in _OF_LATENTS.values() if name != "q_proj"),
     "self_attn.q_norm",
     "self_attn.k_norm",
     "self_attn",

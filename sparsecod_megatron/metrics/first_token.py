@@ -46,7 +46,7 @@ def first_token_weights(
     if packing is not None:
         query, key = query.unsqueeze(1), key.unsqueeze(1)
     # No values: only keys are gathered.
-    keys, _, mask = attention.visible(query, key, key[:, :, :0])
+    keys, _, mask = attention.visible(query, key, key[..., :0])
     indices = sampled(len(query), sampling, context.rank(), context.size())
     chosen = torch.tensor(indices, dtype=torch.long, device=query.device)
     allowed = torch.arange(len(keys), device=query.device) <= chosen[:, None] if mask is None else mask[..., chosen, :]

@@ -34,6 +34,8 @@ class SDPAttention(torch.nn.Module):
         softmax_scale: overrides 1/√d.
         cp_comm_type: kind of context-parallel exchange in Transformer Engine; unused.
         pg_collection: the run's groups; `cp` is used by a subclass.
+        k_channels: of a head's keys, which latent attention names; the tensors have them.
+        v_channels: of a head's values, likewise.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class SDPAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal, "decoder-only models attend causally"
@@ -69,8 +73,12 @@ class SDPAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [S, B, heads/TP, D], key and value [S, B, groups/TP, D] → [S, B, heads/TP · D]."""
+        """query [S, B, heads/TP, D], key and value [S, B, groups/TP, D] → [S, B, heads/TP · D].
+
+        Values may have other channels than keys, and the result then has theirs.
+        """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        channels = value.shape[-1]
         key, value, mask = self.visible(query, key, value)
         scale, is_causal = self.softmax_scale, mask is None
         if self.softmax_offset is not None:
@@ -78,7 +86,7 @@ class SDPAttention(torch.nn.Module):
             query, key, value, mask = with_sinks(query, key, value, mask, self.softmax_offset, scale=scale)
         if mask is not None and mask.dim() == 3:
             mask = mask.unsqueeze(0)  # torch's fused kernels take two axes or four
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in _of_one_width(query, key, value))
         context = F.scaled_dot_product_attention(
             q,
             k,
@@ -92,7 +100,7 @@ class SDPAttention(torch.nn.Module):
         context = context.permute(2, 0, 1, 3)
         if self.softmax_offset is not None:
             context = without_sinks(context, is_causal=is_causal)
-        return context.flatten(start_dim=2)
+        return context[..., :channels].flatten(start_dim=2)
 
     def visible(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [S_key, B, groups/TP, D] that these queries see; mask [(heads/TP,) S, S_key] or None."""
@@ -129,8 +137,8 @@ class ContextParallelSDPAttention(SDPAttention):
         """Gathers [S/CP, B, groups/TP, D] to [S, B, groups/TP, D]; the mask compares positions. Collective (`cp`)."""
         assert self.pg_collection is not None
         group = self.pg_collection.cp
-        gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=2), group=group)
-        all_keys, all_values = gathered.split((key.shape[2], value.shape[2]), dim=2)
+        gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=3), group=group)
+        all_keys, all_values = gathered.split((key.shape[3], value.shape[3]), dim=3)
         positions = zigzag_positions(query.shape[0] * group.size(), group.size(), device=query.device)
         return all_keys, all_values, self.allowed(positions[group.rank()], positions.flatten())
 
@@ -154,6 +162,15 @@ class DocumentSDPAttention(SDPAttention):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         documents = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
         return torch.cat([super(DocumentSDPAttention, self).forward(q, k, v, None) for q, k, v in documents]).squeeze(1)
+
+
+def _of_one_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """With zeros behind the narrower ones' channels, which change no score and come off the result again.
+
+    torch's flash attention takes one width alone, and its other function keeps every score. The scale is given.
+    """
+    width = max(query.shape[-1], value.shape[-1])
+    return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
 
 
 def zigzag_positions(seq_length: int, cp_size: int, *, device: torch.device) -> Tensor:

@@ -79,7 +79,7 @@ def build_model(
             vp_stage=vp_stage,
             **_rotary(config.model),
         ).to(device)
-        if config.model.rope_scaling == "llama3":
+        if config.model.rope_scaling == "llama3" and not config.model.multi_latent_attention:
             scale_as_llama3(model.rotary_pos_emb, config.model)
         rotate_by_kind(model, config.model)
         share_layers(model, table)
@@ -112,9 +112,13 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
 
 
 def _rotary(model: ModelConfig) -> dict[str, Any]:
-    """GPTModel's arguments for the rotary embedding; YaRN's numbers go through TransformerConfig."""
+    """GPTModel's arguments for the rotary embedding; YaRN's numbers go through TransformerConfig.
+
+    Latent attention makes angles of its own, which GPTModel knows of those of type `rope` alone (gpt_model.py:159).
+    """
+    has_yarn = model.rope_scaling == "yarn" and not model.multi_latent_attention
     return {
-        "position_embedding_type": "yarn" if model.rope_scaling == "yarn" else "rope",
+        "position_embedding_type": "yarn" if has_yarn else "rope",
         "rotary_base": model.rotary_base,
         "rotary_percent": model.rotary_percent,
         "seq_len_interpolation_factor": model.rope_scaling_factor if model.rope_scaling == "linear" else None,

@@ -16,7 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.config.parameters import NEVER_DECAYS, ParameterTable
+from sparsecod_megatron.config.parameter_kind import NEVER_DECAYS
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.model.matrices import WholeMatrix, matrices, named_generator
 
 _OUTPUTS = ("attention_output", "mlp_output")

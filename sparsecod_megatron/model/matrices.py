@@ -17,7 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 
 
 @dataclass(frozen=True)

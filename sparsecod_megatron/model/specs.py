@@ -24,10 +24,12 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from sparsecod_megatron.backend.stand_ins import WholeLinear
 from sparsecod_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.config.flops import is_windowed
 from sparsecod_megatron.config.parameters import NORM_RENAMES
 from sparsecod_megatron.model.attention import ContextParallelSDPAttention, DocumentSDPAttention, SDPAttention
+from sparsecod_megatron.model.latent_attention import latent_attention
 from sparsecod_megatron.model.layer import OwnOutput, VariedAttention, VariedLayer
 from sparsecod_megatron.model.norms import NORMS, ProjectionRMSNorm
 from sparsecod_megatron.model.placement import Placement, final_norm, placement_on_path, placements
@@ -50,6 +52,10 @@ class ReferenceSpecProvider(LocalSpecProvider):
     def core_attention(self) -> type:
         """The attention that fits the run's sequences."""
         return self.attention
+
+    def linear(self) -> type:
+        """One that every tensor-parallel rank holds whole."""
+        return WholeLinear
 
 
 def spec_provider(data: DataConfig, parallel: ParallelConfig, *, transformer_engine: bool) -> BackendSpecProvider:
@@ -96,20 +102,22 @@ def layer_spec(site: LayerSite, mechanisms: Sequence[Mechanism] = ()) -> ModuleS
     """A layer: its norms, attention and MLP, then what each mechanism makes of them.
 
     Checkpoints name every input norm as Transformer Engine's fused linear layers do, whether it is fused or not, so
-    that they load on either backend. Before a mixture of experts the norm is a module of its own there too, and keeps
-    its name (Megatron's local spec renames it, gpt_layer_specs.py:410).
+    that they load on either backend. Before a mixture of experts, and before latents, the norm is a module of its own
+    there too, and keeps its name (Megatron's local spec renames it, gpt_layer_specs.py:410).
     """
     model, provider, layer = site.model, site.provider, site.layer
     attention, mlp = _placements(site, mechanisms)
     is_moe = model.is_moe_layer(layer)
     fused = provider.fuse_layernorm_and_linear()
     unfused = {branch for mechanism in mechanisms for branch in mechanism.unfused}
-    fuse_attention = fused and attention.fusible and "attention" not in unfused
+    is_latent = model.multi_latent_attention
+    fuse_attention = fused and attention.fusible and "attention" not in unfused and not is_latent
     fuse_mlp = fused and mlp.fusible and "mlp" not in unfused and not is_moe
-    renamed = {own: name for name, own in NORM_RENAMES.items() if not is_moe or own.startswith("input_layernorm.")}
+    apart = {"input_layernorm": is_latent, "pre_mlp_layernorm": is_moe}
+    renamed = {own: name for name, own in NORM_RENAMES.items() if not apart[own.partition(".")[0]]}
     submodules = TransformerLayerSubmodules(
         input_layernorm=attention.before_fused if fuse_attention else attention.input_norm,
-        self_attention=_attention(site, fuse=fuse_attention),
+        self_attention=latent_attention(model, provider) if is_latent else _attention(site, fuse=fuse_attention),
         self_attn_bda=attention.join,
         pre_mlp_layernorm=mlp.before_fused if fuse_mlp else mlp.input_norm,
         mlp=_experts(model, site.megatron, provider) if is_moe else _mlp(provider, fuse=fuse_mlp),

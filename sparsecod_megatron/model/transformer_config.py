@@ -14,13 +14,14 @@ from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from sparsecod_megatron.config.check_megatron import needs_transformer_engine
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.model.init import leave_as_is
+from sparsecod_megatron.model.latent_attention import latent_fields
 from sparsecod_megatron.model.passthrough import passthrough
 from sparsecod_megatron.model.precision import precision_fields, torch_dtype
 from sparsecod_megatron.seams.mechanism import configured
@@ -83,8 +84,11 @@ def transformer_config(config: RunConfig, *, transformer_engine: bool) -> Transf
     if (attention := config.megatron.get("attention_backend")) is not None:
         arguments["attention_backend"] = AttnBackend[attention]
     _forbid_silent_divergence(arguments)
+    target = TransformerConfig
+    if config.model.multi_latent_attention:
+        target, arguments = MLATransformerConfig, arguments | latent_fields(config.model)
     try:
-        megatron = TransformerConfig(**arguments)
+        megatron = target(**arguments)
     except (ValueError, AssertionError, TypeError, KeyError) as error:
         # Many of its assertions have no text but their own.
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
@@ -122,7 +126,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
     return {
         **{name: getattr(model, name) for name in names},
         "num_query_groups": model.query_groups,
-        "kv_channels": model.head_dim,
+        "kv_channels": model.value_channels,
     }
 
 
@@ -143,7 +147,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
 
 def _yarn(model: ModelConfig) -> dict[str, Any]:
     """Attributes that GPTModel looks for on the configuration although they are not fields of it (gpt_model.py:179)."""
-    if model.rope_scaling != "yarn":
+    if model.rope_scaling != "yarn" or model.multi_latent_attention:
         return {}
     return {
         "yarn_rotary_scaling_factor": model.rope_scaling_factor,
@@ -159,9 +163,12 @@ def _yarn(model: ModelConfig) -> dict[str, Any]:
 def _has_fused_rope(config: RunConfig, transformer_engine: bool) -> bool:
     """YaRN scales what it rotates, which no fused kernel does; ours on CPU knows neither packed documents nor pairs.
 
+    Nor does one rotate the shared key of latent attention by our keys (`LATENT_CONFLICTS`).
+
     CUDA has one only with Transformer Engine.
     """
-    if config.model.rope_scaling == "yarn" or rope_utils.fused_apply_rotary_pos_emb is None:
+    model = config.model
+    if model.multi_latent_attention or model.rope_scaling == "yarn" or rope_utils.fused_apply_rotary_pos_emb is None:
         return False
     unknown = config.data.reset_attention_mask or config.megatron.get("rotary_interleaved", False)
     return transformer_engine or not unknown

@@ -13,10 +13,8 @@ Source: Korthikanti et al., Reducing Activation Recomputation in Large Transform
 from __future__ import annotations
 
 from sparsecod_megatron.config.flops import is_windowed
+from sparsecod_megatron.planning.latents import Saved, latent_activations
 from sparsecod_megatron.planning.layout import Layout
-
-Saved = dict[str, int]
-"""Bytes by module."""
 
 _FP32 = 4
 _INDEX = 8
@@ -29,7 +27,7 @@ def layer_activations(layout: Layout, layer: int) -> Saved:
     """
     return {
         **_norms(layout, layer),
-        **_attention(layout, layer),
+        **(latent_activations(layout, layer) if layout.model.multi_latent_attention else _attention(layout, layer)),
         **(_experts(layout, layer) if layout.model.is_moe_layer(layer) else {"mlp": _dense(layout, layer)}),
         **layout.mechanism_bytes(layer),
     }
@@ -47,7 +45,8 @@ def kept_after_recompute(layout: Layout, layer: int, saved: Saved) -> Saved:
         dropped.add("softmax")
     if "layernorm" in modules:
         for branch in ("attention", "mlp"):
-            if not layout.transformer_engine or (branch == "mlp" and layout.model.is_moe_layer(layer)):
+            apart = layout.model.is_moe_layer(layer) if branch == "mlp" else layout.model.multi_latent_attention
+            if apart or not layout.transformer_engine:
                 dropped.add(f"{branch}_input")
                 # A parallel layer's second norm is given its input and the first sum.
                 given = 2 if branch == "mlp" and layout.model.is_parallel else 1

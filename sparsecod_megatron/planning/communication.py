@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsecod_megatron.config.flops import BACKWARD_FACTOR
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.planning.hardware import Gpu
+from sparsecod_megatron.planning.latents import gathered_channels
 from sparsecod_megatron.planning.layout import Layout
 
 _FP32 = 4
@@ -88,6 +89,10 @@ def _tensor(layout: Layout, stage: int) -> Traffic:
         pieces += 2
     if stage == layout.stages - 1:
         pieces += backward
+    if layout.model.multi_latent_attention and size > 1:  # its input is not gathered, but what is made of it
+        share = gathered_channels(layout) / layout.model.hidden_size
+        inputs = layout.stage_layers(stage).total() * (1 + _recomputed(layout, stage) + 2)
+        pieces += inputs * (share - 1)
     total = pieces * piece * layout.num_microbatches
     if layout.parallel.sequence_parallel:
         whole = sum(kind.total * count for kind, count in layout.stage_parameters(stage) if kind.split == "none")
@@ -101,7 +106,8 @@ def _context(layout: Layout, stage: int) -> Traffic:
     Source: Liu et al., Ring Attention (arXiv 2310.01889); Transformer Engine's `p2p`.
     """
     model, size = layout.model, layout.context
-    piece = layout.tokens * 2 * model.query_groups * model.head_dim // layout.tensor * layout.bytes_per_value
+    channels = model.query_groups * (model.score_channels + model.value_channels)
+    piece = layout.tokens * channels // layout.tensor * layout.bytes_per_value
     passes = BACKWARD_FACTOR + _recomputed(layout, stage)
     total = passes * (size - 1) * piece * layout.stage_layers(stage).total() * layout.num_microbatches
     return Traffic("context", size, layout.tensor, "point-to-point", total)

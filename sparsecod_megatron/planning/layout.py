@@ -12,7 +12,8 @@ from typing import Any
 from sparsecod_megatron.config import ModelConfig, ParallelConfig, RunConfig, data_parallel_size
 from sparsecod_megatron.config.flops import is_windowed
 from sparsecod_megatron.config.megatron_fields import STAGE_FIELDS
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.seams.mechanism import RankShape, configured, residual_state
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.planning.activations import (
     first_activations,
     kept_after_recompute,
@@ -165,7 +165,8 @@ def _chunk_activations(layout: Layout, stage: int, chunk: int) -> tuple[int, int
         in_order.append((unit_input, brought_back - shared))
     in_order += [sizes[layout.representatives[layer]] for layer in whole]
     angles = layout.config.data.seq_length // layout.context * layout.model.head_dim * _FP32
-    kept = most = angles if units else 0
+    # Those of latent attention are its own.
+    kept = most = angles if units and not layout.model.multi_latent_attention else 0
     for remaining, brought_back in in_order:
         kept += remaining
         most = max(most, kept + brought_back)

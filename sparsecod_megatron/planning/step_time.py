@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token, keys_per_query
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.planning.activations import kept_after_recompute, last_activations, layer_activations
 from sparsecod_megatron.planning.communication import step_traffic
 from sparsecod_megatron.planning.hardware import Efficiency, Gpu, Range
@@ -183,7 +183,8 @@ def _add_layers(work: Work, layout: Layout, layer: int, count: int, *, recompute
             work.dense_fp8 += flops if fp8 and kind.fp8 else 0
             work.dense += 0 if fp8 and kind.fp8 else flops
     keys = keys_per_query(model, layer, layout.config.data.seq_length, convention="windowed")
-    attention = 4.0 * layout.tokens * model.num_attention_heads * model.head_dim / layout.tensor * keys
+    channels = model.score_channels + model.value_channels
+    attention = 2.0 * layout.tokens * model.num_attention_heads * channels / layout.tensor * keys
     work.attention += count * attention * (BACKWARD_FACTOR + (recomputed or "core_attn" in modules))
     saved = layer_activations(layout, layer)
     total = sum(saved.values())

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import DataConfig, ModelConfig, RunConfig
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
@@ -357,6 +358,12 @@ class Mechanism:
     def key(self, setting: str) -> str:
         """A setting as messages name it."""
         return f"mechanisms.{self.name}.{setting}"
+
+
+def latent_problems(mechanism: Mechanism, model: ModelConfig, why: str) -> Iterator[str]:
+    """The line of a mechanism that has no place in latent attention, if the model has that; `why` says what to do."""
+    if model.multi_latent_attention:
+        yield f"model.multi_latent_attention: true, but mechanisms.{mechanism.name} {why}"
 
 
 def configured(config: RunConfig) -> tuple[Mechanism, ...]:

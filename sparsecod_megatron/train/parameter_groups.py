@@ -22,13 +22,8 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.parameters import (
-    GROUPS,
-    NEVER_DECAYS,
-    RATE_FALLS_WITH_WIDTH,
-    ParameterTable,
-    StepFactors,
-)
+from sparsecod_megatron.config.parameter_kind import GROUPS, NEVER_DECAYS, RATE_FALLS_WITH_WIDTH, StepFactors
+from sparsecod_megatron.config.parameters import ParameterTable
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:

@@ -77,7 +77,7 @@ def _activation_group(trainer: Trainer, models: Sequence[GPTModel]) -> Activatio
                 layer.layer_number,
                 AttnMaskType.causal,
                 "self",
-                softmax_scale=layer.config.softmax_scale,
+                softmax_scale=getattr(layer.self_attention, "softmax_scale", layer.config.softmax_scale),
                 pg_collection=trainer.groups,
             )
         attentions[layer.layer_number - 1] = core

@@ -41,8 +41,9 @@ DENSE = [
     "gemma2",
     "gemma3",
 ]
-EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "olmoe", "gpt-oss"]
+EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "deepseek-v2", "olmoe", "gpt-oss"]
 FAMILIES = dict.fromkeys(DENSE, ("tp2-sp", "pp2")) | dict.fromkeys(EXPERTS, ("ep2", "pp2"))
+FAMILIES |= {"deepseek-v3": ("tp2-sp", "ep2", "pp2")}
 """Family → its layouts."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -36,6 +38,7 @@ from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.cli import import_
 from tests.dist.families_worker import CASES, FAMILIES, Case, train
 from tests.helpers.cli import script_ranks
+from tests.unit.hf import deepseek
 from tests.unit.hf.test_source import (
     EXPERTS,
     FACTORS,
@@ -74,6 +77,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2-moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=24),
     "qwen3-moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),
     "glm4-moe": Glm4MoeConfig(**SHAPE, **GLM),
+    "deepseek-v3": DeepseekV3Config(**deepseek.V3 | DEPTH, rope_parameters=deepseek.YARN),
+    "deepseek-v2": DeepseekV2Config(**deepseek.V2 | DEPTH | {"q_lora_rank": None}),
     "olmoe": OlmoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2),
 }
 

@@ -55,7 +55,19 @@ CONCERNED = {
         "deepseek",
     },
     # Slices of the sequence: what depends on a token's place, or on keys of other tokens.
-    "cp2": {"pre", "qk-norm", "olmo", "mqa", "rope-yarn", "rope-local", "sinks", "window", "window-skip", "everything"},
+    "cp2": {
+        "pre",
+        "qk-norm",
+        "olmo",
+        "mqa",
+        "rope-yarn",
+        "rope-local",
+        "sinks",
+        "window",
+        "window-skip",
+        "everything",
+        "latents",
+    },
     # Whole experts move: what their shapes, the router's state, or the layers without experts change.
     "ep2": {
         "post-softmax",
@@ -76,7 +88,7 @@ ADJUSTED = {
 """For four layers instead of three."""
 ALIKE = {
     *("gelu", "gelu-tanh", "relu", "qkv-bias", "sandwich", "branch", "lns", "mha", "rope-linear", "rope-llama3"),
-    *("parallel", "layernorm"),
+    *("parallel", "layernorm", "latents-llama3"),
     *("sigmoid", "sigmoid-top-1", "scaled", "shared"),
 }
 """Differ from another variant in what each rank computes from what it holds, in no way that a layout could see."""

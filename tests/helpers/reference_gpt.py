@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsecod_megatron.config import ModelConfig
+from tests.helpers.reference_latent import latent_heads, latent_tensors, without_latents
 from tests.helpers.reference_mlp import dense, linear, mixture
 
 
@@ -39,8 +40,11 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}"
         tensors |= stream_norm(f"{at}.input_layernorm")
-        tensors[f"{at}.self_attention.linear_qkv.weight"] = matrix((heads + 2 * groups) * head_dim, hidden)
-        tensors[f"{at}.self_attention.linear_proj.weight"] = matrix(hidden, heads * head_dim)
+        if model.multi_latent_attention:
+            tensors |= latent_tensors(model, f"{at}.self_attention", matrix, norm)
+        else:
+            tensors[f"{at}.self_attention.linear_qkv.weight"] = matrix((heads + 2 * groups) * head_dim, hidden)
+            tensors[f"{at}.self_attention.linear_proj.weight"] = matrix(hidden, heads * head_dim)
         biases = {"qkv": model.qkv_bias, "proj": model.attention_output_bias}
         for part in (part for part, there in biases.items() if there):
             rows = len(tensors[f"{at}.self_attention.linear_{part}.weight"])
@@ -229,6 +233,11 @@ def _attention(
     document_ids: Tensor | None,
 ) -> Tensor:
     at, size = f"decoder.layers.{layer}.self_attention", model.head_dim
+    hidden_keys = torch.where(_mask(model, layer, x.shape[1], document_ids), 0.0, float("-inf"))
+    if model.multi_latent_attention:
+        rotation = _rotation(without_latents(model), layer, torch.arange(x.shape[1]))
+        heads = latent_heads(model, weights, at, x, rotation / rotation.abs(), hidden_keys)
+        return linear(weights, f"{at}.linear_proj", heads)
     per_group = model.num_attention_heads // model.query_groups
     elementwise = model.attention_output_gate == "elementwise"
     projected = linear(weights, f"{at}.linear_qkv", x)
@@ -237,7 +246,6 @@ def _attention(
     rotation = _rotation(model, layer, torch.arange(x.shape[1]) * rotates)
     rotation = rotation if rotates else rotation / rotation.abs()  # nor do they grow, which YaRN's do
     factor = model.softmax_scale or 1 / math.sqrt(size)
-    hidden_keys = torch.where(_mask(model, layer, x.shape[1], document_ids), 0.0, float("-inf"))
     outputs = []
 
     def slot(index: int) -> Tensor:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+LATENTS = (
+    "model.multi_latent_attention=true",
+    "model.num_query_groups=4",
+    "model.kv_lora_rank=16",
+    "model.qk_head_dim=8",
+    "model.qk_pos_emb_head_dim=4",
+    "model.v_head_dim=6",
+)
 DENSE: dict[str, tuple[str, ...]] = {
     "pre": (),
     "post": ("model.norm_placement=post",),
@@ -92,6 +100,26 @@ DENSE: dict[str, tuple[str, ...]] = {
     "gelu-tanh": ("model.activation=gelu_tanh",),
     "relu": ("model.activation=relu",),
     "relu2": ("model.activation=relu2",),
+    "latents": (
+        *LATENTS,
+        "model.q_lora_rank=12",
+        "model.rope_scaling=yarn",
+        "model.rope_scaling_factor=4",
+        "model.rope_original_max_position_embeddings=8",
+        "model.yarn_correction_range_round_to_int=false",
+        "model.mscale=0.7",
+        "model.mscale_all_dim=1.5",
+    ),
+    "latents-of-keys": (*LATENTS, "model.v_head_dim=14", "model.rope_scaling=linear", "model.rope_scaling_factor=4"),
+    "latents-llama3": (
+        *LATENTS,
+        "model.q_lora_rank=12",
+        "model.v_head_dim=12",
+        "model.layernorm_scaling=true",
+        "model.rope_scaling=llama3",
+        "model.rotary_base=100",
+        "model.rope_original_max_position_embeddings=64",
+    ),
     "everything": (
         "model.norm_placement=peri",
         "model.layernorm_scaling=true",
@@ -126,6 +154,14 @@ MOE: dict[str, tuple[str, ...]] = {
         "model.rope_scaling_factor=4",
         "model.rope_original_max_position_embeddings=8",
         "model.yarn_correction_range_round_to_int=false",
+    ),
+    "latents": (
+        *LATENTS,
+        "model.q_lora_rank=12",
+        "model.moe_shared_expert_intermediate_size=32",
+        "model.moe_router_score_function=sigmoid",
+        "model.moe_router_enable_expert_bias=true",
+        "model.moe_first_k_dense_layers=1",
     ),
     "expert-biases": ("model.mlp_bias=true", "model.moe_first_k_dense_layers=1", "model.activation=geglu"),
     "first-dense": ("model.moe_first_k_dense_layers=1",),

@@ -12,6 +12,7 @@ from sparsecod_megatron.config.model_keys import TRAINING_KEYS
 from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.common import stated
+from sparsecod_megatron.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from sparsecod_megatron.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from sparsecod_megatron.hf.families.glm_moe import GLM4_MOE
 from sparsecod_megatron.hf.families.gpt_oss import GPT_OSS
@@ -29,7 +30,7 @@ from sparsecod_megatron.seams.mechanism import Mechanism, Module, Refused
 
 FAMILIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GRANITE, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, NEOX),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, OLMOE, GPT_OSS, SPARSECOD),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, OLMOE, GPT_OSS, DEEPSEEK_V3, DEEPSEEK_V2, SPARSECOD),
 )
 """In order of preference: the most widely supported class first, our own last."""
 
@@ -78,6 +79,7 @@ FEATURES: dict[str, tuple[object, ...]] = {
     "qkv_bias": (False,),
     "attention_output_bias": (False,),
     "mlp_bias": (False,),
+    "multi_latent_attention": (False,),
     "moe_router_topk_per_layer": (None,),
     "moe_first_k_dense_layers": (0,),
     "moe_shared_expert_gate": (False,),
@@ -97,6 +99,13 @@ DEPENDENT_KEYS = frozenset(
         "rope_original_max_position_embeddings",
         "moe_router_group_topk",
         "moe_router_dtype",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
+        "mscale",
+        "mscale_all_dim",
     }
 )
 """Keys without an effect of their own beside those above."""

@@ -9,12 +9,24 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.hf.table import Entry
 from sparsecod_megatron.hf.transforms import Transform, folded, gate_up, query_key_value, same, scaled
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """What most classes call the three matrices of a gated MLP."""
+
+LATENTS = {
+    "query": ("linear_q_proj", "q_proj"),
+    "query_down": ("linear_q_down_proj", "q_a_proj"),
+    "query_latent_norm": ("q_layernorm", "q_a_layernorm"),
+    "query_up": ("linear_q_up_proj", "q_b_proj"),
+    "key_value_down": ("linear_kv_down_proj", "kv_a_proj_with_mqa"),
+    "key_value_latent_norm": ("kv_layernorm", "kv_a_layernorm"),
+    "key_value_up": ("linear_kv_up_proj", "kv_b_proj"),
+}
+"""Row of the table of parameters → the module in Megatron-Core's latent attention, and in classes that have one."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,9 @@ def _attention_entries(tensors: LayerTensors) -> Iterator[Entry]:
     for part, name in (("q", "query_norm"), ("k", "key_norm")):
         if (row := rows.get(name)) is not None:
             yield _plain(row, f"{ours}.{part}_layernorm.weight", f"{theirs}.{part}_norm.weight")
+    for name, (module, hf) in LATENTS.items():
+        if (row := rows.get(name)) is not None:
+            yield _plain(row, f"{ours}.{module}.weight", f"{theirs}.{hf}.weight")
     yield _plain(rows["attention_output"], f"{ours}.linear_proj.weight", f"{theirs}.o_proj.weight")
     if (row := rows.get("attention_output_bias")) is not None:
         yield _plain(row, f"{ours}.linear_proj.bias", f"{theirs}.o_proj.bias")

@@ -1,5 +1,7 @@
 """Mixtures of experts with a sigmoid router that a bias balances, as Ling 2.0 and GLM-4.5 have them (Glm4Moe).
 
+DeepSeek-V3 has the same experts (`deepseek.py`).
+
 Its router takes the best groups by the sum of their two best experts, selects with the bias and weighs without it,
 divides by the sum of the chosen and multiplies by a factor: Megatron's `sigmoid` router with an expert bias, where a
 group is judged by two experts and more than one is chosen.
@@ -24,27 +26,54 @@ from sparsecod_megatron.hf.transforms import same
 
 JUDGES = 2
 """Experts by which the class judges a group."""
+BALANCED: dict[str, Any] = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+"""Our keys of its router."""
+BALANCED_KEYS = frozenset(
+    {
+        *BALANCED,
+        "moe_first_k_dense_layers",
+        "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+    }
+)
+"""Keys that classes with these experts have a place for."""
 
 
 def _obstacle(model: ModelConfig) -> str | None:
-    if obstacle := experts_obstacle(model):
-        return obstacle
+    return experts_obstacle(model) or balanced_obstacle(model)
+
+
+def shared_width_obstacle(model: ModelConfig) -> str | None:
+    """The obstacle of classes that count shared experts of the width of a routed one."""
     shared, width = model.moe_shared_expert_intermediate_size, model.expert_ffn_hidden_size
     if shared is None or shared % width:
         return f"model.moe_shared_expert_intermediate_size={shared}, not a multiple of an expert's {width}"
+    return None
+
+
+def balanced_obstacle(model: ModelConfig) -> str | None:
+    """The obstacle of classes with these experts, of a model that has some."""
+    if obstacle := shared_width_obstacle(model):
+        return obstacle
     if model.moe_router_score_function != "sigmoid":
         return f"model.moe_router_score_function={model.moe_router_score_function}"
     if not model.moe_router_enable_expert_bias:
         return "model.moe_router_enable_expert_bias=false"
     if model.moe_router_topk == 1:  # the class would divide the one weight by itself
         return "model.moe_router_topk=1"
-    groups = model.moe_router_group_topk
-    if model.moe_router_num_groups is not None and model.moe_router_topk != JUDGES * (groups or 0):
-        return f"model.moe_router_topk={model.moe_router_topk}, not {JUDGES} x model.moe_router_group_topk"
-    return None
+    return judges_obstacle(model, JUDGES)
 
 
-def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
+def judges_obstacle(model: ModelConfig, judges: int) -> str | None:
+    """The obstacle of classes that judge a group by so many of its experts: ours by as many as fit into the choice."""
+    chosen = model.moe_router_group_topk
+    if model.moe_router_num_groups is None or chosen is None or model.moe_router_topk // chosen == judges:
+        return None
+    return f"model.moe_router_topk={model.moe_router_topk} over model.moe_router_group_topk={chosen} is not {judges}"
+
+
+def balanced_entries(tensors: LayerTensors) -> Iterator[Entry]:
+    """A dense MLP, or these experts with their shared ones and the bias."""
     if not tensors.model.is_moe_layer(tensors.layer):
         yield from dense_entries(tensors)
         return
@@ -55,10 +84,18 @@ def _mlp_entries(tensors: LayerTensors) -> Iterator[Entry]:
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    return {
+    return counted_fields(model) | {
         "attention_bias": model.qkv_bias,
         "use_qk_norm": model.qk_norm,
         "partial_rotary_factor": model.rotary_percent,  # the class's default is a half
+        "norm_topk_prob": True,
+        "num_mtp_layers": 0,
+    }
+
+
+def counted_fields(model: ModelConfig) -> dict[str, Any]:
+    """Experts and their groups as these classes count them."""
+    return {
         "moe_intermediate_size": model.expert_ffn_hidden_size,
         "num_experts_per_tok": model.moe_router_topk,
         "n_routed_experts": model.num_moe_experts,
@@ -67,18 +104,33 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
         "n_group": model.moe_router_num_groups or 1,
         "topk_group": model.moe_router_group_topk or 1,
         "first_k_dense_replace": model.moe_first_k_dense_layers,
-        "norm_topk_prob": True,
-        "num_mtp_layers": 0,
     }
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return read_counted(fields) | BALANCED | {"qkv_bias": fields["attention_bias"], "qk_norm": fields["use_qk_norm"]}
+
+
+def read_counted(fields: Mapping[str, Any], judges: int = JUDGES) -> dict[str, Any]:
+    """Our keys of what `counted_fields` wrote; the loss of training is not among them.
+
+    Args:
+        fields: of the configuration.
+        judges: experts by which the class judges a group.
+
+    Raises:
+        ConversionError: there is no shared expert, or ours would judge groups by another number of experts.
+    """
     if not fields["n_shared_experts"]:
         raise ConversionError("config.json: n_shared_experts 0 has no counterpart; the class has at least one")
-    has_groups = fields["n_group"] > 1
+    has_groups = (fields["n_group"] or 1) > 1
+    if has_groups and (ours := fields["num_experts_per_tok"] // fields["topk_group"]) != judges:
+        raise ConversionError(
+            f"config.json: topk_group {fields['topk_group']}: the class judges a group by {judges} "
+            f"expert{'s' if judges > 1 else ''}, our models by num_experts_per_tok / topk_group, which is {ours}; "
+            "import a model without groups"
+        )
     return {
-        "qkv_bias": fields["attention_bias"],
-        "qk_norm": fields["use_qk_norm"],
         "moe_ffn_hidden_size": fields["moe_intermediate_size"],
         "moe_router_topk": fields["num_experts_per_tok"],
         "num_moe_experts": fields["n_routed_experts"],
@@ -87,8 +139,6 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         "moe_router_num_groups": fields["n_group"] if has_groups else None,
         "moe_router_group_topk": fields["topk_group"] if has_groups else None,
         "moe_first_k_dense_layers": fields["first_k_dense_replace"],
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
         "moe_aux_loss_coeff": 0.0,
     }
 
@@ -96,19 +146,9 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 GLM4_MOE = Family(
     "Glm4MoeForCausalLM",
     Glm4MoeConfig,
-    PRE_NORM
-    | {
-        "qkv_bias",
-        "qk_norm",
-        "rotary_percent",
-        "moe_first_k_dense_layers",
-        "moe_router_score_function",
-        "moe_router_topk_scaling_factor",
-        "moe_router_num_groups",
-        "moe_router_enable_expert_bias",
-    },
+    PRE_NORM | BALANCED_KEYS | {"qkv_bias", "qk_norm", "rotary_percent"},
     _obstacle,
-    _mlp_entries,
+    balanced_entries,
     _fields,
     _read,
 )

@@ -18,8 +18,16 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
-from sparsecod_megatron.config.parameters import ParameterKind
-from sparsecod_megatron.seams.mechanism import ExportedTensor, LayerSite, Mechanism, Module, RankShape, mixed
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.seams.mechanism import (
+    ExportedTensor,
+    LayerSite,
+    Mechanism,
+    Module,
+    RankShape,
+    latent_problems,
+    mixed,
+)
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -36,6 +44,7 @@ class HeadwiseGate(Mechanism):
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """The other gate, which cannot be combined with this one."""
+        yield from latent_problems(self, config.model, "gates ordinary attention; remove one of them")
         if (other := config.model.attention_output_gate) != "none":
             yield f"mechanisms.{self.name}: beside model.attention_output_gate={other}; keep one of them"
 

@@ -29,9 +29,17 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import at_least
-from sparsecod_megatron.config.parameters import NEVER_DECAYS, ParameterKind
+from sparsecod_megatron.config.parameter_kind import NEVER_DECAYS, ParameterKind
 from sparsecod_megatron.mechanisms.attention.value_residual_sparsecod import ValueMix
-from sparsecod_megatron.seams.mechanism import ExportedTensor, LayerSite, Mechanism, Module, RankShape, mixed
+from sparsecod_megatron.seams.mechanism import (
+    ExportedTensor,
+    LayerSite,
+    Mechanism,
+    Module,
+    RankShape,
+    latent_problems,
+    mixed,
+)
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -56,6 +64,7 @@ class ValueResidual(Mechanism):
     def problems(self, config: RunConfig) -> Iterator[str]:
         """No layer that mixes, stages that V_1 would have to travel between, and others that need its way."""
         model, pipeline = config.model, config.parallel.pipeline_model_parallel_size
+        yield from latent_problems(self, config.model, "mixes the values of ordinary attention; remove one of them")
         if self.start_layer >= model.num_layers:
             yield (
                 f"{self.key('start_layer')}: {self.start_layer}, but model.num_layers={model.num_layers} has layers "

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import above, at_least
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.errors import CheckpointError
 from sparsecod_megatron.seams.mechanism import Folds, Mechanism, RankShape
 from sparsecod_megatron.seams.plugin import STATE_PREFIX, Plugin, StepContext, StepParts

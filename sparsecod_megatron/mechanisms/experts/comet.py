@@ -36,7 +36,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import above, at_least
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.mechanisms.experts.comet_sparsecod import leaf_log_probabilities, tree_logits
 from sparsecod_megatron.seams.mechanism import ExportedTensor, LayerSite, Mechanism, Module, RankShape, mixed
 from sparsecod_megatron.seams.plugin import Plugin

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.mechanisms.weights.factors.mechanism import Factored
 from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, Module, RankShape, mixed
 from sparsecod_megatron.seams.plugin import Plugin, StepContext, StepParts

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import at_least, between, choice
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.mechanisms.activations.topk_activation import TopKActivation
 from sparsecod_megatron.mechanisms.experts.product_keys import (
     ExpertsOutput,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
-from sparsecod_megatron.config.parameters import NEVER_DECAYS, ParameterKind
+from sparsecod_megatron.config.parameter_kind import NEVER_DECAYS, ParameterKind
 from sparsecod_megatron.seams.mechanism import ExportedTensor, Folds, Mechanism, Module, RankShape
 from sparsecod_megatron.seams.residual import ResidualPath
 

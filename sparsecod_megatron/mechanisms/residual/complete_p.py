@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import at_least, between
-from sparsecod_megatron.config.parameters import RATE_FALLS_WITH_WIDTH, ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import RATE_FALLS_WITH_WIDTH, ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism
 from sparsecod_megatron.mechanisms.residual.scaled import DEEP_INITS, Scaled
 from sparsecod_megatron.seams.mechanism import Folds

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import at_least, choice
-from sparsecod_megatron.config.parameters import NEVER_DECAYS
+from sparsecod_megatron.config.parameter_kind import NEVER_DECAYS
 from sparsecod_megatron.mechanisms.residual.base import ResidualMechanism, StreamParameter
 from sparsecod_megatron.mechanisms.residual.reports import STREAM_NAMES, StreamReports, mixing_reports
 from sparsecod_megatron.seams.mechanism import RankShape, ResidualState

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsecod_megatron.config import DataConfig, ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import above, at_least
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.mechanisms.tokens.engram_sparsecod import TAPS, halo_of, table_sizes
 from sparsecod_megatron.mechanisms.tokens.layer import token_layer
 from sparsecod_megatron.mechanisms.tokens.settings import small_layers, token_problems

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.tokens.layer import ReadsTokens, token_layer
 from sparsecod_megatron.mechanisms.tokens.settings import small_layers, token_problems
 from sparsecod_megatron.mechanisms.tokens.table import TokenTable

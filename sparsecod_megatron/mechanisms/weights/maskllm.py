@@ -31,7 +31,8 @@ from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import above, at_least
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError, ConversionError
 from sparsecod_megatron.mechanisms.weights.engine import mask_choices
 from sparsecod_megatron.mechanisms.weights.engine.patterns import exceeding_groups, indivisible_groups, smallest_of_each

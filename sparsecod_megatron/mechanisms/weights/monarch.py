@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
 from sparsecod_megatron.config.fields import at_least
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.mechanisms.weights.factors.factors import Factor
 from sparsecod_megatron.mechanisms.weights.factors.mechanism import Factored
 

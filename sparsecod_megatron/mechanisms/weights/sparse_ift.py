@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config.fields import choice, from_to_below
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.mechanisms.weights.factors.factors import PLACES, Factor, scattered, sparse_factor
 from sparsecod_megatron.mechanisms.weights.factors.mechanism import Factored
 from sparsecod_megatron.mechanisms.weights.sltrain import composed_sum, low_rank_and_sparse

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.patterns import indivisible_groups, parsed_pattern, smallest_of_each
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
 from sparsecod_megatron.mechanisms.weights.engine.window import FlipShare, MaskedWindow, masked

@@ -6,8 +6,9 @@ import pytest
 
 from sparsecod_megatron.config import load_config
 from sparsecod_megatron.errors import ConfigError
+from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.helpers.megatron import SMALL
-from tests.helpers.variants import DENSE, MOE, MOE_SHAPE
+from tests.helpers.variants import DENSE, LATENTS, MOE, MOE_SHAPE
 
 LNS = "model.layernorm_scaling=true"
 DOCUMENTS = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
@@ -19,6 +20,24 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
+        ((*LATENTS, "model.qk_norm=true"), ["model.qk_norm: true", "normalised already", "set it to false"]),
+        ((*LATENTS, "model.sliding_window=4"), ["model.sliding_window: 4", "has no window", "set it to null"]),
+        ((*LATENTS, "model.softmax_scale=0.5"), ["model.softmax_scale: 0.5", "mscale_all_dim"]),
+        ((*LATENTS, "model.normalization=LayerNorm"), ["model.normalization: LayerNorm", "RMSNorm alone"]),
+        ((*LATENTS, "model.num_query_groups=2"), ["model.num_query_groups: 2", "keys of its own; use 4"]),
+        ((*LATENTS, "model.kv_channels=8"), ["model.kv_channels: 8", "remove it"]),
+        ((*LATENTS, "model.qk_pos_emb_head_dim=5"), ["model.qk_pos_emb_head_dim: 5 is odd"]),
+        ((*LATENTS, "parallel.tensor_model_parallel_size=2"), ["parallel.sequence_parallel: false", "over 2 ranks"]),
+        ((*LATENTS, "megatron.rotary_interleaved=true"), ["megatron.rotary_interleaved: true", "neighbouring pairs"]),
+        ((*LATENTS, "mechanisms.headwise_gate={}"), ["multi_latent_attention: true", "mechanisms.headwise_gate gates"]),
+        ((*LATENTS, "mechanisms.value_residual={}"), ["multi_latent_attention: true", "mechanisms.value_residual"]),
+        ((*LATENTS, "mechanisms.s2_attention.stride=2"), ["multi_latent_attention: true", "mechanisms.s2_attention"]),
+        ((*LATENTS, "mechanisms.ste={}"), ["mechanisms.ste has `qkv`", "set mechanisms.ste.kinds=[attention_output, "]),
+        ((*LATENTS, "mechanisms.monarch={}"), ["mechanisms.monarch has `qkv`", "mechanisms.monarch.kinds=[attention"]),
+        (
+            (*LATENTS, "mechanisms.random_groups.pattern=head"),
+            ["mechanisms.random_groups has heads", "mechanisms.random_groups.pattern=neuron"],
+        ),
         (
             (LNS, "model.norm_placement=post"),
             ["model.layernorm_scaling: true", "use it with pre, parallel, peri"],
@@ -105,7 +124,7 @@ GROUPS = ("model.moe_router_num_groups=4", "model.moe_router_group_topk=2")
 )
 def test_refused(overrides: tuple[str, ...], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, [*SMALL, *overrides])
+        load_config(None, [*SMALL, *overrides], mechanisms=MECHANISMS)
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ SIZES = {
     # an expert of 512 3,145,728, router 524,288; dense layer 41,947,392; one with 256 + 1 experts 819,466,496, with
     # 8 + 1 39,325,952; rest 2,048 + 643,825,664
     "ling-mini": (16_255_638_528, 1_432_968_192),
+    # h 2048, 16 heads of 128 + 64, latent of 512: attention 6,291,456 of queries, 1,179,648 to the latent with its norm
+    # 512, 2,097,152 from it, 4,194,304 out; norms 4,096; dense MLP of 10944 67,239,936; an expert of 1408 8,650,752,
+    # router 131,072; dense layer 81,007,104; one with 64 + 2 experts 584,847,872, with 6 + 2 83,104,256;
+    # rest 2,048 + 419,430,400
+    "deepseek-v2-lite": (15_706_484_224, 2_661_150_208),
     # h 128, f 512: a layer 65,536 + 196,608 + 256 = 262,400; rest 128 + 2,097,152 = 2,097,280
     "nano-dense": (6_295_680, 6_295_680),  # 16 · 262,400 + 2,097,280
     "nano-dense-L12": (5_246_080, 5_246_080),  # 12 · 262,400 + 2,097,280
@@ -66,6 +72,9 @@ SIZES = {
     # h 64, 4 heads on 2 groups: attention 12,288, norms 128 + 32 of q and k; dense MLP of 160 30,720; an expert of 16
     # 3,072, router 4,096; dense layer 43,168, one with 64 + 1 experts 216,224, with 2 + 1 25,760; rest 1,048,640
     "nano-ling": (5_200_064, 1_581_248),
+    # h 64, 4 heads of 16 + 8, latent of 16: attention 13,840, norms 128; dense MLP of 320 61,440; an expert of 40
+    # 7,680, router 4,096; dense layer 75,408, one with 64 + 2 experts 524,944, with 6 + 2 79,504; rest 1,048,640
+    "nano-deepseek": (14_772_592, 3_191_152),
 }
 
 
@@ -93,7 +102,7 @@ def depth(name: str) -> int:
     return load_config(None, [f"model.preset={name}"]).model.num_layers
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if "ling" not in name])
+@pytest.mark.parametrize("name", [name for name in preset_names() if not re.search("ling|deepseek", name)])
 def test_common_to_the_paper(name: str) -> None:
     model = load_config(None, [f"model.preset={name}"]).model
     assert (model.normalization, model.activation, model.rotary_base) == ("RMSNorm", "swiglu", 10000)

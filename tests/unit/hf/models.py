@@ -34,6 +34,14 @@ LING: dict[str, object] = {
     "qk_norm": True,
     "rotary_percent": 0.5,
 }
+LATENTS: dict[str, object] = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+}
 NEOX: dict[str, object] = {
     "normalization": "LayerNorm",
     "norm_placement": "parallel",
@@ -68,4 +76,11 @@ MODELS = {
     "moe pre-softmax wide heads": moe(moe_router_pre_softmax=True, kv_channels=14),
     "moe pre-softmax shared": moe(moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=28),
     "moe ling": moe(**LING),
+    "latents": tiny(**LATENTS, untie_embeddings_and_output_weights=False),
+    "moe latents": moe(
+        **LATENTS | LING | {"qk_norm": False, "rotary_percent": 1.0, "q_lora_rank": None},
+        rope_scaling="yarn",
+        mscale_all_dim=1.0,
+    ),
+    "moe latents pre-softmax": moe(**LATENTS, moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=48),
 }

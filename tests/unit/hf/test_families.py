@@ -44,6 +44,9 @@ EXPECTED = {
     "moe pre-softmax wide heads": "Qwen2MoeForCausalLM",
     "moe pre-softmax shared": "Qwen2MoeForCausalLM",
     "moe ling": "Glm4MoeForCausalLM",
+    "latents": "DeepseekV3ForCausalLM",
+    "moe latents": "DeepseekV3ForCausalLM",
+    "moe latents pre-softmax": "DeepseekV2ForCausalLM",
 }
 
 
@@ -132,7 +135,8 @@ def test_import_of_an_export_is_the_model(name: str, tmp_path: Path) -> None:
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     export_model(model, tensors, tmp_path / "m", seq_length=16, dtype=torch.float32, tokenizer_dir=None)
     source = open_source(tmp_path / "m")
-    derived: dict[str, object] = {"num_query_groups": model.query_groups, "kv_channels": model.head_dim}
+    channels = None if model.multi_latent_attention else model.head_dim
+    derived: dict[str, object] = {"num_query_groups": model.query_groups, "kv_channels": channels}
     derived["embedding_norm"] = model.has_embedding_norm
     if model.is_moe:
         derived["moe_ffn_hidden_size"] = model.expert_ffn_hidden_size

@@ -57,6 +57,22 @@ GEMMA: dict[str, st.SearchStrategy[Any]] = {
     "rope_parameters": st.sampled_from(BY_KIND).map(copy.deepcopy),
 }
 SPARSE = {"mlp_only_layers": st.sampled_from([[], [0], [0, 1], [1]]), "decoder_sparse_step": st.sampled_from([1, 1, 2])}
+LATENT: dict[str, st.SearchStrategy[Any]] = {
+    "num_key_value_heads": st.none(),
+    "scales": st.sampled_from([None, {"mscale": 0.7, "mscale_all_dim": 1.5}, {"mscale_all_dim": 1.0}]),
+    "q_lora_rank": st.sampled_from([None, 8, 12]),
+    "kv_lora_rank": st.sampled_from([8, 16]),
+    "qk_nope_head_dim": st.sampled_from([4, 8]),
+    "qk_rope_head_dim": st.sampled_from([4, 6]),
+    "v_head_dim": st.sampled_from([4, 8, 14]),
+    "attention_bias": st.sampled_from([False, False, False, True]),
+    "n_routed_experts": st.sampled_from([4, 8]),
+    "num_experts_per_tok": st.sampled_from([2, 2, 1]),
+    "moe_intermediate_size": EXPERTS["moe_intermediate_size"],
+    "n_shared_experts": st.integers(1, 2),
+    "first_k_dense_replace": st.integers(0, 3),
+    "routed_scaling_factor": st.sampled_from([1.0, 2.5]),
+}
 OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "llama": BIASES,
     "mistral": {"sliding_window": WINDOW},
@@ -103,6 +119,21 @@ OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     | SPARSE
     | {"shared_expert_intermediate_size": st.sampled_from([8, 24]), "qkv_bias": st.sampled_from([True, True, False])},
     "qwen3_moe": EXPERTS | SPARSE | {"attention_bias": st.booleans(), "sliding_window": WINDOW},
+    "deepseek_v3": LATENT
+    | {
+        "n_group": st.sampled_from([1, 1, 2]),
+        "topk_group": st.just(1),
+        "norm_topk_prob": st.sampled_from([True, True, True, False]),
+        "rope_interleave": st.sampled_from([True, True, True, False]),
+        "num_mtp_layers": st.just(0),
+    },
+    "deepseek_v2": LATENT
+    | {
+        "topk_method": st.sampled_from(["greedy", "greedy", "group_limited_greedy"]),
+        "n_group": st.sampled_from([1, 2]),
+        "topk_group": st.just(1),
+        "mlp_bias": st.sampled_from([False, False, False, True]),
+    },
     "glm4_moe": {
         "n_routed_experts": st.sampled_from([4, 8]),
         "num_experts_per_tok": st.sampled_from([2, 4]),
@@ -119,8 +150,13 @@ OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "partial": st.sampled_from([0.5, 1.0]),
     },
 }
-"""model_type → fields beyond those of all families, `partial` being the share of channels that rotate."""
-LACKED_BY_NEOX = ("num_key_value_heads", "head_dim", "rms_norm_eps")
+"""model_type → fields beyond those of all families; `partial` is the share of channels that rotate, `scales` YaRN's."""
+LACKED = {
+    "gpt_neox": ("num_key_value_heads", "head_dim", "rms_norm_eps"),
+    "deepseek_v2": ("head_dim",),
+    "deepseek_v3": ("head_dim",),
+}
+"""Fields of others that a family has not, or that follow from its own."""
 CLASSES = {family.config_class.model_type: family.config_class for family in FAMILIES if not family.extensible}
 
 
@@ -137,6 +173,8 @@ def configurations(draw: st.DrawFn, kind: str) -> PreTrainedConfig:
     rotation = {"rope_type": rope, "rope_theta": draw(st.sampled_from([100.0, 10000.0])), **ROPES[rope]}
     if (share := own.pop("partial", 1.0)) < 1 or kind == "gpt_neox":  # which has another default
         rotation["partial_rotary_factor"] = share
+    if (scales := own.pop("scales", None)) and rope == "yarn":
+        rotation |= scales
     fields = {
         "vocab_size": draw(st.integers(33, 70)),
         "hidden_size": heads * head_dim if draw(st.booleans()) and not heads * head_dim % 4 else 24,  # rows of 16 bytes
@@ -153,8 +191,7 @@ def configurations(draw: st.DrawFn, kind: str) -> PreTrainedConfig:
         "pad_token_id": None,
     }
     fields |= {"head_dim": head_dim} if draw(st.booleans()) else {}
-    if kind == "gpt_neox":
-        fields = {name: value for name, value in fields.items() if name not in LACKED_BY_NEOX}
+    fields = {name: value for name, value in fields.items() if name not in LACKED.get(kind, ())}
     try:
         return CLASSES[kind](**fields | own)
     except (StrictDataclassError, KeyError):  # no configuration of transformers' either
@@ -226,8 +263,9 @@ def logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", OWN_FIELDS)
 def test_pickled_weights_are_refused(kind: str, tmp_path: Path) -> None:
     """They are programs; the message says what is needed."""
+    without_more = {"num_mtp_layers": 0}
     uncapped = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
-    config = CLASSES[kind](**{"glm4_moe": {"num_mtp_layers": 0}, "gemma2": uncapped}.get(kind, {}))
+    config = CLASSES[kind](**{"glm4_moe": without_more, "deepseek_v3": without_more, "gemma2": uncapped}.get(kind, {}))
     config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConversionError, match="safetensors") as caught:

@@ -38,6 +38,7 @@ from sparsecod_megatron.errors import ConversionError
 from sparsecod_megatron.hf import export_model
 from sparsecod_megatron.hf.source import open_source
 from tests.helpers.reference_gpt import forward
+from tests.unit.hf import deepseek
 
 SIZES = {
     "vocab_size": 61,
@@ -93,6 +94,7 @@ UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 NEOX = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
 CONFIGS: dict[str, PreTrainedConfig] = {
+    **deepseek.CONFIGS,
     "llama": LlamaConfig(**SIZES),
     "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama-yarn": LlamaConfig(**SIZES, rope_parameters=YARN),
@@ -198,6 +200,7 @@ def test_the_import_computes_what_transformers_computes(name: str, tmp_path: Pat
 
 
 REFUSED = {
+    **deepseek.REFUSED,
     "qkv_bias False": Qwen2MoeConfig(**SIZES, **EXPERTS, qkv_bias=False),
     "hidden_act 'gelu'": LlamaConfig(**SIZES, hidden_act="gelu"),
     "has no name table": GPT2Config(),

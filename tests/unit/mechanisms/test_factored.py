@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms import MECHANISMS
 from sparsecod_megatron.mechanisms.weights.factors.factors import PLACES, random_places
 from tests.helpers.megatron import SMALL, megatron_model, run_forward

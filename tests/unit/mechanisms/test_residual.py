@@ -239,7 +239,7 @@ def test_parameters_never_decay_and_are_marked(name: str) -> None:
     """What no rank shares is summed under sequence parallelism, and no matrix is orthogonalised."""
     overrides = (*SMALL, f"mechanisms.{name}={{}}")
     table = ParameterTable.of(load_config(None, overrides, mechanisms=MECHANISMS))
-    from sparsecod_megatron.config.parameters import NEVER_DECAYS
+    from sparsecod_megatron.config.parameter_kind import NEVER_DECAYS
 
     with megatron_model(*overrides) as model:
         kinds = {name: table.find(name) for name, _ in model.named_parameters()}

@@ -10,7 +10,8 @@ import torch
 
 from sparsecod_megatron.backend import select_backend
 from sparsecod_megatron.config import load_config
-from sparsecod_megatron.config.parameters import NEVER_DECAYS, ParameterTable
+from sparsecod_megatron.config.parameter_kind import NEVER_DECAYS
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.errors import ConfigError
 from sparsecod_megatron.mechanisms import MECHANISMS
 from tests.dist.layouts import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE

@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers.megatron import megatron_model
 from tests.helpers.training import recorded_steps, small_trainer, trainer_batches
+from tests.helpers.variants import LATENTS
 
 ACTIVATION = "statistics.activation.interval=1"
 QUIET = ("statistics.variance.interval=0", "statistics.mechanisms.interval=0")
@@ -32,6 +33,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "experts": EXPERTS,
     "experts-recomputed": (*EXPERTS, *RECOMPUTED),
     "documents": ("data.reset_attention_mask=true", "data.reset_position_ids=true", "data.seq_length=32"),
+    "latents": LATENTS,
 }
 
 
@@ -116,7 +118,7 @@ def collected(*overrides: str) -> tuple[list[dict[str, Any]], Seen]:
     return layers, seen
 
 
-@pytest.mark.parametrize("name", ["swiglu", "experts", "experts-recomputed"])
+@pytest.mark.parametrize("name", ["swiglu", "experts", "experts-recomputed", "latents"])
 def test_equals_numpy(name: str) -> None:
     layers, seen = collected(*RUNS[name])
     for index, layer in enumerate(layers):

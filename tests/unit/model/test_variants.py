@@ -107,10 +107,10 @@ def test_router_losses_reach_the_gradients(kind: str, score: str) -> None:
 
 def test_documents_do_not_see_each_other() -> None:
     """A packed micro-batch equals a block-diagonal mask over each sample, and rotation is relative."""
-    masked = ("data.reset_attention_mask=true", "data.reset_position_ids=true", "model.qk_norm=true")
-    for window in ((), ("model.sliding_window=4",)):
-        config = load_config(None, [*SMALL, *masked, *window]).model
-        with megatron_model(*masked, *window) as built:
+    masked = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
+    for kind in (("model.qk_norm=true",), ("model.qk_norm=true", "model.sliding_window=4"), DENSE["latents"]):
+        config = load_config(None, [*SMALL, *masked, *kind]).model
+        with megatron_model(*masked, *kind) as built:
             tokens = torch.randint(0, 64, (2, LENGTH))
             positions = torch.stack([torch.cat([torch.arange(n) for n in cut]) for cut in ((5, 1, 10), (16,))])
             documents = (positions == 0).cumsum(1)

@@ -47,6 +47,16 @@ def test_sequence_parallel_gathers_inputs_again() -> None:
     assert sequence - plain == 8 * (4 * 2 + 1) * STREAM / 2 + norms
 
 
+def test_latents_are_gathered_in_place_of_the_input() -> None:
+    """Three gathers a layer, of 24 + 16 + 8 channels for 64; gradients of what is whole on each rank are summed."""
+    ranks = ("model.q_lora_rank=24", "model.kv_lora_rank=16", "model.qk_pos_emb_head_dim=8")
+    latent = ("model.multi_latent_attention=true", "model.num_query_groups=4", *ranks)
+    sequence = (f"{TP}=2", "parallel.sequence_parallel=true")
+    whole = 4 * ((24 + 16 + 8) * 64 + 24 + 16) * 4  # in fp32
+    saved = 8 * 4 * 3 * STREAM / 2 * (64 - 48) / 64
+    assert sent(2, *sequence, *latent)["tensor"] - sent(2, *sequence)["tensor"] == whole - saved
+
+
 def test_full_recompute_repeats_the_forward_pass() -> None:
     full = (
         "megatron.recompute_granularity=full",

@@ -41,6 +41,13 @@ STEPS = {
     "gate-bf16": ("precision.dtype=bf16", "model.attention_output_gate=elementwise"),
     "moe": EXPERTS,
     "moe-bf16": (*EXPERTS, "precision.dtype=bf16"),
+    "latents-bf16": (*DENSE["latents"], "precision.dtype=bf16"),
+    "latents-uniform": (
+        *DENSE["latents"],
+        FULL,
+        "megatron.recompute_method=uniform",
+        "megatron.recompute_num_layers=1",
+    ),
     "tied": ("model.untie_embeddings_and_output_weights=false",),
     "uniform": (FULL, "megatron.recompute_method=uniform", "megatron.recompute_num_layers=1"),
     "uniform-2": (FULL, "megatron.recompute_method=uniform", "megatron.recompute_num_layers=2"),

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
 from sparsecod_megatron.config.fields import choice
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.groups import PATTERN_KINDS, Groups, model_blocks, smallest_groups
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
+from sparsecod_megatron.seams.mechanism import latent_problems
 from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 
@@ -42,6 +44,11 @@ class GroupMechanism(WeightMechanism):
         yield from super().problems(config)
         if self.kinds:
             yield f"{self.key('kinds')}: {', '.join(self.kinds)}, but {self.key('pattern')} decides; remove it"
+            return
+        if self.pattern == "head" and config.model.multi_latent_attention:
+            yield from latent_problems(
+                self, config.model, f"has heads of ordinary attention alone; set {self.key('pattern')}=neuron"
+            )
             return
         blocks, _ = self.blocks(ParameterTable.of(config))
         for count in {block.count for block in blocks}:

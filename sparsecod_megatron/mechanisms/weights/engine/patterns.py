@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import RunConfig
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 
 
 def parsed_pattern(text: str) -> tuple[int, int] | None:

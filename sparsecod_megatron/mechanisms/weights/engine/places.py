@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config.flops import BACKWARD_FACTOR, flops_per_token
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.seams.mechanism import model_at
 from sparsecod_megatron.seams.plugin import StepContext, StepParts
 

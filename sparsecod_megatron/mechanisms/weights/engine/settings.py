@@ -10,15 +10,18 @@ from typing import Any, ClassVar
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import choice, choices_of
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.distribution import DISTRIBUTIONS
 from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, idle_products, marked_matrices
 from sparsecod_megatron.mechanisms.weights.engine.schedules import step_of_share
-from sparsecod_megatron.seams.mechanism import Folds, Mechanism
+from sparsecod_megatron.seams.mechanism import Folds, Mechanism, latent_problems
 from sparsecod_megatron.seams.plugin import Plugin, StepContext
 
 KINDS = ("qkv", "attention_output", "mlp_input", "mlp_output")
 """Matrices that can have masks, as `model.init_std` calls them; those of experts are MLPs' too."""
+HEADS_ALONE = "has `qkv` of ordinary attention alone; set {key}=[{others}]"
+"""What kinds say to latent attention, some of whose projections are whole on each rank."""
 
 
 @dataclass
@@ -58,6 +61,9 @@ class WeightMechanism(Mechanism):
             yield f"precision.fp8_param_gather: true, but {name} {why}; set it to false"
         if config.megatron.get("use_precision_aware_optimizer"):
             yield f"megatron.use_precision_aware_optimizer: true hides the fp32 weights from {name}; remove it"
+        if "qkv" in self.kinds:
+            others = ", ".join(kind for kind in self.kinds if kind != "qkv")
+            yield from latent_problems(self, config.model, HEADS_ALONE.format(key=self.key("kinds"), others=others))
         if self.needs_kinds and not self.kinds:
             yield f"{self.key('kinds')}: names none; name at least one of {', '.join(KINDS)}, or remove the mechanism"
         for layer in self.skip_layers:

@@ -15,7 +15,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sparsecod_megatron.config.parameters import ParameterKind, ParameterTable
+from sparsecod_megatron.config.parameter_kind import ParameterKind
+from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine import masking
 from sparsecod_megatron.mechanisms.weights.engine.patterns import smallest_of_each
 from sparsecod_megatron.mechanisms.weights.engine.places import Piece, Places

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig
-from sparsecod_megatron.config.parameters import ParameterKind
+from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.mechanisms.weights.factors.factors import PLACES
 from sparsecod_megatron.seams.mechanism import mixed
 
