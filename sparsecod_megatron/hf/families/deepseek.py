@@ -19,13 +19,12 @@ from sparsecod_megatron.hf.families.base import Family
 from sparsecod_megatron.hf.families.common import PRE_NORM
 from sparsecod_megatron.hf.families.entries import LayerTensors, dense_entries, routed_entries, shared_entries
 from sparsecod_megatron.hf.families.glm_moe import (
-    BALANCED,
     BALANCED_KEYS,
-    JUDGES,
     balanced_entries,
     balanced_obstacle,
     counted_fields,
     judges_obstacle,
+    read_balanced,
     read_counted,
     shared_width_obstacle,
 )
@@ -100,8 +99,8 @@ def _shared_fields(model: ModelConfig) -> dict[str, Any]:
     } | (counted_fields(model) if model.is_moe else {})
 
 
-def _read_shared(fields: Mapping[str, Any], judges: int) -> dict[str, Any]:
-    """Attention, and experts where there are some."""
+def _read_latents(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys of attention."""
     rope = fields["rope_parameters"]
     has_scales = rope["rope_type"] == "yarn" and all(rope.get(name) for name in _SCALES)
     return {
@@ -109,7 +108,6 @@ def _read_shared(fields: Mapping[str, Any], judges: int) -> dict[str, Any]:
         "kv_channels": None,
         **{key: fields[field] for key, field in _WIDTHS.items()},
         **({name: float(rope[name]) for name in _SCALES} if has_scales else {}),
-        **({} if fields["n_routed_experts"] is None else read_counted(fields, judges)),
     }
 
 
@@ -118,8 +116,7 @@ def _v3_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_v3(fields: Mapping[str, Any]) -> dict[str, Any]:
-    keys = _read_shared(fields, JUDGES)
-    return keys | BALANCED if "num_moe_experts" in keys else keys
+    return _read_latents(fields) | (read_balanced(fields) if _has_experts(fields) else {})
 
 
 def _v2_fields(model: ModelConfig) -> dict[str, Any]:
@@ -132,8 +129,14 @@ def _v2_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_v2(fields: Mapping[str, Any]) -> dict[str, Any]:
-    keys = _read_shared(fields, _V2_JUDGES)
-    return keys | {"moe_router_pre_softmax": True} if "num_moe_experts" in keys else keys
+    if not _has_experts(fields):
+        return _read_latents(fields)
+    return _read_latents(fields) | read_counted(fields, _V2_JUDGES) | {"moe_router_pre_softmax": True}
+
+
+def _has_experts(fields: Mapping[str, Any]) -> bool:
+    """Whether some layer does, of fields as `_flat` leaves them."""
+    return fields["n_routed_experts"] is not None
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,8 +144,8 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat, layers = dict(fields), fields["num_hidden_layers"]
     if flat["first_k_dense_replace"] >= layers:
         return flat | dict.fromkeys(_OF_EXPERTS) | {"first_k_dense_replace": layers}
-    if flat.get("topk_method") == "greedy":
-        flat |= {"n_group": 1, "topk_group": 1}
+    if "topk_method" in flat and (flat["topk_method"] == "greedy" or flat["n_group"] == 1):
+        flat |= {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
     return flat
 
 

@@ -108,10 +108,24 @@ def counted_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return read_counted(fields) | BALANCED | {"qkv_bias": fields["attention_bias"], "qk_norm": fields["use_qk_norm"]}
+    return read_balanced(fields) | {"qkv_bias": fields["attention_bias"], "qk_norm": fields["use_qk_norm"]}
 
 
-def read_counted(fields: Mapping[str, Any], judges: int = JUDGES) -> dict[str, Any]:
+def read_balanced(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys of these experts and their router.
+
+    Raises:
+        ConversionError: a token uses one expert, or as `read_counted`.
+    """
+    if fields["num_experts_per_tok"] == 1:
+        raise ConversionError(
+            "config.json: num_experts_per_tok 1: the class divides the one weight by itself, our models keep it; "
+            "import a model with more"
+        )
+    return read_counted(fields, JUDGES) | BALANCED
+
+
+def read_counted(fields: Mapping[str, Any], judges: int) -> dict[str, Any]:
     """Our keys of what `counted_fields` wrote; the loss of training is not among them.
 
     Args:

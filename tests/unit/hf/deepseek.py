@@ -46,6 +46,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **V3 | {"first_k_dense_replace": 4}, tie_word_embeddings=True, rope_parameters=LINEAR
     ),
     "deepseek-v2": DeepseekV2Config(**V2, rope_parameters=YARN),
+    "deepseek-v2-one-group": DeepseekV2Config(**V2, **GROUPS | {"n_group": 1}),
     "deepseek-v2-groups": DeepseekV2Config(**V2 | {"q_lora_rank": None, "num_experts_per_tok": 1}, **GROUPS),
 }
 REFUSED: dict[str, PreTrainedConfig] = {
@@ -54,6 +55,7 @@ REFUSED: dict[str, PreTrainedConfig] = {
     "norm_topk_prob False has no counterpart": DeepseekV3Config(**V3, norm_topk_prob=False),
     "quantization_config is 'fp8'": DeepseekV3Config(**V3, quantization_config={"quant_method": "fp8"}),
     "topk_group 2: .* by 2 experts": DeepseekV3Config(**V3 | {"topk_group": 2}),
+    "num_experts_per_tok 1: the class divides": DeepseekV3Config(**V3 | {"num_experts_per_tok": 1}),
     "attention_bias True has no counterpart": DeepseekV2Config(**V2, attention_bias=True),
     "mlp_bias True has no counterpart": DeepseekV2Config(**V2, mlp_bias=True),
     "norm_topk_prob True has no counterpart": DeepseekV2Config(**V2, norm_topk_prob=True),

@@ -6,6 +6,7 @@ Each draw is written by transformers itself, in one file or several, with and wi
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ WINDOWS = {"use_sliding_window": st.booleans(), "sliding_window": WINDOW, "max_w
 BIASES = {"attention_bias": st.booleans(), "mlp_bias": st.booleans()}
 EXPERTS: dict[str, st.SearchStrategy[Any]] = {
     "num_experts": st.sampled_from([2, 4]),
-    "num_experts_per_tok": st.sampled_from([2, 2, 1]),
+    "num_experts_per_tok": st.sampled_from([2, 2, 2, 3, 1]),
     "moe_intermediate_size": st.sampled_from([8, 20]),
     "norm_topk_prob": st.booleans(),
 }
@@ -57,6 +58,7 @@ GEMMA: dict[str, st.SearchStrategy[Any]] = {
     "rope_parameters": st.sampled_from(BY_KIND).map(copy.deepcopy),
 }
 SPARSE = {"mlp_only_layers": st.sampled_from([[], [0], [0, 1], [1]]), "decoder_sparse_step": st.sampled_from([1, 1, 2])}
+RARELY_TRUE = [False] * 7 + [True]
 LATENT: dict[str, st.SearchStrategy[Any]] = {
     "num_key_value_heads": st.none(),
     "scales": st.sampled_from([None, {"mscale": 0.7, "mscale_all_dim": 1.5}, {"mscale_all_dim": 1.0}]),
@@ -65,9 +67,9 @@ LATENT: dict[str, st.SearchStrategy[Any]] = {
     "qk_nope_head_dim": st.sampled_from([4, 8]),
     "qk_rope_head_dim": st.sampled_from([4, 6]),
     "v_head_dim": st.sampled_from([4, 8, 14]),
-    "attention_bias": st.sampled_from([False, False, False, True]),
+    "attention_bias": st.sampled_from(RARELY_TRUE),
     "n_routed_experts": st.sampled_from([4, 8]),
-    "num_experts_per_tok": st.sampled_from([2, 2, 1]),
+    "num_experts_per_tok": st.sampled_from([2, 2, 2, 3, 1]),
     "moe_intermediate_size": EXPERTS["moe_intermediate_size"],
     "n_shared_experts": st.integers(1, 2),
     "first_k_dense_replace": st.integers(0, 3),
@@ -123,8 +125,8 @@ OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     | {
         "n_group": st.sampled_from([1, 1, 2]),
         "topk_group": st.just(1),
-        "norm_topk_prob": st.sampled_from([True, True, True, False]),
-        "rope_interleave": st.sampled_from([True, True, True, False]),
+        "norm_topk_prob": st.sampled_from(RARELY_TRUE).map(operator.not_),
+        "rope_interleave": st.sampled_from(RARELY_TRUE).map(operator.not_),
         "num_mtp_layers": st.just(0),
     },
     "deepseek_v2": LATENT
@@ -132,7 +134,7 @@ OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "topk_method": st.sampled_from(["greedy", "greedy", "group_limited_greedy"]),
         "n_group": st.sampled_from([1, 2]),
         "topk_group": st.just(1),
-        "mlp_bias": st.sampled_from([False, False, False, True]),
+        "mlp_bias": st.sampled_from(RARELY_TRUE),
     },
     "glm4_moe": {
         "n_routed_experts": st.sampled_from([4, 8]),
