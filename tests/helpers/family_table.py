@@ -96,7 +96,7 @@ def _refusal(directory: Path, method: str) -> str:
 def _layouts(kind: str) -> list[str]:
     """Those in which tests/dist/test_families.py trains the family."""
     names = [name for name, config in test_families.CONFIGS.items() if config.model_type == kind]
-    return [layout for name in names for layout in families_worker.FAMILIES[name]]
+    return [*dict.fromkeys(layout for name in names for layout in families_worker.FAMILIES[name])]
 
 
 def _refused_fields(kind: str) -> set[str]:
