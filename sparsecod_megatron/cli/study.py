@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's; run.* apply to every cell's run"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="cells, table.{md,csv,json}, figures")
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="output of another study, whose finished cells of the same run and measurement are copied; repeatable",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the cells and what they take; write nothing")
     what.add_argument("--submit", choices=("slurm",), help="submit one job per cell instead of running here")
@@ -41,21 +49,29 @@ def run(args: argparse.Namespace) -> None:
     """
     from sparsecod_megatron.files import check_writable
     from sparsecod_megatron.studies import load_study
+    from sparsecod_megatron.studies.shared_cells import shared_cells, take_over
 
     study = load_study(args.study, args.output, args.overrides)
     check_writable(args.output)
     command = ["study", str(args.study), *args.overrides, f"--output={args.output}"]
+    command += [f"--reuse={other}" for other in args.reuse]
     if args.cell:
         from sparsecod_megatron.studies.cell import run_cell
 
         run_cell(study, study.cell(args.cell))
-    elif args.dry_run:
+        return
+    shared = shared_cells(study, args.reuse)
+    if args.dry_run:
         from sparsecod_megatron.studies.cell import unfinished
         from sparsecod_megatron.studies.cost import plan_text
 
-        waiting = {cell.name for cell in unfinished(study)}
+        waiting = {cell.name for cell in unfinished(study)} - set(shared)
         print(plan_text(study, {cell.name for cell in study.cells} - waiting), end="")
-    elif args.submit:
+        return
+    take_over(study, shared)
+    for name, folder in shared.items():
+        print(f"{name}: taken from {folder}")
+    if args.submit:
         _submit(study, command)
     else:
         if not args.table:
