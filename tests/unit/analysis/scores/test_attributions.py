@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsecod_megatron.analysis.scores.context import Context, make_context
 from sparsecod_megatron.analysis.scores.integrated_gradients import IntegratedGradients
+from sparsecod_megatron.analysis.scores.line_integral import integrate
 from sparsecod_megatron.analysis.scores.registry import find_scores
 from sparsecod_megatron.analysis.scores.token_skip import TokenSkip
 from sparsecod_megatron.analysis.tasks.items import Answered, Items, items_of
@@ -61,11 +62,43 @@ def test_attributions_are_those_of_finite_differences_and_complete() -> None:
     whole = sum(row["value"] for row in rows if row["difficulty"] == "all")
     assert whole == pytest.approx(gain.mean(), rel=5e-3) and result.values["completeness_error"] < 1e-3
     assert not result.warnings
-    coarse = IntegratedGradients(num_points=1).run(context(model, items=items))
-    assert "the quadrature misses" in coarse.warnings[0]
 
 
-@pytest.mark.parametrize("score", [IntegratedGradients(num_points=4), TokenSkip()])
+def test_what_turns_fast_is_refined_or_warned_of() -> None:
+    """With a head that is far too sure of itself, an answer changes within a small part of the line."""
+    model, items = tiny("llama").double(), random_items(VOCAB_SIZE)
+    with torch.no_grad():
+        model.lm_head.weight *= 100
+    coarse, fine = (IntegratedGradients(max_splits=splits).run(context(model, items=items)) for splits in (0, 24))
+    assert "the integral misses" in coarse.warnings[0] and coarse.values["completeness_error"] > 0.01
+    assert not fine.warnings and fine.values["completeness_error"] < 2e-3
+
+
+def test_every_item_has_panels_of_its_own() -> None:
+    """Steps at places of their own, of which layer l has the share weight_l: seen, and alone as in a batch."""
+    places = torch.tensor([0.03, 0.4, 0.77], dtype=torch.float64)
+    weights, sharpness = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64), 200.0
+
+    def step(at: Tensor, place: Tensor) -> Tensor:
+        return torch.sigmoid(sharpness * (at - place))
+
+    def integral(place: Tensor, splits: int) -> Tensor:
+        def gradient(at: Tensor) -> Tensor:
+            height = step(at, place)
+            return (sharpness * height * (1 - height))[:, None] * weights / weights.sum()
+
+        ends = torch.stack([step(torch.full_like(place, end), place) for end in (0.0, 1.0)], dim=1)
+        return integrate(gradient, lambda at: step(at, place), ends=ends, max_splits=splits)
+
+    expected = (step(torch.ones_like(places), places) - step(torch.zeros_like(places), places))[:, None]
+    found = integral(places, 24)
+    assert torch.allclose(found, expected * weights / 4, rtol=2e-3)
+    assert not torch.allclose(integral(places, 0), expected * weights / 4, rtol=0.05)
+    alone = torch.cat([integral(place[None], 24) for place in places])
+    assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("score", [IntegratedGradients(max_splits=2), TokenSkip()])
 def test_any_batch_gives_the_same(score: IntegratedGradients | TokenSkip) -> None:
     found = [
         score.run(context(tiny("llama"), items=random_items(VOCAB_SIZE), memory_gib=memory)) for memory in (2.0, 1e-9)
