@@ -45,7 +45,7 @@ def run_cell(study: Study, cell: Cell) -> None:
         write_config(cell)
         _train(cell, nproc=study.config.launch.nproc)
         if _diverged(cell):
-            write_text(cell.directory / RESULT_FILE, _json(_result(study, cell) | {"diverged": True, "metrics": {}}))
+            write_result(cell.directory, _result(study, cell) | {"diverged": True, "metrics": {}})
             return
         export(run, model, verify=study.config.verify)
     points = measure_steps(study.config, cell.config, run=run, directory=cell.directory)
@@ -68,7 +68,7 @@ def run_cell(study: Study, cell: Cell) -> None:
             "intervals": measured_intervals(cell.directory / ANALYSIS_FOLDER),
         }
         result["points"] = [*points, last]
-    write_text(cell.directory / RESULT_FILE, _json(result))
+    write_result(cell.directory, result)
 
 
 def is_done(study: Study, cell: Cell) -> bool:
@@ -80,7 +80,7 @@ def is_done(study: Study, cell: Cell) -> bool:
     path = cell.directory / RESULT_FILE
     if not path.is_file():
         return False
-    if read_result(cell)["measured"] != measurement(study):
+    if read_result(cell.directory)["measured"] != measurement(study):
         raise ConfigError(
             f"{path}: was measured with other `scores` or `evaluation`; to measure again, delete it with the "
             f"{ANALYSIS_FOLDER} and {EVALUATION_FOLDER} beside it, or give another --output"
@@ -89,10 +89,15 @@ def is_done(study: Study, cell: Cell) -> bool:
     return True
 
 
-def read_result(cell: Cell) -> dict[str, Any]:
+def read_result(directory: Path) -> dict[str, Any]:
     """`result.json` of a finished cell."""
-    content: dict[str, Any] = json.loads((cell.directory / RESULT_FILE).read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
     return content
+
+
+def write_result(directory: Path, content: dict[str, Any]) -> None:
+    """Say in `result.json` that a cell is finished."""
+    write_text(directory / RESULT_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def unfinished(study: Study) -> list[Cell]:
@@ -173,7 +178,3 @@ def _diverged(cell: Cell) -> bool:
 
 def _result(study: Study, cell: Cell) -> dict[str, Any]:
     return {"cell": cell.name, "labels": dict(cell.labels), "seed": cell.seed, "measured": measurement(study)}
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"

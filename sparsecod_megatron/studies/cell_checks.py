@@ -70,14 +70,15 @@ def _check_names(settings: ScoresConfig) -> None:
 
 def _problems(study: StudyConfig, cell: NamedRun) -> Iterator[str]:
     from sparsecod_megatron.analysis.scores.registry import ASKING
+    from sparsecod_megatron.analysis.tasks.synthetic import SYNTHETIC
 
     scores, data = study.scores, cell.config.data
     of_text = [name for name in scores.names if name not in ASKING]
     if data.synthetic:
         yield from _synthetic_problems(study, cell, of_text)
-    elif scores.task == "synthetic":
+    elif scores.task == SYNTHETIC:
         yield (
-            f"scores.task: synthetic, but cell {cell.name} does not train on data.synthetic; give a task of text, or "
+            f"scores.task: {SYNTHETIC}, but cell {cell.name} does not train on data.synthetic; give a task of text, or "
             "let all cells train on a synthetic one"
         )
     if of_text and scores.seq_length > data.seq_length:
@@ -95,13 +96,15 @@ def _problems(study: StudyConfig, cell: NamedRun) -> Iterator[str]:
 
 def _synthetic_problems(study: StudyConfig, cell: NamedRun, of_text: Sequence[str]) -> Iterator[str]:
     """What needs text, which a synthetic task has none of, and a run that would say nothing of its answers."""
+    from sparsecod_megatron.analysis.tasks.synthetic import SYNTHETIC
+
     where = f"cell {cell.name} trains on data.synthetic"
     if of_text:
         yield f"scores.names: {', '.join(of_text)} need text, and {where}; leave them out, or set names to []"
     if study.evaluation.tasks:
         yield f"evaluation.tasks: {', '.join(study.evaluation.tasks)} need text, and {where}; set it to []"
-    if study.scores.task not in (None, "synthetic"):
-        yield f"scores.task: {study.scores.task} is text, and {where}; set it to synthetic"
+    if study.scores.task not in (None, SYNTHETIC):
+        yield f"scores.task: {study.scores.task} is text, and {where}; set it to {SYNTHETIC}"
     if cell.config.train.eval_interval == 0:
         yield (
             f"train.eval_interval: 0, but the numbers of cell {cell.name} on data.synthetic come from validation; set "

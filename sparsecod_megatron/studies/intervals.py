@@ -62,7 +62,7 @@ def p_value(mean: Mean) -> float | None:
     """
     if mean.low is None or mean.high is None:
         return None
-    freedom, error = mean.count - 1, (mean.high - mean.low) / 2 / t_95(mean.count - 1)
+    freedom, error = mean.count - 1, _standard_error(mean.low, mean.high, mean.count)
     if error == 0:
         return 1.0 if mean.value == 0 else 0.0
     angle = math.atan(abs(mean.value) / error / math.sqrt(freedom))
@@ -84,9 +84,14 @@ def seeds_to_separate(mean: Mean) -> int | None:
     """
     if mean.low is None or mean.high is None:
         return None
-    deviation = (mean.high - mean.low) / 2 / t_95(mean.count - 1) * math.sqrt(mean.count)
+    deviation = _standard_error(mean.low, mean.high, mean.count) * math.sqrt(mean.count)
     counts = range(2, MOST_SEEDS + 1)
     return next((count for count in counts if t_95(count - 1) * deviation < abs(mean.value) * math.sqrt(count)), None)
+
+
+def _standard_error(low: float, high: float, count: int) -> float:
+    """The mean's, from its 95 % interval."""
+    return (high - low) / 2 / t_95(count - 1)
 
 
 def slope(values: Sequence[float]) -> float:

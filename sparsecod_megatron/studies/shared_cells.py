@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,13 +10,11 @@ from pathlib import Path
 from sparsecod_megatron.config import RunConfig, load_config, save_config
 from sparsecod_megatron.config.run_files import CHECKPOINTS_DIR, CONFIG_FILE
 from sparsecod_megatron.errors import ConfigError
-from sparsecod_megatron.files import write_text
+from sparsecod_megatron.files import making
 from sparsecod_megatron.mechanisms import SAVED_MECHANISMS
-from sparsecod_megatron.studies.cell import RESULT_FILE, measurement
+from sparsecod_megatron.studies.cell import RESULT_FILE, measurement, read_result, write_result
 from sparsecod_megatron.studies.grid import CELLS_FOLDER, Cell, Study
 from sparsecod_megatron.studies.scoring import MODEL_FOLDER
-
-UNFINISHED_SUFFIX = ".partial"
 
 
 def shared_cells(study: Study, others: Sequence[Path]) -> dict[str, Path]:
@@ -33,7 +30,7 @@ def shared_cells(study: Study, others: Sequence[Path]) -> dict[str, Path]:
     wanted = [cell for cell in study.cells if not cell.directory.exists()]
     found: dict[str, Path] = {}
     for folder in (folder for other in others for folder in _finished(other)):
-        if json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["measured"] != measurement(study):
+        if read_result(folder)["measured"] != measurement(study):
             continue
         run = _comparable(load_config(folder / CONFIG_FILE, mechanisms=SAVED_MECHANISMS))
         found |= {cell.name: folder for cell in wanted if cell.name not in found and _comparable(cell.config) == run}
@@ -53,14 +50,12 @@ def take_over(study: Study, shared: Mapping[str, Path]) -> None:
 
 
 def _copy(cell: Cell, donor: Path) -> None:
-    partial = cell.directory.with_name(cell.directory.name + UNFINISHED_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(donor, partial, ignore=shutil.ignore_patterns(MODEL_FOLDER, CHECKPOINTS_DIR))
-    save_config(cell.config, partial / CONFIG_FILE)
-    result = json.loads((donor / RESULT_FILE).read_text(encoding="utf-8"))
-    result |= {"cell": cell.name, "labels": dict(cell.labels), "shared_from": result.get("shared_from", str(donor))}
-    write_text(partial / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    partial.rename(cell.directory)
+    result = {"shared_from": str(donor)} | read_result(donor) | {"cell": cell.name, "labels": dict(cell.labels)}
+    with making(cell.directory) as folder:
+        weights = shutil.ignore_patterns(MODEL_FOLDER, CHECKPOINTS_DIR)
+        shutil.copytree(donor, folder, ignore=weights, dirs_exist_ok=True)
+        save_config(cell.config, folder / CONFIG_FILE)
+        write_result(folder, result)
 
 
 def _finished(output: Path) -> list[Path]:

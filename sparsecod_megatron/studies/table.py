@@ -63,7 +63,7 @@ def make_table(study: Study) -> Table:
     points: dict[Labels, dict[int, list[dict[str, Any]]]] = {}
     diverged: dict[Labels, int] = {}
     for cell in done:
-        result = read_result(cell)
+        result = read_result(cell.directory)
         results.setdefault(cell.labels, {})[cell.seed] = result["metrics"]
         points.setdefault(cell.labels, {})[cell.seed] = result.get("points", [])
         diverged[cell.labels] = diverged.get(cell.labels, 0) + bool(result["diverged"])
