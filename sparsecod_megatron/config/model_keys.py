@@ -42,13 +42,14 @@ EFFECT_CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "rotary_base_local": lambda model: model.sliding_window is not None,
     "ffn_hidden_size": lambda model: not model.is_moe or model.moe_first_k_dense_layers > 0,
     "moe_router_topk": lambda model: model.moe_router_topk_per_layer is None,
-    "q_lora_rank": lambda model: model.multi_latent_attention,
-    "kv_lora_rank": lambda model: model.multi_latent_attention,
-    "qk_head_dim": lambda model: model.multi_latent_attention,
-    "qk_pos_emb_head_dim": lambda model: model.multi_latent_attention,
-    "v_head_dim": lambda model: model.multi_latent_attention,
-    "mscale": lambda model: model.multi_latent_attention and model.rope_scaling == "yarn",
-    "mscale_all_dim": lambda model: model.multi_latent_attention and model.rope_scaling == "yarn",
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+        lambda model: model.multi_latent_attention,
+    ),
+    **dict.fromkeys(
+        ("mscale", "mscale_all_dim"),
+        lambda model: model.multi_latent_attention and model.rope_scaling == "yarn",
+    ),
     "moe_shared_expert_gate": lambda model: model.moe_shared_expert_intermediate_size is not None,
     "moe_router_group_topk": lambda model: model.moe_router_num_groups is not None,
 }

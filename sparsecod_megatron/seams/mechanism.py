@@ -360,7 +360,7 @@ class Mechanism:
         return f"mechanisms.{self.name}.{setting}"
 
 
-def latent_problems(mechanism: Mechanism, model: ModelConfig, why: str) -> Iterator[str]:
+def latent_conflict(mechanism: Mechanism, model: ModelConfig, why: str) -> Iterator[str]:
     """The line of a mechanism that has no place in latent attention, if the model has that; `why` says what to do."""
     if model.multi_latent_attention:
         yield f"model.multi_latent_attention: true, but mechanisms.{mechanism.name} {why}"

@@ -25,7 +25,7 @@ from sparsecod_megatron.seams.mechanism import (
     Mechanism,
     Module,
     RankShape,
-    latent_problems,
+    latent_conflict,
     mixed,
 )
 
@@ -44,7 +44,7 @@ class HeadwiseGate(Mechanism):
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """The other gate, which cannot be combined with this one."""
-        yield from latent_problems(self, config.model, "gates ordinary attention; remove one of them")
+        yield from latent_conflict(self, config.model, "gates ordinary attention; remove one of them")
         if (other := config.model.attention_output_gate) != "none":
             yield f"mechanisms.{self.name}: beside model.attention_output_gate={other}; keep one of them"
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import at_least
-from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, Module, RankShape, latent_problems, mixed
+from sparsecod_megatron.seams.mechanism import LayerSite, Mechanism, Module, RankShape, latent_conflict, mixed
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -58,7 +58,7 @@ class S2Attention(Mechanism):
     def problems(self, config: RunConfig) -> Iterator[str]:
         """Heads that together do not see everything, and attention that has no place for a mask."""
         model, key = config.model, self.key("stride")
-        yield from latent_problems(self, config.model, "attends with ordinary heads; remove one of them")
+        yield from latent_conflict(self, config.model, "attends with ordinary heads; remove one of them")
         if model.query_groups % self.stride:
             yield (
                 f"{key}: {self.stride} does not divide model.num_query_groups={model.query_groups}, so some blocks "

@@ -37,7 +37,7 @@ from sparsecod_megatron.seams.mechanism import (
     Mechanism,
     Module,
     RankShape,
-    latent_problems,
+    latent_conflict,
     mixed,
 )
 
@@ -64,7 +64,7 @@ class ValueResidual(Mechanism):
     def problems(self, config: RunConfig) -> Iterator[str]:
         """No layer that mixes, stages that V_1 would have to travel between, and others that need its way."""
         model, pipeline = config.model, config.parallel.pipeline_model_parallel_size
-        yield from latent_problems(self, config.model, "mixes the values of ordinary attention; remove one of them")
+        yield from latent_conflict(self, config.model, "mixes the values of ordinary attention; remove one of them")
         if self.start_layer >= model.num_layers:
             yield (
                 f"{self.key('start_layer')}: {self.start_layer}, but model.num_layers={model.num_layers} has layers "

@@ -15,7 +15,7 @@ from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.engine.groups import PATTERN_KINDS, Groups, model_blocks, smallest_groups
 from sparsecod_megatron.mechanisms.weights.engine.marks import ZeroedWeights
 from sparsecod_megatron.mechanisms.weights.engine.settings import WeightMechanism
-from sparsecod_megatron.seams.mechanism import latent_problems
+from sparsecod_megatron.seams.mechanism import latent_conflict
 from sparsecod_megatron.seams.plugin import StepContext, StepParts
 
 
@@ -46,7 +46,7 @@ class GroupMechanism(WeightMechanism):
             yield f"{self.key('kinds')}: {', '.join(self.kinds)}, but {self.key('pattern')} decides; remove it"
             return
         if self.pattern == "head" and config.model.multi_latent_attention:
-            yield from latent_problems(
+            yield from latent_conflict(
                 self, config.model, f"has heads of ordinary attention alone; set {self.key('pattern')}=neuron"
             )
             return

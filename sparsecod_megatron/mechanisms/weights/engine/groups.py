@@ -162,7 +162,7 @@ class Groups:
         matrix = self._places.matrices[piece.index]
         place = piece.shard.cut(torch.arange(matrix.size).view(matrix.row.shape))
         axis = 1 if matrix.row.init in ("mlp_output", "attention_output") else 0
-        ids = self._ids_of(piece.index, place.select(1 - axis, 0)).long().to(self._places.device)
+        ids = self._ids_of(piece.index, place.select(1 - axis, 0)).to(self._places.device)
         (start, end), columns = piece.span, place.shape[1]
         # Up to where the first whole row begins, to where the last one ends, and the rest.
         first = min(-(-start // columns) * columns, end)
@@ -187,7 +187,7 @@ class Groups:
             found = place // columns // (rows // block.count)
         else:
             found = place % columns // (columns // block.count)
-        return (found + block.first).to(torch.int32)
+        return found + block.first
 
 
 def smallest_groups(scores: Tensor, blocks: list[Block], dead: list[int], *, is_global: bool) -> Tensor:

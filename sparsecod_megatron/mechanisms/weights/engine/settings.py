@@ -15,13 +15,11 @@ from sparsecod_megatron.config.parameters import ParameterTable
 from sparsecod_megatron.mechanisms.weights.distribution import DISTRIBUTIONS
 from sparsecod_megatron.mechanisms.weights.engine.places import MarkedMatrix, idle_products, marked_matrices
 from sparsecod_megatron.mechanisms.weights.engine.schedules import step_of_share
-from sparsecod_megatron.seams.mechanism import Folds, Mechanism, latent_problems
+from sparsecod_megatron.seams.mechanism import Folds, Mechanism, latent_conflict
 from sparsecod_megatron.seams.plugin import Plugin, StepContext
 
 KINDS = ("qkv", "attention_output", "mlp_input", "mlp_output")
 """Matrices that can have masks, as `model.init_std` calls them; those of experts are MLPs' too."""
-HEADS_ALONE = "has `qkv` of ordinary attention alone; set {key}=[{others}]"
-"""What kinds say to latent attention, some of whose projections are whole on each rank."""
 
 
 @dataclass
@@ -61,9 +59,7 @@ class WeightMechanism(Mechanism):
             yield f"precision.fp8_param_gather: true, but {name} {why}; set it to false"
         if config.megatron.get("use_precision_aware_optimizer"):
             yield f"megatron.use_precision_aware_optimizer: true hides the fp32 weights from {name}; remove it"
-        if "qkv" in self.kinds:
-            others = ", ".join(kind for kind in self.kinds if kind != "qkv")
-            yield from latent_problems(self, config.model, HEADS_ALONE.format(key=self.key("kinds"), others=others))
+        yield from qkv_problems(self, self.kinds, config.model)
         if self.needs_kinds and not self.kinds:
             yield f"{self.key('kinds')}: names none; name at least one of {', '.join(KINDS)}, or remove the mechanism"
         for layer in self.skip_layers:
@@ -158,3 +154,11 @@ class CountedMechanism(WeightMechanism):
         share = self.share(context) if self.is_zeroing(context) else 0.0
         pairs = zip(self.matrices(table), self.final_counts(table), strict=True)
         return [matrix.size - round(share * (matrix.size - live)) for matrix, live in pairs]
+
+
+def qkv_problems(mechanism: Mechanism, kinds: Sequence[str], model: ModelConfig) -> Iterator[str]:
+    """The line of kinds with `qkv` beside latent attention, some of whose projections are whole on each rank."""
+    if "qkv" in kinds:
+        others = ", ".join(kind for kind in kinds if kind != "qkv")
+        why = f"has `qkv` of ordinary attention alone; set {mechanism.key('kinds')}=[{others}]"
+        yield from latent_conflict(mechanism, model, why)

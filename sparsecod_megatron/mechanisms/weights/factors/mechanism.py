@@ -27,10 +27,10 @@ from sparsecod_megatron.config import ModelConfig, RunConfig
 from sparsecod_megatron.config.fields import choices_of
 from sparsecod_megatron.config.parameter_kind import ParameterKind
 from sparsecod_megatron.config.parameters import ParameterTable
-from sparsecod_megatron.mechanisms.weights.engine.settings import HEADS_ALONE, KINDS, WeightMechanism
+from sparsecod_megatron.mechanisms.weights.engine.settings import KINDS, WeightMechanism, qkv_problems
 from sparsecod_megatron.mechanisms.weights.factors.computed_linear import computed_linears, computing
 from sparsecod_megatron.mechanisms.weights.factors.factors import PLACES, Factor, random_places
-from sparsecod_megatron.seams.mechanism import Folds, LayerSite, Mechanism, latent_problems
+from sparsecod_megatron.seams.mechanism import Folds, LayerSite, Mechanism
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -112,9 +112,7 @@ class Factored(Mechanism):
         name, parallel, model = f"mechanisms.{self.name}", config.parallel, config.model
         if not self.kinds:
             yield f"{self.key('kinds')}: names none; name at least one of {', '.join(KINDS)}, or remove the mechanism"
-        if "qkv" in self.kinds:
-            others = ", ".join(kind for kind in self.kinds if kind != "qkv")
-            yield from latent_problems(self, model, HEADS_ALONE.format(key=self.key("kinds"), others=others))
+        yield from qkv_problems(self, self.kinds, model)
         if config.optimizer.optimizer == "muon":
             yield f"optimizer.optimizer: muon orthogonalises whole matrices, not the factors of {name}; use adam"
         if config.precision.fp8:
