@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--submit", choices=("slurm",), help="submit one job per cell instead of running here")
     what.add_argument("--cell", metavar="NAME", help="run this cell alone, without the table")
     what.add_argument("--table", action="store_true", help="make the table from the cells that are done; run nothing")
+    what.add_argument(
+        "--kept", type=Path, metavar="FILE", help="make the table from those that this table.json keeps; run nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.output)
     command = ["study", str(args.study), *args.overrides, f"--output={args.output}"]
     command += [f"--reuse={other}" for other in args.reuse]
+    if args.kept:
+        _write(study, [*command, f"--kept={args.kept}"], args.kept)
+        return
     if args.cell:
         from sparsecod_megatron.studies.cell import run_cell
 
@@ -116,11 +122,14 @@ def _submit(study: Study, command: list[str]) -> None:
     print(f"submitted {len(cells)} cells with {script}: jobs {', '.join(jobs)}")
 
 
-def _write(study: Study, command: list[str]) -> None:
+def _write(study: Study, command: list[str], kept: Path | None = None) -> None:
     from sparsecod_megatron.studies.figures import draw_figures
-    from sparsecod_megatron.studies.table import make_table, write_table
+    from sparsecod_megatron.studies.kept import kept_cells
+    from sparsecod_megatron.studies.table import finished_cells, make_table, write_table
 
-    table = make_table(study)
+    table = make_table(study.config, finished_cells(study) if kept is None else kept_cells(study, kept))
     print(write_table(study, table, command=shlex.join(["sparsecod", *command])), end="")
     figures = draw_figures(study, table)
     print(f"wrote {study.output}/table.md, table.csv, table.json and {len(figures)} figures")
+    if kept is not None:
+        print("variance by depth is drawn from the runs, which are not kept; what is above needs none of them")

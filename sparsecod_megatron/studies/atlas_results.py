@@ -6,13 +6,13 @@ it and its control; what is not shown is counted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecod_megatron.errors import ConfigError, DataError
 from sparsecod_megatron.studies.intervals import mean_over_seeds
+from sparsecod_megatron.studies.kept import read_kept
 from sparsecod_megatron.studies.schema import Labels
 
 SEPARATOR = "/"
@@ -70,25 +70,15 @@ def read_all(paths: Sequence[Path]) -> list[Kept]:
 
 
 def _read(path: Path) -> Kept:
-    """Read one file; earlier versions lack checkpoints, laws, corrected verdicts and later metrics, not the cells."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        cells = dict[str, dict[int, dict[str, float]]]()
-        labels = dict[str, Labels]()
-        for cell in content["cells"]:
-            place = SEPARATOR.join(cell["labels"].values())
-            cells.setdefault(place, {})[int(cell["seed"])] = {
-                name: float(value) for name, value in cell["metrics"].items() if value is not None
-            }
-            labels[place] = tuple(cell["labels"].items())
-        return Kept(path, str(content["study"]), str(content.get("command", "")), cells, labels)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give table.json of a study") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{path}: not the results of a study (study and cells with labels, seed and metrics); give its table.json, "
-            "which `sparsecod study … --table` makes again"
-        ) from None
+    kept = read_kept(path)
+    cells: dict[str, dict[int, dict[str, float]]] = {}
+    for cell in kept.cells:
+        cells.setdefault(_place(cell.labels), {})[cell.seed] = cell.metrics
+    return Kept(path, kept.study, kept.command, cells, {_place(cell.labels): cell.labels for cell in kept.cells})
+
+
+def _place(labels: Labels) -> str:
+    return SEPARATOR.join(label for _, label in labels)
 
 
 def _longest(kept: Kept) -> float | None:

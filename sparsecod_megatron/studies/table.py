@@ -14,8 +14,9 @@ from sparsecod_megatron.studies.cell import is_done, read_result
 from sparsecod_megatron.studies.claims import Results, Verdict, judge_all
 from sparsecod_megatron.studies.grid import Study
 from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
+from sparsecod_megatron.studies.kept import FinishedCell
 from sparsecod_megatron.studies.law_points import STUDY_COLUMNS
-from sparsecod_megatron.studies.schema import Labels
+from sparsecod_megatron.studies.schema import Labels, StudyConfig
 from sparsecod_megatron.studies.study_laws import HEADER, Points, StudyLaw, fit_laws
 
 SIZE_COLUMNS = ("parameters_total", "parameters_active", "tokens")
@@ -43,33 +44,45 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, the results that they are of, checkpoints of cells, the verdicts, and the laws."""
+    """All rows, the results that they are of, checkpoints of cells, seeds that diverged, the verdicts, and the laws."""
 
     rows: list[Row]
     results: Results
     points: Points
+    diverged: Mapping[Labels, Sequence[int]]
     verdicts: list[Verdict]
     laws: list[StudyLaw]
 
 
-def make_table(study: Study) -> Table:
-    """Table of the cells that are done.
+def finished_cells(study: Study) -> list[FinishedCell]:
+    """The cells of a study's directory that are done.
 
     Raises:
         ConfigError: a cell that was run or measured otherwise than the study says.
     """
-    done = [cell for cell in study.cells if is_done(study, cell)]
+    found = []
+    for cell in study.cells:
+        if is_done(study, cell):
+            result = read_result(cell.directory)
+            points = result.get("points", [])
+            found.append(FinishedCell(cell.labels, cell.seed, result["metrics"], points, bool(result["diverged"])))
+    return found
+
+
+def make_table(config: StudyConfig, cells: Sequence[FinishedCell]) -> Table:
+    """Rows, verdicts and laws of these cells."""
     results: dict[Labels, dict[int, dict[str, float]]] = {}
     points: dict[Labels, dict[int, list[dict[str, Any]]]] = {}
-    diverged: dict[Labels, int] = {}
-    for cell in done:
-        result = read_result(cell.directory)
-        results.setdefault(cell.labels, {})[cell.seed] = result["metrics"]
-        points.setdefault(cell.labels, {})[cell.seed] = result.get("points", [])
-        diverged[cell.labels] = diverged.get(cell.labels, 0) + bool(result["diverged"])
-    rows = [_row(labels, of_seed, diverged[labels]) for labels, of_seed in results.items()]
-    verdicts = judge_all(study.config.claims, results)
-    return Table(rows, results, points, verdicts, fit_laws(study.config.laws, results, points))
+    diverged: dict[Labels, list[int]] = {}
+    for cell in cells:
+        results.setdefault(cell.labels, {})[cell.seed] = cell.metrics
+        points.setdefault(cell.labels, {})[cell.seed] = cell.points
+        seeds = diverged.setdefault(cell.labels, [])
+        if cell.diverged:
+            seeds.append(cell.seed)
+    rows = [_row(labels, of_seed, len(diverged[labels])) for labels, of_seed in results.items()]
+    verdicts = judge_all(config.claims, results)
+    return Table(rows, results, points, diverged, verdicts, fit_laws(config.laws, results, points))
 
 
 def write_table(study: Study, table: Table, *, command: str) -> str:
@@ -83,7 +96,7 @@ def write_table(study: Study, table: Table, *, command: str) -> str:
     Returns:
         The Markdown.
     """
-    text = _markdown(study, table, command)
+    text = markdown(study.config, table, command)
     write_text(study.output / "table.md", text)
     write_text(study.output / "table.csv", _csv(study, table))
     content = {
@@ -91,7 +104,13 @@ def write_table(study: Study, table: Table, *, command: str) -> str:
         "command": command,
         "rows": [asdict(row) | {"labels": dict(row.labels)} for row in table.rows],
         "cells": [
-            {"labels": dict(labels), "seed": seed, "metrics": metrics, "points": table.points[labels][seed]}
+            {
+                "labels": dict(labels),
+                "seed": seed,
+                "metrics": metrics,
+                "points": table.points[labels][seed],
+                "diverged": seed in table.diverged[labels],
+            }
             for labels, of_seed in table.results.items()
             for seed, metrics in of_seed.items()
         ],
@@ -133,8 +152,8 @@ def _row(labels: Labels, of_seed: Mapping[int, Mapping[str, float]], num_diverge
     return Row(labels, sizes, means, len(of_seed), num_diverged)
 
 
-def _markdown(study: Study, table: Table, command: str) -> str:
-    config = study.config
+def markdown(config: StudyConfig, table: Table, command: str) -> str:
+    """What `table.md` holds."""
     axes = [axis.name for axis in config.grid]
     header = [*axes, "parameters", "active", "tokens", *config.columns, "seeds"]
     rows = [

@@ -15,7 +15,7 @@ from sparsecod_megatron.cli.main import main
 from sparsecod_megatron.studies import load_study
 from sparsecod_megatron.studies.cell import run_cell
 from sparsecod_megatron.studies.figures import draw_figures
-from sparsecod_megatron.studies.table import make_table, write_table
+from sparsecod_megatron.studies.table import finished_cells, make_table, write_table
 from tests.helpers.cli import sparsecod
 from tests.helpers.running import ended_with_block, until
 from tests.helpers.text import write_corpus
@@ -118,7 +118,7 @@ def test_a_study_of_answers(tmp_path: Path) -> None:
     study = load_study(tmp_path / "study.yaml", output, ["keep_checkpoints=true", "verify=false"])
     for each in study.cells:
         run_cell(study, each)
-    table = make_table(study)
+    table = make_table(study.config, finished_cells(study))
     text = write_table(study, table, command="sparsecod study …")
     content = json.loads((output / "table.json").read_text())
     found = {row["labels"]["depth"]: row["metrics"] for row in content["rows"]}

@@ -20,6 +20,7 @@ from sparsecod_megatron.studies.atlas_cells import COLUMNS, EQUALITIES, SCORES, 
 from sparsecod_megatron.studies.atlas_figure import atlas_figure
 from sparsecod_megatron.studies.atlas_text import page, shown
 from sparsecod_megatron.studies.claims import NOT_SEPARABLE
+from tests.helpers.results_page import kept_studies, kept_study
 from tests.unit.analysis.test_report import Page
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -287,17 +288,18 @@ def test_the_page_is_that_of_the_kept_results(nano: Atlas) -> None:
 def test_differences_are_those_of_the_studies_own_claims(nano: Atlas) -> None:
     """Wherever a claim compares a row with its control, by its metric, both say the same."""
     compared = 0
+    verdicts = {name: kept_study(name)[1].verdicts for name in kept_studies()}
     for row in nano.rows:
-        for claim in json.loads(row.kept.path.read_text(encoding="utf-8"))["claims"]:
-            said, metric = claim["claim"], claim["claim"]["metric"]
-            ends = ["/".join((said[end] or {}).values()) for end in ("higher", "lower")]
+        for verdict in verdicts.get(row.kept.path.stem, []):
+            said, metric = verdict.claim, verdict.claim.metric
+            ends = ["/".join((end or {}).values()) for end in (said.higher, said.lower)]
             column = "perplexity_equal_tokens" if metric == "perplexity" else metric
             if set(ends) != {row.place, row.control} or column not in COLUMNS or row.entries[column].reason:
                 continue
             difference = row.entries[column].difference
-            assert difference is not None
+            assert difference is not None and verdict.difference is not None
             sign = 1 if ends[0] == row.place else -1
-            assert sign * difference.value == pytest.approx(claim["difference"]["value"])
+            assert sign * difference.value == pytest.approx(verdict.difference.value)
             compared += 1
     assert compared > 40
 

@@ -17,7 +17,7 @@ from sparsecod_megatron.studies.laws import fit_law
 from sparsecod_megatron.studies.metrics import cell_metrics
 from sparsecod_megatron.studies.schema import ScoresConfig
 from sparsecod_megatron.studies.steps import scored_steps
-from sparsecod_megatron.studies.table import make_table, write_table
+from sparsecod_megatron.studies.table import finished_cells, make_table, write_table
 from tests.helpers.cli import sparsecod
 from tests.unit.studies.conftest import WriteStudy, leave_result
 
@@ -127,7 +127,7 @@ def test_laws_of_a_study(write_study: WriteStudy, tmp_path: Path) -> None:
         leave_result(
             study, cell, {"perplexity": 20 - 2 * depth + 0.1 * cell.seed, "parameters_total": 1e6, "tokens": 9.0}
         )
-    made = make_table(study)
+    made = make_table(study.config, finished_cells(study))
     text = write_table(study, made, command="sparsecod study …")
     line, refused, missing = json.loads((study.output / "table.json").read_text())["laws"]
     assert line["num_points"] == line["num_groups"] == 6 and line["coefficients"]["s"]["value"] == pytest.approx(-2)
@@ -163,7 +163,7 @@ def test_laws_over_checkpoints(write_study: WriteStudy, tmp_path: Path) -> None:
             for tokens, loss in losses.items()
         ]
         leave_result(study, cell, {"loss": losses[640], "tokens": 640.0}, points=points)
-    over, cells = make_table(study).laws
+    over, cells = make_table(study.config, finished_cells(study)).laws
     assert over.fit is not None and (over.fit.num_points, over.fit.num_groups) == (12, 3)
     assert over.fit.coefficients["c"].value == pytest.approx(0.5, rel=1e-3)
     assert over.selected is not None and over.selected.notes == ("points weigh 1/σ²",)

@@ -11,7 +11,7 @@ from sparsecod_megatron.cli.main import main
 from sparsecod_megatron.studies import load_study
 from sparsecod_megatron.studies.cell import is_done, unfinished
 from sparsecod_megatron.studies.shared_cells import shared_cells, take_over
-from sparsecod_megatron.studies.table import make_table
+from sparsecod_megatron.studies.table import finished_cells, make_table
 from tests.unit.studies.conftest import WriteStudy, leave_result
 
 OTHER_AXIS = {"name": "rate", "cells": {"slow": {"optimizer.lr": 1e-4}, "plain": {"optimizer.lr": 1e-3}}}
@@ -37,7 +37,7 @@ def test_equal_cells_are_taken_over(donor: Path, write_study: WriteStudy, tmp_pa
     assert shared == {f"rate=plain,seed={seed}": donor / f"cells/depth=4,decay=none,seed={seed}" for seed in (1, 2, 3)}
     take_over(study, shared)
     assert [cell.name for cell in unfinished(study)] == [f"rate=slow,seed={seed}" for seed in (1, 2, 3)]
-    (row,) = (row for row in make_table(study).rows if row.num_seeds)
+    (row,) = (row for row in make_table(study.config, finished_cells(study)).rows if row.num_seeds)
     assert row.labels == (("rate", "plain"),) and row.metrics["perplexity"].value == 4
     taken = study.cell("rate=plain,seed=2").directory
     assert (taken / "analysis/scores.json").is_file()
