@@ -11,11 +11,13 @@ Source: Zhang et al., arXiv 2212.12921, the regulariser; the proximal step follo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sparsecod_megatron.config.fields import above
 from sparsecod_megatron.mechanisms.weights.engine.group_marks import GroupMarks, GroupMechanism
@@ -89,28 +91,32 @@ class EnvelopedGroups(GroupMarks):
             part.of(piece.master).mul_(part.spread(self._kept[weight]))
 
     def _kept_of_all(self, sizes: Tensor, weight: float) -> Tensor:
-        blocks = self.groups.blocks
-        live = [block.count - self.settings.dead_of(block.count) for block in blocks]
+        counts = [block.count for block in self.groups.blocks]
+        live = [count - self.settings.dead_of(count) for count in counts]
         if self.settings.scope == "global":
-            return kept_shares(sizes, sum(live), weight)
-        parts = sizes.split([block.count for block in blocks])
-        return torch.cat([kept_shares(part, k, weight) for part, k in zip(parts, live, strict=True)])
+            counts, live = [sum(counts)], [sum(live)]
+        return kept_shares(sizes, counts, live, weight)
 
 
-def kept_shares(sizes: Tensor, k: int, weight: float) -> Tensor:
+def kept_shares(sizes: Tensor, counts: Sequence[int], live: Sequence[int], weight: float) -> Tensor:
     """θ / (θ + λ) of each group, between 0 and 1 / (1 + λ). Local, without waiting for the device.
 
     Args:
-        sizes: z, [groups].
-        k: groups that are to live.
+        sizes: z, [groups], block after block.
+        counts: groups of each block.
+        live: k of each block, the groups that are to live.
         weight: λ.
     """
-    z = sizes.double()
+    # All blocks at once: one after another they would be thousands of small kernels. Groups of size 0, whose θ is 0,
+    # fill the rows up.
+    z = pad_sequence(list(sizes.double().split(list(counts))), batch_first=True)
+    k = torch.tensor(live, dtype=z.dtype).to(z.device, non_blocking=True).unsqueeze(1)
     # Σ θ falls as μ grows: it is the number of groups at the low end, and at most k at the high one.
-    low, high = torch.zeros_like(z[0]), z.sum() / (k * weight) + 1e-30
+    low, high = torch.zeros_like(k), z.sum(dim=1, keepdim=True) / (k * weight) + 1e-30
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        too_many = (z / middle - weight).clamp(0, 1).sum() > k
+        too_many = (z / middle - weight).clamp(0, 1).sum(dim=1, keepdim=True) > k
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     theta = (z / high - weight).clamp(0, 1)
-    return (theta / (theta + weight)).to(sizes.dtype)
+    kept = theta / (theta + weight)
+    return torch.cat([row[:count] for row, count in zip(kept, counts, strict=True)]).to(sizes.dtype)

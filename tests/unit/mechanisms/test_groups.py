@@ -110,7 +110,7 @@ def test_the_envelope_is_minimised(k: int, weight: float) -> None:
     """½ ‖x − z‖² + λ/2 min_θ Σ x² / θ, against many other θ and x; with all groups allowed it is ridge regression."""
     generator = torch.Generator().manual_seed(k)
     z = torch.rand(8, generator=generator, dtype=torch.float64) * 3
-    kept = kept_shares(z, k, weight)
+    kept = kept_shares(z, [8], [k], weight)
     theta = kept * weight / (1 - kept)
 
     def value(x: Tensor, theta: Tensor) -> float:
@@ -127,6 +127,12 @@ def test_the_envelope_is_minimised(k: int, weight: float) -> None:
         other = other * min(1.0, k / other.sum().item())
         x = z * other / (other + weight)
         assert value(x, other) >= best - 1e-9
+
+
+def test_blocks_of_other_sizes_do_not_touch_each_other() -> None:
+    z = torch.rand(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alone = [kept_shares(part, [len(part)], [k], 0.3) for part, k in zip(z.split([5, 1, 3]), (2, 1, 2), strict=True)]
+    torch.testing.assert_close(kept_shares(z, [5, 1, 3], [2, 1, 2], 0.3), torch.cat(alone))
 
 
 def lassoed(*settings: str, steps: int, is_silent: bool = False) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:

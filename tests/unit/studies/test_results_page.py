@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 
-from tests.helpers.results_page import PAGE, SECTION, TABLE, kept_studies, kept_study, updated
+from sparsecod_megatron.cli.main import main
+from tests.helpers.results_page import (
+    KEPT,
+    PAGE,
+    SECTION,
+    STUDIES,
+    TABLE,
+    VOCAB_SIZE,
+    kept_studies,
+    kept_study,
+    updated,
+)
 
 WRITE = "bash tools/run_in_venv.sh python tools/results_tables.py"
 
@@ -30,3 +44,16 @@ def test_every_claim_is_shown(name: str, page: str) -> None:
 def test_a_number_that_is_not_kept_is_found(page: str) -> None:
     changed = page.replace("**supported**", "**not supported**", 1)
     assert changed != page and updated(changed) == page
+
+
+def test_the_command_makes_the_tables_from_what_is_kept(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(STUDIES.parents[2])
+    command = next(line.strip() for line in page.splitlines() if "--kept" in line)
+    arguments = shlex.split(command)[1:-1]
+    assert f"run.model.vocab_size={VOCAB_SIZE}" in arguments and (KEPT / "init.json").samefile(arguments[-2])
+    assert main([*arguments, str(tmp_path)]) == 0
+    for table in TABLE.findall((tmp_path / "table.md").read_text(encoding="utf-8")):
+        assert table in page
+    assert "variance by depth is drawn from the runs, which are not kept" in capsys.readouterr().out
