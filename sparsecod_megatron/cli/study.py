@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsecod_megatron.cli.launch import RanksFailed, Stopped
+from sparsecod_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparsecod_megatron.studies.grid import Study
@@ -59,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
     command = ["study", str(args.study), *args.overrides, f"--output={args.output}"]
     command += [f"--reuse={other}" for other in args.reuse]
     if args.kept:
+        if args.reuse:
+            raise ConfigError(
+                f"--reuse {args.reuse[0]}: --kept runs nothing that cells could be taken for; leave one out"
+            )
         _write(study, [*command, f"--kept={args.kept}"], args.kept)
         return
     if args.cell:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from sparsecod_megatron.studies.intervals import Mean, mean_over_seeds
 from sparsecod_megatron.studies.kept import FinishedCell
 from sparsecod_megatron.studies.law_points import STUDY_COLUMNS
 from sparsecod_megatron.studies.schema import Labels, StudyConfig
-from sparsecod_megatron.studies.study_laws import HEADER, Points, StudyLaw, fit_laws
+from sparsecod_megatron.studies.study_laws import HEADER, StudyLaw, fit_laws
 
 SIZE_COLUMNS = ("parameters_total", "parameters_active", "tokens")
 """Columns that come first; the same for all seeds."""
@@ -44,12 +45,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, the results that they are of, checkpoints of cells, seeds that diverged, the verdicts, and the laws."""
+    """The cells, their metrics by place and seed, one row per place, the verdicts, and the laws."""
 
-    rows: list[Row]
+    cells: Sequence[FinishedCell]
     results: Results
-    points: Points
-    diverged: Mapping[Labels, Sequence[int]]
+    rows: list[Row]
     verdicts: list[Verdict]
     laws: list[StudyLaw]
 
@@ -73,16 +73,13 @@ def make_table(config: StudyConfig, cells: Sequence[FinishedCell]) -> Table:
     """Rows, verdicts and laws of these cells."""
     results: dict[Labels, dict[int, dict[str, float]]] = {}
     points: dict[Labels, dict[int, list[dict[str, Any]]]] = {}
-    diverged: dict[Labels, list[int]] = {}
     for cell in cells:
         results.setdefault(cell.labels, {})[cell.seed] = cell.metrics
         points.setdefault(cell.labels, {})[cell.seed] = cell.points
-        seeds = diverged.setdefault(cell.labels, [])
-        if cell.diverged:
-            seeds.append(cell.seed)
-    rows = [_row(labels, of_seed, len(diverged[labels])) for labels, of_seed in results.items()]
+    diverged = Counter(cell.labels for cell in cells if cell.diverged)
+    rows = [_row(labels, of_seed, diverged[labels]) for labels, of_seed in results.items()]
     verdicts = judge_all(config.claims, results)
-    return Table(rows, results, points, diverged, verdicts, fit_laws(config.laws, results, points))
+    return Table(cells, results, rows, verdicts, fit_laws(config.laws, results, points))
 
 
 def write_table(study: Study, table: Table, *, command: str) -> str:
@@ -103,17 +100,7 @@ def write_table(study: Study, table: Table, *, command: str) -> str:
         "study": study.config.name,
         "command": command,
         "rows": [asdict(row) | {"labels": dict(row.labels)} for row in table.rows],
-        "cells": [
-            {
-                "labels": dict(labels),
-                "seed": seed,
-                "metrics": metrics,
-                "points": table.points[labels][seed],
-                "diverged": seed in table.diverged[labels],
-            }
-            for labels, of_seed in table.results.items()
-            for seed, metrics in of_seed.items()
-        ],
+        "cells": [asdict(cell) | {"labels": dict(cell.labels)} for cell in table.cells],
         "claims": [asdict(verdict) for verdict in table.verdicts],
         "laws": [law.as_dict() for law in table.laws],
     }

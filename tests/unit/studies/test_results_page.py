@@ -57,3 +57,16 @@ def test_the_command_makes_the_tables_from_what_is_kept(
     for table in TABLE.findall((tmp_path / "table.md").read_text(encoding="utf-8")):
         assert table in page
     assert "variance by depth is drawn from the runs, which are not kept" in capsys.readouterr().out
+
+
+def test_kept_cells_are_not_mixed_with_taken_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "study",
+        str(STUDIES / "init.yaml"),
+        "--kept",
+        str(KEPT / "init.json"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*command, "--reuse", str(tmp_path)]) == 2
+    assert "leave one out" in capsys.readouterr().err and not (tmp_path / "out").exists()
