@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsecod_megatron.planning import GPUS, make_plan, require_fit
@@ -47,12 +48,12 @@ def cell_cost(study: Study, cell: Cell) -> Cost:
     return Cost(sizes, steps, (steps * seconds.best / 3600, steps * seconds.worst / 3600), gpus)
 
 
-def plan_text(study: Study, done: set[str]) -> str:
-    """The plan as a table: every cell, what it takes, and the sum of what is left.
+def plan_text(study: Study, done: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The plan as a table: every cell, what it takes, and the sum of what is left, also at the speed of what is done.
 
     Args:
         study: the study.
-        done: names of cells that have their result.
+        done: metrics of the cells that have their result, by name; none of a training that diverged.
 
     Raises:
         ConfigError: a cell that cannot run.
@@ -74,7 +75,19 @@ def plan_text(study: Study, done: set[str]) -> str:
     work = f"{_hours(*(hours * gpus for hours in left))} GPU-hours" if gpus else f"{_hours(*left)} hours of one slot"
     slots = study.config.launch.slots
     summary = f"{waiting} of {len(costs)} cells to run, {slots} at a time: {work}, training alone"
+    if waiting and (ratio := _measured_ratio(costs, done)):
+        summary += f"; {left[0] * ratio * max(gpus, 1):.3g} at the speed of those that are done"
     return f"{markdown_grid(header, rows)}\n{summary}\n"
+
+
+def _measured_ratio(costs: Mapping[str, Cost], done: Mapping[str, Mapping[str, float | None]]) -> float | None:
+    """Hours that the finished cells' steps took ÷ those of the best case; None where no speed was measured."""
+    took = estimated = 0.0
+    for name, metrics in done.items():
+        if speed := metrics.get("tokens_per_s"):
+            took += costs[name].sizes["tokens"] / speed / 3600
+            estimated += costs[name].hours[0]
+    return took / estimated if estimated else None
 
 
 def _hours(best: float, worst: float) -> str:

@@ -101,6 +101,16 @@ def test_cost_of_a_processor_is_its_operations(small_study: Study) -> None:
     assert cost.hours == pytest.approx((flops / 20e9 / 3600,) * 2)
 
 
+def test_what_is_left_takes_as_long_as_what_is_done(small_study: Study) -> None:
+    first, diverged, *others = small_study.cells
+    cost = cell_cost(small_study, first)
+    took = 3 * sum(cell_cost(small_study, cell).hours[0] for cell in others)
+    speed = cost.sizes["tokens"] / (3 * cost.hours[0] * 3600)
+    assert others and "at the speed" not in plan_text(small_study, {diverged.name: {}})
+    text = plan_text(small_study, {first.name: {"tokens_per_s": speed}, diverged.name: {}})
+    assert text.endswith(f"; {took:.3g} at the speed of those that are done\n")
+
+
 @pytest.mark.parametrize("scale", ["nano", "paper"])
 def test_every_study_of_the_paper_is_shipped(scale: str) -> None:
     assert {path.stem for path in SHIPPED if path.parent.name == scale} >= STUDIES
@@ -112,7 +122,7 @@ def test_shipped_studies_can_run(path: Path, tmp_path: Path) -> None:
     study = load_study(path, tmp_path, ["run.data.prefix=data/books", "run.model.vocab_size=50304"])
     assert study.config.name == path.stem and study.config.claims
     assert f"examples/studies/{path.parent.name}/{path.name} " in path.read_text()
-    text = plan_text(study, set())
+    text = plan_text(study, {})
     assert f"{len(study.cells)} of {len(study.cells)} cells to run" in text
     cell = study.cells[-1]
     if path.parent.name == "paper":
