@@ -129,8 +129,10 @@ def run(args: argparse.Namespace) -> None:
         _update(args)
         return
     requested_task(args)
-    if not args.model or (args.data is None and needs_text(names(args.scores))):
+    if not args.model:
         raise ConfigError("nothing to analyse; give MODEL_DIR and --data, or --compare A B")
+    if args.data is None and needs_text(names(args.scores)):
+        raise ConfigError(f"--scores {args.scores}: measured on text, and none is given; give --data PREFIX_OR_TEXT")
     if len(args.model) > 1 and not args.every_checkpoint:
         raise ConfigError(
             f"{len(args.model)} models given, and only --every-checkpoint and --scores {UPDATE} take several; give one"

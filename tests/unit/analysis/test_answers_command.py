@@ -133,7 +133,7 @@ def opened_logits(run: Path, tokens: torch.Tensor) -> torch.Tensor:
             "--scores answers: asks for answers; give --task addition, hops, synthetic or a file",
         ),
         (["--scores", "skip", "--task", "hops"], "--task hops: no score asks it"),
-        (["--scores", "skip"], "nothing to analyse; give MODEL_DIR and --data"),
+        (["--scores", "skip"], "--scores skip: measured on text, and none is given; give --data"),
         (["--scores", "answers", "--task", "absent.jsonl"], "absent.jsonl: cannot be read"),
         (["--scores", "answers", "--task", "a.jsonl", "--difficulties", "1"], "only of --task addition and hops"),
         (["--scores", "answers", "--task", "hops", "--difficulties", "1,x"], "give whole numbers"),

@@ -86,7 +86,8 @@ def test_compare_pairs_the_sequences(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["{model}"], "nothing to analyse; give MODEL_DIR and --data, or --compare A B"),
+        ([], "nothing to analyse; give MODEL_DIR and --data, or --compare A B"),
+        (["{model}"], "similarity,skip,lens: measured on text, and none is given; give --data"),
         (["{model}", "--data", "absent"], "absent: no such text file"),
         (["{model}", "--data", "{text}", "--nproc", "0"], "--nproc 0: must be at least 1"),
         (["{model}", "--data", "{text}"], "--seq-length 128: the model takes at most 64"),
