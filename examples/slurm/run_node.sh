@@ -28,12 +28,13 @@ ulimit -Sn "$files"
         -m sparsecod_megatron train "$@"
 ) &
 torchrun=$!
-trap 'pkill -USR1 -P "$torchrun" || true' USR1 TERM INT
+trap 'interrupted=yes; pkill -USR1 -P "$torchrun" || true' USR1 TERM INT
 
-status=0
-wait "$torchrun" || status=$?
-while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends `wait` early
-    status=0
+# A trapped signal ends `wait` early, with the signal's status: only after a `wait` that none ended it is torchrun's, which
+# bash remembers where torchrun is gone by then.
+interrupted=yes
+while [ -n "$interrupted" ]; do
+    interrupted="" status=0
     wait "$torchrun" || status=$?
 done
 exit "$status"

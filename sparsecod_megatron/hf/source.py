@@ -228,11 +228,14 @@ def _weight_map(directory: Path) -> dict[str, str]:
         )
     try:
         listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        strange = [name for name in listed.values() if name != Path(name).name]
+        strange = [name for name in listed.values() if name != Path(name).name or not name.isprintable()]
+        unnamed = [name for name in listed if not name.isprintable()]
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{index}: damaged ({type(error).__name__}: {error}); get the file again") from None
     if strange:
         raise ConversionError(f"{index}: lists {strange[0]!r}, which is not a file name; get the file again")
+    if unnamed:
+        raise ConversionError(f"{index}: lists {unnamed[0]!r}, which is not a tensor's name; get the file again")
     held = [(name, filename) for filename in dict.fromkeys(listed.values()) for name in _names(directory / filename)]
     pairs = set(held)
     for name, filename in listed.items():

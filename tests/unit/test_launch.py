@@ -220,6 +220,7 @@ while True:
 def test_node_hands_signals_to_its_ranks(number: signal.Signals, site: Site) -> None:
     (site.root / "rank.py").write_text(RANK)
     site.stand_in("torchrun", NOTE + f"{sys.executable} rank.py\n")
+    site.stand_in("pkill", f'{shutil.which("pkill")} "$@"\nsleep 0.5\n')  # the ranks are gone before the trap ends
     node = site.start("examples/slurm/run_node.sh", "config.yaml", "a.b=c", **SLURM, MASTER_ADDR="n1", MASTER_PORT="9")
     site.until("started")
     node.send_signal(number)

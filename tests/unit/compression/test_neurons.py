@@ -145,7 +145,7 @@ def test_twin_neurons_merge_without_a_trace(family: str) -> None:
     assert (logits(cut) - before).abs().max() > 0.5
     down = "experts.down_proj" if family == "mixtral" else "down_proj.weight"
     errors = {row.name: row.output_error for row in result.matrices}
-    assert errors[f"model.layers.0.mlp.{down}"] == pytest.approx(0, abs=1e-4)
+    assert errors[f"model.layers.0.mlp.{down}"] == pytest.approx(0, abs=5e-4)
     if family == "llama":
         old, new = with_twins(family).model.layers[0].mlp, model.model.layers[0].mlp
         rows = [int((old.gate_proj.weight == row).all(1).nonzero()[0]) for row in new.gate_proj.weight]

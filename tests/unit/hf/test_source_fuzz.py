@@ -47,6 +47,7 @@ def damaged_copy(sharded: Path, name: str, content: bytes) -> Path:
 @settings(max_examples=60)
 @given(pick=st.integers(0, 10**6), value=VALUES)
 @example(pick=0, value=[])
+@example(pick=5, value="\n")  # a shard's name, which the message says
 def test_any_value_in_a_json_file(sharded: Path, name: str, pick: int, value: Any) -> None:
     """Of the wrong type, sign or size."""
     content = json.loads((sharded / name).read_text())
