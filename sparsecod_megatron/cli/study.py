@@ -73,12 +73,11 @@ def run(args: argparse.Namespace) -> None:
         return
     shared = shared_cells(study, args.reuse)
     if args.dry_run:
-        from sparsecod_megatron.studies.cell import read_result, unfinished
+        from sparsecod_megatron.studies.cell import is_done, read_result
         from sparsecod_megatron.studies.cost import plan_text
 
-        waiting = {cell.name for cell in unfinished(study)}
-        places = {cell.name: cell.directory for cell in study.cells if cell.name not in waiting} | shared
-        print(plan_text(study, {name: read_result(place)["metrics"] for name, place in places.items()}), end="")
+        done = {cell.name: cell.directory for cell in study.cells if is_done(study, cell)} | shared
+        print(plan_text(study, {name: read_result(folder)["metrics"] for name, folder in done.items()}), end="")
         return
     take_over(study, shared)
     for name, folder in shared.items():
